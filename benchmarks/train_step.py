@@ -1,0 +1,162 @@
+"""Training step of our Llama against transformers' (and torchtitan's where it imports): CPU time, aten ops, FLOPs.
+
+    python benchmarks/train_step.py [--rounds 5]
+
+One thread, float32, 10 490 112 parameters, 4 sequences of 512 tokens: forward, loss, backward, clip to norm 1, fused
+AdamW. Shared machines move wall time twofold, so each peer's figure is its least CPU time of all rounds, the peers
+taking turns; call +-7 % equal. Ops and FLOPs repeat exactly; the FLOPs lack the attention of a peer that insists on
+its own kernel (torchtitan), for which torch has no formula on CPU.
+"""
+
+import argparse
+import gc
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+SETTINGS = {  # malloc: keep freed blocks, else every large activation costs page faults
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_THRESHOLD_": "8589934592",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+}
+if __name__ == "__main__" and any(os.environ.get(key) != value for key, value in SETTINGS.items()):
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SETTINGS})
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from torchtitan_rd.models import get_spec  # noqa: E402
+from torchtitan_rd.models.llama.config import LlamaConfig, count_flops  # noqa: E402
+
+BATCH, SEQ_LEN = 4, 512
+CONFIG = LlamaConfig(dim=256, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=768, vocab_size=8192)
+
+
+class CountOps(TorchDispatchMode):
+    """Counts the aten ops that reach the dispatcher."""
+
+    ops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ops += 1
+        return func(*args, **(kwargs or {}))
+
+
+def ours() -> nn.Module:
+    spec = get_spec("llama3")
+    model = spec.build(CONFIG)
+    generator = torch.Generator().manual_seed(0)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, fill in spec.inits(model).items():
+            fill(parameters[name], generator)
+    return model
+
+
+def transformers_llama() -> nn.Module:
+    from transformers import LlamaForCausalLM
+
+    from torchtitan_rd.models.llama.hf import hf_config
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.llama = LlamaForCausalLM(LlamaForCausalLM.config_class(**hf_config(CONFIG), use_cache=False))
+
+        def forward(self, tokens):
+            return self.llama(tokens).logits
+
+    return Logits()
+
+
+def torchtitan_llama() -> nn.Module:
+    """Of the 0.2 releases; the later ones have no SDPA attention for language models."""
+    from torchtitan.models.llama3 import Transformer, TransformerModelArgs
+
+    arguments = TransformerModelArgs(
+        dim=256, n_layers=8, n_heads=8, n_kv_heads=4, vocab_size=8192, multiple_of=256, ffn_dim_multiplier=1.0
+    )
+    model = Transformer(arguments)
+    with torch.no_grad():
+        model.init_weights()
+    return model
+
+
+PEERS = {"torchtitan_rd": ours, "transformers": transformers_llama, "torchtitan": torchtitan_llama}
+
+
+def training_step(model: nn.Module) -> Callable[[], float]:
+    """-> a function that makes one update on a fixed batch and returns the loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    text = torch.randint(CONFIG.vocab_size, (BATCH, SEQ_LEN + 1), generator=torch.Generator().manual_seed(1))
+    tokens, labels = text[:, :-1].contiguous(), text[:, 1:].flatten()
+
+    def step() -> float:
+        loss = F.cross_entropy(model(tokens).flatten(0, 1), labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def build_peers() -> dict[str, Callable[[], float]]:
+    steps = {}
+    for name, build in PEERS.items():
+        try:
+            torch.manual_seed(0)
+            steps[name] = training_step(build())
+        except Exception as error:  # a peer may be absent, or need a GPU build to import
+            print(f"{name:14} not compared: {type(error).__name__}: {error}")
+    return steps
+
+
+def count(step: Callable[[], float]) -> tuple[int, int]:
+    """-> aten ops and FLOPs of a step; the latter under the math kernel, since the CPU kernel has no formula."""
+    with CountOps() as ops:
+        step()
+    with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
+        step()
+    return ops.ops, flops.get_total_flops()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    steps = build_peers()
+    for step in steps.values():
+        step(), step()
+    counts = {name: count(step) for name, step in steps.items()}
+    least = dict.fromkeys(steps, float("inf"))
+    gc.disable()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.process_time()
+            step(), step()
+            least[name] = min(least[name], (time.process_time() - start) / 2)
+            gc.collect()
+    theory = count_flops(CONFIG, SEQ_LEN)
+    tokens = BATCH * SEQ_LEN
+    print(f"{'peer':14} {'CPU us/token':>12} {'ours/peer':>9} {'aten ops':>9} {'FLOPs':>16}")
+    for name in steps:
+        ratio = least["torchtitan_rd"] / least[name]
+        ops, flops = counts[name]
+        print(f"{name:14} {least[name] / tokens * 1e6:12.0f} {ratio:9.3f} {ops:9} {flops:16}")
+    print(f"theory: {int(tokens * theory.matmul)} FLOPs in weights, {int(tokens * theory.attention_full)} in attention")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+# Sourced after env.sh. `launch X.toml [--section.key value ...]` checks the config, then starts one rank a GPU (2 gloo
+# ranks on a machine without GPUs) on this node, or on every node of the Slurm job.
+#   NPROC=...          ranks on a node (default: its GPUs, else 2)
+#   CONFIG_FILE=...    another TOML than the script's own
+#   MAX_RESTARTS=...   how often torchrun restarts the ranks after a failure (default 0; 3 under Slurm)
+
+_ranks_per_node() {
+    local gpus
+    gpus=${GPUS_PER_NODE:-$(nvidia-smi -L 2>/dev/null | wc -l)}
+    [ "$gpus" -gt 0 ] || gpus=$(python -c 'import torch; print(torch.cuda.device_count())')  # ROCm has no nvidia-smi
+    [ "$gpus" -gt 0 ] && echo "$gpus" || echo 2
+}
+
+_status_of() {  # the "status" that the last run left in its dump folder, or nothing
+    python - "$1/exit_status.json" <<'PY' 2>/dev/null
+import json, sys
+print(json.load(open(sys.argv[1]))["status"])
+PY
+}
+
+launch() {
+    local config=${CONFIG_FILE:-$1} dump_folder code
+    shift
+    # A mistake in the config is one line here, before torchrun or Slurm start anything.
+    dump_folder=$(python -m torchtitan_rd config --print-key job.dump_folder --job.config_file "$config" "$@") || return 1
+    rm -f "$dump_folder/exit_status.json"
+    local nodes=${SLURM_NNODES:-1} starter=() rendezvous=(--standalone)
+    if [ "$nodes" -gt 1 ]; then
+        local head
+        head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+        starter=(srun)
+        rendezvous=(--rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))")
+    fi
+    # torchrun passes SIGTERM on and then waits this long for the ranks to save their checkpoint.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
+    "${starter[@]}" python -m torch.distributed.run --nnodes "$nodes" --nproc_per_node "${NPROC:-$(_ranks_per_node)}" \
+        --max_restarts "${MAX_RESTARTS:-$([ -n "${SLURM_JOB_ID:-}" ] && echo 3 || echo 0)}" \
+        --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+        "${rendezvous[@]}" -m torchtitan_rd.train --job.config_file "$config" "$@" &
+    local torchrun=$!
+    trap 'kill -TERM $torchrun 2>/dev/null' TERM INT USR1
+    wait "$torchrun"; code=$?
+    while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun"; code=$?; done  # a trapped signal ends `wait` early
+    trap - TERM INT USR1
+    case "$(_status_of "$dump_folder")" in
+        finished) return 0 ;;
+        preempted)
+            if [ -n "${SLURM_JOB_ID:-}" ]; then
+                echo "preempted with a checkpoint saved: requeueing job $SLURM_JOB_ID" >&2
+                scontrol requeue "$SLURM_JOB_ID"
+            else
+                echo "stopped by a signal with a checkpoint saved: the same command goes on from there" >&2
+            fi
+            return 0 ;;
+        *) [ "$code" -ne 0 ] || code=1; return "$code" ;;
+    esac
+}

@@ -1,0 +1,95 @@
+"""A checkpoint is resumed only by the run it belongs to."""
+
+import pytest
+import torch
+
+from tests.checkpoint.common import JOB, SHAPE, checkpointer, digest, load_once, save_steps, training_state
+from torchtitan_rd.errors import CheckpointError
+
+
+def load_into(dump, tensors, **options):
+    checkpoints = checkpointer(dump, **options)
+    try:
+        return checkpoints.load(tensors)
+    finally:
+        checkpoints.close()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_steps(tmp_path, [1])
+    return tmp_path
+
+
+def test_another_model_shape_is_refused_with_every_field_that_differs(saved):
+    with pytest.raises(CheckpointError) as raised:
+        load_once(saved, shape={**SHAPE, "dim": 8, "n_layers": 2})
+    assert "dim: 4 there, 8 here" in str(raised.value) and "n_layers: 1 there, 2 here" in str(raised.value)
+    assert "flavor" not in str(raised.value)
+
+
+def test_settings_that_must_match_are_refused_all_at_once_with_the_remedy(saved):
+    job = {"training": {"seq_len": 256, "steps": 100, "dataset": "c4"}, "model": JOB["model"]}
+    with pytest.raises(CheckpointError) as raised:
+        load_once(saved, job=job, must_match=("training.seq_len", "training.dataset"))
+    text = str(raised.value)
+    assert "training.seq_len: 128 there, 256 here" in text and "training.dataset: 'pydoc' there, 'c4' here" in text
+    assert "another checkpoint.folder" in text
+
+
+def test_a_must_match_key_that_gains_or_loses_its_value_is_refused(saved):
+    job = {**JOB, "model": {"flavor": "debug", "extra": 3}}
+    with pytest.raises(CheckpointError, match=r"model\.extra: None there, 3 here"):
+        load_once(saved, job=job, must_match=("model.extra",))
+
+
+def test_other_settings_may_change_and_each_is_logged(saved, log_lines):
+    job = {**JOB, "training": {**JOB["training"], "steps": 200}}
+    assert load_once(saved, job=job)[0] == {"step": 1}
+    assert "setting changed since the checkpoint: training.steps: 100 there, 200 here" in log_lines
+
+
+def test_a_run_that_asks_for_no_optimizer_state_is_refused_unless_it_says_so(saved, log_lines):
+    for tensors in ({"model": training_state(9)["model"]}, {"model": training_state(9)["model"], "optimizer": {}}):
+        with pytest.raises(CheckpointError) as raised:
+            load_into(saved, tensors)
+        assert "holds optimizer.layers.0.w1.weight.exp_avg" in str(raised.value)
+        assert "checkpoint.exclude_from_loading = ['optimizer']" in str(raised.value)
+    tensors = training_state(9)
+    load_into(saved, tensors, exclude_from_loading=["optimizer"])
+    assert digest({"model": tensors["model"]}) == digest({"model": training_state(1)["model"]})
+    assert digest({"optimizer": tensors["optimizer"]}) == digest({"optimizer": training_state(9)["optimizer"]})
+    assert "not loading optimizer: checkpoint.exclude_from_loading" in log_lines
+
+
+def test_a_tensor_that_the_checkpoint_lacks_is_refused(saved):
+    tensors = training_state(9)
+    tensors["model"]["new.weight"] = torch.zeros(2)
+    with pytest.raises(CheckpointError, match=r"has no model\.new\.weight"):
+        load_into(saved, tensors)
+
+
+def test_another_type_or_shape_is_refused_where_torch_would_cast_in_silence(saved):
+    tensors = training_state(9)
+    tensors["model"]["output.weight"] = tensors["model"]["output.weight"].bfloat16()
+    tensors["model"]["norm.weight"] = torch.zeros(2, 4)
+    with pytest.raises(CheckpointError) as raised:
+        load_into(saved, tensors)
+    assert "model.output.weight: float32 (5, 4) there, bfloat16 (5, 4) here" in str(raised.value)
+    assert "model.norm.weight: float32 (1, 4) there, float32 (2, 4) here" in str(raised.value)
+
+
+def test_parts_of_the_state_can_be_left_out_by_name(tmp_path):
+    checkpoints = checkpointer(tmp_path)
+    checkpoints.save(1, training_state(1), {"step": 1, "data": {"epoch": 2, "offset": 3}, "rng": {"torch": "00"}})
+    checkpoints.close()
+    assert load_once(tmp_path, exclude_from_loading=["rng", "data.epoch"])[0] == {"step": 1, "data": {"offset": 3}}
+
+
+def test_a_misspelt_exclusion_is_refused(saved):
+    with pytest.raises(CheckpointError, match=r"'optimiser' names nothing in .*, which holds model, optimizer, step"):
+        load_once(saved, exclude_from_loading=["optimiser"])
+
+
+def test_an_exclusion_for_the_initial_weights_does_not_reset_them_at_a_resume(saved):
+    assert load_once(saved, exclude_from_loading=["model.output"])[1] == digest(training_state(1))

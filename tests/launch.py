@@ -1,0 +1,96 @@
+"""Launches whole runs as the ranks' own processes (what torchrun does, minus its seconds of start-up)."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Finished:
+    """Exit codes and standard errors, in rank order."""
+
+    codes: list[int]
+    errors: list[str]
+
+
+class Run:
+    """Processes of one run; always used as a context, so that none is left behind."""
+
+    def __init__(self, world_size: int, arguments: list[str], options: tuple[str, ...] = ()):
+        self.processes = []
+        port = free_port()
+        for rank in range(world_size):
+            environment = {
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(ROOT),
+                "CUDA_VISIBLE_DEVICES": "",
+            }
+            self.processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", "tests.launched_rank", *options, "--", *arguments],
+                    cwd=ROOT,
+                    env=environment,
+                    stderr=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    text=True,
+                )
+            )
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            process.stderr.close()
+
+    def wait(self, timeout: float = 120.0) -> Finished:
+        """Waits for all ranks; one that outlives the limit is an error."""
+        errors = [process.communicate(timeout=timeout)[1] for process in self.processes]
+        return Finished([process.returncode for process in self.processes], errors)
+
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        self.processes[rank].send_signal(number)
+
+
+def launch(world_size: int, arguments: list[str], options: tuple[str, ...] = (), timeout: float = 120.0) -> Finished:
+    with Run(world_size, arguments, options) as run:
+        return run.wait(timeout)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def rows(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_step(folder: Path, step: int, timeout: float = 60.0) -> None:
+    """Returns once metrics.jsonl has a row of `step` or a later one."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        path = folder / "metrics.jsonl"
+        if path.exists() and any(f'"step": {n}' in path.read_text() for n in range(step, step + 50)):
+            return
+        time.sleep(0.05)
+    raise TimeoutError(f"no row of step {step} in {folder}")

@@ -1,0 +1,186 @@
+"""TOML, command line and environment -> one validated config; every mistake is named with its place and remedy."""
+
+import pytest
+import tomli
+
+from torchtitan_rd.config import JobConfig, load
+from torchtitan_rd.config_loader import load_config
+from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.job import Environment
+from torchtitan_rd.old_keys import OLD_KEYS
+
+ENVIRONMENT = Environment(rank=0, local_rank=0, world_size=1, local_world_size=1, log_level="INFO")
+
+
+def write(tmp_path, text, name="x.toml"):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def read(tmp_path, text, *overrides):
+    return load(["--job.config_file", str(write(tmp_path, text)), *overrides], ENVIRONMENT)
+
+
+def problems(tmp_path, text, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, text, *overrides)
+    return str(caught.value)
+
+
+def test_the_command_line_overrides_the_environment_which_overrides_the_file(tmp_path):
+    path = write(tmp_path, "[training]\nsteps = 5\nseq_len = 64\nstream = false\n")
+    environment = Environment(0, 0, 1, 1, "INFO", {"training.stream": True})
+    loaded = load(["--job.config_file", str(path), "--training.steps=7"], environment)
+    assert (loaded.config.training.steps, loaded.config.training.seq_len) == (7, 64)
+    assert loaded.config.training.stream is True
+    assert loaded.origins["training.steps"] == "command line"
+    assert loaded.origins["training.stream"] == "environment"
+    assert loaded.origins["training.seq_len"] == f"{path}:3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--compile.enable"], True),
+        (["--compile.enable=true"], True),
+        (["--compile.enable", "true"], True),
+        (["--no-compile.enable"], False),
+        (["--compile.enable=false"], False),
+        (["--compile.enable", "--no-compile.enable"], False),
+    ],
+)
+def test_a_boolean_can_be_switched_both_ways_on_the_command_line(tmp_path, arguments, expected):
+    assert read(tmp_path, "[compile]\nenable = true\n", *arguments).config.compile.enable is expected
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("optimizer.lr", "3e-4", 3e-4),
+        ("optimizer.lr", "1", 1.0),
+        ("training.dataset_path", "12", "12"),
+        ("training.shuffle_seed", "none", None),
+        ("parallelism.data_parallel_shard_degree", "-1", -1),
+        ("activation_checkpoint.selective_ac_option", "3", "3"),
+        ("checkpoint.exclude_from_loading", "data,rng", ["data", "rng"]),
+        ("checkpoint.exclude_from_loading", '["data", "rng"]', ["data", "rng"]),
+        ("checkpoint.exclude_from_loading", "data", ["data"]),
+    ],
+)
+def test_a_command_line_string_becomes_the_type_that_its_key_declares(tmp_path, key, text, expected):
+    section, name = key.split(".")
+    assert getattr(getattr(read(tmp_path, "", f"--{key}", text).config, section), name) == expected
+
+
+def test_entries_of_model_overrides_come_from_file_and_command_line_together(tmp_path):
+    loaded = read(tmp_path, "[model.overrides]\ndim = 64\nn_layers = 2\n", "--model.overrides.n_layers", "3")
+    assert loaded.config.model.overrides == {"dim": 64, "n_layers": 3}
+
+
+def test_every_problem_is_reported_at_once_with_its_line_and_the_nearest_name(tmp_path):
+    text = '[training]\nstepz = 5\nseq_len = "long"\n\n[optimiser]\nlr = 1.0\n\n[optimizer]\nlr = -1.0\nname = "adam"\n'
+    message = problems(tmp_path, text, "--training.local_batch_size", "many")
+    lines = message.splitlines()
+    assert len(lines) == 6
+    assert "x.toml:2: unknown key 'stepz' in section [training]; did you mean 'steps'?" in message
+    assert "x.toml:3: [training] seq_len = 'long'" in message
+    assert "x.toml:6: unknown section [optimiser]; did you mean 'optimizer'?" in message
+    assert "x.toml:9: [optimizer] lr = -1.0" in message and "greater than 0" in message
+    assert "x.toml:10: [optimizer] name = 'adam'" in message and "'AdamW' or 'Adam'" in message
+    assert "command line: [training] local_batch_size = 'many'" in message
+
+
+def test_a_key_in_the_wrong_section_is_pointed_to_the_right_one(tmp_path):
+    assert "did you mean optimizer.lr?" in problems(tmp_path, "[training]\nlr = 1.0\n")
+
+
+@pytest.mark.parametrize("text", ["steps = 5.0", 'steps = "5"', "steps = true", "seed = -1", "max_norm = 0"])
+def test_types_in_a_file_are_strict(tmp_path, text):
+    assert "[training]" in problems(tmp_path, f"[training]\n{text}\n")
+
+
+@pytest.mark.parametrize("arguments", [["steps=5"], ["--steps"], ["--no-compile.enable=1"], ["-x"]])
+def test_an_argument_that_is_no_override_is_refused(tmp_path, arguments):
+    assert "command line" in problems(tmp_path, "", *arguments)
+
+
+def test_a_missing_or_broken_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: No such file"):
+        load(["--job.config_file", "nowhere.toml"], ENVIRONMENT)
+    assert "x.toml: not a valid config file" in problems(tmp_path, "[training\n")
+    assert "stands outside a [section]" in problems(tmp_path, "steps = 5\n")
+
+
+def test_sections_that_contradict_each_other_are_refused(tmp_path):
+    text = '[training]\nsteps = 10\n[lr_scheduler]\nschedule = "trapezoid"\nwarmup_steps = 8\ncooldown_steps = 8\n'
+    assert "warmup_steps (8) + cooldown_steps (8)" in problems(tmp_path, text)
+
+
+def test_a_config_is_frozen(tmp_path):
+    config = read(tmp_path, "", "--training.steps", "5").config
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.steps = 6
+
+
+def test_the_written_config_loads_to_the_same_config(tmp_path):
+    config = read(tmp_path, "[model.overrides]\ndim = 64\n", "--training.dataset_path", 'a "b"').config
+    config.write(tmp_path / "resolved.toml")
+    again = load(["--job.config_file", str(tmp_path / "resolved.toml")], ENVIRONMENT).config
+    assert again.as_dict() == {
+        **config.as_dict(),
+        "job": {**config.as_dict()["job"], "config_file": str(tmp_path / "resolved.toml")},
+    }
+    assert tomli.loads((tmp_path / "resolved.toml").read_text())["model"]["overrides"] == {"dim": 64}
+
+
+def test_every_old_key_leads_to_a_key_that_exists():
+    fields = {f"{s}.{k}" for s, info in JobConfig.model_fields.items() for k in info.annotation.model_fields}
+    for old, renamed in OLD_KEYS.items():
+        assert old not in fields, f"{old} is both old and present"
+        if renamed.new is not None:
+            section, key, *_ = renamed.new.split(".")
+            assert f"{section}.{key}" in fields, f"{old} leads to {renamed.new}"
+
+
+def test_an_old_key_is_translated_with_a_warning_that_names_the_new_one(tmp_path):
+    text = """
+        [training]
+        batch_size = 3
+        warmup_steps = 9
+        [checkpoint]
+        enable_checkpoint = true
+        [optimizer]
+        fused = false
+        [model]
+        norm_type = "layernorm"
+    """
+    loaded = read(tmp_path, text)
+    assert loaded.config.training.local_batch_size == 3
+    assert loaded.config.lr_scheduler.warmup_steps == 9
+    assert loaded.config.checkpoint.enable is True
+    assert loaded.config.optimizer.implementation == "foreach"
+    assert loaded.config.model.overrides == {"norm_type": "layernorm"}
+    assert any("training.batch_size is now training.local_batch_size" in w for w in loaded.warnings)
+    assert len(loaded.warnings) == 5
+
+
+def test_old_keys_work_on_the_command_line_too(tmp_path):
+    config = read(tmp_path, "", "--training.batch_size", "2", "--optimizer.fused=false", "--training.compile").config
+    assert config.training.local_batch_size == 2
+    assert config.optimizer.implementation == "foreach"
+    assert config.compile.enable is True
+
+
+def test_a_feature_that_is_gone_is_accepted_only_switched_off(tmp_path):
+    loaded = read(tmp_path, "[training]\ntensor_parallel_degree = 1\n[float8]\nenable_float8_linear = false\n")
+    assert len(loaded.warnings) == 2
+    assert "training.tensor_parallel_degree = 8 is no longer supported" in problems(
+        tmp_path, "[training]\ntensor_parallel_degree = 8\n"
+    )
+
+
+def test_sections_know_nothing_of_the_loader():
+    """The loader takes any schema: it names no section of ours."""
+    loaded = load_config(JobConfig, ["--training.steps", "3"])
+    assert loaded.config.training.steps == 3

@@ -1,0 +1,108 @@
+"""Imports run one way (docs/architecture.md): nothing imports what stands further right, and there is no circle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "torchtitan_rd"
+
+# The first name of a module below torchtitan_rd -> its place. Rooms of equal place may import each other, if allowed.
+PLACES = {
+    **dict.fromkeys(("", "errors", "log", "config_loader"), 0),
+    "parallelism": 1,
+    **dict.fromkeys(
+        (
+            "models",
+            "data",
+            "optimizer",
+            "lr_scheduler",
+            "loss",
+            "checkpoint",
+            "metrics",
+            "profiling",
+            "heartbeat",
+            "job",
+            "signals",
+        ),
+        2,
+    ),
+    "train_step": 3,
+    "old_keys": 4,
+    "config": 4,
+    "train": 5,
+    "commands": 6,
+    "__main__": 7,
+}
+ALLOWED_NEIGHBOURS = {("config", "old_keys")}
+
+
+def modules() -> dict[str, Path]:
+    return {
+        ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
+
+
+def imports(path: Path) -> set[str]:
+    """The package's own modules that a file imports anywhere, lazily too."""
+    found = set()
+    known = modules()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = names & set(known)
+            found |= submodules or {node.module}
+    return {name for name in found if name.split(".")[0] == PACKAGE.name}
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def test_every_room_has_a_place():
+    assert {room(module) for module in modules()} == set(PLACES)
+
+
+@pytest.mark.parametrize("module", modules())
+def test_nothing_imports_what_stands_further_right(module):
+    own = room(module)
+    for imported in imports(modules()[module]):
+        other = room(imported)
+        if other in ("", own) or (own, other) in ALLOWED_NEIGHBOURS:
+            continue
+        if own == "__main__":  # the console entry imports commands by name only
+            assert PLACES[other] == 0
+        base = PLACES[other] < PLACES[own] or PLACES[own] == PLACES[other] == 0
+        assert base, f"{module} imports {imported}"
+
+
+def test_there_is_no_circle():
+    graph = {module: imports(path) for module, path in modules().items()}
+    done, path = set(), []
+
+    def visit(module: str) -> None:
+        assert module not in path, " -> ".join([*path[path.index(module) :], module])
+        if module in done or module not in graph:
+            return
+        path.append(module)
+        for imported in sorted(graph[module] - {module}):
+            visit(imported)
+        path.pop()
+        done.add(module)
+
+    for module in graph:
+        visit(module)
+
+
+def test_parallelism_names_no_model_and_models_no_parallelism():
+    for module, path in modules().items():
+        text = path.read_text().lower()
+        if room(module) == "parallelism":
+            assert "import" in text and "llama(" not in text and "torchtitan_rd.models" not in text, module
+        if room(module) == "models":
+            assert "torch.distributed" not in text, module

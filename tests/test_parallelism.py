@@ -1,0 +1,107 @@
+"""Sharding, activation checkpointing and compile change where and when things are computed, never what."""
+
+import pytest
+import torch
+
+from tests.ranks import run_on_ranks
+from tests.small_run import Setup, train
+from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.parallelism import ParallelDims, ParallelismConfig
+from torchtitan_rd.parallelism.init import parameter_seed
+
+CHECKPOINTING = {
+    "none": {"mode": "none"},
+    "full": {"mode": "full"},
+    "every second block": {"mode": "selective", "selective_ac_option": "2"},
+    "by op": {"mode": "selective", "selective_ac_option": "op"},
+}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """One rank, no activation checkpointing: what every other setup must reproduce."""
+    return run_on_ranks(1, train, Setup())[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+def test_activation_checkpointing_changes_neither_losses_nor_keys(mode, world_size, plain):
+    setup = Setup(sections={"activation_checkpoint": CHECKPOINTING[mode]})
+    for result in run_on_ranks(world_size, train, setup):
+        assert result["losses"] == pytest.approx(plain["losses"], abs=1e-6)
+        assert result["norms"] == pytest.approx(plain["norms"], abs=1e-5)
+        assert result["keys"] == plain["keys"] == result["names"]
+        if world_size == 1:
+            assert result["after"] == plain["after"], "recomputation must be exact"
+
+
+def test_initial_weights_do_not_depend_on_the_number_of_ranks(plain):
+    for world_size in (2, 4):
+        assert {result["before"] for result in run_on_ranks(world_size, train, Setup())} == {plain["before"]}
+
+
+def test_another_seed_gives_other_weights(plain):
+    other = run_on_ranks(1, train, Setup(sections={"training": {"seed": 1}}))[0]
+    assert other["before"] != plain["before"]
+    assert parameter_seed(0, "a") != parameter_seed(0, "b")
+
+
+def test_hsdp_on_two_by_two_ranks_trains_as_one_rank_does(plain):
+    setup = Setup(sections={"parallelism": {"data_parallel_replicate_degree": 2}})
+    for result in run_on_ranks(4, train, setup):
+        assert result["losses"] == pytest.approx(plain["losses"], abs=1e-5)
+        for name, gradient in plain["gradients"].items():
+            torch.testing.assert_close(result["gradients"][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["always", "never"])
+def test_resharding_policy_changes_nothing_but_memory(policy, plain):
+    setup = Setup(sections={"parallelism": {"fsdp_reshard_after_forward": policy}})
+    for result in run_on_ranks(2, train, setup):
+        assert result["losses"] == pytest.approx(plain["losses"], abs=1e-6)
+
+
+def test_a_tied_head_stays_tied_and_trains_alike_on_one_and_two_ranks():
+    setup = Setup(overrides={"tie_word_embeddings": True})
+    one = run_on_ranks(1, train, setup)[0]
+    assert "output.weight" in one["keys"] and "output.weight" not in one["names"]
+    for two in run_on_ranks(2, train, setup):
+        assert two["losses"] == pytest.approx(one["losses"], abs=1e-6)
+        torch.testing.assert_close(
+            two["gradients"]["tok_embeddings.weight"], one["gradients"]["tok_embeddings.weight"], atol=1e-6, rtol=1e-4
+        )
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_stays_close(plain):
+    setup = Setup(sections={"training": {"mixed_precision_param": "bfloat16"}})
+    for result in run_on_ranks(2, train, setup):
+        assert all(gradient.dtype == torch.float32 for gradient in result["gradients"].values())
+        assert result["losses"] == pytest.approx(plain["losses"], rel=0.02)
+        assert result["losses"] != plain["losses"]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_as_eager_ones_under_clean_names(plain):
+    setup = Setup(sections={"compile": {"enable": True}, "activation_checkpoint": {"mode": "full"}})
+    for result in run_on_ranks(2, train, setup, timeout=280):
+        assert result["losses"] == pytest.approx(plain["losses"], abs=1e-5)
+        assert result["keys"] == plain["keys"] == result["names"]
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "world_size", "expected"),
+    [(1, -1, 8, (1, 8)), (2, -1, 8, (2, 4)), (2, 4, 8, (2, 4)), (1, 1, 1, (1, 1))],
+)
+def test_minus_one_fills_the_ranks(replicate, shard, world_size, expected):
+    config = ParallelismConfig(data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard)
+    dims = ParallelDims.resolve(config, world_size)
+    assert (dims.replicate, dims.shard) == expected and dims.data_degree == world_size
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "world_size"), [(3, -1, 8), (1, 3, 2), (2, 2, 2), (1, 0, 2), (4, -1, 2)]
+)
+def test_degrees_that_do_not_multiply_to_the_ranks_are_refused_by_name(replicate, shard, world_size):
+    config = ParallelismConfig(data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard)
+    with pytest.raises(ConfigError, match="data_parallel_shard_degree"):
+        ParallelDims.resolve(config, world_size)

@@ -1,0 +1,8 @@
+"""Checkpoints: torch.distributed.checkpoint files, verified, committed by one rename and read without trust."""
+
+from torchtitan_rd.checkpoint.checkpointer import Checkpointer
+from torchtitan_rd.checkpoint.config import CheckpointConfig
+from torchtitan_rd.checkpoint.manifest import read_manifest, verify
+from torchtitan_rd.checkpoint.safe_reader import SafeReader, TensorInfo
+
+__all__ = ["CheckpointConfig", "Checkpointer", "SafeReader", "TensorInfo", "read_manifest", "verify"]

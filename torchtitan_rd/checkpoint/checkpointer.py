@@ -1,0 +1,294 @@
+"""Saves and loads the state of a run, exactly and safely. docs/checkpoints.md tells the protocol and its promises."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import tomli
+import tomli_w
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from torchtitan_rd.checkpoint import contract, loading
+from torchtitan_rd.checkpoint.config import CheckpointConfig
+from torchtitan_rd.checkpoint.folders import CheckpointFolder
+from torchtitan_rd.checkpoint.loading import MODEL_SHAPE, Tensors
+from torchtitan_rd.checkpoint.lock import FolderLock
+from torchtitan_rd.checkpoint.manifest import Manifest, read_manifest, tensor_table, verify
+from torchtitan_rd.checkpoint.rank_group import RankGroup
+from torchtitan_rd.checkpoint.safe_reader import SafeReader
+from torchtitan_rd.checkpoint.writer import Snapshot, Writer, total_bytes
+from torchtitan_rd.errors import CheckpointError, ConfigError
+from torchtitan_rd.log import logger
+
+STATE, CONFIG = "state.json", "config.toml"
+
+
+class Checkpointer:
+    """The checkpoints of one run. Collective: every rank makes it and calls its methods alike.
+
+    job_config: {section: {key: value}}, stored with each checkpoint and compared on resume.
+    must_match: the `section.key` that must not change within a run.
+    model_shape: name, flavor and every field of the model, as JSON values.
+
+    Raises CheckpointError if a living run uses the folder, ConfigError if `async_mode` cannot work here.
+    """
+
+    def __init__(
+        self,
+        config: CheckpointConfig,
+        *,
+        dump_folder: Path,
+        job_config: Mapping[str, Mapping[str, Any]],
+        must_match: frozenset[str],
+        model_shape: Mapping[str, Any],
+    ):
+        if config.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
+            raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs CUDA; use "async" here')
+        self.config = config
+        self.must_match = must_match
+        self._config_text = tomli_w.dumps(_without_none(job_config))
+        self._model_text = json.dumps(model_shape, indent=1, sort_keys=True)
+        self._folder = CheckpointFolder(Path(dump_folder) / config.folder)
+        # Two groups, since a group must not be used by two threads at once.
+        self._ranks, self._writing_ranks = RankGroup(), RankGroup()
+        self._lock: FolderLock | None = None
+        if config.enable:
+            self._ranks.from_rank0(self._take_folder)
+        self._writer = Writer(self._folder, self._writing_ranks, self._lock, config.keep_latest_k)
+        # Its thread is waited for at interpreter exit, so that a run that ends without close() keeps its save.
+        # A new thread would otherwise open a CUDA context on device 0, whichever device this rank uses.
+        on_device = (
+            (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_initialized() else (None, ())
+        )
+        self._executor = ThreadPoolExecutor(1, "checkpoint", *on_device)
+        self._in_flight: Future[None] | None = None
+        self._pinned: DefaultStager | None = None
+        self._last_save = time.monotonic()
+        self._saved_step = -1
+
+    def should_save(self, step: int, *, last_step: bool) -> bool:
+        """Whether to save now. In seconds mode rank 0's clock decides, so every rank must ask at every step."""
+        if not self.config.enable:
+            return False
+        if self.config.interval_type == "steps":
+            return last_step or step % self.config.interval == 0
+        due = self._ranks.from_rank0(lambda: time.monotonic() - self._last_save >= self.config.interval)
+        return last_step or due
+
+    def save(self, step: int, tensors: Tensors, state: Mapping[str, Any], *, last_step: bool = False) -> None:
+        """Saves step `step`; in the async modes it returns once the tensors are copied.
+
+        tensors: {"model": {fqn: tensor}, "optimizer": {...}}, DTensors or tensors that are equal on every rank.
+        state: JSON values, equal on every rank.
+        Step 0 is a seed and holds only `tensors["model"]`, as does the last step under `last_save_model_only`.
+        Raises CheckpointError, on every rank, if this save or the previous one failed.
+        """
+        self.wait()
+        export = last_step and self.config.last_save_model_only
+        if step == self._saved_step and not export:
+            logger.info("step %d is saved already", step)
+            return
+        snapshot = self._snapshot(step, tensors, state, export)
+        self._ranks.from_rank0(lambda: self._folder.require_free(total_bytes(snapshot.table)))
+        self._last_save = time.monotonic()
+        if self.config.async_mode == "disabled":
+            self._writer.write(snapshot)
+        else:
+            self._in_flight = self._executor.submit(self._writer.write, self._staged(snapshot))
+        self._saved_step = -1 if export else step
+
+    def raise_errors(self) -> None:
+        """At every step boundary: raises CheckpointError on all ranks at the same step if an async save failed."""
+        if self._in_flight is not None and self._ranks.all_true(self._in_flight.done()):
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits for the save in flight. Raises CheckpointError on every rank if it failed."""
+        if self._in_flight is None:
+            return
+        in_flight, self._in_flight = self._in_flight, None
+        started = time.monotonic()
+        try:
+            in_flight.result()
+        except CheckpointError:
+            self._saved_step = -1
+            raise
+        waited = time.monotonic() - started
+        if waited > 1:
+            logger.warning("waited %.1f s for the previous save; a larger checkpoint.interval avoids it", waited)
+
+    def load(self, tensors: Tensors) -> dict[str, Any] | None:
+        """Resumes: fills `tensors` in place from the newest good checkpoint, and returns its state.
+
+        Returns None if there is no checkpoint. Damaged ones newer than the one loaded are renamed to `step-N.corrupt`.
+        Raises CheckpointError if all are damaged (and changes nothing), if the one named by `checkpoint.load_step` is,
+        or if the checkpoint is of another model, other tensors or settings that must not change.
+        """
+        if not self.config.enable:
+            return None
+        candidates = self._ranks.from_rank0(self._candidates)
+        refused: dict[str, list[str]] = {}
+        for step in candidates:
+            path = self._folder.root / f"step-{step}"
+            problems = self._verify(path)
+            if not problems:
+                return self._resume(path, tensors, list(refused))
+            refused[path.name] = problems
+            logger.warning("%s is damaged: %s", path, "; ".join(problems))
+        if not refused:
+            return None
+        lines = "\n".join(f"  {name}: {'; '.join(problems)}" for name, problems in refused.items())
+        raise CheckpointError(
+            f"no checkpoint to resume from in {self._folder.root}:\n{lines}\nnothing was changed; "
+            f"repair or move these, or set another checkpoint.folder to start afresh"
+        )
+
+    def load_initial(self, model: Mapping[str, Tensor]) -> Path | None:
+        """Fills `model` in place from the `step-0` seed or `checkpoint.initial_load_path`; returns what was loaded.
+
+        Tensors that it lacks, or that `exclude_from_loading` names, keep their values, and each is logged; a type may
+        differ and is converted, which is logged. Raises CheckpointError if it is missing, damaged or has other shapes.
+        """
+        own = self._folder.root if self.config.enable else None
+        candidates = self._ranks.from_rank0(lambda: loading.initial_candidates(own, self.config.initial_load_path))
+        refused = []
+        for path in candidates:
+            if self._ranks.from_rank0(lambda path=path: loading.has_checksums(path)):
+                problems = self._verify(path)
+            else:
+                logger.warning("%s has no checksums: damage to it would not be seen", path)
+                problems = []
+            if not problems:
+                loading.load_initial_weights(path, model, self.config.exclude_from_loading, self._ranks)
+                return path
+            refused.append(f"{path} is damaged: {'; '.join(problems)}")
+            logger.warning("%s", refused[-1])
+        if refused:
+            raise CheckpointError("no initial weights:\n  " + "\n  ".join(refused))
+        return None
+
+    def close(self) -> None:
+        """Waits for the save in flight and gives the folder free. Idempotent; before destroy_process_group."""
+        try:
+            self.wait()
+        finally:
+            self._executor.shutdown()
+            if self._pinned is not None:
+                self._pinned.close()
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+            self._ranks.close()
+            self._writing_ranks.close()
+
+    def _take_folder(self) -> None:
+        self._folder.root.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(self._folder.root)
+        self._folder.remove_leftovers()
+
+    def _snapshot(self, step: int, tensors: Tensors, state: Mapping[str, Any], export: bool) -> Snapshot:
+        resumable = step > 0 and not export
+        kept = {
+            group: {name: tensor.detach() for name, tensor in members.items()}
+            for group, members in tensors.items()
+            if resumable or group == "model"
+        }
+        if export:
+            kept = {"model": _converted(kept["model"], getattr(torch, self.config.export_dtype))}
+        documents = {CONFIG: self._config_text, MODEL_SHAPE: self._model_text}
+        if resumable:
+            documents[STATE] = json.dumps(state, indent=1)
+        name = f"step-{step}-model" if export else f"step-{step}"
+        return Snapshot(name, step, resumable, kept, tensor_table(kept), documents)
+
+    def _staged(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with its tensors copied to CPU memory, so that training may change the originals."""
+        if self.config.async_mode == "async_with_pinned_mem":
+            if self._pinned is None:
+                self._pinned = _stager(pinned=True)
+            copies = self._pinned.stage(snapshot.tensors)
+        else:
+            stager = _stager(pinned=False)
+            copies = stager.stage(snapshot.tensors)
+            stager.close()
+        return dataclasses.replace(snapshot, tensors=copies)
+
+    def _candidates(self) -> list[int]:
+        """The steps to try, in order."""
+        steps, wanted = self._folder.steps(), self.config.load_step
+        if wanted == -1 and not steps and (damaged := self._folder.quarantined()):
+            raise CheckpointError(
+                f"{self._folder.root} holds only damaged checkpoints ({', '.join(damaged)}); "
+                f"move them, or set another checkpoint.folder, to start afresh"
+            )
+        if wanted == -1:
+            return steps
+        if wanted not in steps:
+            raise CheckpointError(f"checkpoint.load_step = {wanted}: {self._folder.root} has the steps {steps}")
+        if newer := [n for n in steps if n > wanted]:
+            logger.warning("going back to step %d: steps %s are set aside at the next save", wanted, newer)
+        return [wanted]
+
+    def _verify(self, path: Path) -> list[str]:
+        """What is wrong with a checkpoint; collective, each rank reads its share of the files."""
+        share = (self._ranks.rank, self._ranks.world_size)
+        found = self._ranks.agree(lambda: verify(path, hashes=self.config.verify_hashes, share=share))
+        return list(dict.fromkeys(problem for problems in found for problem in problems))
+
+    def _resume(self, path: Path, tensors: Tensors, damaged: list[str]) -> dict[str, Any]:
+        excluded = [name for name in self.config.exclude_from_loading if not contract.is_excluded(name, ["model"])]
+        manifest, shape, config, state = self._ranks.from_rank0(lambda: _read_documents(path))
+        contract.check_model_shape(shape, json.loads(self._model_text), str(path))
+        for line in contract.check_config(config, tomli.loads(self._config_text), self.must_match, str(path)):
+            logger.warning("setting changed since the checkpoint: %s", line)
+        contract.check_exclusions(excluded, [*manifest.tensors, *contract.flat_keys(state)], str(path))
+        wanted = loading.select(tensors, excluded)
+        saved = {key: entry for key, entry in manifest.tensors.items() if not contract.is_excluded(key, excluded)}
+        contract.check_tensors(saved, tensor_table(wanted), str(path))
+        if excluded:
+            logger.warning("not loading %s: checkpoint.exclude_from_loading", ", ".join(excluded))
+        loading.read_tensors(SafeReader(path), wanted, self._ranks)
+        for name in damaged:
+            moved = self._ranks.from_rank0(lambda name=name: self._folder.set_aside(name, "corrupt"))
+            logger.warning("%s is now %s", name, moved)
+        self._saved_step = manifest.step
+        logger.info("resumed from %s", path)
+        return contract.prune(state, excluded)
+
+
+def _read_documents(path: Path) -> tuple[Manifest, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Manifest, model shape, config and state of a checkpoint."""
+    manifest = read_manifest(path)
+    if not manifest.resumable:
+        raise CheckpointError(f"{path} holds only the model: name it in checkpoint.initial_load_path instead")
+    try:
+        shape = json.loads((path / MODEL_SHAPE).read_text(encoding="utf-8"))
+        config = tomli.loads((path / CONFIG).read_text(encoding="utf-8"))
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}; checkpoint.verify_hashes = true falls back to an older one") from None
+    return manifest, shape, config, state
+
+
+def _stager(*, pinned: bool) -> DefaultStager:
+    """Copies in the calling thread, and returns when all copies are complete."""
+    options = StagingOptions(
+        use_pinned_memory=pinned, use_non_blocking_copy=pinned, use_shared_memory=False, use_async_staging=False
+    )
+    return DefaultStager(options)
+
+
+def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+
+
+def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
+    """TOML has no null: a key without a value is left out."""
+    kept = {key: value for key, value in table.items() if value is not None}
+    return {key: _without_none(value) if isinstance(value, Mapping) else value for key, value in kept.items()}

@@ -1,0 +1,83 @@
+"""The `[checkpoint]` section."""
+
+from pathlib import PurePath
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from torchtitan_rd.config_loader import Section
+
+
+class CheckpointConfig(Section):
+    """Saving, resuming, initial weights and export."""
+
+    enable: bool = False
+    """Save checkpoints, and resume from the newest good one when the same command runs again."""
+
+    folder: str = "checkpoint"
+    """Where the checkpoints go, inside `job.dump_folder`."""
+
+    interval: int = Field(500, ge=1)
+    """Steps or seconds between two saves. The last step is always saved."""
+
+    interval_type: Literal["steps", "seconds"] = "steps"
+    """Unit of `interval`. In seconds, rank 0's clock decides for all ranks."""
+
+    keep_latest_k: int = Field(10, ge=0)
+    """How many of the newest checkpoints to keep; 0 keeps all. 1 is refused: it leaves nothing to fall back to."""
+
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """`async`: copy the state to CPU memory, then write in the background while training goes on.
+    `async_with_pinned_mem`: the same through page-locked buffers, kept between saves (CUDA only)."""
+
+    load_step: int = Field(-1, ge=-1)
+    """Resume from exactly this step, with no fallback; -1: from the newest good checkpoint."""
+
+    initial_load_path: str | None = None
+    """Initial weights for a run that has no checkpoint yet: a step folder, or a checkpoint folder (its newest step)."""
+
+    exclude_from_loading: list[str] = Field(default_factory=list)
+    """Names, or prefixes of names, not to load. `model.*` names keep their initial values in an initial load;
+    other names (`optimizer`, `data`, `rng`, ...) start afresh at every resume."""
+
+    last_save_model_only: bool = False
+    """Write only the model at the last step, as `step-N-model`: for export, not for resuming."""
+
+    export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the floating-point tensors in `step-N-model`."""
+
+    create_seed_checkpoint: bool = False
+    """Write the freshly initialised model as `step-0` and stop."""
+
+    verify_hashes: bool = True
+    """Compare every file with its sha256 before loading. If false, only names and sizes are compared."""
+
+    @field_validator("folder")
+    @classmethod
+    def _inside_the_dump_folder(cls, folder: str) -> str:
+        path = PurePath(folder)
+        if path.is_absolute() or ".." in path.parts or not path.parts or not folder.isprintable():
+            raise ValueError("must name a folder inside job.dump_folder, without '..'")
+        return folder
+
+    @field_validator("keep_latest_k")
+    @classmethod
+    def _something_to_fall_back_to(cls, k: int) -> int:
+        if k == 1:
+            raise ValueError("1 would leave no older checkpoint to fall back to; use 2 or more, or 0 to keep all")
+        return k
+
+    @field_validator("load_step")
+    @classmethod
+    def _a_seed_is_not_resumed(cls, step: int) -> int:
+        if step == 0:
+            raise ValueError("step-0 is a seed: it is loaded without being named, by a run that has no other step")
+        return step
+
+    @model_validator(mode="after")
+    def _needs_enable(self) -> "CheckpointConfig":
+        if not self.enable and self.create_seed_checkpoint:
+            raise ValueError("create_seed_checkpoint needs checkpoint.enable = true")
+        if not self.enable and self.load_step != -1:
+            raise ValueError(f"load_step = {self.load_step} needs checkpoint.enable = true")
+        return self

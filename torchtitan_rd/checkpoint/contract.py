@@ -1,0 +1,126 @@
+"""What must agree between a checkpoint and the run that loads it. Pure functions: each raises one CheckpointError."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+from torchtitan_rd.checkpoint.manifest import TensorTable
+from torchtitan_rd.errors import CheckpointError
+
+Tables = Mapping[str, Any]
+
+
+def check_model_shape(saved: Tables, wanted: Tables, name: str) -> None:
+    """Every field of the model's shape must be the same."""
+    fields = sorted(f for f in {*saved, *wanted} if saved.get(f) != wanted.get(f))
+    if fields:
+        differences = _lines(f"{f}: {saved.get(f)!r} there, {wanted.get(f)!r} here" for f in fields)
+        raise CheckpointError(
+            f"{name} is of another model:\n{differences}\n"
+            f"set these back, or start a new run with another checkpoint.folder (and checkpoint.initial_load_path)"
+        )
+
+
+def check_config(saved: Tables, wanted: Tables, must_match: Collection[str], name: str) -> list[str]:
+    """Keys in `must_match` (`section.key`) must be the same; the other differences are returned, one line each.
+
+    saved, wanted: {section: {key: value}}; a key without a value is absent.
+    """
+    differing = {}
+    for section in sorted({*saved, *wanted}):
+        there, here = saved.get(section, {}), wanted.get(section, {})
+        for key in sorted({*there, *here}):
+            if there.get(key) != here.get(key):
+                differing[f"{section}.{key}"] = f"{section}.{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+    fatal = [line for key, line in differing.items() if key in must_match]
+    if fatal:
+        raise CheckpointError(
+            f"{name} was written with other settings, which must not change within a run:\n{_lines(fatal)}\n"
+            f"set these back, or start a new run with another checkpoint.folder (and checkpoint.initial_load_path)"
+        )
+    return [line for key, line in differing.items() if key not in must_match]
+
+
+def check_tensors(saved: TensorTable, wanted: TensorTable, name: str) -> None:
+    """Both must have the same keys, shapes and types: torch itself ignores surplus keys and casts in silence."""
+    absent, surplus = sorted({*wanted} - {*saved}), sorted({*saved} - {*wanted})
+    if absent or surplus:
+        parts = [f"has no {some(absent)}"] if absent else []
+        parts += [f"holds {some(surplus)}, which this run does not load"] if surplus else []
+        groups = sorted({key.partition(".")[0] for key in absent + surplus} - {"model"})
+        remedy = (
+            f"; to start {' and '.join(groups)} afresh, checkpoint.exclude_from_loading = {groups}" if groups else ""
+        )
+        raise CheckpointError(f"{name} {' and '.join(parts)}{remedy}")
+    differing = [
+        f"{key}: {_shown(saved, key)} there, {_shown(wanted, key)} here"
+        for key in sorted(saved)
+        if saved[key] != wanted[key]
+    ]
+    if differing:
+        raise CheckpointError(f"{name} holds other tensors than this run:\n{_lines(differing)}")
+
+
+def plan_initial_load(saved: TensorTable, wanted: TensorTable, excluded: Sequence[str], name: str) -> list[str]:
+    """The keys to take from a checkpoint of initial weights: those in both, less the excluded ones.
+
+    Keys that it lacks keep their initial values. A shape may differ only if the key is excluded.
+    """
+    taken = [key for key in wanted if key in saved and not is_excluded(key, excluded)]
+    if not taken:
+        raise CheckpointError(f"{name} has none of the wanted tensors {some(wanted)}; it holds {some(sorted(saved))}")
+    differing = [key for key in taken if saved[key].shape != wanted[key].shape]
+    if differing:
+        lines = _lines(f"{key}: {_shown(saved, key)} there, {_shown(wanted, key)} here" for key in differing)
+        remedy = sorted({key.removesuffix(".weight").removesuffix(".bias") for key in differing})
+        raise CheckpointError(
+            f"{name} has other shapes:\n{lines}\nto keep the initial values of these, set "
+            f"checkpoint.exclude_from_loading = {remedy}"
+        )
+    return taken
+
+
+def is_excluded(key: str, excluded: Iterable[str]) -> bool:
+    """Whether `key` is one of `excluded`, or below one: `optimizer` covers `optimizer.output.exp_avg`."""
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in excluded)
+
+
+def prune(state: Mapping[str, Any], excluded: Sequence[str], path: str = "") -> dict[str, Any]:
+    """`state` without the excluded keys, at any depth."""
+    return {
+        key: prune(value, excluded, f"{path}{key}.") if isinstance(value, dict) else value
+        for key, value in state.items()
+        if not is_excluded(path + key, excluded)
+    }
+
+
+def check_exclusions(excluded: Iterable[str], keys: Iterable[str], name: str) -> None:
+    """A name in `exclude_from_loading` that covers nothing is a slip, and would load what it should not."""
+    keys = list(keys)
+    for prefix in excluded:
+        if not any(is_excluded(key, [prefix]) for key in keys):
+            groups = sorted({key.partition(".")[0] for key in keys})
+            raise CheckpointError(
+                f"checkpoint.exclude_from_loading: {prefix!r} names nothing in {name}, which holds {', '.join(groups)}"
+            )
+
+
+def flat_keys(state: Mapping[str, Any], path: str = "") -> list[str]:
+    """The dotted names of all entries of a nested dict, leaves only."""
+    found = []
+    for key, value in state.items():
+        found += flat_keys(value, f"{path}{key}.") if isinstance(value, dict) and value else [path + key]
+    return found
+
+
+def some(keys: Collection[str], limit: int = 6) -> str:
+    """`a, b, c and 12 more`."""
+    shown = ", ".join(list(keys)[:limit])
+    return shown if len(keys) <= limit else f"{shown} and {len(keys) - limit} more"
+
+
+def _shown(table: TensorTable, key: str) -> str:
+    return f"{table[key].dtype} {tuple(table[key].shape)}"
+
+
+def _lines(lines: Iterable[str]) -> str:
+    return "\n".join(f"  {line}" for line in lines)

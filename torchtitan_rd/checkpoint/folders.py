@@ -1,0 +1,140 @@
+"""The folder of a run's checkpoints: names, staging, the one commit, retention. Called on rank 0 only.
+
+A checkpoint is a real folder `step-N` with a manifest. Everything that this module makes, renames or removes has one
+of the names below; whatever else lies in the folder, symbolic links included, is the user's and is never touched.
+"""
+
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.log import logger
+
+STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+MODEL_ONLY = re.compile(r"step-([1-9][0-9]*)-model")
+CORRUPT = re.compile(r"step-[0-9]+\.corrupt(-[0-9a-f]{32})?")
+LEFTOVER = re.compile(r"\.(tmp|trash)-step-[0-9]+(-model)?-[0-9a-f]{32}")
+MANIFEST = "manifest.json"
+
+
+class CheckpointFolder:
+    """The checkpoints in `root`."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def steps(self) -> list[int]:
+        """The N > 0 of every entry named step-N, newest first, whether it is a good checkpoint or not."""
+        return sorted((int(m[1]) for m in self._named(STEP) if m[1] != "0"), reverse=True)
+
+    def quarantined(self) -> list[str]:
+        """Names of the checkpoints that were set aside as damaged."""
+        return sorted(m[0] for m in self._named(CORRUPT))
+
+    def new_staging(self, name: str) -> Path:
+        """A fresh, empty folder to write checkpoint `name` in."""
+        staging = self.root / f".tmp-{name}-{uuid.uuid4().hex}"
+        staging.mkdir()
+        return staging
+
+    def commit(self, staging: Path, name: str) -> None:
+        """Makes the finished `staging` the checkpoint `name`. The rename is the only commit."""
+        target = self.root / name
+        if target.is_symlink() or target.exists():
+            raise CheckpointError(f"{target} is in the way and is not a checkpoint; move it")
+        fsync(staging)
+        staging.rename(target)
+        fsync(self.root)
+
+    def discard(self, staging: Path) -> None:
+        """Removes an unfinished staging folder."""
+        shutil.rmtree(staging, ignore_errors=True)
+
+    def set_aside(self, name: str, suffix: str) -> str:
+        """Renames checkpoint `name` to `name.suffix`, a name that nothing is loaded from; returns the new name."""
+        source = self.root / name
+        if not _is_real_folder(source):
+            return name
+        target = self.root / f"{name}.{suffix}"
+        if target.exists():
+            target = self.root / f"{name}.{suffix}-{uuid.uuid4().hex}"
+        source.rename(target)
+        fsync(self.root)
+        return target.name
+
+    def set_aside_from(self, step: int, own_name: str) -> None:
+        """Sets aside what an abandoned branch left at `step` or later, before `own_name` is committed there.
+
+        It happens after `checkpoint.load_step` went back: a later resume must not mix the two branches.
+        """
+        stale = [f"step-{n}" for n in self.steps() if n > step] + [own_name]
+        for name in stale:
+            if _is_checkpoint(self.root / name):
+                moved = self.set_aside(name, "superseded")
+                logger.warning("%s is of an earlier run that this one replaces; it is now %s", name, moved)
+
+    def purge(self, keep: int) -> None:
+        """Removes all but the newest `keep` checkpoints (0: none is removed). Seeds and exports stay."""
+        committed = [n for n in self.steps() if _is_checkpoint(self.root / f"step-{n}")]
+        for step in committed[keep:] if keep else []:
+            name = f"step-{step}"
+            trash = self.root / f".trash-{name}-{uuid.uuid4().hex}"
+            (self.root / name).rename(trash)  # from here on no reader takes it for a checkpoint
+            shutil.rmtree(trash)
+
+    def remove_leftovers(self) -> None:
+        """Removes the staging and trash folders of runs that died. Only for the owner of the lock."""
+        for match in self._named(LEFTOVER):
+            if _is_real_folder(self.root / match[0]):
+                logger.warning("removing %s, left by a run that died", self.root / match[0])
+                shutil.rmtree(self.root / match[0])
+
+    def require_free(self, needed: int) -> None:
+        """Raises CheckpointError unless `needed` bytes are free."""
+        free = self.free_bytes()
+        if free < needed:
+            raise CheckpointError(
+                f"{self.root}: a checkpoint needs {needed:,} bytes and {free:,} are free; free some space, "
+                f"lower checkpoint.keep_latest_k or move job.dump_folder"
+            )
+
+    def free_bytes(self) -> int:
+        return shutil.disk_usage(self.root).free
+
+    def _named(self, pattern: re.Pattern[str]) -> list[re.Match[str]]:
+        if not self.root.is_dir():
+            return []
+        return [m for entry in self.root.iterdir() if (m := pattern.fullmatch(entry.name))]
+
+
+def step_of(name: str) -> int | None:
+    """The N of step-N, step-N-model, step-N.corrupt; None of other names."""
+    match = re.match(r"step-([0-9]+)(?![0-9])", name)
+    return int(match[1]) if match else None
+
+
+def fsync(path: Path) -> None:
+    """Forces a file's bytes, or a folder's list of names, to permanent storage."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Writes a new file and forces it to permanent storage."""
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+    fsync(path)
+
+
+def _is_real_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return _is_real_folder(path) and (path / MANIFEST).is_file()

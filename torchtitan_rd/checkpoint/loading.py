@@ -1,0 +1,89 @@
+"""Fills the tensors of a run from a checkpoint folder: all of them to resume, some of them as initial weights."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from torchtitan_rd.checkpoint import contract
+from torchtitan_rd.checkpoint.folders import MANIFEST, MODEL_ONLY, STEP, step_of
+from torchtitan_rd.checkpoint.manifest import TensorEntry, dtype_name, tensor_table
+from torchtitan_rd.checkpoint.rank_group import RankGroup
+from torchtitan_rd.checkpoint.safe_reader import METADATA, SafeReader
+from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.log import logger
+
+Tensors = Mapping[str, Mapping[str, Tensor]]
+MODEL_SHAPE = "model.json"
+
+
+def select(tensors: Tensors, excluded: Sequence[str]) -> dict[str, dict[str, Tensor]]:
+    """`tensors` without the excluded names."""
+    return {
+        group: {name: t for name, t in members.items() if not contract.is_excluded(f"{group}.{name}", excluded)}
+        for group, members in tensors.items()
+    }
+
+
+def read_tensors(reader: SafeReader, tensors: Tensors, ranks: RankGroup) -> None:
+    """Fills `tensors` in place; collective. Each rank reads only its own shards."""
+
+    def read_metadata() -> None:
+        reader.read_metadata()
+
+    ranks.agree(read_metadata)  # before torch's own collectives, where its error would be buried
+    wanted = {group: dict(members) for group, members in tensors.items()}
+    ranks.agree(lambda: dcp.load(wanted, storage_reader=reader, process_group=ranks.group))
+
+
+def initial_candidates(own_folder: Path | None, initial_load_path: str | None) -> list[Path]:
+    """The folders to try for initial weights, in order: our own seed, the folder named, or its step folders."""
+    if own_folder is not None and (own_folder / "step-0").is_dir():
+        if initial_load_path is not None:
+            logger.warning("checkpoint.initial_load_path is not used: %s has a seed", own_folder)
+        return [own_folder / "step-0"]
+    if initial_load_path is None:
+        return []
+    path = Path(initial_load_path).resolve()
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint.initial_load_path = {initial_load_path!r} is not a folder")
+    if (path / METADATA).exists():
+        return [path]
+    named = (STEP, MODEL_ONLY)
+    steps = [p for p in path.iterdir() if any(n.fullmatch(p.name) for n in named) and (p / METADATA).exists()]
+    if not steps:
+        raise CheckpointError(
+            f"checkpoint.initial_load_path = {initial_load_path!r} is neither a checkpoint (no {METADATA}) "
+            f"nor a folder of checkpoints (no step-N)"
+        )
+    return sorted(steps, key=lambda p: (step_of(p.name), p.name), reverse=True)
+
+
+def has_checksums(path: Path) -> bool:
+    """Whether a folder of initial weights can be verified. One of ours that lost its manifest counts, and fails."""
+    return (path / MANIFEST).exists() or (path / MODEL_SHAPE).exists()
+
+
+def load_initial_weights(path: Path, model: Mapping[str, Tensor], excluded: Sequence[str], ranks: RankGroup) -> None:
+    """Fills `model` from the `model.*` tensors of `path`; see Checkpointer.load_initial."""
+    reader = SafeReader(path, prefix="model.")
+    saved = {
+        key: TensorEntry(shape=list(info.shape), dtype=dtype_name(info.dtype))
+        for key, info in ranks.from_rank0(reader.tensors).items()
+    }
+    excluded = [name for name in excluded if contract.is_excluded(name, ["model"])]
+    wanted = tensor_table({"model": dict(model)})
+    contract.check_exclusions(excluded, wanted, "the model")
+    taken = contract.plan_initial_load(saved, wanted, excluded, str(path))
+    read_tensors(
+        reader, {"model": {key.removeprefix("model."): model[key.removeprefix("model.")] for key in taken}}, ranks
+    )
+    for key in sorted({*wanted} - {*taken}):
+        reason = "excluded by checkpoint.exclude_from_loading" if key in saved else f"not in {path}"
+        logger.warning("%s keeps its initial value: %s", key, reason)
+    if converted := [key for key in taken if saved[key].dtype != wanted[key].dtype]:
+        logger.warning("converted from %s: %s", saved[converted[0]].dtype, contract.some(converted))
+    if unused := sorted({*saved} - {*wanted}):
+        logger.warning("%s also holds %s, which this model does not have", path, contract.some(unused))
+    logger.info("initial weights: %d of %d tensors from %s", len(taken), len(wanted), path)

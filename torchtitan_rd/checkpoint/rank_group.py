@@ -1,0 +1,93 @@
+"""Agreement of all ranks, on a gloo group of its own: what one rank decides or suffers, every rank learns."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from torchtitan_rd.errors import CheckpointError
+
+T = TypeVar("T")
+
+# The longest that one rank may wait for another to write and hash its share of a checkpoint.
+TIMEOUT = timedelta(minutes=30)
+
+
+class RankGroup:
+    """All ranks of the job; without a process group, this one process. Collective: make it on every rank."""
+
+    def __init__(self) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if distributed else None
+        self.rank = dist.get_rank() if distributed else 0
+        self.world_size = dist.get_world_size() if distributed else 1
+
+    def from_rank0(self, make: Callable[[], T]) -> T:
+        """What `make()` returns on rank 0, on every rank. Raises CheckpointError on every rank if it fails there."""
+        result, failure, cause = None, None, None
+        if self.rank == 0:
+            try:
+                result = make()
+            except Exception as error:
+                failure, cause = describe(error), error
+        if self.group is not None:
+            box = [result, failure]
+            dist.broadcast_object_list(box, src=0, group=self.group)
+            result, failure = box
+        if failure is not None:
+            raise CheckpointError(failure) from cause
+        return result
+
+    def agree(self, action: Callable[[], T]) -> list[T]:
+        """What `action()` returned on each rank. Raises CheckpointError on every rank if it fails on any."""
+        result, failures, cause = None, {}, None
+        try:
+            result = action()
+        except CheckpointException as error:  # of torch; a BaseException, which names the ranks that failed
+            cause = error
+            failures = {rank: describe(wrapped[0]) for rank, wrapped in error.failures.items()}
+        except Exception as error:
+            cause = error
+            failures = {self.rank: describe(error)}
+        gathered = self._gather((result, failures))
+        merged = {rank: text for _, found in gathered for rank, text in found.items()}
+        if merged:
+            raise _as_checkpoint_error(merged) from cause
+        return [value for value, _ in gathered]
+
+    def all_true(self, flag: bool) -> bool:
+        """Whether `flag` is true on every rank."""
+        if self.group is None:
+            return flag
+        count = torch.tensor(int(flag))
+        dist.all_reduce(count, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(count)
+
+    def close(self) -> None:
+        """Leaves the group. Not a collective."""
+        if self.group is not None and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+        self.group = None
+
+    def _gather(self, value: T) -> list[T]:
+        if self.group is None:
+            return [value]
+        values: list = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+
+def describe(error: BaseException) -> str:
+    """One line for a user: our own errors as they are, others with their type."""
+    if isinstance(error, CheckpointError):
+        return str(error)
+    return f"{type(error).__name__}: {str(error).strip() or 'no message'}"
+
+
+def _as_checkpoint_error(failures: dict[int, str]) -> CheckpointError:
+    if len(set(failures.values())) == 1:
+        return CheckpointError(next(iter(failures.values())))
+    return CheckpointError("; ".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))

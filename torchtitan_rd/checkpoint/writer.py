@@ -1,0 +1,113 @@
+"""Writes one checkpoint: staging folder, shards, hashes, manifest, rename; in any thread, on any ranks."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemWriter
+
+from torchtitan_rd import __version__
+from torchtitan_rd.checkpoint.folders import CheckpointFolder, write_durably
+from torchtitan_rd.checkpoint.lock import FolderLock
+from torchtitan_rd.checkpoint.manifest import FileTable, Manifest, TensorTable, hash_files
+from torchtitan_rd.checkpoint.rank_group import RankGroup
+from torchtitan_rd.checkpoint.safe_reader import METADATA
+from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.log import logger
+
+# Without a process group torch says at each save and load that it assumes a single process, which is so.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What is to be written, fixed at the moment of the save.
+
+    tensors: {group: {name: tensor or DTensor}}, which nobody changes until the write has ended.
+    table: their names, shapes and types. documents: name -> text of the small files beside them.
+    """
+
+    name: str
+    step: int
+    resumable: bool
+    tensors: dict[str, dict[str, Tensor]]
+    table: TensorTable
+    documents: dict[str, str]
+
+
+class Writer:
+    """Writes snapshots into `folder`, one at a time. Rank 0 holds `lock`."""
+
+    def __init__(self, folder: CheckpointFolder, ranks: RankGroup, lock: FolderLock | None, keep_latest_k: int):
+        self.folder = folder
+        self.ranks = ranks
+        self.lock = lock
+        self.keep_latest_k = keep_latest_k
+
+    def write(self, snapshot: Snapshot) -> None:
+        """Collective. Returns after the commit, or raises CheckpointError on every rank with nothing committed."""
+        ranks, where = self.ranks, self.folder.root / snapshot.name
+        try:
+            staging = ranks.from_rank0(lambda: self.folder.new_staging(snapshot.name))
+            try:
+                ranks.agree(lambda: self._write_shards(snapshot, staging))
+                hashes = ranks.agree(lambda: self._hash_own_files(staging))
+                ranks.from_rank0(lambda: self._commit(snapshot, staging, hashes))
+            except CheckpointError:
+                ranks.from_rank0(lambda: self.folder.discard(staging))
+                raise
+        except CheckpointError as error:
+            raise CheckpointError(f"{where} was not saved ({self._room()}): {error}") from error
+        except RuntimeError as error:  # of gloo: a rank died or was silent for too long
+            raise CheckpointError(f"{where} was not saved: lost contact with another rank: {error}") from error
+
+    def _room(self) -> str:
+        try:
+            return f"{self.folder.free_bytes():,} bytes are free there"
+        except OSError as error:
+            return f"the folder is out of reach: {error.strerror}"
+
+    def _write_shards(self, snapshot: Snapshot, staging: Path) -> None:
+        writer = FileSystemWriter(staging, sync_files=True, overwrite=False)
+        dcp.save(snapshot.tensors, storage_writer=writer, process_group=self.ranks.group)
+
+    def _hash_own_files(self, staging: Path) -> FileTable:
+        names = sorted(path.name for path in staging.glob(f"__{self.ranks.rank}_*"))
+        return hash_files(staging, names + ([METADATA] if self.ranks.rank == 0 else []))
+
+    def _commit(self, snapshot: Snapshot, staging: Path, hashes: list[FileTable]) -> None:
+        """On rank 0. Every shard is on storage already: torch forces each to storage as it writes."""
+        files = {name: entry for table in hashes for name, entry in table.items()}
+        for name, entry in files.items():
+            if not (staging / name).is_file() or (staging / name).stat().st_size != entry.size:
+                raise CheckpointError(f"rank 0 does not see {staging / name}: the folder must be shared by all nodes")
+        for name, text in snapshot.documents.items():
+            write_durably(staging / name, text)
+        manifest = Manifest(
+            step=snapshot.step,
+            resumable=snapshot.resumable,
+            world_size=self.ranks.world_size,
+            torch_version=torch.__version__,
+            program_version=__version__,
+            files=files | hash_files(staging, list(snapshot.documents)),
+            tensors=snapshot.table,
+        )
+        manifest.write(staging)
+        if self.lock is not None:
+            self.lock.require_held()
+        self.folder.set_aside_from(snapshot.step, snapshot.name)
+        self.folder.commit(staging, snapshot.name)
+        logger.info("saved %s (%.1f MB)", self.folder.root / snapshot.name, total_bytes(snapshot.table) / 1e6)
+        try:
+            self.folder.purge(self.keep_latest_k)
+        except OSError as error:  # the new checkpoint is safe; the next save tries again
+            logger.warning("cannot remove an old checkpoint: %s", error)
+
+
+def total_bytes(table: TensorTable) -> int:
+    """Bytes of all tensors together, each counted once whatever its sharding."""
+    sizes = (torch.Size(entry.shape).numel() * getattr(torch, entry.dtype).itemsize for entry in table.values())
+    return sum(sizes)

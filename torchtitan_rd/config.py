@@ -1,0 +1,77 @@
+"""JobConfig: every section in one place, and the checks that need more than one of them."""
+
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from torchtitan_rd.checkpoint import CheckpointConfig
+from torchtitan_rd.config_loader import Loaded, Section, load_config
+from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.job import CommConfig, Environment, JobKeys
+from torchtitan_rd.lr_scheduler import LRSchedulerConfig
+from torchtitan_rd.metrics import MetricsConfig
+from torchtitan_rd.models.config import ModelConfig
+from torchtitan_rd.old_keys import OLD_KEYS
+from torchtitan_rd.optimizer import OptimizerConfig
+from torchtitan_rd.parallelism import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
+from torchtitan_rd.profiling import ProfilingConfig
+from torchtitan_rd.train_step import TrainingConfig
+
+
+class JobConfig(Section):
+    job: JobKeys = JobKeys()
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()
+    training: TrainingConfig = TrainingConfig()
+    parallelism: ParallelismConfig = ParallelismConfig()
+    activation_checkpoint: ActivationCheckpointConfig = ActivationCheckpointConfig()
+    compile: CompileConfig = CompileConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    profiling: ProfilingConfig = ProfilingConfig()
+    comm: CommConfig = CommConfig()
+
+    def cross_checks(self) -> list[str]:
+        """What is wrong between sections, one line each; empty if nothing is."""
+        problems = []
+        schedule, steps = self.lr_scheduler, self.training.steps
+        if schedule.schedule == "trapezoid" and schedule.warmup_steps + schedule.cooldown_steps > steps:
+            problems.append(
+                f"[lr_scheduler] warmup_steps ({schedule.warmup_steps}) + cooldown_steps ({schedule.cooldown_steps}) "
+                f"is more than [training] steps ({steps}): shorten one or train longer"
+            )
+        if schedule.cooldown_steps and schedule.schedule != "trapezoid":
+            problems.append(
+                f"[lr_scheduler] cooldown_steps = {schedule.cooldown_steps} is only used by schedule = "
+                f'"trapezoid", not "{schedule.schedule}": set one or the other'
+            )
+        return problems
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Section -> key -> plain value."""
+        return self.model_dump(mode="json")
+
+    def write(self, path: Path) -> None:
+        """Writes a TOML file that loads to this same config (keys that are None are left out)."""
+        sections = {s: {k: v for k, v in keys.items() if v is not None} for s, keys in self.as_dict().items()}
+        path.write_text(tomli_w.dumps(sections), encoding="utf-8")
+
+    @classmethod
+    def must_match_keys(cls) -> frozenset[str]:
+        """`section.key` of every key that a resumed run may not change."""
+        return frozenset(
+            f"{section}.{key}"
+            for section, info in cls.model_fields.items()
+            for key, field in info.annotation.model_fields.items()
+            if (field.json_schema_extra or {}).get("on_resume") == "must_match"
+        )
+
+
+def load(arguments: list[str], environment: Environment) -> Loaded[JobConfig]:
+    """The config of a run. Raises ConfigError with every problem at once."""
+    loaded = load_config(JobConfig, arguments, renamed=OLD_KEYS, environment=environment.overrides)
+    if loaded.config.job.config_file is None and not loaded.origins:
+        raise ConfigError("no config: pass --job.config_file FILE.toml (see train_configs/) or --section.key value")
+    return loaded

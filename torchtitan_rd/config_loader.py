@@ -1,0 +1,274 @@
+"""TOML file -> command-line overrides -> one validated, frozen config. Knows no section by name.
+
+A section is a subclass of `Section` that stands in the room that uses it; `config.JobConfig` composes them.
+Every problem found is gathered, and all are raised as one ConfigError before anything expensive starts.
+"""
+
+import ast
+import difflib
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import tomli
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from torchtitan_rd.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of a config section: frozen, strictly typed, no unknown keys; attribute docstrings are the documentation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+C = TypeVar("C", bound=Section)
+
+
+@dataclass(frozen=True)
+class Value:
+    """One setting as it was found: the raw value, and where (`file.toml:12`, `command line`, ...)."""
+
+    raw: Any
+    origin: str
+
+
+@dataclass(frozen=True)
+class RenamedKey:
+    """A key of an older schema. `new` is its present `section.key` (None: removed).
+
+    `convert` turns the old value into the new one. A removed key is accepted only with a value in `harmless`
+    (it asked for what happens anyway); `remedy` says what to do otherwise.
+    """
+
+    new: str | None
+    convert: Callable[[Any], Any] = lambda value: value
+    harmless: tuple[Any, ...] = ()
+    remedy: str = ""
+
+
+@dataclass
+class Loaded(Generic[C]):
+    """A validated config, the origin of each key that does not have its default, and the warnings to log."""
+
+    config: C
+    origins: dict[str, str]
+    warnings: list[str]
+
+
+@dataclass
+class _Reader:
+    schema: type[Section]
+    renamed: Mapping[str, RenamedKey]
+    values: dict[str, Value] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def take(self, key: str, value: Value) -> None:
+        """Records `section.key = value`, translated if the key is of an older schema; a later call overrides."""
+        if key in self.renamed:
+            old = self.renamed[key]
+            if value.origin == "command line" and isinstance(value.raw, str):
+                value = Value(_guess(value.raw), value.origin)  # the old key's type is not declared anywhere
+            if old.new is None:
+                if value.raw not in old.harmless:
+                    self.problems.append(f"{value.origin}: {key} = {value.raw!r} is no longer supported: {old.remedy}")
+                else:
+                    self.warnings.append(f"{value.origin}: {key} is no longer a key and is ignored ({old.remedy})")
+                return
+            self.warnings.append(f"{value.origin}: {key} is now {old.new}")
+            key, value = old.new, Value(old.convert(value.raw), value.origin)
+        problem = self.unknown(key)
+        if problem:
+            self.problems.append(f"{value.origin}: {problem}")
+        else:
+            self.values[key] = value
+
+    def unknown(self, key: str) -> str | None:
+        """What is wrong with the name `section.key` (or `section.key.entry` of a table), or None."""
+        section, _, name = key.partition(".")
+        sections = self.schema.model_fields
+        if section not in sections:
+            return f"unknown section [{section}]{nearest(section, sections)}"
+        fields = sections[section].annotation.model_fields
+        if name in fields or (name.partition(".")[0] in fields and is_table(fields[name.partition(".")[0]].annotation)):
+            return None
+        elsewhere = [f"{s}.{name}" for s, f in sections.items() if name in f.annotation.model_fields]
+        hint = f"; did you mean {elsewhere[0]}?" if elsewhere else nearest(name, fields)
+        return f"unknown key {name!r} in section [{section}]{hint}"
+
+    def build(self) -> Section | None:
+        """The validated config, or None after adding every section's problems."""
+        sections = {}
+        for name, info in self.schema.model_fields.items():
+            raw: dict[str, Any] = {}
+            for key, value in self.values.items():
+                if key.startswith(name + "."):
+                    _nest(raw, key.split(".")[1:], self._typed(info.annotation, key, value))
+            try:
+                sections[name] = info.annotation.model_validate(raw)
+            except ValidationError as error:
+                self.problems += [self._explain(name, entry) for entry in error.errors()]
+        if self.problems:
+            return None
+        config = self.schema(**sections)
+        self.problems += config.cross_checks()
+        return config
+
+    def _typed(self, section: type[Section], key: str, value: Value) -> Any:
+        """Command-line values arrive as strings: read them as the type that the key declares."""
+        if value.origin != "command line" or not isinstance(value.raw, str):
+            return value.raw
+        name, _, entry = key.partition(".")[2].partition(".")
+        annotation = section.model_fields[name].annotation
+        return _guess(value.raw) if entry else _parse(value.raw, annotation)
+
+    def _explain(self, section: str, entry: Mapping[str, Any]) -> str:
+        name = str(entry["loc"][0]) if entry["loc"] else ""
+        found = [v for k, v in self.values.items() if k == f"{section}.{name}" or k.startswith(f"{section}.{name}.")]
+        origin = found[0].origin if found else "default"
+        message = entry["msg"].removeprefix("Value error, ")
+        return f"{origin}: [{section}] {name} = {entry['input']!r}: {message}" if name else f"[{section}]: {message}"
+
+
+def load_config(
+    schema: type[C],
+    arguments: Sequence[str],
+    *,
+    renamed: Mapping[str, RenamedKey] | None = None,
+    environment: Mapping[str, Any] | None = None,
+    file_key: str = "job.config_file",
+) -> Loaded[C]:
+    """Reads the file named by `--{file_key}`, then `environment`, then the command line, each overriding the last.
+
+    Raises ConfigError with every problem, one a line.
+    """
+    reader = _Reader(schema, renamed or {})
+    overrides = parse_overrides(arguments, reader.problems)
+    files = [value for key, value in overrides if key == file_key]
+    if files:
+        for key, value in read_file(Path(files[-1])):
+            reader.take(key, value)
+    for key, raw in (environment or {}).items():
+        reader.take(key, Value(raw, "environment"))
+    for key, raw in overrides:
+        reader.take(key, Value(raw, "command line"))
+    config = reader.build()
+    if reader.problems:
+        raise ConfigError("\n".join(reader.problems))
+    origins = {key: value.origin for key, value in reader.values.items()}
+    return Loaded(config, origins, list(dict.fromkeys(reader.warnings)))
+
+
+def read_file(path: Path) -> list[tuple[str, Value]]:
+    """The settings of a TOML file (or of the CLM ancestor's YAML, whose sections end in `_args`), in order."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else tomli.loads(text)
+    except OSError as error:
+        raise ConfigError(f"--job.config_file {path}: {error.strerror or error}") from None
+    except (tomli.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a valid config file: {error}") from None
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: expected sections of keys, found {type(table).__name__}")
+    found = []
+    for section, keys in table.items():
+        if not isinstance(keys, dict):
+            raise ConfigError(f"{path}: {section} = {keys!r} stands outside a [section]; put it in one")
+        for key, raw in keys.items():
+            origin = f"{path}:{_line_of(text, section, key)}"
+            found.append((f"{section.removesuffix('_args')}.{key}", Value(raw, origin)))
+    return found
+
+
+def parse_overrides(arguments: Sequence[str], problems: list[str]) -> list[tuple[str, str | bool]]:
+    """`--a.b 1`, `--a.b=1`, `--a.b` (true) and `--no-a.b` (false), in order; anything else goes to `problems`."""
+    found: list[tuple[str, str | bool]] = []
+    i = 0
+    while i < len(arguments):
+        name, equals, raw = arguments[i].partition("=")
+        i += 1
+        if not re.fullmatch(r"--[\w-]+(\.[\w-]+)+", name):
+            problems.append(f"command line: {arguments[i - 1]!r} is not of the form --section.key value")
+        elif name.startswith("--no-"):
+            if equals:
+                problems.append(f"command line: {arguments[i - 1]!r}: --no- takes no value")
+            found.append((name.removeprefix("--no-"), False))
+        elif equals:
+            found.append((name[2:], raw))
+        elif i < len(arguments) and not arguments[i].startswith("--"):
+            found.append((name[2:], arguments[i]))
+            i += 1
+        else:
+            found.append((name[2:], True))
+    return found
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean X?` for a close match, else the list of what is known."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(map(str, known))}"
+
+
+def is_table(annotation: Any) -> bool:
+    """Whether a key holds a table of its own (`[model.overrides]`)."""
+    return typing.get_origin(annotation) is dict
+
+
+def _nest(table: dict[str, Any], path: list[str], value: Any) -> None:
+    if len(path) == 1 and isinstance(value, dict) and isinstance(table.get(path[0]), dict):
+        table[path[0]] = {**table[path[0]], **value}
+    elif len(path) == 1:
+        table[path[0]] = value
+    else:
+        _nest(table.setdefault(path[0], {}), path[1:], value)
+
+
+def _parse(text: str, annotation: Any) -> Any:
+    """A command-line string as `annotation`; unchanged where it does not fit, so that validation can complain."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if type(None) in options and text.lower() in ("none", "null"):
+        return None
+    if typing.get_origin(annotation) in (list, tuple, dict):
+        return _guess(text if text[:1] in "[{(" else f"[{text}]")
+    for option in options:
+        if option is type(None):
+            continue
+        try:
+            return TypeAdapter(option).validate_strings(text)
+        except ValidationError:
+            continue
+    return text
+
+
+def _guess(text: str) -> Any:
+    """A value whose type no key declares, read as TOML would: true, 3, 0.5, [1, 2], else a string."""
+    try:
+        return tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
+        try:
+            return ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            return text.strip("[]").split(",") if text.startswith("[") else text
+
+
+def _line_of(text: str, section: str, key: str) -> int:
+    """The 1-based line at which `key` stands in `section`; the section's own line if the key is not found."""
+    inside, header = False, 1
+    for number, line in enumerate(text.splitlines(), 1):
+        stripped = line.strip()
+        if re.match(rf"(\[\s*{re.escape(section)}\s*\]|{re.escape(section)}\s*:)", stripped):
+            inside, header = True, number
+        elif re.match(rf"\[\s*{re.escape(section)}\.{re.escape(key)}\s*\]", stripped):
+            return number
+        elif stripped.startswith("[") or (stripped.endswith(":") and not line[:1].isspace()):
+            inside = False
+        elif inside and re.match(rf"[\"']?{re.escape(key)}[\"']?\s*[=:.]", stripped):
+            return number
+    return header

@@ -1,0 +1,293 @@
+"""From positions to batches: reader processes or none, one thread that assembles ahead, an exact position."""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.utils.data
+from torch import Tensor
+from torchdata.nodes import Batcher, IterableWrapper, Mapper, PinMemory, Prefetcher
+
+from torchtitan_rd.data.cursor import Row
+from torchtitan_rd.data.packed import IGNORE_ID
+from torchtitan_rd.errors import DataError, TorchtitanRDError
+from torchtitan_rd.log import logger
+
+_STEPS_AHEAD = 2
+_CLOSE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One microbatch of one rank, on the CPU: inputs and labels (B, S) int64, document_ids (B, S) int32 or None.
+
+    Labels are the inputs one position later; -100 is to be ignored.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    document_ids: Tensor | None = None
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory."""
+        documents = None if self.document_ids is None else self.document_ids.pin_memory()
+        return replace(self, inputs=self.inputs.pin_memory(), labels=self.labels.pin_memory(), document_ids=documents)
+
+
+@dataclass(frozen=True)
+class _Step:
+    batches: list[Batch]
+    positions: list[Any]
+
+    def pin_memory(self, device: str | None = None) -> "_Step":
+        return replace(self, batches=[batch.pin_memory() for batch in self.batches])
+
+
+class Reader(Protocol):
+    """Reads the window at a position (JSON-able) as a Row, which holds the position after it."""
+
+    def read(self, position: Any) -> Row: ...
+
+    def close(self) -> None: ...
+
+
+class DataLoader:
+    """Endless steps of one rank: `accumulation_steps` batches of `local_batch_size` rows each.
+
+    readers: one a row of this rank's share of the global batch, or one for all of them (a stream).
+    start: the position at which each reader begins.
+    fingerprint: what the position depends on; compared on resume.
+    fill_id: what stands in the inputs where the data is padding.
+    """
+
+    def __init__(
+        self,
+        readers: Sequence[Reader],
+        start: Sequence[Any],
+        *,
+        fingerprint: dict[str, Any],
+        local_batch_size: int,
+        accumulation_steps: int,
+        data_rank: int,
+        data_degree: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        fill_id: int | None = None,
+        restart_on_rank_change: bool = False,
+    ):
+        self.fingerprint, self.data_rank, self.data_degree = fingerprint, data_rank, data_degree
+        self.num_workers = _workers_for(len(readers), num_workers)
+        self._readers, self._positions = list(readers), list(start)
+        self._local_batch_size, self._rows_per_step = local_batch_size, local_batch_size * accumulation_steps
+        self._pin_memory, self._fill_id = pin_memory, fill_id
+        self._restart_on_rank_change = restart_on_rank_change
+        self._epoch = 0
+        self._steps: Iterator[_Step | TorchtitanRDError] | None = None
+        self._workers: set[multiprocessing.process.BaseProcess] = set()
+        self._reading, self._closing = threading.Lock(), False
+
+    def next_step(self) -> list[Batch]:
+        """This rank's share of the next global batch, as microbatches. Raises DataError."""
+        if self._steps is None:
+            self._open()
+        step = next(self._steps)
+        if isinstance(step, TorchtitanRDError):
+            raise step
+        self._positions = step.positions
+        self._report_epoch()
+        return step.batches
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last step that `next_step` returned, JSON-able; see `merge_states`."""
+        return {
+            "fingerprint": self.fingerprint,
+            "positions": [p if isinstance(p, dict) else list(p) for p in self._positions],
+        }
+
+    def load_state_dict(self, merged: dict[str, Any]) -> None:
+        """Continues from what `merge_states` made of the states of all ranks, of any number of them.
+
+        Raises DataError if the position has no meaning here.
+        """
+        self.close()
+        _check_fingerprint(merged["fingerprint"], self.fingerprint)
+        positions, readers = merged["positions"], len(self._readers)
+        if len(positions) == readers * self.data_degree:
+            self._positions = positions[self.data_rank * readers : (self.data_rank + 1) * readers]
+            self._report_epoch()
+        elif self._restart_on_rank_change:
+            logger.warning(
+                "data: the position of a stream of %d ranks has no meaning on %d: beginning the data anew",
+                len(positions),
+                self.data_degree,
+            )
+        else:
+            raise DataError(
+                f"the data was streamed on {len(positions)} data ranks and cannot be continued on {self.data_degree}: "
+                f"use {len(positions)}, or set training.on_rank_change = 'restart' to begin the data anew, "
+                f"or prepare it on disk (training.stream = false) in a new run"
+            )
+
+    def close(self) -> None:
+        """Ends reader processes and threads; a later `next_step` starts them again where this one stood."""
+        self._closing = True
+        if not self._reading.acquire(timeout=_CLOSE_SECONDS):
+            logger.warning("data: a read has been hanging for %.0f s; closing regardless of it", _CLOSE_SECONDS)
+        self._steps = None  # the last reference to torchdata's thread and torch's workers: both end here
+        for reader in self._readers:
+            reader.close()
+        for worker in self._workers:
+            if worker.is_alive():
+                worker.kill()
+            worker.join()
+        self._workers = set()
+        self._reading, self._closing = threading.Lock(), False
+        atexit.unregister(self.close)
+
+    def _open(self) -> None:
+        # A process that ends without close() would wait for its workers for ever, or abort in a stream's thread.
+        atexit.register(self.close)
+        rows = _Rows(self._readers, self._positions)
+        if self.num_workers:
+            for reader in self._readers:  # what was read ahead in this process would only be copied into each worker
+                reader.close()
+            others = set(multiprocessing.active_children())
+            source = iter(
+                torch.utils.data.DataLoader(
+                    rows,
+                    batch_size=None,
+                    num_workers=self.num_workers,
+                    prefetch_factor=max(2, _STEPS_AHEAD * self._rows_per_step // self.num_workers),
+                    collate_fn=_as_is,  # arrays travel by pipe: no shared memory segment a row
+                    worker_init_fn=_begin_worker,
+                )
+            )
+            self._workers = set(multiprocessing.active_children()) - others
+        else:
+            source = iter(rows)
+        node = Mapper(Batcher(IterableWrapper(self._until_closed(source)), self._rows_per_step), self._assemble)
+        if self._pin_memory:
+            self._steps = PinMemory(node, pin_memory_device="cuda", snapshot_frequency=0)
+        else:
+            self._steps = Prefetcher(node, prefetch_factor=_STEPS_AHEAD, snapshot_frequency=0)
+
+    def _until_closed(self, source: Iterator) -> Iterator:
+        """Runs in torchdata's thread. `close` takes the lock, so that no read is under way when it goes on."""
+        while True:
+            with self._reading:
+                if self._closing:
+                    return
+                row = next(source)
+            yield row
+
+    def _assemble(self, rows: list[Row | TorchtitanRDError]) -> _Step | TorchtitanRDError:
+        for row in rows:
+            if isinstance(row, TorchtitanRDError):
+                return row
+        size = self._local_batch_size
+        batches = [self._batch(rows[i : i + size]) for i in range(0, len(rows), size)]
+        return _Step(batches, [row.position for row in rows[-len(self._readers) :]])
+
+    def _batch(self, rows: list[Row]) -> Batch:
+        ids = torch.from_numpy(np.stack([row.ids for row in rows]).astype(np.int64))
+        inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+        if self._fill_id is not None:
+            inputs = inputs.masked_fill(inputs == IGNORE_ID, self._fill_id)  # a copy: with B = 1 they share memory
+        if rows[0].document_ids is None:
+            return Batch(inputs, labels)
+        return Batch(inputs, labels, torch.from_numpy(np.stack([row.document_ids for row in rows])))
+
+    def _report_epoch(self) -> None:
+        epoch = max(p["epoch"] if isinstance(p, dict) else p[0] for p in self._positions)
+        if epoch > self._epoch:
+            logger.info("data: epoch %d of %s begins (the first is 0)", epoch, self.fingerprint["dataset"])
+        self._epoch = epoch
+
+
+class _Rows(torch.utils.data.IterableDataset):
+    """The rows of the readers in turn, endlessly. In a worker process, those of its share of the readers.
+
+    Worker w of W takes the readers w, w + W, ...: torch asks the workers in turn, which restores the order.
+    An error of ours is handed on as a row, again and again, so that it arrives with its own words.
+    """
+
+    def __init__(self, readers: list[Reader], positions: list[Any]):
+        self.readers, self.positions = readers, positions
+
+    def __iter__(self) -> Iterator[Row | TorchtitanRDError]:
+        worker = torch.utils.data.get_worker_info()
+        share = slice(worker.id, None, worker.num_workers) if worker else slice(None)
+        readers, positions = self.readers[share], self.positions[share]
+        try:
+            while True:
+                for i, reader in enumerate(readers):
+                    row = reader.read(positions[i])
+                    positions[i] = row.position
+                    yield row
+        except TorchtitanRDError as error:
+            while True:
+                yield error
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The states of all data ranks, in rank order -> the one state of the run, for `DataLoader.load_state_dict`."""
+    for rank, state in enumerate(states):
+        differing = [k for k, v in states[0]["fingerprint"].items() if state["fingerprint"].get(k) != v]
+        if differing:
+            raise DataError(
+                f"data rank {rank} reads other data than data rank 0: they differ in {', '.join(differing)}"
+            )
+    return {
+        "fingerprint": states[0]["fingerprint"],
+        "positions": [position for state in states for position in state["positions"]],
+    }
+
+
+def _check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
+    changed = [key for key, value in present.items() if saved.get(key) != value]
+    if not changed:
+        return
+    key = changed[0]
+    was, now = saved.get(key), present[key]
+    if key == "global_batch_size":
+        remedy = f"set training.global_batch_size = {was}, which any number of ranks that divides it can continue"
+    elif key in ("num_samples", "content"):
+        remedy = "put the former data (and tokenizer) back, or begin a new run from the checkpoint's weights"
+    else:
+        remedy = f"set training.{key} = {was!r} as before, or begin a new run from the checkpoint's weights"
+    what = "the first and last samples of the data" if key == "content" else f"{key} (was {was!r}, now {now!r})"
+    raise DataError(f"the position in the data cannot be continued: what changed is {what}; {remedy}")
+
+
+def _workers_for(readers: int, wanted: int) -> int:
+    """The largest number of workers, at most `wanted`, that share the readers evenly."""
+    workers = max((n for n in range(1, wanted + 1) if readers % n == 0), default=0)
+    if workers != wanted:
+        logger.info("data: %d of training.num_workers = %d readers used: they serve whole rows", workers, wanted)
+    return workers
+
+
+def _begin_worker(worker: int) -> None:
+    """A signal to the process group is the trainer's to answer (it saves): reader processes go on until it ends."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_with(parent: int) -> None:
+    """torch's own watchdog does not see a killed parent while a worker waits to hand over a row."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
+def _as_is(row: Row) -> Row:
+    return row

@@ -1,0 +1,50 @@
+"""Rows that were tokenised and packed beforehand: each holds exactly `seq_len + 1` ids and is one window."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from torchtitan_rd.data.spikes import is_list
+from torchtitan_rd.data.text import check_ids
+from torchtitan_rd.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+IGNORE_ID = -100
+"""The label that the loss leaves out (torch's default `ignore_index`)."""
+
+
+@dataclass(frozen=True)
+class PackedEncoder:
+    """pad_id becomes IGNORE_ID here, and `eos_id` in the inputs when the batch is assembled."""
+
+    seq_len: int
+    vocab_size: int
+    pad_id: int | None = None
+    border_id: int | None = None
+    column: str = "input_ids"
+
+    def read(self, cell: "pa.Array", where: str) -> np.ndarray:
+        """One row's ids from an arrow array of length 1: a list of integers."""
+        import pyarrow as pa
+
+        values = cell.flatten() if is_list(cell.type) else cell
+        if values is cell or not pa.types.is_integer(values.type) or values.null_count or cell.null_count:
+            raise DataError(f"{where}: column {self.column!r} holds {cell.type}; expected a list of integers, no nulls")
+        return values.to_numpy()
+
+    def encode(self, row: np.ndarray, where: str) -> np.ndarray:
+        """A row of `seq_len + 1` ids, padding marked."""
+        if len(row) != self.seq_len + 1:
+            raise DataError(
+                f"{where}: has {len(row)} ids, but training.seq_len = {self.seq_len} needs {self.seq_len + 1}; "
+                f"set training.seq_len, or pack the data for this length"
+            )
+        if self.pad_id is None:
+            check_ids(row, self.vocab_size, where)
+            return row
+        padding = row == self.pad_id
+        check_ids(np.where(padding, 0, row), self.vocab_size, where)
+        return np.where(padding, IGNORE_ID, row.astype(np.int64))

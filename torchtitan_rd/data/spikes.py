@@ -1,0 +1,98 @@
+"""Spike counts (neurons x time bins) as tokens: for each time bin the separator, then one count a neuron.
+
+    [[1, 0, 2],
+     [0, 3, 0]]   ->   255 1 0   255 0 3   255 2 0
+
+The separator is the last id of the vocabulary; so a count must be smaller (eminorhan/gpt-neuro-arch; Neural Pile).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from torchtitan_rd.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SPIKE_VOCAB_SIZE = 256
+
+
+@dataclass(frozen=True)
+class SpikeEncoder:
+    """vocab_size: of the model; its last id separates the time bins."""
+
+    vocab_size: int = SPIKE_VOCAB_SIZE
+    column: str = "spike_counts"
+    border_id: int | None = None
+
+    def read(self, cell: "pa.Array", where: str) -> np.ndarray:
+        """One row's counts (N, T), without a copy, from an arrow array of length 1: lists of lists of integers."""
+        return read_matrix(cell, where)
+
+    def encode(self, counts: np.ndarray, where: str) -> np.ndarray:
+        """Counts (N, T) -> ids (T * (N + 1),), in the smallest unsigned type that holds the separator."""
+        neurons, bins = counts.shape
+        separator = self.vocab_size - 1
+        if counts.size and (counts.max() >= separator or counts.min() < 0):
+            neuron, bin_ = np.argwhere((counts >= separator) | (counts < 0))[0]
+            raise DataError(
+                f"{where}, neuron {neuron}, time bin {bin_}: spike count {counts[neuron, bin_]} is not in "
+                f"0..{separator - 1} ({separator} separates the time bins): clip the counts, use shorter bins, "
+                f"or raise model.vocab_size"
+            )
+        if not neurons:
+            return np.empty(0, np.min_scalar_type(separator))
+        ids = np.empty((bins, neurons + 1), np.min_scalar_type(separator))
+        ids[:, 0] = separator
+        ids[:, 1:] = counts.T
+        return ids.reshape(-1)
+
+
+def read_matrix(cell: "pa.Array", where: str) -> np.ndarray:
+    """An arrow array of length 1 that holds a list of equally long lists of integers -> (rows, columns), no copy."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    outer = getattr(cell, "storage", cell)  # Array2D of `datasets` is an extension type
+    rows = outer.flatten() if is_list(outer.type) else outer
+    values = rows.flatten() if is_list(rows.type) else rows
+    if outer is rows or rows is values or not pa.types.is_integer(values.type):
+        raise DataError(f"{where}: expected lists (neurons) of lists (time bins) of integers, found {cell.type}")
+    if outer.null_count or rows.null_count or values.null_count:
+        raise DataError(f"{where}: holds missing values (nulls)")
+    lengths = pc.list_value_length(rows).to_numpy(zero_copy_only=False)
+    if len(lengths) == 0:
+        return np.empty((0, 0), np.uint8)
+    if (lengths != lengths[0]).any():
+        neuron = int(np.argmax(lengths != lengths[0]))
+        raise DataError(f"{where}: neuron {neuron} has {lengths[neuron]} time bins, but neuron 0 has {lengths[0]}")
+    return values.to_numpy().reshape(len(lengths), lengths[0])
+
+
+def is_list(type_: "pa.DataType") -> bool:
+    """Whether an arrow type is a list of any kind."""
+    import pyarrow as pa
+
+    return pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
+
+
+@dataclass(frozen=True)
+class SyntheticRecordings:
+    """Made-up recordings: 10..999 neurons, 100..1999 time bins; a random tenth of the neurons always counts 1.
+
+    Sample i is a function of (seed, i) alone. The length is only large.
+    """
+
+    seed: int
+
+    def __len__(self) -> int:
+        return 1 << 32
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        generator = np.random.default_rng((self.seed, index))
+        neurons, bins = generator.integers(10, 1000), generator.integers(100, 2000)
+        counts = np.zeros((neurons, bins), np.uint8)
+        counts[generator.choice(neurons, neurons // 10, replace=False)] = 1
+        return counts

@@ -1,0 +1,165 @@
+"""Text <-> ids. Three kinds: the built-in bytes, a folder with a tokenizer.json, a tiktoken file of BPE merges.
+
+No code of a tokenizer folder is ever run: only its JSON files are read.
+"""
+
+import base64
+import binascii
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from torchtitan_rd.errors import ConfigError, DataError
+
+
+class Tokenizer(Protocol):
+    """vocab_size: the largest id plus one. bos_id, eos_id: None where the tokenizer has no such token."""
+
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str) -> np.ndarray:
+        """1-D integer ids of the text, without bos and eos. Names of special tokens in the text are plain text."""
+
+    def decode(self, ids: Any) -> str: ...
+
+
+def load_tokenizer(path: str) -> Tokenizer:
+    """`bytes`, a folder with tokenizer.json or a tiktoken tokenizer.model, such a file, or its remote address.
+
+    Raises ConfigError if there is no such thing, DataError if it cannot be read.
+    """
+    if path == "bytes":
+        return ByteTokenizer()
+    if "://" in path:
+        return TiktokenTokenizer(_read_ranks(path))
+    for file in (Path(path), Path(path) / "tokenizer.json", Path(path) / "tokenizer.model"):
+        if file.is_file():
+            return JsonTokenizer(file) if file.suffix == ".json" else TiktokenTokenizer(_read_ranks(str(file)))
+    raise ConfigError(
+        f"model.tokenizer_path = {path!r}: expected 'bytes', a folder that holds tokenizer.json or tokenizer.model, "
+        f"or the path of such a file"
+    )
+
+
+@dataclass(frozen=True)
+class ByteTokenizer:
+    """UTF-8 bytes are the ids 0..255."""
+
+    vocab_size: int = 258
+    bos_id: int = 256
+    eos_id: int = 257
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8)
+
+    def decode(self, ids: Any) -> str:
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class JsonTokenizer:
+    """A tokenizer.json of the `tokenizers` library; bos and eos from the JSON files that lie beside it."""
+
+    def __init__(self, file: Path):
+        from tokenizers import Tokenizer as Backend
+
+        try:
+            self._backend = Backend.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"{file}: not a readable tokenizer.json: {error}") from None
+        # Stored padding or truncation would silently change or cut documents.
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = True
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id, self.eos_id = (self._special_id(file.parent, name) for name in ("bos_token", "eos_token"))
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Any) -> str:
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def _special_id(self, folder: Path, name: str) -> int | None:
+        for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
+            try:
+                token = json.loads(file.read_text(encoding="utf-8")).get(name) if file.is_file() else None
+            except (OSError, ValueError, AttributeError) as error:
+                raise DataError(f"{file}: not a readable JSON object: {error}") from None
+            token = token.get("content") if isinstance(token, dict) else token
+            if token is not None:
+                id_ = self._backend.token_to_id(token)
+                if id_ is None:
+                    raise DataError(f"{file}: {name} {token!r} is not in the vocabulary of tokenizer.json")
+                return id_
+        return None
+
+
+# Llama 3's way to cut text into words, and its special tokens in the order of their ids (meta-llama/llama3, tokenizer).
+_LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+_LLAMA3_SPECIALS = [
+    *("<|begin_of_text|>", "<|end_of_text|>"),
+    *(f"<|reserved_special_token_{i}|>" for i in range(4)),
+    *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
+    *(f"<|reserved_special_token_{i}|>" for i in range(5, 251)),
+]
+# tiktoken's matcher overflows its stack on very long texts and on very long runs without a word border.
+_MAX_CHARACTERS = 400_000
+
+
+class TiktokenTokenizer:
+    """Merges of a tiktoken file (lines of base64 and rank) with the words and the 256 special tokens of Llama 3."""
+
+    def __init__(self, ranks: dict[bytes, int]):
+        import tiktoken
+
+        specials = {name: len(ranks) + i for i, name in enumerate(_LLAMA3_SPECIALS)}
+        self._backend = tiktoken.Encoding(
+            "llama3", pat_str=_LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=specials
+        )
+        self.vocab_size = self._backend.n_vocab
+        self.bos_id, self.eos_id = specials["<|begin_of_text|>"], specials["<|end_of_text|>"]
+
+    def encode(self, text: str) -> np.ndarray:
+        ids: list[int] = []
+        for start in range(0, len(text), _MAX_CHARACTERS):
+            for piece in _split_long_runs(text[start : start + _MAX_CHARACTERS]):
+                ids += self._backend.encode_ordinary(piece)
+        return np.array(ids, np.int32)
+
+    def decode(self, ids: Any) -> str:
+        return self._backend.decode([int(i) for i in ids if i < self.bos_id])
+
+
+def _split_long_runs(text: str) -> list[str]:
+    """Cuts runs of blanks or of non-blanks after every 25000 characters."""
+    cuts = [0]
+    for run in re.finditer(r"\S{25001,}|\s{25001,}", text):
+        cuts += range(run.start() + 25000, run.end(), 25000)
+    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+def _read_ranks(path: str) -> dict[bytes, int]:
+    import blobfile
+
+    try:
+        with blobfile.BlobFile(path, "rb") as file:
+            lines = file.read().splitlines()
+    except Exception as error:  # of the network, of credentials, of the file: each store has its own kinds
+        raise DataError(f"model.tokenizer_path = {path!r} cannot be read: {error}") from error
+    try:
+        pairs = [line.split() for line in lines if line]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (ValueError, binascii.Error):
+        raise DataError(f"{path}: not a tiktoken file (lines of a base64 token and its rank)") from None
+    if not ranks:
+        raise DataError(f"{path}: holds no tokens")
+    return ranks

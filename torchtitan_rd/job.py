@@ -1,0 +1,178 @@
+"""[job] and [comm]: this process among its peers. The only reader of os.environ.
+
+Ranks come from torchrun's variables; without them the process is the only one, and everything else is the same code.
+"""
+
+import base64
+import gc
+import os
+import random
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from pydantic import Field
+
+from torchtitan_rd.config_loader import Section
+from torchtitan_rd.errors import ConfigError
+
+
+class JobKeys(Section):
+    config_file: str | None = None
+    """The TOML file that this config came from."""
+    dump_folder: str = "./outputs"
+    """Everything a run writes goes below this folder: checkpoints, metrics, traces, the resolved config."""
+    description: str = ""
+    """One line for humans, printed at the start."""
+
+
+class CommConfig(Section):
+    init_timeout_seconds: int = Field(600, ge=1)
+    """A collective that takes longer during start-up and the first step ends the job."""
+    train_timeout_seconds: int = Field(300, ge=1)
+    """The same after the first step."""
+    trace_buf_size: int = Field(20000, ge=0)
+    """Entries of NCCL's flight recorder, dumped when a collective times out. 0: off."""
+    save_traces_folder: str = "comm_traces"
+    """Where the flight recorder writes, below job.dump_folder."""
+    heartbeat_seconds: float = Field(10.0, ge=0.0)
+    """How often each rank writes where it is to dump_folder/heartbeat. 0: never."""
+    hang_warning_seconds: float = Field(60.0, gt=0.0)
+    """Rank 0 names the ranks that lag when no step has ended for this long."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What the launcher said."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    log_level: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Config keys that environment variables set (`section.key` -> value)."""
+
+    @classmethod
+    def read(cls) -> "Environment":
+        """Raises ConfigError where a launcher set some but not all of its variables, or not to numbers."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+        found = {name: os.environ.get(name) for name in names}
+        try:
+            rank = int(found["RANK"] or 0)
+            numbers = (rank, int(found["LOCAL_RANK"] or 0), int(found["WORLD_SIZE"] or 1))
+            local_world_size = int(found["LOCAL_WORLD_SIZE"] or 1)
+        except ValueError:
+            raise ConfigError(f"environment: {found} must be whole numbers; start ranks with torchrun") from None
+        if not 0 <= rank < numbers[2]:
+            raise ConfigError(
+                f"environment: RANK {rank} does not fit WORLD_SIZE {numbers[2]}; unset both or use torchrun"
+            )
+        stream = os.environ.get("STREAM_HF_DATA")
+        overrides = {} if stream is None else {"training.stream": stream.lower() in ("1", "true", "yes")}
+        return cls(*numbers, local_world_size, os.environ.get("LOGLEVEL", "INFO").upper(), overrides)
+
+    def device(self) -> torch.device:
+        """This rank's accelerator, or the CPU. Raises ConfigError if there are more local ranks than GPUs."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        if self.local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"local rank {self.local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+                "start at most one rank a GPU (torchrun --nproc_per_node)"
+            )
+        return torch.device("cuda", self.local_rank)
+
+
+def init_process_group(environment: Environment, device: torch.device, comm: CommConfig, dump_folder: Path) -> None:
+    """Starts torch.distributed: gloo for CPU tensors, NCCL for GPU tensors. A lone process needs no launcher."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if comm.trace_buf_size > 0:
+            traces = dump_folder / comm.save_traces_folder
+            traces.mkdir(parents=True, exist_ok=True)
+            os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
+            os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+            os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(traces / "rank_"))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=comm.init_timeout_seconds)
+    if environment.world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
+
+
+def shorten_timeouts(comm: CommConfig) -> None:
+    """From start-up's timeout (compilation, first touch of the data) to training's. All ranks call it together."""
+    dist.barrier()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    # torch has no public setter; torchtitan uses the same one.
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=comm.train_timeout_seconds), dist.group.WORLD)
+
+
+def gather(value: Any) -> list[Any]:
+    """`value` of every rank, in rank order, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def set_determinism(seed: int, deterministic: bool, device: torch.device) -> None:
+    """Seeds every generator of this process alike on all ranks; `deterministic` makes kernels repeat bit for bit."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = False
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of this rank's generators, as JSON."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Inverse of `rng_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_decode(state["torch"]))
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode(state["cuda"]))
+
+
+def _encode(tensor: torch.Tensor) -> str:
+    return base64.b64encode(tensor.numpy().tobytes()).decode("ascii")
+
+
+def _decode(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+
+class GarbageCollector:
+    """Collects every `frequency` steps, on all ranks at once: a rank that collects alone lets all others wait."""
+
+    def __init__(self, frequency: int):
+        self.frequency = frequency
+        gc.disable()
+        gc.collect(1)
+
+    def run(self, step: int) -> None:
+        if step % self.frequency == 0:
+            gc.collect(1)

@@ -1,0 +1,38 @@
+"""[model]: which model is trained."""
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from torchtitan_rd.config_loader import Section
+
+MUST_MATCH = {"on_resume": "must_match"}
+
+
+class ModelConfig(Section):
+    """Family, size and tokenizer of the model."""
+
+    name: str = Field("llama3", json_schema_extra=MUST_MATCH)
+    """Model family, a row of `models.MODELS`."""
+
+    flavor: str = Field("debug", json_schema_extra=MUST_MATCH)
+    """Size of the model, a row of the family's flavors."""
+
+    vocab_size: int | None = Field(None, ge=1, json_schema_extra=MUST_MATCH)
+    """Number of token ids; by default as many as the data set (or its tokenizer) has."""
+
+    tokenizer_path: str = Field("bytes", json_schema_extra=MUST_MATCH)
+    """`bytes`, a folder with a tokenizer.json, or a tiktoken file. Read by text data sets only."""
+
+    attention_backend: Literal["auto", "sdpa", "fa3", "fa4", "flex"] = "auto"
+    """Kernel of the attention; `auto` takes the fastest that this machine has, and logs why. See docs/attention.md."""
+
+    overrides: dict[str, Any] = Field(default_factory=dict, json_schema_extra=MUST_MATCH)
+    """Fields of the flavor to replace, as `[model.overrides]`, for example `n_layers = 2`."""
+
+    @field_validator("overrides")
+    @classmethod
+    def _one_place_for_the_vocabulary(cls, overrides: dict[str, Any]) -> dict[str, Any]:
+        if "vocab_size" in overrides:
+            raise ValueError("set model.vocab_size instead of an override of vocab_size")
+        return overrides

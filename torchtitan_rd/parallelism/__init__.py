@@ -1,0 +1,41 @@
+"""Applies the techniques to a model, in the one order that keeps names and checkpoint keys clean (T12)."""
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtitan_rd.parallelism.activation_checkpoint import ActivationCheckpointConfig, apply_activation_checkpointing
+from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
+from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig
+from torchtitan_rd.parallelism.fsdp import Plan, ShardingKeys, apply_fsdp
+from torchtitan_rd.parallelism.init import init_weights
+
+__all__ = [
+    "ActivationCheckpointConfig",
+    "CompileConfig",
+    "ParallelDims",
+    "ParallelismConfig",
+    "ShardingKeys",
+    "init_weights",
+    "parallelize",
+]
+
+
+def parallelize(
+    model: nn.Module,
+    plan: Plan,
+    mesh: DeviceMesh,
+    *,
+    parallelism: ParallelismConfig,
+    activation_checkpoint: ActivationCheckpointConfig,
+    compile: CompileConfig,
+    sharding: ShardingKeys,
+) -> None:
+    """Changes `model` (on the meta device) in place: activation checkpointing -> compile -> FSDP.
+
+    Tensor and context parallelism, once they exist, come before the three. The optimizer must be built afterwards:
+    one built before would hold the unsharded parameters and never get a gradient (T11).
+    """
+    blocks = [model.get_submodule(name) for name in plan.blocks]
+    apply_activation_checkpointing(blocks, activation_checkpoint)
+    apply_compile(blocks, compile)
+    apply_fsdp(model, plan, mesh, sharding, parallelism.fsdp_reshard_after_forward)

@@ -1,0 +1,75 @@
+"""[activation_checkpoint]: which activations are thrown away in forward and recomputed in backward.
+
+A block's `forward` is replaced in place instead of wrapping the module, so parameter names never change (a wrapper
+module shows in `named_parameters()`: pytorch/torchtitan#2622).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from pydantic import field_validator
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from torchtitan_rd.config_loader import Section
+
+# Costly to recompute: attention, and half of the matmuls (see _save_half_of_the_matmuls).
+_SAVED_OPS = frozenset(
+    {
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.higher_order.flex_attention,
+    }
+)
+
+
+class ActivationCheckpointConfig(Section):
+    mode: Literal["none", "full", "selective"] = "selective"
+    """none: keep all activations. full: recompute every block. selective: see selective_ac_option."""
+    selective_ac_option: str = "2"
+    """A number k: recompute every k-th block. "op": in every block keep attention and every second matmul."""
+
+    @field_validator("selective_ac_option")
+    @classmethod
+    def _number_or_op(cls, value: str) -> str:
+        if value != "op" and not (value.isdecimal() and int(value) > 0):
+            raise ValueError('must be "op" or a positive number in quotes, such as "2"')
+        return value
+
+
+def apply_activation_checkpointing(blocks: Sequence[nn.Module], config: ActivationCheckpointConfig) -> None:
+    """Makes the chosen blocks recompute in backward. Llama has no randomness, so RNG state is not preserved (T14)."""
+    if config.mode == "none":
+        return
+    by_op = config.mode == "selective" and config.selective_ac_option == "op"
+    every = 1 if config.mode == "full" or by_op else int(config.selective_ac_option)
+    options = {"context_fn": _save_attention_and_half_of_the_matmuls} if by_op else {}
+    for number, block in enumerate(blocks, 1):
+        if number % every == 0:
+            block.forward = _recomputed(block.forward, options)
+
+
+def _recomputed(forward: Callable, options: dict) -> Callable:
+    # A function of its own, not functools.partial: torch.compile skips frames of torch's own files.
+    def recomputed_forward(*args):
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+    return recomputed_forward
+
+
+def _save_attention_and_half_of_the_matmuls():
+    """Contexts for forward and recomputation. Both must count alike, hence one counter for each of the two passes."""
+    matmuls: dict[bool, int] = defaultdict(int)
+
+    def policy(context, op: Callable, *args, **kwargs) -> CheckpointPolicy:
+        save = op in _SAVED_OPS
+        if op in (torch.ops.aten.mm.default, torch.ops.aten.linear.default):
+            matmuls[context.is_recompute] += 1
+            save = matmuls[context.is_recompute] % 2 == 1
+        return CheckpointPolicy.MUST_SAVE if save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

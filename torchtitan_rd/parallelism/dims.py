@@ -1,0 +1,58 @@
+"""How the ranks are laid out: replicas x shards. The one place that checks degrees against the number of ranks."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from torchtitan_rd.config_loader import Section
+from torchtitan_rd.errors import ConfigError
+
+
+class ParallelismConfig(Section):
+    data_parallel_replicate_degree: int = Field(1, ge=1)
+    """Copies of the sharded model (HSDP); gradients are all-reduced between them. 1: plain FSDP."""
+    data_parallel_shard_degree: int = Field(-1, ge=-1)
+    """Ranks that one copy of the model is sharded over (FSDP2). -1: all ranks that are left."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Free the gathered parameters after forward. default: yes, but for the last unit, which backward needs at once."""
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Degrees that multiply to the number of ranks.
+
+    Tensor and context parallelism would each be one more field here and one more mesh dimension after `dp_shard`;
+    ranks of one such group share their data, which is why `data_degree` is not simply the world size.
+    """
+
+    replicate: int
+    shard: int
+
+    @classmethod
+    def resolve(cls, config: ParallelismConfig, world_size: int) -> "ParallelDims":
+        """Fills -1 and checks the product. Raises ConfigError naming the keys."""
+        replicate, shard = config.data_parallel_replicate_degree, config.data_parallel_shard_degree
+        if shard == 0:
+            raise ConfigError("[parallelism] data_parallel_shard_degree = 0: use -1 (all ranks) or a positive degree")
+        if shard == -1:
+            shard = world_size // replicate
+        if replicate * shard != world_size:
+            raise ConfigError(
+                f"[parallelism] data_parallel_replicate_degree ({replicate}) x data_parallel_shard_degree "
+                f"({config.data_parallel_shard_degree if config.data_parallel_shard_degree > 0 else shard}) is "
+                f"{replicate * shard}, but {world_size} ranks were started: change a degree or the number of ranks"
+            )
+        return cls(replicate, shard)
+
+    @property
+    def data_degree(self) -> int:
+        """The number of ranks that read different data."""
+        return self.replicate * self.shard
+
+    def build_mesh(self, device_type: str) -> DeviceMesh:
+        """The mesh that FSDP2 takes: 1-D (`dp_shard`), or 2-D (`dp_replicate`, `dp_shard`) for HSDP."""
+        if self.replicate == 1:
+            return init_device_mesh(device_type, (self.shard,), mesh_dim_names=("dp_shard",))
+        return init_device_mesh(device_type, (self.replicate, self.shard), mesh_dim_names=("dp_replicate", "dp_shard"))

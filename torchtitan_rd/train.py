@@ -1,0 +1,276 @@
+"""The entry that torchrun starts: builds everything in order, then runs the loop. No maths here.
+
+torchrun --nproc_per_node 2 -m torchtitan_rd.train --job.config_file train_configs/debug.toml
+python -m torchtitan_rd.train --job.config_file train_configs/debug.toml      # one process, no launcher
+"""
+
+import dataclasses
+import sys
+import traceback
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtitan_rd import job
+from torchtitan_rd.checkpoint import Checkpointer
+from torchtitan_rd.config import JobConfig, load
+from torchtitan_rd.config_loader import Loaded
+from torchtitan_rd.data import accumulation_steps, build_dataloader, check_dataset, dataset_vocab_size, merge_states
+from torchtitan_rd.errors import CheckpointError, TorchtitanRDError
+from torchtitan_rd.heartbeat import Heartbeat
+from torchtitan_rd.log import init_logging, logger
+from torchtitan_rd.lr_scheduler import lr_factor
+from torchtitan_rd.metrics import Metrics
+from torchtitan_rd.models import get_flavor, get_spec
+from torchtitan_rd.models.attention import setup_attention
+from torchtitan_rd.models.spec import ModelSpec
+from torchtitan_rd.optimizer import build_optimizer, optimizer_state, set_lr
+from torchtitan_rd.parallelism import ParallelDims, init_weights, parallelize
+from torchtitan_rd.profiling import Profiler
+from torchtitan_rd.signals import StopRequest, write_exit_status
+from torchtitan_rd.train_step import TrainStep, hash_ids
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains; returns the exit status. A user's mistake is one message, any other error a traceback naming the rank."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    rank = 0
+    try:
+        environment = job.Environment.read()
+        rank = environment.rank
+        init_logging(rank, environment.log_level)
+        loaded = load(arguments, environment)
+        Trainer(loaded, environment).run()
+        return 0
+    except TorchtitanRDError as error:
+        # No collective here: the other ranks may be anywhere. torchrun ends them when this one exits.
+        print(f"{type(error).__name__}{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+    except BaseException as error:  # torch's CheckpointException is not an Exception (T17)
+        if isinstance(error, SystemExit | KeyboardInterrupt):
+            raise
+        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    return 1
+
+
+class Trainer:
+    """Everything of one run. `__init__` checks what can be checked without touching a disk or a peer; `run` trains."""
+
+    def __init__(self, loaded: Loaded[JobConfig], environment: job.Environment):
+        config = self.config = loaded.config
+        self.environment = environment
+        logger.info("%s", config.job.description or "torchtitan_rd")
+        for warning in loaded.warnings:
+            logger.warning("%s", warning)
+        self.device = environment.device()
+        self.dims = ParallelDims.resolve(config.parallelism, environment.world_size)
+        self.accumulation = accumulation_steps(config.training, self.dims.data_degree)
+        check_dataset(config.training)
+        self.spec = get_spec(config.model.name)
+        vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, config.model.tokenizer_path)
+        shape = get_flavor(self.spec, config.model.flavor, config.model.overrides)
+        self.shape = dataclasses.replace(shape, vocab_size=vocab_size)
+        self.dump_folder = Path(config.job.dump_folder)
+        self.step = 0
+        self.tokens_seen = 0
+
+    def run(self) -> None:
+        """Builds in order, trains to the last step or until all ranks agree to stop, and cleans up in any case."""
+        config, environment = self.config, self.environment
+        job.set_determinism(config.training.seed, config.training.deterministic, self.device)
+        job.init_process_group(environment, self.device, config.comm, self.dump_folder)
+        try:
+            with ExitStack() as closing:
+                self._build(closing)
+                if config.checkpoint.create_seed_checkpoint:
+                    self._save_seed()
+                    status = "finished"
+                else:
+                    status = "finished" if self._train() else "preempted"
+        except BaseException as error:
+            if self.dump_folder.is_dir() and environment.rank == 0:
+                write_exit_status(self.dump_folder, "failed", self.step, f"{type(error).__name__}: {error}")
+            raise
+        if environment.rank == 0:
+            write_exit_status(self.dump_folder, status, self.step)
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def _build(self, closing: ExitStack) -> None:
+        """Fills self; what must be closed goes to `closing`, which closes the last built first."""
+        config, rank = self.config, self.environment.rank
+        dtype = getattr(torch, config.training.mixed_precision_param)
+        setup_attention(
+            config.model.attention_backend,
+            self.shape.attention_shape,
+            self.device,
+            dtype,
+            config.training.document_mask,
+        )
+        mesh = self.dims.build_mesh(self.device.type)
+        loader = build_dataloader(
+            config.training,
+            tokenizer_path=config.model.tokenizer_path,
+            vocab_size=self.shape.vocab_size,
+            data_rank=rank,
+            data_degree=self.dims.data_degree,
+            seed=config.training.seed,
+            pin_memory=self.device.type == "cuda",
+        )
+        closing.callback(loader.close)
+        self.loader = loader
+        self.model = build_model(config, self.spec, self.shape, mesh, self.device)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self._open_outputs(closing)
+        self._restore()
+        if rank == 0:
+            config.write(self.dump_folder / "config.toml")
+        self.train_step = TrainStep(self.model, self.optimizer, config.training, self.device, self.heartbeat.beat)
+        self.metrics.start(self.step, self.tokens_seen)
+        self.profiler = closing.enter_context(
+            Profiler(config.profiling, dump_folder=self.dump_folder, rank=rank, device=self.device, step=self.step)
+        )
+        self.stop = StopRequest()
+        closing.callback(self.stop.restore)
+
+    def _open_outputs(self, closing: ExitStack) -> None:
+        """The first writing to disk: everything that could be wrong with the input has been checked by now."""
+        config, rank, world_size = self.config, self.environment.rank, self.environment.world_size
+        self.heartbeat = Heartbeat(
+            self.dump_folder / "heartbeat",
+            rank=rank,
+            world_size=world_size,
+            interval=config.comm.heartbeat_seconds,
+            warn_after=config.comm.hang_warning_seconds,
+        )
+        closing.callback(self.heartbeat.close)
+        self.metrics = Metrics(
+            config.metrics,
+            dump_folder=self.dump_folder,
+            job_config=config.as_dict(),
+            rank=rank,
+            world_size=world_size,
+            device=self.device,
+            flops=self.spec.flops(self.shape, config.training.seq_len),
+            total_steps=config.training.steps,
+        )
+        closing.callback(self.metrics.close)
+        self.checkpointer = Checkpointer(
+            config.checkpoint,
+            dump_folder=self.dump_folder,
+            job_config=config.as_dict(),
+            must_match=JobConfig.must_match_keys(),
+            model_shape={"name": self.spec.name, "flavor": config.model.flavor, **dataclasses.asdict(self.shape)},
+        )
+        closing.callback(self.checkpointer.close)
+
+    def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {
+            "model": dict(self.model.state_dict()),
+            "optimizer": optimizer_state(self.model, self.optimizer),
+        }
+
+    def _restore(self) -> None:
+        """Goes on from the newest checkpoint, else starts from given weights, else from the initial ones."""
+        tensors = self._tensors()
+        state = self.checkpointer.load(tensors)
+        if state is None:
+            self.checkpointer.load_initial(tensors["model"])
+            logger.info("starting at step 1")
+            return
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        if "data" in state:
+            self.loader.load_state_dict(state["data"])
+        if "rng" in state and len(state["rng"]) == self.environment.world_size:
+            job.set_rng_state(state["rng"][self.environment.rank])
+        logger.info("resuming after step %d of %d (%d tokens)", self.step, self.config.training.steps, self.tokens_seen)
+
+    def _state(self) -> dict[str, Any]:
+        """All that is not a tensor, the same on every rank."""
+        own = {"rng": job.rng_state(), "data": self.loader.state_dict()}
+        ranks = job.gather(own)
+        return {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "data": merge_states([rank["data"] for rank in ranks]),
+            "rng": [rank["rng"] for rank in ranks],
+        }
+
+    def _save_seed(self) -> None:
+        """`step-0`: the weights that a run starts from, whatever the number of its ranks."""
+        if self.step > 0:
+            raise CheckpointError(
+                "checkpoint.create_seed_checkpoint: this run has checkpoints already; use another folder"
+            )
+        self.checkpointer.save(0, {"model": self._tensors()["model"]}, {})
+
+    def _train(self) -> bool:
+        """The loop. Returns False if it ended because of a signal."""
+        config, total_steps = self.config, self.config.training.steps
+        collector = job.GarbageCollector(config.training.gc_freq)
+        tokens_per_step = (
+            self.accumulation * config.training.local_batch_size * config.training.seq_len * self.dims.data_degree
+        )
+        started_at = self.step
+        while self.step < total_steps:
+            self.step += 1
+            collector.run(self.step)
+            self.heartbeat.beat(self.step, "data")
+            with self.metrics.time_data():
+                batches = self.loader.next_step()
+            lr = set_lr(self.optimizer, lr_factor(config.lr_scheduler, self.step, total_steps))
+            result = self.train_step(self.step, batches)
+            self.tokens_seen += tokens_per_step
+            if self.metrics.should_log(self.step):
+                data_hash = hash_ids(batches) if config.metrics.log_data_hash else None
+                self.metrics.log(
+                    self.step,
+                    result,
+                    lr=lr,
+                    tokens_seen=self.tokens_seen,
+                    data_hash=data_hash,
+                    extra={"consecutive_skips": self.train_step.consecutive_skips},
+                )
+            self.heartbeat.beat(self.step, "checkpoint")
+            stopping = self.stop.agreed()
+            last_step = self.step == total_steps
+            self.checkpointer.raise_errors()
+            if self.checkpointer.should_save(self.step, last_step=last_step or stopping):
+                self.checkpointer.save(self.step, self._tensors(), self._state(), last_step=last_step)
+            self.profiler.step()
+            if stopping and not last_step:
+                return False
+            if self.step == started_at + 1:
+                job.shorten_timeouts(config.comm)
+        return True
+
+
+def build_model(config: JobConfig, spec: ModelSpec, shape: Any, mesh: DeviceMesh, device: torch.device) -> nn.Module:
+    """The model, sharded over `mesh`, with its initial weights on `device` (or in host memory if offloaded)."""
+    with torch.device("meta"):
+        model = spec.build(shape)
+    inits = spec.inits(model)
+    parallelize(
+        model,
+        spec.wrap_plan(model),
+        mesh,
+        parallelism=config.parallelism,
+        activation_checkpoint=config.activation_checkpoint,
+        compile=config.compile,
+        sharding=config.training,
+    )
+    model.to_empty(device="cpu" if config.training.enable_cpu_offload else device)
+    model.init_buffers(device)
+    init_weights(model, inits, config.training.seed)
+    model.train()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    logger.info("%s %s: %s parameters, vocabulary %d", spec.name, config.model.flavor, f"{count:,}", shape.vocab_size)
+    return model
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,17 @@
+#!/bin/bash
+# 8B Llama on synthetic spikes at 131072 tokens; 12 nodes x 4 GH200.
+#SBATCH --partition=batch
+#SBATCH --nodes=12
+#SBATCH --cpus-per-task=288
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --time=6:00:00
+#SBATCH --job-name=train_synthetic_8b_131k
+#SBATCH --output=train_synthetic_8b_131k_%j.out
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@300
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
+source scripts/env.sh
+[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE"
+source scripts/launch.sh
+launch train_configs/synthetic_8b_131k.toml "$@"
