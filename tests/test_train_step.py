@@ -76,7 +76,7 @@ def poisoned(rank, world_size, policy, where):
         return before != after_one and hash_of(model) == after_one and all_equal(after_one)
     result = step(2, batches)
     assert hash_of(model) == after_one and result.grad_norm != result.grad_norm
-    with pytest.raises(TrainingError, match="max_consecutive_skips = 1"):
+    with pytest.raises(TrainingError, match="allows 1 skipped updates in a row"):
         step(3, batches)
     hook.remove()
     result = step(4, batches)

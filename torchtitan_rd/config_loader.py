@@ -212,8 +212,9 @@ def parse_overrides(arguments: Sequence[str], problems: list[str]) -> list[tuple
 def nearest(name: str, known: typing.Iterable[str]) -> str:
     """`; did you mean X?` for a close match, else the list of what is known."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(map(str, known))}"
+    by_lower = {str(other).lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else f"; known: {', '.join(map(str, known))}"
 
 
 def is_table(annotation: Any) -> bool:

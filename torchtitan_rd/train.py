@@ -73,7 +73,9 @@ class Trainer:
         self.spec = get_spec(config.model.name)
         vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, config.model.tokenizer_path)
         shape = get_flavor(self.spec, config.model.flavor, config.model.overrides)
-        self.shape = dataclasses.replace(shape, vocab_size=vocab_size)
+        # What an export states as its context must cover what was trained.
+        context = max(shape.max_seq_len, config.training.seq_len)
+        self.shape = dataclasses.replace(shape, vocab_size=vocab_size, max_seq_len=context)
         self.dump_folder = Path(config.job.dump_folder)
         self.step = 0
         self.tokens_seen = 0
@@ -127,13 +129,14 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self._open_outputs(closing)
         self._restore()
+        profiler = Profiler(
+            config.profiling, dump_folder=self.dump_folder, rank=rank, device=self.device, step=self.step
+        )
         if rank == 0:
             config.write(self.dump_folder / "config.toml")
         self.train_step = TrainStep(self.model, self.optimizer, config.training, self.device, self.heartbeat.beat)
         self.metrics.start(self.step, self.tokens_seen)
-        self.profiler = closing.enter_context(
-            Profiler(config.profiling, dump_folder=self.dump_folder, rank=rank, device=self.device, step=self.step)
-        )
+        self.profiler = closing.enter_context(profiler)
         self.stop = StopRequest()
         closing.callback(self.stop.restore)
 

@@ -1,6 +1,7 @@
 """From positions to batches: reader processes or none, one thread that assembles ahead, an exact position."""
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -92,7 +93,7 @@ class DataLoader:
         self._epoch = 0
         self._steps: Iterator[_Step | TorchtitanRDError] | None = None
         self._workers: set[multiprocessing.process.BaseProcess] = set()
-        self._reading, self._closing = threading.Lock(), False
+        self._source: _Source | None = None
 
     def next_step(self) -> list[Batch]:
         """This rank's share of the next global batch, as microbatches. Raises DataError."""
@@ -138,18 +139,17 @@ class DataLoader:
 
     def close(self) -> None:
         """Ends reader processes and threads; a later `next_step` starts them again where this one stood."""
-        self._closing = True
-        if not self._reading.acquire(timeout=_CLOSE_SECONDS):
-            logger.warning("data: a read has been hanging for %.0f s; closing regardless of it", _CLOSE_SECONDS)
-        self._steps = None  # the last reference to torchdata's thread and torch's workers: both end here
+        if self._source is not None:
+            self._source.close()
+        self._steps = self._source = None
         for reader in self._readers:
             reader.close()
         for worker in self._workers:
             if worker.is_alive():
-                worker.kill()
-            worker.join()
+                with contextlib.suppress(RuntimeError):  # torch reports a killed worker from a signal handler
+                    worker.kill()
+                    worker.join()
         self._workers = set()
-        self._reading, self._closing = threading.Lock(), False
         atexit.unregister(self.close)
 
     def _open(self) -> None:
@@ -173,20 +173,12 @@ class DataLoader:
             self._workers = set(multiprocessing.active_children()) - others
         else:
             source = iter(rows)
-        node = Mapper(Batcher(IterableWrapper(self._until_closed(source)), self._rows_per_step), self._assemble)
+        self._source = _Source(source)
+        node = Mapper(Batcher(IterableWrapper(self._source), self._rows_per_step), self._assemble)
         if self._pin_memory:
             self._steps = PinMemory(node, pin_memory_device="cuda", snapshot_frequency=0)
         else:
             self._steps = Prefetcher(node, prefetch_factor=_STEPS_AHEAD, snapshot_frequency=0)
-
-    def _until_closed(self, source: Iterator) -> Iterator:
-        """Runs in torchdata's thread. `close` takes the lock, so that no read is under way when it goes on."""
-        while True:
-            with self._reading:
-                if self._closing:
-                    return
-                row = next(source)
-            yield row
 
     def _assemble(self, rows: list[Row | TorchtitanRDError]) -> _Step | TorchtitanRDError:
         for row in rows:
@@ -210,6 +202,33 @@ class DataLoader:
         if epoch > self._epoch:
             logger.info("data: epoch %d of %s begins (the first is 0)", epoch, self.fingerprint["dataset"])
         self._epoch = epoch
+
+
+class _Source:
+    """Rows for torchdata's thread, until `close`, which waits for the read that is under way.
+
+    So no thread is inside a reader, or waits for a worker process, when these are taken down.
+    """
+
+    def __init__(self, rows: Iterator):
+        self._rows: Iterator | None = rows
+        self._reading = threading.Lock()
+
+    def __iter__(self) -> Iterator:
+        while True:
+            with self._reading:
+                if self._rows is None:
+                    return
+                row = next(self._rows)
+            yield row
+
+    def close(self) -> None:
+        idle = self._reading.acquire(timeout=_CLOSE_SECONDS)
+        if not idle:
+            logger.warning("data: a read has been hanging for %.0f s; closing regardless of it", _CLOSE_SECONDS)
+        self._rows = None  # the last reference to torch's loader, which ends its workers here
+        if idle:
+            self._reading.release()
 
 
 class _Rows(torch.utils.data.IterableDataset):

@@ -1,0 +1,125 @@
+"""Every mistake ends the run before anything is written: one clear message, no traceback, a non-zero exit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from torchtitan_rd import train
+
+ROOT = Path(__file__).parent.parent
+
+GOOD = [
+    "--training.seq_len=16",
+    "--training.local_batch_size=1",
+    "--training.steps=1",
+    "--training.mixed_precision_param=float32",
+    "--model.overrides.dim=32",
+    "--model.overrides.n_layers=1",
+    "--checkpoint.enable",
+    "--comm.heartbeat_seconds=0",
+]
+
+MISTAKES = {
+    "a misspelt key": (["--training.stepz=1"], "did you mean 'steps'?"),
+    "a wrong type": (["--training.steps=many"], "[training] steps = 'many'"),
+    "a wrong choice": (["--optimizer.name=SGD"], "'AdamW' or 'Adam'"),
+    "degrees beyond the ranks": (["--parallelism.data_parallel_shard_degree=3"], "1 ranks were started"),
+    "a batch that does not divide": (["--training.global_batch_size=3", "--training.local_batch_size=2"], "multiple"),
+    "an unknown data set": (["--training.dataset=pydocs"], "did you mean 'pydoc'?"),
+    "an unknown model": (["--model.name=lama3"], "did you mean 'llama3'?"),
+    "an unknown flavor": (["--model.flavor=debgu"], "did you mean 'debug'?"),
+    "an unknown backend": (["--model.attention_backend=fa5"], "'fa3'"),
+    "a backend that is not here": (["--model.attention_backend=fa3"], "FA3 needs a Hopper GPU"),
+    "an unknown override": (["--model.overrides.dimm=8"], "did you mean 'dim'?"),
+    "an impossible shape": (["--model.overrides.n_heads=5"], "not divisible by n_heads"),
+    "a missing data path": (["--training.dataset=text", "--training.dataset_path=nowhere.jsonl"], "nowhere.jsonl"),
+    "a missing tokenizer": (["--model.tokenizer_path=./no/such/folder"], "no/such/folder"),
+    "ids beyond the vocabulary": (["--model.vocab_size=100"], "vocab"),
+    "a missing initial checkpoint": (["--checkpoint.initial_load_path=./no/such/step-0"], "no/such/step-0"),
+    "a feature that is gone": (["--training.tensor_parallel_degree=2"], "no longer supported"),
+    "snapshots without a GPU": (["--profiling.enable_memory_snapshot"], "needs a CUDA device"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_message_and_nothing_is_written(mistake, tmp_path, capfd):
+    arguments, expected = MISTAKES[mistake]
+    dump = tmp_path / "dump"
+    assert train.main([*GOOD, f"--job.dump_folder={dump}", *arguments]) == 1
+    error = capfd.readouterr().err
+    assert expected in error, error
+    assert "Traceback" not in error
+    assert "Error: " in error.splitlines()[-1] or "\n  " in error
+    assert not written(dump)
+
+
+@pytest.fixture(autouse=True)
+def a_failed_run_leaves_its_process_group():
+    """The process ends in real life; here the next test needs a new one."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def written(dump: Path) -> list[str]:
+    """Files below the dump folder; an empty folder or a released lock does not count."""
+    return [str(path) for path in dump.rglob("*") if path.is_file() and path.name != "exit_status.json"]
+
+
+def test_spikes_that_collide_with_the_separator_are_named_by_row(tmp_path, capfd):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    counts = pa.array([[[1, 0, 2], [0, 3, 0]], [[0, 255, 1], [2, 0, 0]]], type=pa.list_(pa.list_(pa.uint8())))
+    pq.write_table(pa.table({"spike_counts": counts}), tmp_path / "spikes.parquet")
+    arguments = ["--training.dataset=primate", f"--training.dataset_path={tmp_path / 'spikes.parquet'}"]
+    assert train.main([*GOOD, f"--job.dump_folder={tmp_path / 'dump'}", *arguments]) == 1
+    error = capfd.readouterr().err
+    assert "DataError" in error and "255" in error and "1" in error
+    assert not written(tmp_path / "dump")
+
+
+def test_a_full_disk_ends_the_run_with_the_path_and_the_free_bytes(tmp_path):
+    """A file system of its own, 1 MiB large, in a mount namespace; skipped where the user may not make one."""
+    script = f"""
+        mount -t tmpfs -o size=1m tmpfs {tmp_path} || exit 77
+        cd {ROOT} && {sys.executable} -m torchtitan_rd.train --job.dump_folder={tmp_path}/dump \
+            {" ".join(GOOD)} --model.overrides.dim=256 --training.steps=3 --checkpoint.interval=1
+    """
+    found = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=120)
+    if found.returncode == 77 or "unshare" in found.stderr:
+        pytest.skip("may not mount a file system here")
+    assert found.returncode == 1, found.stderr
+    assert "CheckpointError" in found.stderr and "free" in found.stderr and str(tmp_path) in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_the_launch_scripts_stop_at_a_mistake_before_torchrun_starts(tmp_path):
+    found = subprocess.run(
+        ["bash", "train_debug.sh", "--training.stepz=1", f"--job.dump_folder={tmp_path / 'dump'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+    assert found.returncode == 1
+    lines = found.stderr.strip().splitlines()
+    assert len(lines) == 1, found.stderr
+    assert lines[0].startswith("ConfigError: command line: unknown key 'stepz'")
+    assert not (tmp_path / "dump").exists()
+
+
+def test_a_failed_run_says_why_in_exit_status(tmp_path):
+    arguments = [*GOOD, f"--job.dump_folder={tmp_path}", "--training.dataset=packed", "--model.vocab_size=8"]
+    assert train.main([*GOOD, f"--job.dump_folder={tmp_path}"]) == 0
+    assert json.loads((tmp_path / "exit_status.json").read_text())["status"] == "finished"
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"not parquet")
+    assert train.main([*arguments, f"--training.dataset_path={path}"]) == 1
+    status = json.loads((tmp_path / "exit_status.json").read_text())
+    assert status["status"] == "failed" and "DataError" in status["reason"]
