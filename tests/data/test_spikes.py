@@ -73,7 +73,7 @@ def test_a_two_dimensional_array_type_of_the_datasets_library_is_read(tmp_path):
 
 @pytest.mark.parametrize("cell", [pa.array(["text"]), pa.array([[1, 2]]), pa.array([[[0.5]]]), pa.array([[[None, 1]]])])
 def test_anything_but_whole_lists_of_lists_of_integers_is_refused(cell):
-    with pytest.raises(DataError, match="^here: "):
+    with pytest.raises(DataError, match=r"^here: "):
         read_matrix(cell, "here")
 
 

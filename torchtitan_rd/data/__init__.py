@@ -136,7 +136,7 @@ def build_dataloader(
         "dataset": config.dataset,
         "stream": config.stream,
         "seq_len": config.seq_len,
-        "global_batch_size": rows * data_degree,
+        "global_batch_size": config.global_batch_size if config.stream else rows * data_degree,
         "shuffle_seed": config.shuffle_seed,
     }
     readers: list[LaneReader] | list[StreamReader]

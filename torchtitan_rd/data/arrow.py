@@ -5,6 +5,7 @@
 
 import glob
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -89,6 +90,8 @@ def open_table(name: str, path: str, subset: str | None, stream: bool) -> "datas
     """
     import datasets
 
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()  # in a log file each update is a line
     check_path(path)
     local = local_files(path)
     try:

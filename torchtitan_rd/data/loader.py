@@ -86,7 +86,7 @@ class DataLoader:
     ):
         self.fingerprint, self.data_rank, self.data_degree = fingerprint, data_rank, data_degree
         self.num_workers = _workers_for(len(readers), num_workers)
-        self._readers, self._positions = list(readers), list(start)
+        self._readers, self._start, self._positions = list(readers), list(start), list(start)
         self._local_batch_size, self._rows_per_step = local_batch_size, local_batch_size * accumulation_steps
         self._pin_memory, self._fill_id = pin_memory, fill_id
         self._restart_on_rank_change = restart_on_rank_change
@@ -130,6 +130,7 @@ class DataLoader:
                 len(positions),
                 self.data_degree,
             )
+            self._positions = self._start
         else:
             raise DataError(
                 f"the data was streamed on {len(positions)} data ranks and cannot be continued on {self.data_degree}: "
