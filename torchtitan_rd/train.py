@@ -219,6 +219,8 @@ class Trainer:
             self.accumulation * config.training.local_batch_size * config.training.seq_len * self.dims.data_degree
         )
         started_at = self.step
+        if started_at >= total_steps:
+            logger.info("all %d steps are done: raise training.steps to train on", total_steps)
         while self.step < total_steps:
             self.step += 1
             collector.run(self.step)

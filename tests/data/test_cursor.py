@@ -99,6 +99,21 @@ def test_fewer_samples_than_lanes_are_cut_into_pieces_that_cover_them():
     assert sorted(id_ for unit in units for id_ in unit) == [*range(10), *range(100, 111)]
 
 
+def test_pieces_even_out_the_shares_of_lanes_when_documents_are_few_and_unequal():
+    lengths = np.random.default_rng(0).lognormal(8, 1.2, 79).astype(int)
+    source = Counted([np.zeros(length, np.uint8) for length in lengths])
+
+    def shares(units_per_lane):
+        readers = [
+            LaneReader(source, lane, 32, seq_len=1, shuffle_seed=0, units_per_lane=units_per_lane) for lane in range(32)
+        ]
+        return [sum(len(r._unit(0, index)) for index in range(r._units_in(0))) for r in readers]
+
+    whole, pieces = shares(1), shares(16)
+    assert sum(whole) == sum(pieces) == lengths.sum()
+    assert max(pieces) < 4 * min(pieces) and max(whole) > 10 * min(whole)
+
+
 @pytest.mark.parametrize("samples", [[[5]], [[], [5]], [[1, 2], [], []]])
 def test_tiny_data_feeds_any_number_of_lanes(samples):
     for lane in range(7):

@@ -3,7 +3,6 @@
 import base64
 import json
 
-import numpy as np
 import pytest
 
 from tests.data.helpers import build
@@ -50,8 +49,8 @@ def tiktoken_file(tmp_path):
 def test_bytes_are_the_ids_of_utf_8_text():
     tokenizer = load_tokenizer("bytes")
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (258, 256, 257)
-    assert tokenizer.encode("aé").tolist() == [97, 195, 169]
-    assert tokenizer.decode([256, 97, 195, 169, 257]) == "aé"
+    assert tokenizer.encode("a\u00e9").tolist() == [97, 195, 169]
+    assert tokenizer.decode([256, 97, 195, 169, 257]) == "a\u00e9"
 
 
 def test_a_tokenizer_folder_is_read_without_its_padding_truncation_and_code(json_folder):
@@ -140,6 +139,5 @@ def test_the_pydoc_topics_are_english_prose_and_any_tokenizer_reads_them(json_fo
     loader = build(config, vocab_size=400, tokenizer_path=str(json_folder))
     [batch] = loader.next_step()
     loader.close()
-    tokenizer = load_tokenizer(str(json_folder))
-    assert tokenizer.decode(batch.inputs[0]) in topics[0].replace("\u2019", "'") or batch.inputs[0, 0] == 0
-    assert np.array_equal(batch.inputs[0, 1:].numpy(), tokenizer.encode(topics[0])[:31])
+    expected = [0, *load_tokenizer(str(json_folder)).encode(topics[0])[:31].tolist()]
+    assert batch.inputs[0].tolist() == expected

@@ -40,6 +40,9 @@ __all__ = [
     "merge_states",
 ]
 
+# Data sets of any size have far more samples than this; small ones are cut into so many pieces for each row of a batch.
+_UNITS_PER_LANE = 16
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -203,7 +206,8 @@ def _lane_readers(config: DatasetKeys, source: Source, lanes: range, num_lanes: 
             f"lower training.global_batch_size"
         )
     seq_len, shuffle_seed, mask = config.seq_len, config.shuffle_seed, config.document_mask
-    return [LaneReader(source, lane, num_lanes, seq_len, shuffle_seed, mask) for lane in lanes]
+    units = 1 if config.dataset == "packed" else _UNITS_PER_LANE  # a packed row is a window and never cut
+    return [LaneReader(source, lane, num_lanes, seq_len, shuffle_seed, mask, units) for lane in lanes]
 
 
 def _digest(source: Source) -> str:

@@ -111,8 +111,8 @@ def open_table(name: str, path: str, subset: str | None, stream: bool) -> "datas
         remedy = (
             "is the file damaged or of another format?"
             if local
-            else "download it where the hub can be reached, or name a local copy with training.dataset_path; with "
-            "HF_HUB_OFFLINE=1 only the cache is looked at"
+            else "download it where the hub can be reached, or name an existing local copy with training.dataset_path; "
+            "with HF_HUB_OFFLINE=1 only the cache is looked at"
         )
         raise DataError(f"{name}: cannot read {looked_for}: {reason}; {remedy}") from error
 

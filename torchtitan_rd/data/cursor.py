@@ -46,10 +46,11 @@ class Source(Protocol):
 class LaneReader:
     """Cuts windows of `seq_len + 1` ids for one lane; a pure function of the cursor but for the cached last unit.
 
-    A unit is a sample, or, where there are fewer samples than lanes, one of `ceil(num_lanes / samples)` nearly equal
-    pieces of it, so that no lane is left without data. In epoch e lane g reads the units at the positions
-    g + e, g + e + num_lanes, ... of that epoch's order: the lanes together read every unit once, and the shift lets
-    every lane see all the data in time even in file order.
+    A unit is a sample, or, where that would be fewer than `units_per_lane` for each lane, one of several nearly equal
+    pieces of it: no lane is left without data, and with enough units the lanes' shares are of like length, so that no
+    short document is repeated in one lane while another has not yet seen its own. In epoch e lane g reads the units at
+    the positions g + e, g + e + num_lanes, ... of that epoch's order: the lanes together read every unit once, and the
+    shift lets every lane see all the data in time even in file order.
     """
 
     def __init__(
@@ -60,10 +61,11 @@ class LaneReader:
         seq_len: int,
         shuffle_seed: int | None = None,
         document_mask: bool = False,
+        units_per_lane: int = 1,
     ):
         self.source, self.lane, self.num_lanes = source, lane, num_lanes
         self.seq_len, self.shuffle_seed, self.document_mask = seq_len, shuffle_seed, document_mask
-        self.pieces = -(-num_lanes // len(source))
+        self.pieces = -(-units_per_lane * num_lanes // len(source))
         self.num_units = len(source) * self.pieces
         self._cached: tuple[tuple[int, int] | None, np.ndarray] = (None, np.empty(0, np.uint8))
 

@@ -48,7 +48,7 @@ class _Step:
     batches: list[Batch]
     positions: list[Any]
 
-    def pin_memory(self, device: str | None = None) -> "_Step":
+    def pin_memory(self) -> "_Step":
         return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
@@ -123,20 +123,20 @@ class DataLoader:
         positions, readers = merged["positions"], len(self._readers)
         if len(positions) == readers * self.data_degree:
             self._positions = positions[self.data_rank * readers : (self.data_rank + 1) * readers]
-            self._report_epoch()
         elif self._restart_on_rank_change:
             logger.warning(
                 "data: the position of a stream of %d ranks has no meaning on %d: beginning the data anew",
                 len(positions),
                 self.data_degree,
             )
-            self._positions = self._start
+            self._positions = list(self._start)
         else:
             raise DataError(
                 f"the data was streamed on {len(positions)} data ranks and cannot be continued on {self.data_degree}: "
                 f"use {len(positions)}, or set training.on_rank_change = 'restart' to begin the data anew, "
                 f"or prepare it on disk (training.stream = false) in a new run"
             )
+        self._epoch = _latest_epoch(self._positions)
 
     def close(self) -> None:
         """Ends reader processes and threads; a later `next_step` starts them again where this one stood."""
@@ -199,7 +199,7 @@ class DataLoader:
         return Batch(inputs, labels, torch.from_numpy(np.stack([row.document_ids for row in rows])))
 
     def _report_epoch(self) -> None:
-        epoch = max(p["epoch"] if isinstance(p, dict) else p[0] for p in self._positions)
+        epoch = _latest_epoch(self._positions)
         if epoch > self._epoch:
             logger.info("data: epoch %d of %s begins (the first is 0)", epoch, self.fingerprint["dataset"])
         self._epoch = epoch
@@ -285,6 +285,10 @@ def _check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
         remedy = f"set training.{key} = {was!r} as before, or begin a new run from the checkpoint's weights"
     what = "the first and last samples of the data" if key == "content" else f"{key} (was {was!r}, now {now!r})"
     raise DataError(f"the position in the data cannot be continued: what changed is {what}; {remedy}")
+
+
+def _latest_epoch(positions: Sequence[Any]) -> int:
+    return max(p["epoch"] if isinstance(p, dict) else p[0] for p in positions)
 
 
 def _workers_for(readers: int, wanted: int) -> int:

@@ -1,0 +1,154 @@
+"""The shell scripts: set-up, launch on one machine, and under a pretended Slurm."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SLURM_SCRIPTS = sorted(ROOT.glob("train_*_8B_131k.sh"))
+
+
+def run(command: list[str], cwd: Path = ROOT, timeout: float = 200, **variables: str) -> subprocess.CompletedProcess:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+SMALL = [
+    "--training.seq_len=16",
+    "--training.local_batch_size=1",
+    "--training.global_batch_size=2",
+    "--model.overrides.dim=32",
+    "--model.overrides.n_layers=1",
+    "--metrics.log_freq=1",
+]
+
+
+def test_the_demo_trains_on_two_ranks_and_resumes_when_run_again(tmp_path):
+    arguments = [*SMALL, f"--job.dump_folder={tmp_path}"]
+    first = run(["bash", "train_debug.sh", *arguments, "--training.steps=3"])
+    assert first.returncode == 0, first.stderr
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] and rows[-1]["tokens_seen"] == 3 * 2 * 16
+    second = run(["bash", "train_debug.sh", *arguments, "--training.steps=5"])
+    assert second.returncode == 0, second.stderr
+    assert "resuming after step 3 of 5" in second.stderr
+    third = run(["bash", "train_debug.sh", *arguments, "--training.steps=5"])
+    assert "all 5 steps are done" in third.stderr and third.returncode == 0
+
+
+def test_a_131k_script_trains_a_small_model_on_a_folder_of_spikes(tmp_path):
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    counts = np.random.default_rng(0).poisson(0.3, (20, 200)).astype(np.uint8).tolist()
+    table = pa.table({"spike_counts": pa.array([counts] * 4, type=pa.list_(pa.list_(pa.uint8())))})
+    pq.write_table(table, tmp_path / "train.parquet")
+    arguments = ["--model.flavor", "debug", "--training.seq_len", "256", "--training.steps", "2"]
+    arguments += ["--training.dataset_path", str(tmp_path), f"--job.dump_folder={tmp_path / 'dump'}"]
+    found = run(["bash", "train_primate_8B_131k.sh", *arguments])
+    assert found.returncode == 0, found.stderr
+    assert (tmp_path / "dump" / "checkpoint" / "step-2" / "manifest.json").exists()
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Stand-ins for Slurm's commands and for torchrun; what they were asked is in `calls`."""
+    bin_folder, calls = tmp_path / "bin", tmp_path / "calls"
+    bin_folder.mkdir()
+    (bin_folder / "scontrol").write_text(
+        f'#!/bin/bash\necho "scontrol $*" >> {calls}\n[ "$1" = show ] && echo node7\nexit 0\n'
+    )
+    # srun runs what it is given once; `python` answers the config question and pretends to be torchrun.
+    (bin_folder / "srun").write_text(f'#!/bin/bash\necho "srun $*" >> {calls}\nexec "$@"\n')
+    (bin_folder / "python").write_text(
+        f"""#!/bin/bash
+if [ "$2" = torch.distributed.run ]; then
+    echo "{{\\"status\\": \\"$PRETENDED_STATUS\\"}}" > {tmp_path}/dump/exit_status.json
+    exit $PRETENDED_CODE
+fi
+exec {sys.executable} "$@"
+"""
+    )
+    for path in bin_folder.iterdir():
+        path.chmod(0o755)
+    (tmp_path / "dump").mkdir()
+
+    def submit(status: str, code: int) -> tuple[int, str]:
+        found = run(
+            ["bash", "train_primate_8B_131k.sh", f"--job.dump_folder={tmp_path / 'dump'}"],
+            PATH=f"{bin_folder}:{os.environ['PATH']}",
+            SLURM_JOB_ID="4711",
+            SLURM_NNODES="36",
+            SLURM_JOB_NODELIST="node[7-42]",
+            SLURM_SUBMIT_DIR=str(ROOT),
+            GPUS_PER_NODE="4",
+            PRETENDED_STATUS=status,
+            PRETENDED_CODE=str(code),
+        )
+        return found.returncode, calls.read_text()
+
+    return submit
+
+
+def test_under_slurm_every_node_joins_the_rendezvous_of_the_first(cluster):
+    code, calls = cluster("finished", 0)
+    assert code == 0
+    assert "--nnodes 36 --nproc_per_node 4" in calls and "--rdzv_id 4711" in calls
+    assert "--rdzv_endpoint node7:24711" in calls and "requeue" not in calls
+
+
+def test_only_a_preempted_job_is_requeued(cluster):
+    code, calls = cluster("preempted", 1)
+    assert code == 0 and "scontrol requeue 4711" in calls
+
+
+@pytest.mark.parametrize("code", [1, 9])
+def test_a_failed_job_is_not_requeued_and_its_exit_code_is_passed_on(cluster, code):
+    returned, calls = cluster("failed", code)
+    assert returned == code and "requeue" not in calls
+
+
+@pytest.mark.parametrize("script", SLURM_SCRIPTS, ids=lambda path: path.name)
+def test_each_131k_script_has_the_slurm_header_of_the_ancestor_without_its_account(script):
+    text = script.read_text()
+    nodes = {"synthetic_primate": 21, "synthetic": 12}.get(
+        script.stem.removeprefix("train_").removesuffix("_8B_131k"), 36
+    )
+    for line in (
+        f"--nodes={nodes}",
+        "--gpus-per-node=4",
+        "--time=6:00:00",
+        "--cpus-per-task=288",
+        "--ntasks-per-node=1",
+    ):
+        assert f"#SBATCH {line}\n" in text
+    assert "account" not in text
+
+
+def test_set_up_refuses_an_old_python_by_name(tmp_path):
+    for name in ("pyproject.toml", "constraints.txt", "scripts"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    (tmp_path / "old").mkdir()
+    for name in ("python", "python3"):
+        (tmp_path / "old" / name).write_text("#!/bin/bash\nexit 1\n")
+        (tmp_path / "old" / name).chmod(0o755)
+    found = run(
+        ["bash", "-c", "source scripts/env.sh"],
+        cwd=tmp_path,
+        PATH=f"{tmp_path / 'old'}:/usr/bin:/bin",
+        PYTHON="python3",
+    )
+    assert found.returncode == 1
+    assert "older than Python 3.10" in found.stderr and not (tmp_path / ".venv").exists()
+
+
+def test_set_up_is_instant_where_the_package_is_installed():
+    found = run(["bash", "-c", "source scripts/env.sh && python -c 'import torchtitan_rd'"], EXTRAS="dev", timeout=20)
+    assert found.returncode == 0 and found.stderr == ""
