@@ -90,7 +90,9 @@ def wait_for_step(folder: Path, step: int, timeout: float = 60.0) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         path = folder / "metrics.jsonl"
-        if path.exists() and any(f'"step": {n}' in path.read_text() for n in range(step, step + 50)):
+        text = path.read_text() if path.exists() else ""
+        whole_lines = text.splitlines()[: text.count("\n")]
+        if whole_lines and json.loads(whole_lines[-1])["step"] >= step:
             return
         time.sleep(0.05)
     raise TimeoutError(f"no row of step {step} in {folder}")

@@ -191,6 +191,23 @@ def test_what_may_not_change_on_resume_is_named(override, expected, uninterrupte
     assert expected in finished.errors[0] and "Traceback" not in finished.errors[0]
 
 
+def test_a_seed_checkpoint_is_what_a_run_starts_from(uninterrupted, documents, tmp_path):
+    """step-0 of another seed, made on one rank: the run on two starts from its weights, not from its own."""
+    arguments = arguments_for(tmp_path, documents)
+    made = launch(1, [*arguments, "--training.seed=9", "--checkpoint.create_seed_checkpoint"])
+    assert made.codes == [0], made.errors
+    assert [path.name for path in (tmp_path / "dump" / "checkpoint").glob("step-*")] == ["step-0"]
+    finished = launch(2, [*arguments, "--training.steps=2"])
+    assert finished.codes == [0, 0], finished.errors
+    assert "step-0" in finished.errors[0]
+    other = tmp_path / "other"
+    direct = launch(1, [*arguments_for(other, documents), "--training.seed=9", "--training.steps=2"])
+    assert direct.codes == [0], direct.errors
+    losses = [[row["loss"] for row in rows(folder / "dump")] for folder in (tmp_path, other)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[0][0] != float.fromhex(uninterrupted[1][0][1])
+
+
 def flip_a_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1

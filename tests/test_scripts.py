@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.launch import wait_for_step
 
 ROOT = Path(__file__).parent.parent
 SLURM_SCRIPTS = sorted(ROOT.glob("train_*_8B_131k.sh"))
@@ -55,6 +58,24 @@ def test_a_131k_script_trains_a_small_model_on_a_folder_of_spikes(tmp_path):
     found = run(["bash", "train_primate_8B_131k.sh", *arguments])
     assert found.returncode == 0, found.stderr
     assert (tmp_path / "dump" / "checkpoint" / "step-2" / "manifest.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_to_the_script_saves_and_the_same_command_goes_on(number, tmp_path):
+    """Through bash, torchrun and both ranks."""
+    command = ["bash", "train_debug.sh", *SMALL, f"--job.dump_folder={tmp_path}", "--training.steps=100000"]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, stdout=log)
+    wait_for_step(tmp_path, 3)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 0, (tmp_path / "log").read_text()
+    status = json.loads((tmp_path / "exit_status.json").read_text())
+    assert status["status"] == "preempted"
+    assert (tmp_path / "checkpoint" / f"step-{status['step']}" / "manifest.json").exists()
+    again = run([*command, f"--training.steps={status['step'] + 1}"])
+    assert f"resuming after step {status['step']}" in again.stderr
 
 
 @pytest.fixture

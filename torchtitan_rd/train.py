@@ -21,7 +21,7 @@ from torchtitan_rd.checkpoint import Checkpointer
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
 from torchtitan_rd.data import accumulation_steps, build_dataloader, check_dataset, dataset_vocab_size, merge_states
-from torchtitan_rd.errors import CheckpointError, TorchtitanRDError
+from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.log import init_logging, logger
 from torchtitan_rd.lr_scheduler import lr_factor
@@ -67,6 +67,8 @@ class Trainer:
         for warning in loaded.warnings:
             logger.warning("%s", warning)
         self.device = environment.device()
+        if config.training.enable_cpu_offload and self.device.type == "cpu":
+            raise ConfigError("training.enable_cpu_offload needs a GPU to offload from; set it to false here")
         self.dims = ParallelDims.resolve(config.parallelism, environment.world_size)
         self.accumulation = accumulation_steps(config.training, self.dims.data_degree)
         check_dataset(config.training)

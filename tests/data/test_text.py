@@ -99,6 +99,34 @@ def test_a_missing_tokenizer_is_a_config_error_and_a_damaged_one_a_data_error(tm
         load_tokenizer(str(tmp_path / "tokenizer.model"))
 
 
+def test_a_name_on_the_hub_is_fetched_as_json_files_only(json_folder, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot_download(name, allow_patterns):
+        asked[name] = allow_patterns
+        return str(json_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert load_tokenizer("some/tokenizer").vocab_size == 400
+    assert asked == {"some/tokenizer": ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]}
+    (json_folder / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
+        load_tokenizer("some/tokenizer")
+
+
+def test_a_hub_that_is_out_of_reach_is_one_clear_error(monkeypatch):
+    import huggingface_hub
+
+    def unreachable(name, allow_patterns):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(ConfigError, match=r"model\.tokenizer_path = 'some/tokenizer'.*ConnectionError.*local folder"):
+        load_tokenizer("some/tokenizer")
+
+
 def test_tokenizers_can_be_sent_to_another_process(json_folder, tiktoken_file):
     import pickle
 

@@ -15,6 +15,8 @@ import numpy as np
 
 from torchtitan_rd.errors import ConfigError, DataError
 
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
 
 class Tokenizer(Protocol):
     """vocab_size: the largest id plus one. bos_id, eos_id: None where the tokenizer has no such token."""
@@ -30,7 +32,8 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """`bytes`, a folder with tokenizer.json or a tiktoken tokenizer.model, such a file, or its remote address.
+    """`bytes`, a folder with tokenizer.json or a tiktoken tokenizer.model, such a file, its remote address, or the name
+    of a repository on the Hugging Face hub (from its local cache where that has it).
 
     Raises ConfigError if there is no such thing, DataError if it cannot be read.
     """
@@ -41,10 +44,29 @@ def load_tokenizer(path: str) -> Tokenizer:
     for file in (Path(path), Path(path) / "tokenizer.json", Path(path) / "tokenizer.model"):
         if file.is_file():
             return JsonTokenizer(file) if file.suffix == ".json" else TiktokenTokenizer(_read_ranks(str(file)))
+    if _HUB_NAME.fullmatch(path) and not Path(path).exists():
+        return JsonTokenizer(_from_hub(path) / "tokenizer.json")
     raise ConfigError(
         f"model.tokenizer_path = {path!r}: expected 'bytes', a folder that holds tokenizer.json or tokenizer.model, "
-        f"or the path of such a file"
+        f"the path of such a file, or a name on the Hugging Face hub"
     )
+
+
+def _from_hub(name: str) -> Path:
+    """The folder with the JSON files of a hub repository's tokenizer; nothing else of it is fetched."""
+    import huggingface_hub
+
+    files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except Exception as error:  # of the hub and the network: a library boundary
+        raise ConfigError(
+            f"model.tokenizer_path = {name!r}: neither a local path nor to be had from the hub "
+            f"({type(error).__name__}); download it where the hub can be reached, or name a local folder"
+        ) from error
+    if not (folder / "tokenizer.json").is_file():
+        raise ConfigError(f"model.tokenizer_path = {name!r}: this repository has no tokenizer.json")
+    return folder
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class ModelConfig(Section):
     """Number of token ids; by default as many as the data set (or its tokenizer) has."""
 
     tokenizer_path: str = Field("bytes", json_schema_extra=MUST_MATCH)
-    """`bytes`, a folder with a tokenizer.json, or a tiktoken file. Read by text data sets only."""
+    """`bytes`, a folder with a tokenizer.json, a tiktoken file, or a hub name. Read by text data sets only."""
 
     attention_backend: Literal["auto", "sdpa", "fa3", "fa4", "flex"] = "auto"
     """Kernel of the attention; `auto` takes the fastest that this machine has, and logs why. See docs/attention.md."""
