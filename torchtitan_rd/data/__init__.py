@@ -8,6 +8,7 @@ for batch in loader.next_step(): ...        # the microbatches of this rank's sh
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -64,6 +65,8 @@ DATASETS: dict[str, Dataset] = {
     "fineweb-edu": Dataset("text", hub="HuggingFaceFW/fineweb-edu", subset="sample-100BT"),
     "wikitext": Dataset("text", hub="Salesforce/wikitext", subset="wikitext-2-raw-v1"),
     "pydoc": Dataset("text", samples=pydoc_topics),
+    "pydoc-train": Dataset("text", samples=partial(pydoc_topics, part="train")),
+    "pydoc-validation": Dataset("text", samples=partial(pydoc_topics, part="validation")),
     "text": Dataset("text"),
     "packed": Dataset("packed"),
 }
@@ -125,10 +128,11 @@ def build_dataloader(
     data_degree: int,
     seed: int,
     pin_memory: bool,
+    split: str = "train",
 ) -> DataLoader:
     """The loader of one data rank, at the beginning of the data.
 
-    vocab_size: of the model. The first window of every row is read here, so that data that does not suit the model
+    vocab_size: of the model. split: of data that has several. The first window of every row is read here, so that data that does not suit the model
     is found before anything expensive. Raises ConfigError or DataError.
     """
     row = check_dataset(config)
@@ -144,13 +148,13 @@ def build_dataloader(
     }
     readers: list[LaneReader] | list[StreamReader]
     if config.stream:
-        table = open_table(config.dataset, *_place(config, row), stream=True)
+        table = open_table(config.dataset, *_place(config, row), stream=True, split=split)
         mask = config.document_mask
         readers = [StreamReader(config.dataset, table, encoder, config.seq_len, data_rank, data_degree, mask)]
         start: list[Any] = [STREAM_START]
         logger.info("data: streaming; the position can be continued on %d data ranks only", data_degree)
     else:
-        source = _source(config, row, encoder, seed)
+        source = _source(config, row, encoder, seed, split)
         fingerprint |= {"num_samples": len(source), "content": _digest(source)}
         readers = _lane_readers(config, source, range(data_rank * rows, (data_rank + 1) * rows), rows * data_degree)
         start = [Cursor()] * rows
@@ -193,10 +197,11 @@ def _encoder(config: DatasetKeys, row: Dataset, tokenizer_path: str, vocab_size:
     return TextEncoder(tokenizer, vocab_size, **column)
 
 
-def _source(config: DatasetKeys, row: Dataset, encoder: Encoder, seed: int) -> Source:
+def _source(config: DatasetKeys, row: Dataset, encoder: Encoder, seed: int, split: str) -> Source:
     if row.samples:
         return SampleSource(config.dataset, row.samples(seed), encoder)
-    return TableSource(config.dataset, open_table(config.dataset, *_place(config, row), stream=False), encoder)
+    table = open_table(config.dataset, *_place(config, row), stream=False, split=split)
+    return TableSource(config.dataset, table, encoder)
 
 
 def _lane_readers(config: DatasetKeys, source: Source, lanes: range, num_lanes: int) -> list[LaneReader]:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".txt": "text"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_TRAIN = re.compile(r"(^|[^a-z])train(ing)?([^a-z]|$)", re.IGNORECASE)
+_SPLIT_NAMES = {"train": "train(ing)?", "validation": "val(id|idation)?|dev", "test": "test(ing)?"}
 
 
 class Encoder(Protocol):
@@ -83,8 +83,10 @@ def check_path(path: str) -> None:
         )
 
 
-def open_table(name: str, path: str, subset: str | None, stream: bool) -> "datasets.Dataset | datasets.IterableDataset":
-    """The `train` split of a local path or of a repository on the hub; only columns and rows, no format.
+def open_table(
+    name: str, path: str, subset: str | None, stream: bool, split: str = "train"
+) -> "datasets.Dataset | datasets.IterableDataset":
+    """One split of a local path or of a repository on the hub; only columns and rows, no format.
 
     Raises DataError with the remedy if it cannot be had.
     """
@@ -93,20 +95,20 @@ def open_table(name: str, path: str, subset: str | None, stream: bool) -> "datas
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # in a log file each update is a line
     check_path(path)
-    local = local_files(path)
+    local = local_files(path, split)
     try:
         if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
-            table = _train_split(datasets.load_from_disk(path), path)
+            table = _split_of(datasets.load_from_disk(path), path, split)
             return table.to_iterable_dataset() if stream else table
         if local:
             return _open_files(path, local, stream)
-        return datasets.load_dataset(path, subset, split="train", streaming=stream)
+        return datasets.load_dataset(path, subset, split=split, streaming=stream)
     except DataError:
         raise
     except Exception as error:  # of the hub, the network, the file system and arrow: a library boundary
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         looked_for = (
-            path if local else f"{path!r} (subset {subset or 'default'}, split train) on the hub or in its cache"
+            path if local else f"{path!r} (subset {subset or 'default'}, split {split}) on the hub or in its cache"
         )
         remedy = (
             "is the file damaged or of another format?"
@@ -117,13 +119,20 @@ def open_table(name: str, path: str, subset: str | None, stream: bool) -> "datas
         raise DataError(f"{name}: cannot read {looked_for}: {reason}; {remedy}") from error
 
 
-def local_files(path: str) -> list[Path]:
-    """The data files that a file, folder or glob names, sorted; of a folder with files named `train`, only those."""
+def local_files(path: str, split: str = "train") -> list[Path]:
+    """The data files that a file, folder or glob names, sorted; of a folder, those named after the split.
+
+    A folder in which no file is named after it is read whole to train on. Raises DataError for any other split.
+    """
     root = Path(path)
     if not root.is_dir():
         return [root] if root.is_file() else sorted(Path(p) for p in glob.glob(path, recursive=True))  # noqa: PTH207 (absolute patterns too)
     files = sorted(p for p in root.rglob("*") if p.suffix in BUILDERS and p.is_file())
-    return [p for p in files if _TRAIN.search(str(p.relative_to(root)))] or files or [root]
+    name = re.compile(rf"(^|[^a-z])({_SPLIT_NAMES.get(split, re.escape(split))})([^a-z]|$)", re.IGNORECASE)
+    named = [p for p in files if name.search(str(p.relative_to(root)))]
+    if files and not named and split != "train":
+        raise DataError(f"{path}: none of its {len(files)} data files is named after the split {split!r}")
+    return named or files or [root]
 
 
 def _open_files(path: str, files: list[Path], stream: bool) -> "datasets.Dataset | datasets.IterableDataset":
@@ -145,9 +154,9 @@ def _open_files(path: str, files: list[Path], stream: bool) -> "datasets.Dataset
     )
 
 
-def _train_split(loaded: Any, path: str) -> "datasets.Dataset":
+def _split_of(loaded: Any, path: str, split: str) -> "datasets.Dataset":
     if not isinstance(loaded, dict):
         return loaded
-    if "train" not in loaded:
-        raise DataError(f"training.dataset_path = {path!r}: has no split 'train', only {', '.join(loaded)}")
-    return loaded["train"]
+    if split not in loaded:
+        raise DataError(f"dataset_path = {path!r}: has no split {split!r}, only {', '.join(loaded)}")
+    return loaded[split]

@@ -1,7 +1,7 @@
 """Documents as tokens: bos (if the tokenizer has one), the text's ids, eos (if it has one)."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -48,8 +48,14 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
         )
 
 
-def pydoc_topics(seed: int) -> list[str]:
-    """The help texts of Python itself, sorted by name: real English prose that needs no file. `seed` is not used."""
+def pydoc_topics(seed: int, part: Literal["all", "train", "validation"] = "all") -> list[str]:
+    """The help texts of Python itself, sorted by name: real English prose that needs no file. `seed` is not used.
+
+    Every tenth text is held out of `train` and makes up `validation`.
+    """
     from pydoc_data.topics import topics
 
-    return [topics[name] for name in sorted(topics)]
+    texts = [topics[name] for name in sorted(topics)]
+    if part == "validation":
+        return texts[9::10]
+    return [text for i, text in enumerate(texts) if part == "all" or i % 10 != 9]

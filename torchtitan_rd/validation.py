@@ -1,0 +1,108 @@
+"""[validation]: the loss on a fixed held-out set, weighted by tokens; training is left exactly as it was."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+from pydantic import Field
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from torchtitan_rd.config_loader import Section
+from torchtitan_rd.data import Batch, DatasetKeys, build_dataloader
+from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.loss import count_valid, cross_entropy_sums
+
+
+class ValidationConfig(Section):
+    enable: bool = False
+    """Measure the loss on held-out data every `freq` steps and after the last one."""
+    dataset: str | None = None
+    """Name of the data set; unset: that of [training], of which `split` must then be other data."""
+    dataset_path: str | None = None
+    """Where to read it; unset: [training] dataset_path if the data set is the same."""
+    split: str = "validation"
+    """The split to read of data that has several: of a hub data set, or of files named after their split."""
+    freq: int = Field(500, ge=1)
+    """Steps from one validation to the next."""
+    sequences: int = Field(64, ge=1)
+    """Size of the held-out set: so many sequences of training.seq_len, the same ones at every validation and on any
+    number of ranks. A multiple of training.local_batch_size times the data ranks."""
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """A function of the step alone, so that a resumed run validates at the same steps."""
+        return self.enable and (step % self.freq == 0 or step == total_steps)
+
+
+def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree: int) -> DatasetKeys:
+    """The keys of the held-out set: [training]'s with another source. Raises ConfigError."""
+    at_once = training.local_batch_size * data_degree
+    if config.sequences % at_once:
+        raise ConfigError(
+            f"validation.sequences = {config.sequences} is not a multiple of training.local_batch_size = "
+            f"{training.local_batch_size} times the {data_degree} data ranks = {at_once}"
+        )
+    same = config.dataset in (None, training.dataset)
+    return DatasetKeys(
+        dataset=config.dataset or training.dataset,
+        dataset_path=config.dataset_path or (training.dataset_path if same else None),
+        column=training.column if same else None,
+        seq_len=training.seq_len,
+        local_batch_size=training.local_batch_size,
+        global_batch_size=config.sequences,
+        document_mask=training.document_mask,
+        pad_id=training.pad_id,
+        eos_id=training.eos_id,
+    )
+
+
+def read_held_out(
+    keys: DatasetKeys, split: str, *, tokenizer_path: str, vocab_size: int, data_rank: int, data_degree: int, seed: int
+) -> list[Batch]:
+    """This rank's share of the held-out set: the first global batch of `keys`, which is kept in memory."""
+    loader = build_dataloader(
+        keys,
+        tokenizer_path=tokenizer_path,
+        vocab_size=vocab_size,
+        data_rank=data_rank,
+        data_degree=data_degree,
+        seed=seed,
+        pin_memory=False,
+        split=split,
+    )
+    try:
+        return loader.next_step()
+    finally:
+        loader.close()
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    device: torch.device,
+    variants: Mapping[str, Sequence[Mapping[str, object]]],
+) -> dict[str, float]:
+    """Mean loss in nats per valid token of the held-out set, the same on all ranks, for each variant.
+
+    variants: name -> extra arguments of forward, one mapping a batch (a recurrent model's depths).
+    """
+    losses = {}
+    was_training = model.training
+    model.eval()
+    for name, inputs in variants.items():
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch, extra in zip(batches, inputs, strict=True):
+            labels = batch.labels.to(device)
+            documents = None if batch.document_ids is None else batch.document_ids.to(device)
+            logits = model(batch.inputs.to(device), documents, **extra)
+            sums += torch.stack([cross_entropy_sums(logits, labels).cross_entropy, count_valid(labels)])
+        dist.all_reduce(sums)
+        total, valid = sums.tolist()
+        losses[name] = total / valid if valid else math.nan
+    model.train(was_training)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # the next forward must gather anew; a kept copy would be of these parameters (T2)
+    return losses
