@@ -1,25 +1,39 @@
 """What a model family must provide. The trainer, the parallelisms and the converters know models only through this."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+
+class Loop(NamedTuple):
+    """A part of the model that one forward runs several times.
+
+    unit: the submodule whose forward holds the whole loop. It is one FSDP unit, and what lies in it is none: so it is
+        gathered once, and the number of collectives does not depend on the number of iterations.
+    iteration: the submodule of it that one iteration calls: a region of activation checkpointing.
+    """
+
+    unit: str
+    iteration: str
 
 
 @dataclass(frozen=True)
 class WrapPlan:
     """What to wrap, as data: names of submodules (`layers.0`) in the order in which forward reaches them.
 
-    blocks: each is one activation-checkpointed, compiled and sharded unit.
+    blocks: each is one activation-checkpointed, compiled and, outside of loops, sharded unit.
     shard_only: each tuple is one more FSDP unit (embedding; final norm with the head). The last one is needed first
         in backward, so it is not resharded after forward unless the user says `always`.
-    Parameters in neither stay with the root unit: tied embedding and head must both be there.
+    loops: what is run several times, if anything.
+    Parameters in none of them stay with the root unit: tied embedding and head must both be there.
     """
 
     blocks: tuple[str, ...]
     shard_only: tuple[tuple[str, ...], ...] = ()
+    loops: tuple[Loop, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,33 @@ class FlopCount:
     attention_causal: float
 
 
+@dataclass(frozen=True)
+class Microbatch:
+    """Where a microbatch stands in the run: all that what a model draws may depend on.
+
+    step: the optimizer update, from 1. count: microbatches of one rank since the start of the run, this one included.
+    samples: the row of each of its sequences in the global batch of the step, which knows no ranks.
+    rank: data rank. seq_len, device, dtype: layout of the activations.
+    """
+
+    step: int
+    count: int
+    rank: int
+    samples: Sequence[int]
+    seq_len: int
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class ForwardInputs:
+    """kwargs: what forward takes beside tokens and document ids. num_steps: the iterations that were drawn, without
+    and with gradient, for the FLOP count and the log."""
+
+    kwargs: Mapping[str, Any]
+    num_steps: tuple[int, int]
+
+
 InitFn = Callable[[torch.Tensor, torch.Generator], None]
 
 
@@ -44,12 +85,14 @@ class ModelSpec:
     """One model family.
 
     flavors: name -> config (a frozen dataclass whose fields `[model.overrides]` may replace).
-    build: config -> module with `forward(tokens (B, S) int64, document_ids (B, S) int32 | None) -> logits (B, S, V)`
-        in float32; called under `torch.device("meta")`; single-device maths only. The module has
+    build: config -> module with `forward(tokens (B, S) int64, document_ids (B, S) int32 | None, **kwargs of inputs)
+        -> logits (B, S, V)` in float32; called under `torch.device("meta")`; single-device maths only. The module has
         `init_buffers(device)` to fill its non-persistent buffers (rotary tables) after `to_empty`.
     inits: module -> {parameter name: fill(full tensor in place, generator)}; one entry for every unique parameter.
     wrap_plan: module -> WrapPlan.
-    flops: (config, seq_len) -> FlopCount.
+    flops: (config, seq_len) -> FlopCount; where depths are drawn also `num_steps=(n, k)`, in which it is linear.
+    inputs: None if forward needs nothing beside a batch. Else (config, [recurrence], seed=, total_steps=) ->
+        Microbatch -> ForwardInputs, with `at_depth(depth, Microbatch) -> ForwardInputs` for validation.
     """
 
     name: str
@@ -57,4 +100,5 @@ class ModelSpec:
     build: Callable[[Any], nn.Module]
     inits: Callable[[nn.Module], dict[str, InitFn]]
     wrap_plan: Callable[[nn.Module], WrapPlan]
-    flops: Callable[[Any, int], FlopCount]
+    flops: Callable[..., FlopCount]
+    inputs: Callable[..., Callable[[Microbatch], ForwardInputs]] | None = None

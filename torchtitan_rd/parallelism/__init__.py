@@ -3,7 +3,11 @@
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan_rd.parallelism.activation_checkpoint import ActivationCheckpointConfig, apply_activation_checkpointing
+from torchtitan_rd.parallelism.activation_checkpoint import (
+    ActivationCheckpointConfig,
+    apply_activation_checkpointing,
+    checkpoint_regions,
+)
 from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
 from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig
 from torchtitan_rd.parallelism.fsdp import Plan, ShardingKeys, apply_fsdp
@@ -36,6 +40,7 @@ def parallelize(
     one built before would hold the unsharded parameters and never get a gradient (T11).
     """
     blocks = [model.get_submodule(name) for name in plan.blocks]
-    apply_activation_checkpointing(blocks, activation_checkpoint)
+    regions = [model.get_submodule(name) for name in checkpoint_regions(plan, activation_checkpoint)]
+    apply_activation_checkpointing(regions, activation_checkpoint)
     apply_compile(blocks, compile)
     apply_fsdp(model, plan, mesh, sharding, parallelism.fsdp_reshard_after_forward)

@@ -6,7 +6,7 @@ module shows in `named_parameters()`: pytorch/torchtitan#2622).
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from pydantic import field_validator
@@ -33,6 +33,9 @@ class ActivationCheckpointConfig(Section):
     selective_ac_option: str = "2"
     """A number k: recompute every k-th block. "op": in every block keep attention and every second matmul."""
 
+    recurrent_region: Literal["iteration", "block"] = "iteration"
+    """mode = "full" of a recurrent model: recompute each iteration of the core as a whole, or each of its blocks."""
+
     @field_validator("selective_ac_option")
     @classmethod
     def _number_or_op(cls, value: str) -> str:
@@ -41,8 +44,23 @@ class ActivationCheckpointConfig(Section):
         return value
 
 
+class Regions(Protocol):
+    """What this file needs of a model's wrap plan (`models/spec.py` has the fields' meaning)."""
+
+    blocks: tuple[str, ...]
+    loops: tuple[tuple[str, str], ...]
+
+
+def checkpoint_regions(plan: Regions, config: ActivationCheckpointConfig) -> list[str]:
+    """The names of what is recomputed as one: the blocks, or the iterations of loops in place of their blocks."""
+    if config.recurrent_region == "block" or config.mode != "full":
+        return list(plan.blocks)
+    looped = tuple(f"{iteration}." for _, iteration in plan.loops)
+    return [*(name for name in plan.blocks if not name.startswith(looped)), *(it for _, it in plan.loops)]
+
+
 def apply_activation_checkpointing(blocks: Sequence[nn.Module], config: ActivationCheckpointConfig) -> None:
-    """Makes the chosen blocks recompute in backward. Llama has no randomness, so RNG state is not preserved (T14)."""
+    """Makes the chosen blocks recompute in backward. No model draws inside one, so RNG state is not preserved (T14)."""
     if config.mode == "none":
         return
     by_op = config.mode == "selective" and config.selective_ac_option == "op"

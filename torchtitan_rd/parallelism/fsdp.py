@@ -32,6 +32,7 @@ class Plan(Protocol):
 
     blocks: tuple[str, ...]
     shard_only: tuple[tuple[str, ...], ...]
+    loops: tuple[tuple[str, str], ...]
 
 
 def apply_fsdp(model: nn.Module, plan: Plan, mesh: DeviceMesh, keys: ShardingKeys, reshard_after_forward: str) -> None:
@@ -47,7 +48,9 @@ def apply_fsdp(model: nn.Module, plan: Plan, mesh: DeviceMesh, keys: ShardingKey
     offload = CPUOffloadPolicy() if keys.enable_cpu_offload else OffloadPolicy()
     options = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
     reshard = reshard_after_forward != "never"
-    units: Sequence[tuple[str, ...]] = [*plan.shard_only[:-1], *((name,) for name in plan.blocks)]
+    looped = tuple(f"{unit}." for unit, _ in plan.loops)
+    names = (*(name for name in plan.blocks if not name.startswith(looped)), *(unit for unit, _ in plan.loops))
+    units: Sequence[tuple[str, ...]] = [*plan.shard_only[:-1], *((name,) for name in names)]
     for names in units:
         fully_shard([model.get_submodule(name) for name in names], reshard_after_forward=reshard, **options)
     for names in plan.shard_only[-1:]:

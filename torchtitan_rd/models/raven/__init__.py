@@ -1,0 +1,17 @@
+"""Depth-recurrent transformers (Huginn, arXiv 2502.05171).
+
+Parameter names are those of the released Hugging Face state dict but for the two modules that hold the loop: dropping
+`recurrence.iteration.` from `transformer.recurrence.iteration.{adapter,core_block.<i>}...` gives the released name.
+"""
+
+from torchtitan_rd.models.raven.config import RAVEN_FLAVORS, count_flops
+from torchtitan_rd.models.raven.init import inits
+from torchtitan_rd.models.raven.inputs import RavenInputs
+from torchtitan_rd.models.raven.model import Raven
+from torchtitan_rd.models.raven.plan import wrap_plan
+from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
+from torchtitan_rd.models.spec import ModelSpec
+
+__all__ = ["RAVEN", "RecurrenceConfig"]
+
+RAVEN = ModelSpec("raven", RAVEN_FLAVORS, Raven, inits, wrap_plan, count_flops, RavenInputs)

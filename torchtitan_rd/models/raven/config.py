@@ -1,0 +1,159 @@
+"""The shape of a depth-recurrent transformer, its flavors, and its cost (arXiv 2502.05171)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from torchtitan_rd.config_loader import nearest
+from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.models.attention import AttentionShape
+from torchtitan_rd.models.raven.recurrence import parse_scheme
+from torchtitan_rd.models.spec import FlopCount
+
+INJECTIONS = ("linear", "add", "gate", "none")
+STATE_INITS = ("like-init", "normal", "embed", "zero", "unit")
+
+
+@dataclass(frozen=True)
+class RavenConfig:
+    """The shape of a raven. Raises ConfigError for values at odds with each other.
+
+    ffn_dim: hidden width of the gated feed-forward.
+    n_layers_prelude, n_layers_core, n_layers_coda: blocks before, in and after the recurrence; 0 prelude or coda
+        blocks are legal.
+    n_kv_heads: n_heads unless given.
+    block: where a block's norms stand. sandwich: before and after each branch (Huginn). post: after the residual sum.
+    qk_bias: one bias for queries and one for keys, added before the rotary embedding.
+    injection: how an iteration takes in the embedded input e. linear: a learned map of [s, e]; add: s + e;
+        gate: s * e; none: not at all, the state starts at e.
+    state_init: the distribution of the first state (state.py).
+    mean_recurrence, mean_backprop_depth: means of the iterations in all and of those that are differentiated.
+    sampling_scheme: how depths are drawn in training, unless [recurrence] says otherwise (recurrence.py).
+    init_strategy: takase: embeddings are scaled by sqrt(dim) after the lookup; scaled: they are not. See model.inits.
+    init_orthogonal: initial matrices are orthogonal instead of truncated normals, of the same spread.
+    max_seq_len: the context that an export states (`block_size`). It sizes nothing.
+    """
+
+    dim: int
+    n_heads: int
+    ffn_dim: int
+    n_layers_prelude: int
+    n_layers_core: int
+    n_layers_coda: int
+    mean_recurrence: int
+    mean_backprop_depth: int
+    vocab_size: int = 65536
+    n_kv_heads: int | None = None
+    block: Literal["sandwich", "post"] = "sandwich"
+    qk_bias: bool = True
+    injection: str = "linear"
+    state_init: str = "like-init"
+    sampling_scheme: str = "poisson-lognormal-filling"
+    init_strategy: Literal["takase", "scaled"] = "takase"
+    init_orthogonal: bool = False
+    norm_eps: float = 1e-6
+    rope_theta: float = 50_000.0
+    tie_word_embeddings: bool = True
+    max_seq_len: int = 4096
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = 0 if name in ("n_layers_prelude", "n_layers_coda") else 1
+            if isinstance(value, int) and not isinstance(value, bool) and value < least:
+                raise ConfigError(f"{name} = {value} must be at least {least}")
+            if isinstance(value, float) and not 0 < value < math.inf:
+                raise ConfigError(f"{name} = {value} must be positive and finite")
+        for name, known in (("injection", INJECTIONS), ("state_init", STATE_INITS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} = {getattr(self, name)!r} is unknown{nearest(getattr(self, name), known)}")
+        parse_scheme(self.sampling_scheme)
+        heads, kv_heads, head_dim = self.attention_shape
+        if self.dim % heads or head_dim % 2:
+            raise ConfigError(f"dim = {self.dim} must be an even multiple of n_heads = {heads}: rotary turns pairs")
+        if heads % kv_heads:
+            raise ConfigError(f"n_heads = {heads} is not divisible by n_kv_heads = {kv_heads}")
+        if self.qk_bias and kv_heads != heads:
+            raise ConfigError(f"qk_bias has one bias a query head: set n_kv_heads = {heads}, or qk_bias = false")
+
+    @property
+    def attention_shape(self) -> AttentionShape:
+        return AttentionShape(self.n_heads, self.n_kv_heads or self.n_heads, self.dim // self.n_heads)
+
+    @property
+    def effective_depth(self) -> int:
+        """Blocks that a token passes at the mean recurrence."""
+        return self.n_layers_prelude + self.n_layers_core * self.mean_recurrence + self.n_layers_coda
+
+    @property
+    def weight_std(self) -> float:
+        """Initial spread of weights and embeddings: sqrt(2 / (5 dim)) (Nguyen and Salazar, arXiv 1910.05895)."""
+        return math.sqrt(2 / (5 * self.dim))
+
+    @property
+    def embedding_scale(self) -> float:
+        """What looked-up embeddings are multiplied by (takase: arXiv 2312.16903)."""
+        return math.sqrt(self.dim) if self.init_strategy == "takase" else 1.0
+
+
+def count_flops(config: RavenConfig, seq_len: int, num_steps: tuple[float, float] | None = None) -> FlopCount:
+    """FLOPs of one training step per token at a draw of (n without gradient, k with gradient) iterations, k >= 1.
+
+    An iteration without gradient costs its forward alone, a third of one with gradient. The count is linear in n and
+    k, so means over steps give the mean count. num_steps: by default the mean depth.
+    """
+    if num_steps is None:
+        k = min(config.mean_backprop_depth, config.mean_recurrence)
+        num_steps = (config.mean_recurrence - k, k)
+    heads, kv_heads, head_dim = config.attention_shape
+    block = config.dim * (heads + 2 * kv_heads) * head_dim + config.dim**2 + 3 * config.dim * config.ffn_dim
+    adapter = 2 * config.dim**2 if config.injection == "linear" else 0
+    passes = num_steps[0] / 3 + num_steps[1]  # of the core, in forwards and backwards
+    blocks = config.n_layers_prelude + config.n_layers_coda + config.n_layers_core * passes
+    weights = blocks * block + adapter * passes + config.dim * config.vocab_size
+    per_pair = 3 * 4 * blocks * heads * head_dim  # q @ k and p @ v, 2 each, forward and twice backward
+    return FlopCount(6 * weights, per_pair * seq_len, per_pair * (seq_len + 1) / 2)
+
+
+Layers: TypeAlias = tuple[int, int, int]
+
+
+def _huginn(dim: int, heads: int, ffn_dim: int, layers: Layers, mean: int, backprop: int, **fields: Any) -> RavenConfig:
+    return RavenConfig(dim, heads, ffn_dim, *layers, mean, backprop, **fields)
+
+
+def _post_norm(
+    dim: int, heads: int, ffn_dim: int, layers: Layers, mean: int, backprop: int, **fields: Any
+) -> RavenConfig:
+    """The shapes that came before Huginn."""
+    before = {
+        "block": "post",
+        "qk_bias": False,
+        "injection": "add",
+        "sampling_scheme": "poisson-fill",
+        "init_strategy": "scaled",
+        "init_orthogonal": True,
+        "norm_eps": 1e-5,
+    }
+    return RavenConfig(dim, heads, ffn_dim, *layers, mean, backprop, **{**before, **fields})
+
+
+_DEBUG = {
+    "vocab_size": 32000,
+    "n_kv_heads": 8,
+    "sampling_scheme": "poisson-unbounded",
+    "init_orthogonal": False,
+    "tie_word_embeddings": False,
+    "max_seq_len": 384,
+}
+
+RAVEN_FLAVORS = {  # dim, heads, ffn dim, (prelude, core, coda), mean recurrence, mean backprop depth
+    "debug": _post_norm(256, 16, 256, (1, 2, 1), 2, 1, **_DEBUG),
+    "debug-demo": _huginn(128, 4, 448, (0, 1, 0), 8, 4, vocab_size=256, max_seq_len=128),
+    "magpie-150m": _post_norm(1024, 32, 3520, (1, 4, 1), 20, 4),
+    "corax-raven-800m": _post_norm(4096, 32, 8192, (1, 2, 1), 20, 4),
+    "kolk-raven-1.1b": _post_norm(4096, 64, 8192, (1, 4, 1), 24, 8),
+    "tower-raven-3b": _post_norm(4096, 64, 8192, (2, 8, 2), 32, 8),
+    "nebel-raven-3.5b": _huginn(5280, 55, 17920, (2, 4, 2), 32, 8),
+    "nebel-baseline-3.5b": _huginn(5280, 55, 17920, (2, 4, 2), 1, 1, sampling_scheme="non-recurrent"),
+    "deluge-raven-4b": _post_norm(7040, 64, 14080, (2, 4, 2), 32, 8),
+}

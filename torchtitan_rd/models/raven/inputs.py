@@ -1,0 +1,106 @@
+"""What a raven's forward takes beside tokens: the depth and the first state, both functions of the step."""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import torch
+
+from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.models.raven.config import RavenConfig
+from torchtitan_rd.models.raven.recurrence import DepthSampler, RecurrenceConfig
+from torchtitan_rd.models.spec import ForwardInputs, Microbatch
+
+VALIDATION_STEP = 0  # updates count from 1, so validation has noise of its own, the same each time
+
+
+class RavenInputs:
+    """Draws for the microbatches of a run. Raises ConfigError if the settings cannot go together."""
+
+    def __init__(self, config: RavenConfig, recurrence: RecurrenceConfig, *, seed: int, total_steps: int):
+        """recurrence: [recurrence]. seed: training.seed. total_steps: training.steps."""
+        if config.injection == "none" and not recurrence.lockstep:
+            # Without injection, embedding and prelude have a gradient only at n = 0: ranks would not reduce alike.
+            raise ConfigError('recurrence.lockstep = false needs an injection: it is "none" in this model')
+        self.config, self.seed = config, seed
+        self.sampler = DepthSampler(
+            recurrence,
+            scheme=config.sampling_scheme,
+            mean_recurrence=config.mean_recurrence,
+            mean_backprop_depth=config.mean_backprop_depth,
+            total_steps=total_steps,
+        )
+
+    def __call__(self, microbatch: Microbatch) -> ForwardInputs:
+        """The inputs of one training microbatch."""
+        draw = self.sampler.draw(microbatch.step, microbatch=microbatch.count, rank=microbatch.rank)
+        return self._inputs(tuple(draw), microbatch.step, microbatch)
+
+    def at_depth(self, depth: int, microbatch: Microbatch) -> ForwardInputs:
+        """The inputs of a validation microbatch, of which only the samples and the layout count.
+
+        depth: iterations, all of them without gradient. Raises ConfigError below 1.
+        """
+        if depth < 1:
+            raise ConfigError(f"a depth of {depth} iterations cannot be evaluated: use at least 1")
+        return self._inputs((depth, 0), VALIDATION_STEP, microbatch)
+
+    def _inputs(self, num_steps: tuple[int, int], step: int, microbatch: Microbatch) -> ForwardInputs:
+        state = initial_state(
+            self.config,
+            seed=self.seed,
+            step=step,
+            samples=microbatch.samples,
+            seq_len=microbatch.seq_len,
+            device=microbatch.device,
+            dtype=microbatch.dtype,
+        )
+        return ForwardInputs({"num_steps": num_steps, "initial_state": state}, num_steps)
+
+
+def initial_state(
+    config: RavenConfig,
+    *,
+    seed: int,
+    step: int,
+    samples: Sequence[int],
+    seq_len: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.Tensor | None:
+    """-> (B, S, E) first states, a function of (seed, step, sample) in each row; None for injection "none".
+
+    like-init: a standard normal cut at 3, times the embedding's initial std and scale; normal: std 1; embed: std
+    E^-0.5; zero; unit: normal, standardised over E (unbiased std).
+
+    One generator a row, on the device itself: a row of 131072 x 5280 numbers takes seconds on a CPU core. Values
+    therefore repeat on the same kind of device, not from CPU to GPU. Drawn in float32; costs one such row of memory.
+    """
+    if config.injection == "none":
+        return None
+    state = torch.zeros(len(samples), seq_len, config.dim, device=device, dtype=dtype)
+    if config.state_init != "zero":
+        for row, sample in zip(state, samples, strict=True):
+            generator = torch.Generator(device).manual_seed(_row_seed(seed, step, sample))
+            row.copy_(_noise(config, torch.empty(seq_len, config.dim, device=device), generator))
+    return state
+
+
+def _noise(config: RavenConfig, row_SE: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if config.state_init == "like-init":
+        # By the inverse of the distribution: redrawing what lies outside would wait for the device.
+        edge = math.erf(3 / math.sqrt(2))
+        scale = config.weight_std * config.embedding_scale * math.sqrt(2)
+        return row_SE.uniform_(-edge, edge, generator=generator).erfinv_().mul_(scale)
+    row_SE.normal_(generator=generator)
+    if config.state_init == "embed":
+        return row_SE.mul_(config.dim**-0.5)
+    if config.state_init == "unit":
+        std, mean = torch.std_mean(row_SE, dim=-1, keepdim=True)
+        return row_SE.sub_(mean).div_(std)
+    return row_SE
+
+
+def _row_seed(seed: int, step: int, sample: int) -> int:
+    """A 63-bit seed that differs for every row of a run."""
+    return int.from_bytes(hashlib.sha256(f"state:{seed}:{step}:{sample}".encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,184 @@
+"""The raven model, as mathematics on one device (arXiv 2502.05171).
+
+Shapes: B batch, S sequence, E dim, H heads, D head dim, V vocabulary. Letters: e embedded input, s state, n and k
+iterations without and with gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torchtitan_rd.models.attention import Mask, attend, build_mask
+from torchtitan_rd.models.layers import RMSNorm, Rotary, apply_rotary
+from torchtitan_rd.models.raven.config import RavenConfig
+
+
+class Attention(nn.Module):
+    """Causal self-attention: one matrix for queries, keys and values, biases on the first two, rotary positions."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        heads, kv_heads, self.head_dim = config.attention_shape
+        self.heads = (heads, kv_heads)
+        self.widths = ((heads + kv_heads) * self.head_dim, kv_heads * self.head_dim)
+        self.Wqkv = nn.Linear(config.dim, sum(self.widths), bias=False)
+        self.qk_bias = nn.Parameter(torch.empty(2, 1, heads, self.head_dim)) if config.qk_bias else None
+        self.proj = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
+        # Queries and keys stay one tensor through bias and rotary: half the operations.
+        qk, v = self.Wqkv(x_BSE).split(self.widths, dim=-1)
+        if self.qk_bias is not None:
+            qk = qk + self.qk_bias.flatten()
+        qk_BHSD = apply_rotary(qk.unflatten(-1, (-1, self.head_dim // 2, 2)), rotary).transpose(1, 2)
+        q_BHSD, k_BHSD = qk_BHSD.split(self.heads, dim=1)
+        v_BHSD = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return self.proj(attend(q_BHSD, k_BHSD, v_BHSD, mask).transpose(1, 2).flatten(-2))
+
+
+class GatedMLP(nn.Module):
+    """proj(silu(gate) * up), gate and up from one matrix."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        self.fc = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.fc(x).chunk(2, dim=-1)
+        return self.proj(F.silu(gate) * up)
+
+
+class SandwichBlock(nn.Module):
+    """x = norm_2(x + attn(norm_1(x))); x = norm_4(x + mlp(norm_3(x)))."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        self.norm_1 = RMSNorm(config.dim, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.norm_2 = RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm_3 = RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp = GatedMLP(config)
+        self.norm_4 = RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
+        x_BSE = self.norm_2(x_BSE + self.attn(self.norm_1(x_BSE), rotary, mask))
+        return self.norm_4(x_BSE + self.mlp(self.norm_3(x_BSE)))
+
+
+class PostNormBlock(nn.Module):
+    """x = norm_1(x + attn(x)); x = norm_2(x + mlp(x))."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        self.attn = Attention(config)
+        self.norm_1 = RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp = GatedMLP(config)
+        self.norm_2 = RMSNorm(config.dim, eps=config.norm_eps)
+
+    def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
+        x_BSE = self.norm_1(x_BSE + self.attn(x_BSE, rotary, mask))
+        return self.norm_2(x_BSE + self.mlp(x_BSE))
+
+
+BLOCKS = {"sandwich": SandwichBlock, "post": PostNormBlock}
+
+
+def blocks(config: RavenConfig, number: int) -> nn.ModuleList:
+    return nn.ModuleList(BLOCKS[config.block](config) for _ in range(number))
+
+
+class Iteration(nn.Module):
+    """One step of the recurrence: takes e into the state, then runs the core blocks. A module, so that activation
+    checkpointing can replace its `forward`."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        self.injection = config.injection
+        if config.injection == "linear":
+            self.adapter = nn.Linear(2 * config.dim, config.dim, bias=False)
+        self.core_block = blocks(config, config.n_layers_core)
+
+    def forward(self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
+        if self.injection == "linear":
+            s_BSE = self.adapter(torch.cat((s_BSE, e_BSE), dim=-1))
+        elif self.injection == "add":
+            s_BSE = s_BSE + e_BSE
+        elif self.injection == "gate":
+            s_BSE = s_BSE * e_BSE
+        for block in self.core_block:
+            s_BSE = block(s_BSE, rotary, mask)
+        return s_BSE
+
+
+class Recurrence(nn.Module):
+    """The whole loop in one forward: FSDP gathers its weights once, however many iterations are drawn (T1, T4)."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        self.iteration = Iteration(config)
+
+    def forward(
+        self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask, num_steps: tuple[int, int]
+    ) -> torch.Tensor:
+        num_steps_no_grad, num_steps_with_grad = num_steps
+        with torch.no_grad():
+            for _ in range(num_steps_no_grad):
+                s_BSE = self.iteration(s_BSE, e_BSE, rotary, mask)
+        for _ in range(num_steps_with_grad):
+            s_BSE = self.iteration(s_BSE, e_BSE, rotary, mask)
+        return s_BSE
+
+
+class Transformer(nn.Module):
+    """Holds the layers, for their names; `Raven.forward` calls them."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.dim)
+        self.prelude = blocks(config, config.n_layers_prelude)
+        self.recurrence = Recurrence(config)
+        self.coda = blocks(config, config.n_layers_coda)
+        self.ln_f = RMSNorm(config.dim, eps=config.norm_eps)
+
+
+class Raven(nn.Module):
+    """Tokens -> logits. See ModelSpec.build for the contract. It draws nothing: depth and first state are inputs."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self.rotary = Rotary(config.attention_shape.head_dim, config.rope_theta)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+
+    def init_buffers(self, device: torch.device | str) -> None:
+        self.rotary.init_buffers(device)
+
+    def forward(
+        self,
+        tokens_BS: torch.Tensor,
+        document_ids: torch.Tensor | None = None,
+        *,
+        num_steps: tuple[int, int],
+        initial_state: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """num_steps: iterations without gradient, then with. Those without are run on the state alone: e gets its
+        gradient through the others, so the gradients are those of the last k iterations from a given state.
+
+        initial_state: (B, S, E); None, and only then, if injection is "none", where the state starts at e.
+        """
+        layers = self.transformer
+        rotary, mask = self.rotary(tokens_BS.shape[1]), build_mask(tokens_BS, document_ids)
+        e_BSE = layers.wte(tokens_BS)
+        if self.config.embedding_scale != 1.0:
+            e_BSE = e_BSE * self.config.embedding_scale
+        for block in layers.prelude:
+            e_BSE = block(e_BSE, rotary, mask)
+        s_BSE = e_BSE if self.config.injection == "none" else initial_state.to(e_BSE)
+        s_BSE = layers.ln_f(layers.recurrence(s_BSE, e_BSE, rotary, mask, num_steps))
+        for block in layers.coda:
+            s_BSE = block(s_BSE, rotary, mask)
+        return self.lm_head(layers.ln_f(s_BSE)).float()
