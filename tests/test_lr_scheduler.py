@@ -2,7 +2,7 @@
 
 import pytest
 
-from torchtitan_rd.lr_scheduler import LRSchedulerConfig, lr_factor
+from torchtitan_rd.lr_scheduler import LRSchedulerConfig, lr_factor, schedule_warnings
 
 
 def factors(steps, total, **keys):
@@ -44,3 +44,36 @@ def test_no_update_is_without_effect_and_no_rate_exceeds_the_full_one(schedule):
 
 def test_a_warm_up_longer_than_the_run_does_not_divide_by_zero():
     assert factors([1, 5], 5, schedule="linear", warmup_steps=5) == pytest.approx([1 / 6, 5 / 6])
+
+
+HUGINN = {"convention": "huginn", "warmup_steps": 100, "cooldown_steps": 100}
+
+
+def test_the_huginn_trapezoid_has_the_ancestors_numbers():
+    """ancestors.md 6: 1000 steps, warm-up and cool-down of 100."""
+    got = factors([1, 50, 100, 900, 901, 950, 1000], 1000, schedule="trapezoid", **HUGINN)
+    assert got == pytest.approx([0.01, 0.5, 1.0, 1.0, 0.99, 0.5, 0.0])
+
+
+def test_the_huginn_cosine_has_the_ancestors_number_and_jumps_where_the_cool_down_starts():
+    middle, before, after = factors([500, 900, 901], 1000, schedule="cosine", **HUGINN)
+    assert middle == pytest.approx(0.586824, abs=1e-6)
+    assert before < 0.05 and after == pytest.approx(0.99)
+
+
+def test_the_huginn_cool_down_stops_at_its_floor():
+    got = factors([950, 960, 990], 1000, schedule="trapezoid", min_lr_factor=0.45, **HUGINN)
+    assert got == pytest.approx([0.5, 0.45, 0.45])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_cool_down_that_jumps_is_warned_of(schedule):
+    assert "jumps up" in schedule_warnings(LRSchedulerConfig(schedule=schedule, cooldown_steps=5))[0]
+    assert not schedule_warnings(LRSchedulerConfig(schedule=schedule))
+    assert not schedule_warnings(LRSchedulerConfig(schedule="trapezoid", cooldown_steps=5))
+
+
+def test_beyond_the_end_the_floor_holds():
+    assert factors(
+        [11, 99], 10, schedule="trapezoid", warmup_steps=0, cooldown_steps=4, min_lr_factor=0.1
+    ) == pytest.approx([0.1, 0.1])

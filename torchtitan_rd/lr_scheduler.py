@@ -10,36 +10,49 @@ from torchtitan_rd.config_loader import Section
 
 class LRSchedulerConfig(Section):
     schedule: Literal["linear", "cosine", "constant", "trapezoid"] = "linear"
-    """What follows the warm-up: linear or cosine decay to the last step, no decay, or trapezoid (WSD: warm-up,
-    stable, decay over the last cooldown_steps)."""
+    """What follows the warm-up: linear or cosine decay to the last step, or no decay. trapezoid (WSD: warm-up, stable,
+    decay) is constant under the name that is usual with cooldown_steps."""
     warmup_steps: int = Field(200, ge=0)
-    """Steps of linear warm-up: step s of w has s / (w + 1) of the full rate."""
+    """Steps of linear warm-up."""
     cooldown_steps: int = Field(0, ge=0)
-    """trapezoid: the steps at the end over which the rate decays."""
+    """The steps at the end over which the rate falls from the full one, whatever the schedule. Under a linear or cosine
+    decay, which is lower by then, the rate first jumps up."""
     cooldown_type: Literal["linear", "1-sqrt"] = "linear"
-    """trapezoid: the form of that decay (1-sqrt: arXiv 2405.18392)."""
+    """The form of the cool-down (1-sqrt: arXiv 2405.18392)."""
     min_lr_factor: float = Field(0.0, ge=0.0, le=1.0)
-    """The share of the full rate that a decay ends in."""
+    """The share of the full rate that a decay or cool-down ends in."""
+    convention: Literal["torchtitan", "huginn"] = "torchtitan"
+    """Where ramps touch zero. torchtitan: step s of a warm-up over w has s / (w + 1) of the full rate, and decays reach
+    their end one step after the last, so that no update is lost. huginn: s / w, decays reach their end in the last
+    step, and a cool-down heads for zero but stops at min_lr_factor."""
 
 
 def lr_factor(config: LRSchedulerConfig, step: int, total_steps: int) -> float:
     """The factor on the optimizer's learning rate for update `step` (the first is 1) of `total_steps`.
 
-    The update after the warm-up has the full rate; decays would reach `min_lr_factor` at `total_steps + 1`, so that
-    no update is without effect.
+    From the step after the warm-up (huginn: from its last step) the factor is 1, until a decay begins.
     """
-    done = step - 1  # updates before this one
-    if done < config.warmup_steps:
-        return step / (config.warmup_steps + 1)
-    if config.schedule == "constant":
+    huginn = config.convention == "huginn"
+    floor = config.min_lr_factor
+    time = step if huginn else step - 1
+    if time < config.warmup_steps:
+        return time / config.warmup_steps if huginn else step / (config.warmup_steps + 1)
+    if config.cooldown_steps and step > total_steps - config.cooldown_steps:
+        progress = min(1.0 - (total_steps - time) / config.cooldown_steps, 1.0)
+        share = 1.0 - (progress if config.cooldown_type == "linear" else math.sqrt(progress))
+        return max(share, floor) if huginn else floor + (1.0 - floor) * share
+    if config.schedule in ("constant", "trapezoid"):
         return 1.0
-    length = config.cooldown_steps if config.schedule == "trapezoid" else total_steps - config.warmup_steps
-    progress = (done - (total_steps - length)) / max(length, 1)
-    progress = min(max(progress, 0.0), 1.0)
-    if config.schedule == "cosine":
-        remaining = 0.5 * (1.0 + math.cos(math.pi * progress))
-    elif config.schedule == "trapezoid" and config.cooldown_type == "1-sqrt":
-        remaining = 1.0 - math.sqrt(progress)
-    else:
-        remaining = 1.0 - progress
-    return config.min_lr_factor + (1.0 - config.min_lr_factor) * remaining
+    progress = min((time - config.warmup_steps) / max(total_steps - config.warmup_steps, 1), 1.0)
+    share = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return floor + (1.0 - floor) * share
+
+
+def schedule_warnings(config: LRSchedulerConfig) -> list[str]:
+    """What is legal but seldom meant, one line each."""
+    if config.cooldown_steps and config.schedule in ("linear", "cosine"):
+        return [
+            f'[lr_scheduler] cooldown_steps = {config.cooldown_steps} after schedule = "{config.schedule}": the rate '
+            f'jumps up to the full one where the cool-down starts; schedule = "trapezoid" has no jump'
+        ]
+    return []

@@ -1,51 +1,27 @@
-"""[optimizer]: Adam and AdamW over sharded parameters, and their state as named tensors."""
-
-from typing import Literal
+"""Builds the optimizer that the config names, sets its rates, and lists its state for checkpoints."""
 
 import torch
-from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from torchtitan_rd.config_loader import Section
-
-
-class OptimizerConfig(Section):
-    name: Literal["AdamW", "Adam"] = Field("AdamW", json_schema_extra={"on_resume": "must_match"})
-    """Adam here has no weight decay unless weight_decay is set (then it is L2 in the gradient)."""
-    lr: float = Field(8e-4, gt=0.0)
-    """The full learning rate; [lr_scheduler] multiplies it."""
-    beta1: float = Field(0.9, ge=0.0, lt=1.0)
-    """Decay of the first moment."""
-    beta2: float = Field(0.95, ge=0.0, lt=1.0)
-    """Decay of the second moment."""
-    eps: float = Field(1e-8, gt=0.0)
-    """Added to the root of the second moment."""
-    weight_decay: float = Field(0.1, ge=0.0)
-    """Weight decay, decoupled in AdamW."""
-    no_weight_decay_for_bias_and_norm: bool = False
-    """Leave one-dimensional parameters (norms, biases) out of the weight decay."""
-    implementation: Literal["fused", "foreach", "for-loop"] = "fused"
-    """fused: one kernel for all; foreach: one kernel an operation; for-loop: one a parameter and operation."""
+from torchtitan_rd.optimizer.config import OptimizerConfig
+from torchtitan_rd.optimizer.ellis_adam import ELLISAdam
+from torchtitan_rd.optimizer.groups import MATRICES, parameter_groups
+from torchtitan_rd.optimizer.muon import Muon, MuonAdamW
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The optimizer over `model`'s parameters; build it after sharding. `base_lr` of a group is its full rate."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    undecayed = [p for p in parameters if p.ndim < 2 and config.no_weight_decay_for_bias_and_norm]
-    skip = {id(p) for p in undecayed}
-    groups = [{"params": [p for p in parameters if id(p) not in skip], "base_lr": config.lr}]
-    if undecayed:
-        groups.append({"params": undecayed, "weight_decay": 0.0, "base_lr": config.lr})
-    return getattr(torch.optim, config.name)(
-        groups,
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=config.implementation == "fused",
-        foreach=config.implementation == "foreach",
-    )
+    groups = parameter_groups(model, config.lr, config.weight_decay, not config.no_weight_decay_for_bias_and_norm)
+    adam = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    kernels = {"fused": config.implementation == "fused", "foreach": config.implementation == "foreach"}
+    if config.name == "ELLISAdam":
+        return ELLISAdam(groups, **adam, keys=config)
+    if config.name == "Muon":
+        matrices = [group for group in groups if group["kind"] == MATRICES]
+        others = [group for group in groups if group["kind"] != MATRICES]
+        return MuonAdamW(Muon(matrices, lr=config.lr, keys=config), torch.optim.AdamW(others, **adam, **kernels))
+    return getattr(torch.optim, config.name)(groups, **adam, **kernels)
 
 
 def set_lr(optimizer: Optimizer, factor: float) -> float:

@@ -1,0 +1,35 @@
+"""What an optimizer needs to know of sharding: a tensor's own part, and sums over all of its parts."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of `tensor`, sharing its memory; all of it if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sum_over_shards(parts: Sequence[Tensor], owners: Sequence[Tensor]) -> Tensor:
+    """Adds up each scalar `parts[i]` over the ranks that share `owners[i]`: (len(parts),), the same on all ranks.
+
+    Collective, and one all-reduce for all owners of one mesh (on a mesh of replicas and shards, over the shards
+    only), however many they are. An owner that is not sharded keeps its part.
+    """
+    sums = list(parts)
+    together = defaultdict(list)
+    for i, owner in enumerate(owners):
+        if isinstance(owner, DTensor):
+            sharded = tuple(dim for dim, placement in enumerate(owner.placements) if not placement.is_replicate())
+            together[owner.device_mesh, sharded].append(i)
+    for (mesh, dims), members in together.items():
+        totals = torch.stack([parts[i] for i in members])
+        for dim in dims:
+            dist.all_reduce(totals, group=mesh.get_group(dim))
+        for i, total in zip(members, totals.unbind(), strict=True):
+            sums[i] = total
+    return torch.stack(sums)
