@@ -20,15 +20,15 @@ def die_at(rank: int, step: int, microbatch: int) -> None:
     call, backward = TrainStep.__call__, TrainStep._backward
     now = {"step": 0, "microbatch": 0}
 
-    def watched_call(self, number, batches):
+    def watched_call(self, number, *arguments):
         now.update(step=number, microbatch=0)
-        return call(self, number, batches)
+        return call(self, number, *arguments)
 
-    def watched_backward(self, batch, valid):
+    def watched_backward(self, *arguments):
         if (int(os.environ["RANK"]), now["step"], now["microbatch"]) == (rank, step, microbatch):
             os.kill(os.getpid(), signal.SIGKILL)
         now["microbatch"] += 1
-        return backward(self, batch, valid)
+        return backward(self, *arguments)
 
     TrainStep.__call__, TrainStep._backward = watched_call, watched_backward
 
@@ -36,9 +36,9 @@ def die_at(rank: int, step: int, microbatch: int) -> None:
 def slow(seconds: float) -> None:
     call = TrainStep.__call__
 
-    def slowed(self, number, batches):
+    def slowed(self, *arguments):
         time.sleep(seconds)
-        return call(self, number, batches)
+        return call(self, *arguments)
 
     TrainStep.__call__ = slowed
 

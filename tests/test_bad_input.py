@@ -27,7 +27,7 @@ GOOD = [
 MISTAKES = {
     "a misspelt key": (["--training.stepz=1"], "did you mean 'steps'?"),
     "a wrong type": (["--training.steps=many"], "[training] steps = 'many'"),
-    "a wrong choice": (["--optimizer.name=SGD"], "'AdamW' or 'Adam'"),
+    "a wrong choice": (["--optimizer.name=SGD"], "'AdamW', 'Adam'"),
     "degrees beyond the ranks": (["--parallelism.data_parallel_shard_degree=3"], "1 ranks were started"),
     "a batch that does not divide": (["--training.global_batch_size=3", "--training.local_batch_size=2"], "multiple"),
     "an unknown data set": (["--training.dataset=pydocs"], "did you mean 'pydoc'?"),

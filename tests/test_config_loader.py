@@ -87,7 +87,7 @@ def test_every_problem_is_reported_at_once_with_its_line_and_the_nearest_name(tm
     assert "x.toml:3: [training] seq_len = 'long'" in message
     assert "x.toml:6: unknown section [optimiser]; did you mean 'optimizer'?" in message
     assert "x.toml:9: [optimizer] lr = -1.0" in message and "greater than 0" in message
-    assert "x.toml:10: [optimizer] name = 'adam'" in message and "'AdamW' or 'Adam'" in message
+    assert "x.toml:10: [optimizer] name = 'adam'" in message and "'AdamW', 'Adam'" in message
     assert "command line: [training] local_batch_size = 'many'" in message
 
 

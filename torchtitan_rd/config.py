@@ -9,19 +9,22 @@ from torchtitan_rd.checkpoint import CheckpointConfig
 from torchtitan_rd.config_loader import Loaded, Section, load_config
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import CommConfig, Environment, JobKeys
-from torchtitan_rd.lr_scheduler import LRSchedulerConfig
+from torchtitan_rd.lr_scheduler import LRSchedulerConfig, schedule_warnings
 from torchtitan_rd.metrics import MetricsConfig
 from torchtitan_rd.models.config import ModelConfig
+from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
 from torchtitan_rd.old_keys import OLD_KEYS
 from torchtitan_rd.optimizer import OptimizerConfig
 from torchtitan_rd.parallelism import ActivationCheckpointConfig, CompileConfig, ParallelismConfig
 from torchtitan_rd.profiling import ProfilingConfig
 from torchtitan_rd.train_step import TrainingConfig
+from torchtitan_rd.validation import ValidationConfig
 
 
 class JobConfig(Section):
     job: JobKeys = JobKeys()
     model: ModelConfig = ModelConfig()
+    recurrence: RecurrenceConfig = RecurrenceConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     lr_scheduler: LRSchedulerConfig = LRSchedulerConfig()
     training: TrainingConfig = TrainingConfig()
@@ -29,6 +32,7 @@ class JobConfig(Section):
     activation_checkpoint: ActivationCheckpointConfig = ActivationCheckpointConfig()
     compile: CompileConfig = CompileConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
     metrics: MetricsConfig = MetricsConfig()
     profiling: ProfilingConfig = ProfilingConfig()
     comm: CommConfig = CommConfig()
@@ -37,15 +41,10 @@ class JobConfig(Section):
         """What is wrong between sections, one line each; empty if nothing is."""
         problems = []
         schedule, steps = self.lr_scheduler, self.training.steps
-        if schedule.schedule == "trapezoid" and schedule.warmup_steps + schedule.cooldown_steps > steps:
+        if schedule.cooldown_steps and schedule.warmup_steps + schedule.cooldown_steps > steps:
             problems.append(
                 f"[lr_scheduler] warmup_steps ({schedule.warmup_steps}) + cooldown_steps ({schedule.cooldown_steps}) "
                 f"is more than [training] steps ({steps}): shorten one or train longer"
-            )
-        if schedule.cooldown_steps and schedule.schedule != "trapezoid":
-            problems.append(
-                f"[lr_scheduler] cooldown_steps = {schedule.cooldown_steps} is only used by schedule = "
-                f'"trapezoid", not "{schedule.schedule}": set one or the other'
             )
         return problems
 
@@ -74,4 +73,5 @@ def load(arguments: list[str], environment: Environment) -> Loaded[JobConfig]:
     loaded = load_config(JobConfig, arguments, renamed=OLD_KEYS, environment=environment.overrides)
     if loaded.config.job.config_file is None and not loaded.origins:
         raise ConfigError("no config: pass --job.config_file FILE.toml (see train_configs/) or --section.key value")
+    loaded.warnings += schedule_warnings(loaded.config.lr_scheduler)
     return loaded

@@ -7,7 +7,9 @@ python -m torchtitan_rd.train --job.config_file train_configs/debug.toml      # 
 import dataclasses
 import sys
 import traceback
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,14 @@ from torchtitan_rd import job
 from torchtitan_rd.checkpoint import Checkpointer
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
-from torchtitan_rd.data import accumulation_steps, build_dataloader, check_dataset, dataset_vocab_size, merge_states
+from torchtitan_rd.data import (
+    Batch,
+    accumulation_steps,
+    build_dataloader,
+    check_dataset,
+    dataset_vocab_size,
+    merge_states,
+)
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.log import init_logging, logger
@@ -28,12 +37,13 @@ from torchtitan_rd.lr_scheduler import lr_factor
 from torchtitan_rd.metrics import Metrics
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.models.attention import setup_attention
-from torchtitan_rd.models.spec import ModelSpec
+from torchtitan_rd.models.spec import FlopCount, ForwardInputs, Microbatch, ModelSpec
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state, set_lr
 from torchtitan_rd.parallelism import ParallelDims, init_weights, parallelize
 from torchtitan_rd.profiling import Profiler
 from torchtitan_rd.signals import StopRequest, write_exit_status
 from torchtitan_rd.train_step import TrainStep, hash_ids
+from torchtitan_rd.validation import read_held_out, validate, validation_keys
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -79,8 +89,22 @@ class Trainer:
         context = max(shape.max_seq_len, config.training.seq_len)
         self.shape = dataclasses.replace(shape, vocab_size=vocab_size, max_seq_len=context)
         self.dump_folder = Path(config.job.dump_folder)
+        self.drawing = self._drawing()
         self.step = 0
         self.tokens_seen = 0
+
+    def _drawing(self) -> Any:
+        """What draws the depths of a recurrent model; None for others. Raises ConfigError."""
+        config = self.config
+        if self.spec.inputs is not None:
+            drawing = self.spec.inputs(
+                self.shape, config.recurrence, seed=config.training.seed, total_steps=config.training.steps
+            )
+            logger.info("%s", drawing.report())
+            return drawing
+        if config.recurrence != type(config.recurrence)() or config.training.throttle:
+            raise ConfigError(f"[recurrence] and training.throttle are for recurrent models, not for {self.spec.name}")
+        return None
 
     def run(self) -> None:
         """Builds in order, trains to the last step or until all ranks agree to stop, and cleans up in any case."""
@@ -127,6 +151,7 @@ class Trainer:
         )
         closing.callback(loader.close)
         self.loader = loader
+        self.held_out = self._read_held_out()
         self.model = build_model(config, self.spec, self.shape, mesh, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self._open_outputs(closing)
@@ -136,11 +161,67 @@ class Trainer:
         )
         if rank == 0:
             config.write(self.dump_folder / "config.toml")
-        self.train_step = TrainStep(self.model, self.optimizer, config.training, self.device, self.heartbeat.beat)
+        self.train_step = TrainStep(
+            self.model,
+            self.optimizer,
+            config.training,
+            self.device,
+            beat=self.heartbeat.beat,
+            inputs=None if self.drawing is None else self._drawn_inputs,
+        )
         self.metrics.start(self.step, self.tokens_seen)
         self.profiler = closing.enter_context(profiler)
         self.stop = StopRequest()
         closing.callback(self.stop.restore)
+
+    def _read_held_out(self) -> list[Batch]:
+        config = self.config
+        if not config.validation.enable:
+            return []
+        return read_held_out(
+            validation_keys(config.validation, config.training, self.dims.data_degree),
+            config.validation.split,
+            tokenizer_path=config.model.tokenizer_path,
+            vocab_size=self.shape.vocab_size,
+            data_rank=self.environment.rank,
+            data_degree=self.dims.data_degree,
+            seed=config.training.seed,
+        )
+
+    def _microbatch(self, step: int, number: int, rows: int, rows_of_rank: int) -> Microbatch:
+        """Where the microbatch `number` (from 0) of this rank stands; its rows are those of the global batch."""
+        training, rank = self.config.training, self.environment.rank
+        first = rank * rows_of_rank + number * rows
+        return Microbatch(
+            step=step,
+            count=(step - 1) * self.accumulation + number + 1,
+            rank=rank,
+            samples=range(first, first + rows),
+            seq_len=training.seq_len,
+            device=self.device,
+            dtype=getattr(torch, training.mixed_precision_param),
+        )
+
+    def _drawn_inputs(self, step: int, number: int, batch: Batch) -> ForwardInputs:
+        rows = len(batch.inputs)
+        return self.drawing(self._microbatch(step, number, rows, rows * self.accumulation))
+
+    def _validate(self) -> dict[str, float]:
+        """val_loss, and for a recurrent model val_loss_<depth>; the same on all ranks."""
+        variants: dict[str, Callable[[int], Mapping[str, object]]] = {"val_loss": lambda number: {}}
+        if self.drawing is not None:
+            depths = {f"val_loss_{depth}": depth for depth in self.config.validation.partial_depth_eval}
+            rows = len(self.held_out[0].inputs)
+
+            def at(depth: int, number: int) -> Mapping[str, object]:
+                place = self._microbatch(self.step, number, rows, rows * len(self.held_out))
+                return self.drawing.at_depth(depth, place).kwargs
+
+            named = {"val_loss": self.drawing.mean_depth, **depths}
+            variants = {name: partial(at, depth) for name, depth in named.items()}
+        losses = validate(self.model, self.held_out, self.device, variants)
+        logger.info("step %d: %s", self.step, "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+        return losses
 
     def _open_outputs(self, closing: ExitStack) -> None:
         """The first writing to disk: everything that could be wrong with the input has been checked by now."""
@@ -205,6 +286,18 @@ class Trainer:
             "rng": [rank["rng"] for rank in ranks],
         }
 
+    def _depths(self) -> dict[str, float]:
+        """The iterations drawn in this step, the mean over this rank's microbatches."""
+        n, k = (sum(steps) / len(self.train_step.draws) for steps in zip(*self.train_step.draws, strict=True))
+        return {"num_steps_no_grad": n, "num_steps_with_grad": k}
+
+    def _flops_of(self, draws: list[tuple[int, int]]) -> FlopCount | None:
+        """The mean count per token of the depths that were drawn; None where nothing is drawn."""
+        if self.drawing is None:
+            return None
+        n, k = (sum(steps) / len(draws) for steps in zip(*draws, strict=True))
+        return self.spec.flops(self.shape, self.config.training.seq_len, num_steps=(n, k))
+
     def _save_seed(self) -> None:
         """`step-0`: the weights that a run starts from, whatever the number of its ranks."""
         if self.step > 0:
@@ -221,6 +314,7 @@ class Trainer:
             self.accumulation * config.training.local_batch_size * config.training.seq_len * self.dims.data_degree
         )
         started_at = self.step
+        draws: list[tuple[int, int]] = []  # since the last logged step
         if started_at >= total_steps:
             logger.info("all %d steps are done: raise training.steps to train on", total_steps)
         while self.step < total_steps:
@@ -230,9 +324,19 @@ class Trainer:
             with self.metrics.time_data():
                 batches = self.loader.next_step()
             lr = set_lr(self.optimizer, lr_factor(config.lr_scheduler, self.step, total_steps))
-            result = self.train_step(self.step, batches)
             self.tokens_seen += tokens_per_step
-            if self.metrics.should_log(self.step):
+            validating = config.validation.is_due(self.step, total_steps)
+            logging = validating or self.metrics.should_log(self.step)
+            with self.spec.telemetry(self.model) if logging and self.spec.telemetry else nullcontext() as telemetry:
+                result = self.train_step(self.step, batches, self.tokens_seen)
+            draws += self.train_step.draws
+            if logging:
+                extra = {"consecutive_skips": self.train_step.consecutive_skips}
+                if telemetry is not None:
+                    extra |= telemetry.read() | self._depths()
+                if validating:
+                    self.heartbeat.beat(self.step, "validation")
+                    extra |= self._validate()
                 data_hash = hash_ids(batches) if config.metrics.log_data_hash else None
                 self.metrics.log(
                     self.step,
@@ -240,8 +344,10 @@ class Trainer:
                     lr=lr,
                     tokens_seen=self.tokens_seen,
                     data_hash=data_hash,
-                    extra={"consecutive_skips": self.train_step.consecutive_skips},
+                    extra=extra,
+                    flops=self._flops_of(draws),
                 )
+                draws = []
             self.heartbeat.beat(self.step, "checkpoint")
             stopping = self.stop.agreed()
             last_step = self.step == total_steps

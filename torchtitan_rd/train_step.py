@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,12 +17,13 @@ from torchtitan_rd.data import Batch
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.errors import TrainingError
 from torchtitan_rd.log import logger
-from torchtitan_rd.loss import count_valid, cross_entropy_sums
+from torchtitan_rd.loss import ObjectiveKeys, check_loss, count_valid, cross_entropy_sums, goldfish_labels
 from torchtitan_rd.metrics import StepResult
+from torchtitan_rd.models.spec import ForwardInputs
 from torchtitan_rd.parallelism import ShardingKeys
 
 
-class TrainingConfig(DatasetKeys, ShardingKeys):
+class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys):
     steps: int = Field(10000, ge=1)
     """Optimizer updates of the whole run, those before a resume included."""
     max_norm: float = Field(1.0, gt=0.0)
@@ -41,7 +43,11 @@ class TrainingConfig(DatasetKeys, ShardingKeys):
 
 
 class TrainStep:
-    """One optimizer update. `consecutive_skips` is its only state; a resumed run starts counting anew."""
+    """One optimizer update.
+
+    draws: the (n, k) iterations of the last call's microbatches, if the model draws any. `consecutive_skips` is the
+    only state; a resumed run starts counting anew.
+    """
 
     def __init__(
         self,
@@ -49,25 +55,38 @@ class TrainStep:
         optimizer: Optimizer,
         config: TrainingConfig,
         device: torch.device,
+        *,
         beat: Callable[[int, str], None] = lambda step, phase: None,
+        inputs: Callable[[int, int, Batch], ForwardInputs] | None = None,
     ):
-        """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py)."""
-        self.model, self.optimizer, self.config, self.device, self.beat = model, optimizer, config, device, beat
+        """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
+
+        inputs: (step, microbatch from 0, batch) -> what forward takes beside tokens (a recurrent model's draws).
+        """
+        self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
+        self.beat, self.inputs = beat, inputs
+        self.draws: list[tuple[int, int]] = []
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.skips_allowed = config.max_consecutive_skips if config.on_nonfinite == "skip" else 0
         self.consecutive_skips = 0
 
-    def __call__(self, step: int, batches: Sequence[Batch]) -> StepResult:
-        """Runs this rank's microbatches of update `step`. Raises TrainingError on all ranks if the step must stop."""
+    def __call__(self, step: int, batches: Sequence[Batch], tokens_seen: int = 0) -> StepResult:
+        """Runs this rank's microbatches of update `step`. tokens_seen: this step's included, for the loss guard.
+
+        Raises TrainingError on all ranks if training must stop, before the update.
+        """
+        batches = [replace(batch, labels=goldfish_labels(batch.labels, self.config)) for batch in batches]
+        self.draws = []
         # The count comes first: every microbatch's gradient is then final, whatever the padding of the others.
         local_valid = torch.stack([count_valid(batch.labels) for batch in batches]).sum().to(self.device)
         valid = local_valid.clone()
         dist.all_reduce(valid)
         self.optimizer.zero_grad()
         local_sum = torch.zeros((), device=self.device)
-        for number, batch in enumerate(batches, 1):
-            self.beat(step, f"microbatch {number} of {len(batches)}")
-            local_sum += self._backward(batch, valid)
+        for number, batch in enumerate(batches):
+            self.beat(step, f"microbatch {number + 1} of {len(batches)}")
+            inputs = self.inputs(step, number, batch) if self.inputs else ForwardInputs({}, (0, 0))
+            local_sum += self._backward(batch, valid, inputs)
         self.beat(step, "update")
         grad_norm = self._clip()
         loss_max = local_sum / local_valid.clamp(min=1)
@@ -77,16 +96,19 @@ class TrainStep:
         numbers = torch.stack([local_sum / valid, loss_max, grad_norm.to(self.device)]).tolist()
         result = StepResult(*numbers)
         if self._is_finite(step, result):
+            check_loss(self.config, step, result.loss, tokens_seen)
             self.optimizer.step()
         return result
 
-    def _backward(self, batch: Batch, valid: torch.Tensor) -> torch.Tensor:
+    def _backward(self, batch: Batch, valid: torch.Tensor, extra: ForwardInputs) -> torch.Tensor:
         """Adds one microbatch's share to the gradients; returns its cross-entropy sum."""
         inputs = batch.inputs.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
         documents = None if batch.document_ids is None else batch.document_ids.to(self.device, non_blocking=True)
-        sums = cross_entropy_sums(self.model(inputs, documents), labels, self.config.z_loss_weight)
-        (sums.objective / valid).backward()
+        sums = cross_entropy_sums(self.model(inputs, documents, **extra.kwargs), labels, self.config.z_loss_weight)
+        scale = valid * max(extra.num_steps[1], 1) if self.config.throttle else valid
+        (sums.objective / scale).backward()
+        self.draws.append(extra.num_steps)
         return sums.cross_entropy
 
     def _clip(self) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """[validation]: the loss on a fixed held-out set, weighted by tokens; training is left exactly as it was."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -29,6 +29,16 @@ class ValidationConfig(Section):
     sequences: int = Field(64, ge=1)
     """Size of the held-out set: so many sequences of training.seq_len, the same ones at every validation and on any
     number of ranks. A multiple of training.local_batch_size times the data ranks."""
+    partial_depth_eval: list[int] = Field(default_factory=lambda: [1, 4, 8, 16, 32, 64])
+    """Recurrent models: the depths at which the loss is measured too (val_loss_1, ...), beside the model's own mean
+    (val_loss)."""
+
+    @field_validator("partial_depth_eval")
+    @classmethod
+    def _at_least_one_iteration(cls, depths: list[int]) -> list[int]:
+        if any(depth < 1 for depth in depths):
+            raise ValueError(f"depths must be at least 1, not {min(depths)}")
+        return depths
 
     def is_due(self, step: int, total_steps: int) -> bool:
         """A function of the step alone, so that a resumed run validates at the same steps."""
@@ -82,21 +92,21 @@ def validate(
     model: nn.Module,
     batches: Sequence[Batch],
     device: torch.device,
-    variants: Mapping[str, Sequence[Mapping[str, object]]],
+    variants: Mapping[str, Callable[[int], Mapping[str, object]]],
 ) -> dict[str, float]:
     """Mean loss in nats per valid token of the held-out set, the same on all ranks, for each variant.
 
-    variants: name -> extra arguments of forward, one mapping a batch (a recurrent model's depths).
+    variants: name -> number of the batch -> extra arguments of forward (a recurrent model's depths).
     """
     losses = {}
     was_training = model.training
     model.eval()
     for name, inputs in variants.items():
         sums = torch.zeros(2, dtype=torch.float64, device=device)
-        for batch, extra in zip(batches, inputs, strict=True):
+        for number, batch in enumerate(batches):
             labels = batch.labels.to(device)
             documents = None if batch.document_ids is None else batch.document_ids.to(device)
-            logits = model(batch.inputs.to(device), documents, **extra)
+            logits = model(batch.inputs.to(device), documents, **inputs(number))
             sums += torch.stack([cross_entropy_sums(logits, labels).cross_entropy, count_valid(labels)])
         dist.all_reduce(sums)
         total, valid = sums.tolist()

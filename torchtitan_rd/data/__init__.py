@@ -132,8 +132,8 @@ def build_dataloader(
 ) -> DataLoader:
     """The loader of one data rank, at the beginning of the data.
 
-    vocab_size: of the model. split: of data that has several. The first window of every row is read here, so that data that does not suit the model
-    is found before anything expensive. Raises ConfigError or DataError.
+    vocab_size: of the model. split: of data that has several. The first window of every row is read here, so that
+    data that does not suit the model is found before anything expensive. Raises ConfigError or DataError.
     """
     row = check_dataset(config)
     accumulation = accumulation_steps(config, data_degree)

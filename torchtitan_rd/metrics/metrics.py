@@ -169,11 +169,13 @@ class Metrics:
         tokens_seen: int,
         data_hash: str | None = None,
         extra: Mapping[str, float] | None = None,
+        flops: FlopsPerToken | None = None,
     ) -> None:
         """Reads `result` from the device and writes one row.
 
         tokens_seen: tokens of all ranks since step 0, every input position counted, since each costs FLOPs.
         extra: more numbers for the row, such as a count of skipped updates.
+        flops: mean count of the steps since the last row, where it differs from step to step (drawn depths).
         """
         if not self._writes:
             return
@@ -189,7 +191,7 @@ class Metrics:
             "tokens_seen": tokens_seen,
             **({"data_hash": data_hash} if data_hash is not None else {}),
             **(extra or {}),
-            **self._speed(step, tokens_seen),
+            **self._speed(step, tokens_seen, flops or self._flops),
             **self._memory.read(),
         }
         # JSON has no NaN or infinity: such a number becomes null; loss_hex still tells which it was.
@@ -212,7 +214,7 @@ class Metrics:
         self._data_seconds = 0.0
         self._window_begin = time.perf_counter()
 
-    def _speed(self, step: int, tokens_seen: int) -> dict[str, float | None]:
+    def _speed(self, step: int, tokens_seen: int, flops: FlopsPerToken) -> dict[str, float | None]:
         """Rates since the last logged step.
 
         MFU is model FLOPs per second over the device's peak, in 0..1, recomputation not counted (PaLM paper,
@@ -222,10 +224,13 @@ class Metrics:
         seconds = time.perf_counter() - self._window_begin
         steps = step - self._window_step
         per_device = (tokens_seen - self._window_tokens) / seconds / self._world_size
-        full = per_device * (self._flops.matmul + self._flops.attention_full)
-        causal = per_device * (self._flops.matmul + self._flops.attention_causal)
+        full = per_device * (flops.matmul + flops.attention_full)
+        causal = per_device * (flops.matmul + flops.attention_causal)
+        usual = self._flops.matmul + self._flops.attention_full
         return {
             "tokens_per_second_per_device": per_device,
+            # What it would be at the mean depth: a deep draw does not look like a slow machine.
+            "tokens_per_second_per_device_at_mean_depth": full / usual,
             "tflops": full / 1e12,
             "mfu_full": full / self._peak if self._peak else None,
             "mfu_causal": causal / self._peak if self._peak else None,

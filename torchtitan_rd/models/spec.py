@@ -92,7 +92,9 @@ class ModelSpec:
     wrap_plan: module -> WrapPlan.
     flops: (config, seq_len) -> FlopCount; where depths are drawn also `num_steps=(n, k)`, in which it is linear.
     inputs: None if forward needs nothing beside a batch. Else (config, [recurrence], seed=, total_steps=) ->
-        Microbatch -> ForwardInputs, with `at_depth(depth, Microbatch) -> ForwardInputs` for validation.
+        Microbatch -> ForwardInputs, with `at_depth(depth, Microbatch) -> ForwardInputs` and `mean_depth` for
+        validation, and `report() -> str` for the log. Raises ConfigError if the settings cannot go together.
+    telemetry: None, or module -> a context around forward passes whose `read() -> {name: number}` describes the last.
     """
 
     name: str
@@ -102,3 +104,4 @@ class ModelSpec:
     wrap_plan: Callable[[nn.Module], WrapPlan]
     flops: Callable[..., FlopCount]
     inputs: Callable[..., Callable[[Microbatch], ForwardInputs]] | None = None
+    telemetry: Callable[[nn.Module], Any] | None = None

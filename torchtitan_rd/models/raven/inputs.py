@@ -23,6 +23,7 @@ class RavenInputs:
             # Without injection, embedding and prelude have a gradient only at n = 0: ranks would not reduce alike.
             raise ConfigError('recurrence.lockstep = false needs an injection: it is "none" in this model')
         self.config, self.seed = config, seed
+        self.mean_depth = config.mean_recurrence
         self.sampler = DepthSampler(
             recurrence,
             scheme=config.sampling_scheme,
@@ -35,6 +36,17 @@ class RavenInputs:
         """The inputs of one training microbatch."""
         draw = self.sampler.draw(microbatch.step, microbatch=microbatch.count, rank=microbatch.rank)
         return self._inputs(tuple(draw), microbatch.step, microbatch)
+
+    def report(self) -> str:
+        """What is drawn, and what a cap takes from it."""
+        recurrence, sampler = self.sampler.config, self.sampler
+        scheme = recurrence.sampling_scheme or self.config.sampling_scheme
+        text = f"depths: {scheme}, mean {sampler.mean_recurrence.end}, with gradient {sampler.mean_backprop_depth.end}"
+        if recurrence.max_steps_no_grad is not None:
+            text += (
+                f"; max_steps_no_grad = {recurrence.max_steps_no_grad} cuts {sampler.share_capped():.2%} of the draws"
+            )
+        return text
 
     def at_depth(self, depth: int, microbatch: Microbatch) -> ForwardInputs:
         """The inputs of a validation microbatch, of which only the samples and the layout count.
