@@ -14,6 +14,8 @@ from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Section
 from torchtitan_rd.job import Environment
 from torchtitan_rd.models import MODELS, get_flavor
+from torchtitan_rd.models.raven import RecurrenceConfig
+from torchtitan_rd.models.spec import Microbatch
 from torchtitan_rd.train import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -85,14 +87,20 @@ def test_every_script_is_short_names_one_toml_that_exists_and_passes_its_argumen
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_builds_its_debug_flavor_and_runs(name):
     spec = MODELS[name]
-    model = spec.build(get_flavor(spec, "debug"))
-    logits = model(torch.zeros(1, 8, dtype=torch.int64))
+    shape = get_flavor(spec, "debug")
+    model = spec.build(shape)
+    extra = {}
+    if spec.inputs is not None:
+        drawing = spec.inputs(shape, RecurrenceConfig(), seed=0, total_steps=1)
+        extra = drawing(Microbatch(1, 1, 0, [0], 8, torch.device("cpu"), torch.float32)).kwargs
+    logits = model(torch.zeros(1, 8, dtype=torch.int64), **extra)
     assert logits.shape[:2] == (1, 8) and logits.dtype == torch.float32
 
 
 def test_every_section_has_the_room_of_its_name():
     owners = {
         "model": "models",
+        "recurrence": "models",
         "training": "train_step",
         "comm": "job",
         "activation_checkpoint": "parallelism",
@@ -157,13 +165,17 @@ def runs_that_reach_every_key(tmp_path):
         "--training.seq_len=16",
         "--training.local_batch_size=1",
         "--model.overrides.dim=32",
-        "--model.overrides.n_layers=2",
         "--training.mixed_precision_param=float32",
         "--checkpoint.enable",
         "--lr_scheduler.warmup_steps=0",
     ]
     trapezoid = ["--lr_scheduler.schedule=trapezoid", "--lr_scheduler.cooldown_steps=1"]
     profiled = ["--profiling.enable_profiling", "--profiling.profile_freq=4", "--metrics.enable_tensorboard"]
+    held_out = ["--validation.enable", "--validation.dataset=pydoc-validation", "--validation.sequences=2"]
+    recurrent = ["--model.name=raven", "--model.flavor=debug-demo", "--model.vocab_size=258", "--training.throttle"]
+    recurrent += ["--recurrence.max_steps_no_grad=3", "--recurrence.mean_recurrence_start=4"]
+    recurrent += ["--recurrence.mean_backprop_depth_start=2", "--training.mixed_precision_param=float32"]
+    llama = ["--model.overrides.n_layers=1", "--training.mixed_precision_param=float32"]
     seconds = ["--checkpoint.interval_type=seconds", "--compile.enable", "--compile.backend=eager"]
     for folder, *variant in (
         (
@@ -177,6 +189,9 @@ def runs_that_reach_every_key(tmp_path):
         ("a", "--training.steps=5", "--checkpoint.exclude_from_loading=rng", "--training.on_nonfinite=skip"),
         ("b", "--training.steps=1", *seconds),
         ("c", "--checkpoint.create_seed_checkpoint"),
+        ("d", "--training.steps=2", *recurrent, *held_out, "--optimizer.name=ELLISAdam", "--optimizer.atan_adam"),
+        ("e", "--training.steps=1", *llama, "--optimizer.name=Muon", "--training.goldfish_strategy=static"),
+        ("f", "--training.steps=1", *llama, "--training.goldfish_strategy=hash-table", "--training.loss_guard=99"),
     ):
         arguments = [*common, *variant, f"--job.dump_folder={tmp_path / folder}"]
         Trainer(load(arguments, ENVIRONMENT), ENVIRONMENT).run()

@@ -28,6 +28,7 @@ PLACES = {
         2,
     ),
     "train_step": 3,
+    "validation": 3,
     "old_keys": 4,
     "config": 4,
     "train": 5,

@@ -10,6 +10,8 @@ from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.models import MODELS, get_flavor, get_spec
 from torchtitan_rd.models.config import ModelConfig
 from torchtitan_rd.models.layers import RopeScaling
+from torchtitan_rd.models.raven import RecurrenceConfig
+from torchtitan_rd.models.spec import Microbatch
 
 LLAMA3, AIXSIM = MODELS["llama3"], MODELS["aixsim"]
 
@@ -62,8 +64,13 @@ def test_the_neural_flavors_have_the_shapes_of_their_line(flavor, shape, theta):
 @pytest.mark.parametrize("name", MODELS)
 def test_the_debug_flavor_of_every_family_trains_on_cpu(name):
     spec = get_spec(name)
-    model = spec.build(get_flavor(spec, "debug", {"vocab_size": 97}))
-    logits = model(torch.randint(97, (2, 16)), None)
+    shape = get_flavor(spec, "debug", {"vocab_size": 97})
+    model = spec.build(shape)
+    extra = {}
+    if spec.inputs is not None:
+        drawing = spec.inputs(shape, RecurrenceConfig(), seed=0, total_steps=1)
+        extra = drawing(Microbatch(1, 1, 0, [0, 1], 16, torch.device("cpu"), torch.float32)).kwargs
+    logits = model(torch.randint(97, (2, 16)), None, **extra)
     assert logits.shape == (2, 16, 97) and logits.dtype == torch.float32
     logits.logsumexp(-1).mean().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
