@@ -117,6 +117,12 @@ def test_sections_that_contradict_each_other_are_refused(tmp_path):
     assert "warmup_steps (8) + cooldown_steps (8)" in problems(tmp_path, text)
 
 
+def test_a_cool_down_after_a_decay_warns_of_its_jump(tmp_path):
+    text = '[lr_scheduler]\nschedule = "cosine"\nwarmup_steps = 0\ncooldown_steps = 2\n'
+    assert any("jumps up" in warning for warning in read(tmp_path, text).warnings)
+    assert read(tmp_path, text.replace("cosine", "trapezoid")).warnings == []
+
+
 def test_a_config_is_frozen(tmp_path):
     config = read(tmp_path, "", "--training.steps", "5").config
     with pytest.raises(ValueError, match="frozen"):

@@ -1,0 +1,142 @@
+"""Whole recurrent runs: depths, noise and batches are functions of the step, through kills and changes of ranks."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.launch import launch, rows
+
+CONFIG = """
+[job]
+dump_folder = "{dump}"
+[model]
+name = "raven"
+flavor = "debug-demo"
+[model.overrides]
+dim = 32
+n_heads = 2
+ffn_dim = 48
+[optimizer]
+name = "ELLISAdam"
+lr = 1e-2
+update_clipping = true
+atan_adam = true
+running_init = true
+[lr_scheduler]
+warmup_steps = 2
+[training]
+dataset = "pydoc-train"
+shuffle_seed = 0
+seq_len = 16
+local_batch_size = 1
+global_batch_size = 4
+steps = 12
+mixed_precision_param = "float32"
+[validation]
+enable = true
+dataset = "pydoc-validation"
+freq = 6
+sequences = 8
+partial_depth_eval = [1, 3]
+[activation_checkpoint]
+mode = "full"
+[checkpoint]
+enable = true
+interval = 4
+[metrics]
+log_freq = 1
+log_data_hash = true
+[comm]
+init_timeout_seconds = 60
+train_timeout_seconds = 20
+heartbeat_seconds = 0
+"""
+TELEMETRY = ("num_steps_no_grad", "num_steps_with_grad", "recurrent_residual", "rel_residual", "recurrent_state_norm")
+
+
+def arguments_for(folder: Path) -> list[str]:
+    path = folder / "run.toml"
+    path.write_text(CONFIG.format(dump=folder / "dump"))
+    return ["--job.config_file", str(path)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recurrent")
+    finished = launch(2, arguments_for(folder))
+    assert finished.codes == [0, 0], finished.errors
+    return rows(folder / "dump")
+
+
+def without_timings(row: dict) -> dict:
+    kept = ("step", "loss_hex", "data_hash", "lr", "grad_norm", *TELEMETRY)
+    return {k: v for k, v in row.items() if k in kept or k.startswith("val_loss")}
+
+
+def test_depths_vary_and_every_row_describes_the_state(uninterrupted):
+    depths = {(row["num_steps_no_grad"], row["num_steps_with_grad"]) for row in uninterrupted}
+    assert len(depths) > 4
+    assert all(row[name] >= 0 for row in uninterrupted for name in TELEMETRY)
+    validated = [row["step"] for row in uninterrupted if "val_loss" in row]
+    assert validated == [6, 12]
+    assert {key for key in uninterrupted[5] if key.startswith("val_loss")} == {"val_loss", "val_loss_1", "val_loss_3"}
+
+
+def test_a_kill_leaves_no_trace_in_losses_depths_noise_or_validation(uninterrupted, tmp_path):
+    arguments = arguments_for(tmp_path)
+    killed = launch(2, arguments, ("--die-at", "1", "7", "1"))
+    assert killed.codes[1] == -signal.SIGKILL
+    finished = launch(2, arguments)
+    assert finished.codes == [0, 0], finished.errors
+    assert "resuming after step 4 " in finished.errors[0]
+    assert [without_timings(row) for row in rows(tmp_path / "dump")] == [without_timings(row) for row in uninterrupted]
+
+
+def test_another_number_of_ranks_draws_the_same_depths_noise_and_batches(uninterrupted, tmp_path):
+    arguments = arguments_for(tmp_path)
+    killed = launch(2, arguments, ("--die-at", "0", "7", "0"))
+    assert killed.codes[0] == -signal.SIGKILL
+    finished = launch(1, arguments)
+    assert finished.codes == [0], finished.errors
+    for found, expected in zip(rows(tmp_path / "dump"), uninterrupted, strict=True):
+        for key in ("step", "data_hash", "num_steps_no_grad", "num_steps_with_grad"):
+            assert found[key] == expected[key]
+        for key in ("loss", *(key for key in expected if key.startswith("val_loss"))):
+            assert found[key] == pytest.approx(expected[key], abs=1e-5)
+
+
+def test_ranks_that_draw_their_own_depths_finish(tmp_path):
+    finished = launch(2, [*arguments_for(tmp_path), "--no-recurrence.lockstep", "--training.steps=3"])
+    assert finished.codes == [0, 0], finished.errors
+    assert len(rows(tmp_path / "dump")) == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("--recurrence.sampling_scheme=poison-fill", "did you mean 'poisson-fill'?"),
+        ("--model.overrides.injection=liner", "did you mean 'linear'?"),
+        ("--model.overrides.state_init=zeros", "did you mean 'zero'?"),
+        ("--validation.partial_depth_eval=0,4", "at least 1"),
+        ("--validation.sequences=3", "validation.sequences = 3 is not a multiple"),
+        ("--validation.dataset=pydoc-val", "did you mean 'pydoc-validation'?"),
+    ],
+)
+def test_a_mistake_in_the_recurrence_is_one_clear_message(override, expected, tmp_path):
+    finished = launch(1, [*arguments_for(tmp_path), override, "--training.local_batch_size=2"])
+    assert finished.codes == [1]
+    assert expected in finished.errors[0] and "Traceback" not in finished.errors[0]
+
+
+def test_a_scheme_that_needs_more_recurrence_than_backprop_says_so(tmp_path):
+    arguments = [*arguments_for(tmp_path), "--model.overrides.mean_recurrence=4", "--recurrence.sampling_scheme=simple"]
+    finished = launch(1, arguments)
+    assert finished.codes == [1]
+    assert "needs mean_recurrence > mean_backprop_depth" in finished.errors[0]
+
+
+def test_recurrence_keys_are_refused_for_a_model_without_recurrence(tmp_path):
+    finished = launch(1, [f"--job.dump_folder={tmp_path}", "--training.steps=1", "--no-recurrence.lockstep"])
+    assert finished.codes == [1]
+    assert "are for recurrent models" in finished.errors[0]

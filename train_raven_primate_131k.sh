@@ -1,0 +1,16 @@
+#!/bin/bash
+# Depth-recurrent on primate spikes at 131072 tokens; 36 nodes x 4 GH200.
+#SBATCH --partition=batch
+#SBATCH --nodes=36
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=4
+#SBATCH --time=6:00:00
+#SBATCH --job-name=train_raven_primate_131k
+#SBATCH --output=train_raven_primate_131k_%j.out
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@300
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
+source scripts/env.sh
+[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE"
+source scripts/launch.sh
+launch train_configs/raven_primate_131k.toml "$@"
