@@ -62,8 +62,10 @@ def test_ruff_finds_nothing(command):
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("train_configs/*.toml")), ids=lambda path: path.name)
-def test_every_shipped_config_loads_names_its_hardware_and_repeats_no_default(path):
-    loaded = load(["--job.config_file", str(path)], ENVIRONMENT)
+def test_every_shipped_config_loads_names_its_hardware_and_repeats_no_default(path, tmp_path):
+    needed = ["--training.dataset_path", str(tmp_path)] if 'dataset = "packed"' in path.read_text() else []
+    (tmp_path / "train.parquet").touch()
+    loaded = load(["--job.config_file", str(path), *needed], ENVIRONMENT)
     assert path.read_text().startswith("# Hardware: ")
     assert not loaded.warnings
     defaults = JobConfig().as_dict()
@@ -71,7 +73,7 @@ def test_every_shipped_config_loads_names_its_hardware_and_repeats_no_default(pa
         section, name, *_ = key.split(".")
         assert loaded.config.as_dict()[section][name] != defaults[section][name], f"{key} is the default"
     trainer = Trainer(loaded, ENVIRONMENT)  # every check that needs neither data nor peers
-    assert trainer.shape.vocab_size in (256, 258)
+    assert trainer.shape.vocab_size in (256, 258, 32000, 65536)
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("train_*.sh")), ids=lambda path: path.name)
