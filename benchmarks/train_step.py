@@ -1,4 +1,4 @@
-"""Training step of our Llama against transformers' (and torchtitan's where it imports): CPU time, aten ops, FLOPs.
+"""Training step of our Llama against transformers' (and torchtitan's where it imports), and of a raven: CPU time, ops.
 
     python benchmarks/train_step.py [--rounds 5]
 
@@ -36,8 +36,12 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from torchtitan_rd.models import get_spec  # noqa: E402
 from torchtitan_rd.models.llama.config import LlamaConfig, count_flops  # noqa: E402
+from torchtitan_rd.models.raven.config import RavenConfig  # noqa: E402
+from torchtitan_rd.models.raven.config import count_flops as raven_flops  # noqa: E402
 
 BATCH, SEQ_LEN = 4, 512
+RAVEN_DRAW = (4, 4)  # iterations without and with gradient
+RAVEN_CONFIG = RavenConfig(256, 4, 1024, 2, 4, 2, 8, 4, vocab_size=8192)
 CONFIG = LlamaConfig(dim=256, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=768, vocab_size=8192)
 
 
@@ -91,7 +95,28 @@ def torchtitan_llama() -> nn.Module:
     return model
 
 
-PEERS = {"torchtitan_rd": ours, "transformers": transformers_llama, "torchtitan": torchtitan_llama}
+def raven() -> nn.Module:
+    """Not a peer: the depth-recurrent model at a draw of RAVEN_DRAW, for its cost in units of a Llama's."""
+    from torchtitan_rd.models.raven.init import inits
+    from torchtitan_rd.models.raven.model import Raven
+
+    class AtOneDepth(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.raven = Raven(RAVEN_CONFIG)
+            parameters = dict(self.raven.named_parameters())
+            with torch.no_grad():
+                for name, fill in inits(self.raven).items():
+                    fill(parameters[name], torch.Generator().manual_seed(0))
+
+        def forward(self, tokens):
+            state = torch.randn(*tokens.shape, RAVEN_CONFIG.dim)
+            return self.raven(tokens, num_steps=RAVEN_DRAW, initial_state=state)
+
+    return AtOneDepth()
+
+
+PEERS = {"torchtitan_rd": ours, "transformers": transformers_llama, "torchtitan": torchtitan_llama, "raven": raven}
 
 
 def training_step(model: nn.Module) -> Callable[[], float]:
@@ -156,6 +181,11 @@ def main() -> None:
         ops, flops = counts[name]
         print(f"{name:14} {least[name] / tokens * 1e6:12.0f} {ratio:9.3f} {ops:9} {flops:16}")
     print(f"theory: {int(tokens * theory.matmul)} FLOPs in weights, {int(tokens * theory.attention_full)} in attention")
+    if {"raven", "transformers"} <= least.keys():
+        theory = raven_flops(RAVEN_CONFIG, SEQ_LEN, RAVEN_DRAW)
+        total = int(tokens * (theory.matmul + theory.attention_full))
+        times = least["raven"] / least["transformers"]
+        print(f"raven at {RAVEN_DRAW}: {times:.2f} times transformers' Llama (target 3.1); theory: {total} FLOPs")
 
 
 if __name__ == "__main__":
