@@ -1,0 +1,86 @@
+"""The held-out loss: weighted by tokens, the same on any number of ranks, and without effect on training."""
+
+import pytest
+import torch
+
+from tests.ranks import run_on_ranks
+from tests.small_run import Setup, batches_of, hash_of, make
+from torchtitan_rd.data import DatasetKeys
+from torchtitan_rd.errors import ConfigError, DataError
+from torchtitan_rd.validation import ValidationConfig, read_held_out, validate, validation_keys
+
+PLAIN = {"val_loss": lambda number: {}}
+
+
+def train(rank, world_size, validating):
+    config, model, step = make(Setup(padded=True), world_size)
+    held_out = batches_of(99, rank, world_size, config, padded=True)
+    losses, held_out_losses = [], []
+    for number in (1, 2, 3):
+        losses.append(step(number, batches_of(number, rank, world_size, config, padded=True)).loss)
+        if validating:
+            held_out_losses.append(validate(model, held_out, torch.device("cpu"), PLAIN)["val_loss"])
+    return losses, held_out_losses, hash_of(model), model.training
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_training_is_bit_for_bit_what_it_is_without_validation(world_size):
+    for (losses, _, weights, training), (expected, _, same, _) in zip(
+        run_on_ranks(world_size, train, True), run_on_ranks(world_size, train, False), strict=True
+    ):
+        assert losses == expected and weights == same and training
+
+
+def test_the_loss_is_the_same_on_one_and_two_ranks_under_uneven_padding():
+    one = run_on_ranks(1, train, True)[0][1]
+    for two in run_on_ranks(2, train, True):
+        assert two[1] == pytest.approx(one, abs=1e-6)
+    assert len(set(one)) == 3, "the model changes between validations"
+
+
+def test_the_loss_is_a_mean_over_tokens_not_over_batches():
+    assert run_on_ranks(1, against_cross_entropy) == [True]
+
+
+def against_cross_entropy(rank, world_size):
+    config, model, _ = make(Setup(sections={"training": {"local_batch_size": 2}}), world_size)
+    batches = batches_of(5, rank, world_size, config, padded=True)
+    found = validate(model, batches, torch.device("cpu"), PLAIN)["val_loss"]
+    logits = torch.cat([model(batch.inputs) for batch in batches]).flatten(0, 1)
+    labels = torch.cat([batch.labels for batch in batches]).flatten()
+    return abs(found - torch.nn.functional.cross_entropy(logits, labels).item()) < 1e-6
+
+
+def held_out_ids(degree: int, keys: DatasetKeys) -> torch.Tensor:
+    options = {"tokenizer_path": "bytes", "vocab_size": 258, "data_degree": degree, "seed": 0}
+    batches = [b for rank in range(degree) for b in read_held_out(keys, "validation", data_rank=rank, **options)]
+    return torch.cat([batch.inputs for batch in batches])
+
+
+def test_the_held_out_set_does_not_depend_on_the_number_of_ranks():
+    training = DatasetKeys(dataset="pydoc-train", seq_len=32, local_batch_size=2, shuffle_seed=4)
+    config = ValidationConfig(enable=True, dataset="pydoc-validation", sequences=8)
+    sets = [held_out_ids(degree, validation_keys(config, training, degree)) for degree in (1, 2, 4)]
+    assert sets[0].shape == (8, 32)
+    assert all(torch.equal(ids, sets[0]) for ids in sets)
+
+
+def test_a_local_folder_is_validated_on_the_files_of_its_split(tmp_path):
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text('{"text": "' + split[0] * 200 + '"}\n')
+    training = DatasetKeys(dataset="text", dataset_path=str(tmp_path), seq_len=16, local_batch_size=1)
+    ids = held_out_ids(1, validation_keys(ValidationConfig(sequences=1), training, 1))
+    assert set(ids.flatten().tolist()) <= {ord("v"), 256, 257}
+    (tmp_path / "validation.jsonl").unlink()
+    with pytest.raises(DataError, match="named after the split 'validation'"):
+        held_out_ids(1, validation_keys(ValidationConfig(sequences=1), training, 1))
+
+
+def test_a_set_that_does_not_divide_is_refused_by_its_own_key():
+    with pytest.raises(ConfigError, match=r"validation\.sequences = 6 is not a multiple"):
+        validation_keys(ValidationConfig(sequences=6), DatasetKeys(local_batch_size=2), 2)
+
+
+def test_validation_is_due_by_the_step_alone():
+    config = ValidationConfig(enable=True, freq=4)
+    assert [step for step in range(1, 11) if config.is_due(step, 10)] == [4, 8, 10]
