@@ -140,3 +140,29 @@ def test_recurrence_keys_are_refused_for_a_model_without_recurrence(tmp_path):
     finished = launch(1, [f"--job.dump_folder={tmp_path}", "--training.steps=1", "--no-recurrence.lockstep"])
     assert finished.codes == [1]
     assert "are for recurrent models" in finished.errors[0]
+
+
+def test_a_growing_batch_is_the_same_on_any_ranks_and_through_a_kill(tmp_path):
+    """Stages of 2 rows: 1, 2, 3 and 4 of them over the first 8 steps."""
+    ramp = ["--training.global_batch_size=8", "--training.batch_ramp_steps=8", "--training.batch_ramp_stages=4"]
+    found = {}
+    for name, world_size in (("one", 1), ("two", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        arguments = [*arguments_for(folder), *ramp]
+        if name == "two":
+            assert launch(2, arguments, ("--die-at", "1", "6", "2")).codes[1] == -signal.SIGKILL
+        finished = launch(world_size, arguments)
+        assert finished.codes == [0] * world_size, finished.errors
+        found[name] = rows(folder / "dump")
+    assert [row["tokens_seen"] // 32 for row in found["one"]] == [1, 2, 4, 6, 9, 12, 16, 20, 24, 28, 32, 36]
+    for one, two in zip(found["one"], found["two"], strict=True):
+        for key in ("step", "tokens_seen", "data_hash", "num_steps_no_grad", "num_steps_with_grad"):
+            assert one[key] == two[key], key
+        assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
+
+
+def test_a_ramp_that_does_not_divide_the_batch_is_refused(tmp_path):
+    finished = launch(1, [*arguments_for(tmp_path), "--training.batch_ramp_steps=4", "--training.batch_ramp_stages=3"])
+    assert finished.codes == [1]
+    assert "batch_ramp_stages = 3 must divide training.global_batch_size = 4" in finished.errors[0]

@@ -30,6 +30,7 @@ from torchtitan_rd.data import (
     dataset_vocab_size,
     merge_states,
 )
+from torchtitan_rd.data.batch_ramp import BatchRamp
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.log import init_logging, logger
@@ -80,7 +81,11 @@ class Trainer:
         if config.training.enable_cpu_offload and self.device.type == "cpu":
             raise ConfigError("training.enable_cpu_offload needs a GPU to offload from; set it to false here")
         self.dims = ParallelDims.resolve(config.parallelism, environment.world_size)
-        self.accumulation = accumulation_steps(config.training, self.dims.data_degree)
+        self.ramp = BatchRamp(config.training, config.training.global_batch_size)
+        # The loader's batch is one stage of the ramp, the whole batch where there is none.
+        stage = config.training.global_batch_size // self.ramp.stages if self.ramp.steps else None
+        self.data_keys = config.training.model_copy(update={} if stage is None else {"global_batch_size": stage})
+        self.accumulation = accumulation_steps(self.data_keys, self.dims.data_degree)
         check_dataset(config.training)
         self.spec = get_spec(config.model.name)
         vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, config.model.tokenizer_path)
@@ -141,7 +146,7 @@ class Trainer:
         )
         mesh = self.dims.build_mesh(self.device.type)
         loader = build_dataloader(
-            config.training,
+            self.data_keys,
             tokenizer_path=config.model.tokenizer_path,
             vocab_size=self.shape.vocab_size,
             data_rank=rank,
@@ -188,13 +193,17 @@ class Trainer:
             seed=config.training.seed,
         )
 
-    def _microbatch(self, step: int, number: int, rows: int, rows_of_rank: int) -> Microbatch:
-        """Where the microbatch `number` (from 0) of this rank stands; its rows are those of the global batch."""
+    def _microbatch(self, step: int, number: int, rows: int, per_stage: int) -> Microbatch:
+        """Where the microbatch `number` (from 0) of this rank stands; its rows are those of the global batch.
+
+        per_stage: microbatches of a rank in one batch of the loader; a stage's rows stand together.
+        """
         training, rank = self.config.training, self.environment.rank
-        first = rank * rows_of_rank + number * rows
+        stage, number_in_stage = divmod(number, per_stage)
+        first = (stage * self.dims.data_degree + rank) * per_stage * rows + number_in_stage * rows
         return Microbatch(
             step=step,
-            count=(step - 1) * self.accumulation + number + 1,
+            count=self.ramp.before(step) * self.accumulation + number + 1,
             rank=rank,
             samples=range(first, first + rows),
             seq_len=training.seq_len,
@@ -203,8 +212,7 @@ class Trainer:
         )
 
     def _drawn_inputs(self, step: int, number: int, batch: Batch) -> ForwardInputs:
-        rows = len(batch.inputs)
-        return self.drawing(self._microbatch(step, number, rows, rows * self.accumulation))
+        return self.drawing(self._microbatch(step, number, len(batch.inputs), self.accumulation))
 
     def _validate(self) -> dict[str, float]:
         """val_loss, and for a recurrent model val_loss_<depth>; the same on all ranks."""
@@ -214,7 +222,7 @@ class Trainer:
             rows = len(self.held_out[0].inputs)
 
             def at(depth: int, number: int) -> Mapping[str, object]:
-                place = self._microbatch(self.step, number, rows, rows * len(self.held_out))
+                place = self._microbatch(self.step, number, rows, len(self.held_out))
                 return self.drawing.at_depth(depth, place).kwargs
 
             named = {"val_loss": self.drawing.mean_depth, **depths}
@@ -310,7 +318,7 @@ class Trainer:
         """The loop. Returns False if it ended because of a signal."""
         config, total_steps = self.config, self.config.training.steps
         collector = job.GarbageCollector(config.training.gc_freq)
-        tokens_per_step = (
+        tokens_per_stage = (
             self.accumulation * config.training.local_batch_size * config.training.seq_len * self.dims.data_degree
         )
         started_at = self.step
@@ -321,10 +329,11 @@ class Trainer:
             self.step += 1
             collector.run(self.step)
             self.heartbeat.beat(self.step, "data")
+            stages = self.ramp.of_step(self.step)
             with self.metrics.time_data():
-                batches = self.loader.next_step()
+                batches = [batch for _ in range(stages) for batch in self.loader.next_step()]
             lr = set_lr(self.optimizer, lr_factor(config.lr_scheduler, self.step, total_steps))
-            self.tokens_seen += tokens_per_step
+            self.tokens_seen += stages * tokens_per_stage
             validating = config.validation.is_due(self.step, total_steps)
             logging = validating or self.metrics.should_log(self.step)
             with self.spec.telemetry(self.model) if logging and self.spec.telemetry else nullcontext() as telemetry:
@@ -337,7 +346,7 @@ class Trainer:
                 if validating:
                     self.heartbeat.beat(self.step, "validation")
                     extra |= self._validate()
-                data_hash = hash_ids(batches) if config.metrics.log_data_hash else None
+                data_hash = hash_ids(batches, stages) if config.metrics.log_data_hash else None
                 self.metrics.log(
                     self.step,
                     result,

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from torchtitan_rd.data import Batch
+from torchtitan_rd.data.batch_ramp import BatchRampKeys
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.errors import TrainingError
 from torchtitan_rd.log import logger
@@ -23,7 +24,7 @@ from torchtitan_rd.models.spec import ForwardInputs
 from torchtitan_rd.parallelism import ShardingKeys
 
 
-class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys):
+class TrainingConfig(DatasetKeys, BatchRampKeys, ObjectiveKeys, ShardingKeys):
     steps: int = Field(10000, ge=1)
     """Optimizer updates of the whole run, those before a resume included."""
     max_norm: float = Field(1.0, gt=0.0)
@@ -136,14 +137,16 @@ class TrainStep:
         return False
 
 
-def hash_ids(batches: Sequence[Batch]) -> str | None:
+def hash_ids(batches: Sequence[Batch], stages: int = 1) -> str | None:
     """sha256 of the global batch's input ids, int64 little-endian, in row order; on rank 0 alone, else None.
+
+    stages: batches of the loader that this global batch consists of, each spread over all ranks (data/batch_ramp.py).
 
     Gathers the ids of all ranks: a check to switch on when two runs are to be compared.
     """
-    rows = torch.cat([batch.inputs for batch in batches]).contiguous()
+    rows = torch.cat([batch.inputs for batch in batches]).unflatten(0, (stages, -1)).contiguous()
     gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
     dist.gather(rows, gathered)
     if gathered is None:
         return None
-    return hashlib.sha256(torch.cat(gathered).numpy().astype("<i8").tobytes()).hexdigest()
+    return hashlib.sha256(torch.cat(gathered, dim=1).numpy().astype("<i8").tobytes()).hexdigest()
