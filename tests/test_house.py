@@ -194,6 +194,7 @@ def runs_that_reach_every_key(tmp_path):
         ("d", "--training.steps=2", *recurrent, *held_out, "--optimizer.name=ELLISAdam", "--optimizer.atan_adam"),
         ("e", "--training.steps=1", *llama, "--optimizer.name=Muon", "--training.goldfish_strategy=static"),
         ("f", "--training.steps=1", *llama, "--training.goldfish_strategy=hash-table", "--training.loss_guard=99"),
+        ("g", "--training.steps=2", *llama, "--training.batch_ramp_steps=2", "--training.global_batch_size=8"),
     ):
         arguments = [*common, *variant, f"--job.dump_folder={tmp_path / folder}"]
         Trainer(load(arguments, ENVIRONMENT), ENVIRONMENT).run()

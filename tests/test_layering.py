@@ -29,6 +29,7 @@ PLACES = {
     ),
     "train_step": 3,
     "validation": 3,
+    "draws": 3,
     "old_keys": 4,
     "config": 4,
     "train": 5,

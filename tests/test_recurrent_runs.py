@@ -139,7 +139,7 @@ def test_a_scheme_that_needs_more_recurrence_than_backprop_says_so(tmp_path):
 def test_recurrence_keys_are_refused_for_a_model_without_recurrence(tmp_path):
     finished = launch(1, [f"--job.dump_folder={tmp_path}", "--training.steps=1", "--no-recurrence.lockstep"])
     assert finished.codes == [1]
-    assert "are for recurrent models" in finished.errors[0]
+    assert "[recurrence] is for recurrent models" in finished.errors[0]
 
 
 def test_a_growing_batch_is_the_same_on_any_ranks_and_through_a_kill(tmp_path):

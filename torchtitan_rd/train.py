@@ -7,9 +7,7 @@ python -m torchtitan_rd.train --job.config_file train_configs/debug.toml      # 
 import dataclasses
 import sys
 import traceback
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from torchtitan_rd.data import (
     merge_states,
 )
 from torchtitan_rd.data.batch_ramp import BatchRamp
+from torchtitan_rd.draws import Draws, mean_depth
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.log import init_logging, logger
@@ -38,13 +37,15 @@ from torchtitan_rd.lr_scheduler import lr_factor
 from torchtitan_rd.metrics import Metrics
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.models.attention import setup_attention
-from torchtitan_rd.models.spec import FlopCount, ForwardInputs, Microbatch, ModelSpec
+from torchtitan_rd.models.spec import ModelSpec
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state, set_lr
 from torchtitan_rd.parallelism import ParallelDims, init_weights, parallelize
 from torchtitan_rd.profiling import Profiler
 from torchtitan_rd.signals import StopRequest, write_exit_status
 from torchtitan_rd.train_step import TrainStep, hash_ids
 from torchtitan_rd.validation import read_held_out, validate, validation_keys
+
+DEPTH_NAMES = ("num_steps_no_grad", "num_steps_with_grad")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -94,22 +95,26 @@ class Trainer:
         context = max(shape.max_seq_len, config.training.seq_len)
         self.shape = dataclasses.replace(shape, vocab_size=vocab_size, max_seq_len=context)
         self.dump_folder = Path(config.job.dump_folder)
-        self.drawing = self._drawing()
+        self.draws = Draws(
+            self.spec,
+            self.shape,
+            config.recurrence,
+            seed=config.training.seed,
+            total_steps=config.training.steps,
+            seq_len=config.training.seq_len,
+            ramp=self.ramp,
+            accumulation=self.accumulation,
+            rank=environment.rank,
+            data_degree=self.dims.data_degree,
+            device=self.device,
+            dtype=getattr(torch, config.training.mixed_precision_param),
+        )
+        if self.draws.family is not None:
+            logger.info("%s", self.draws.family.report())
+        elif config.training.throttle:
+            raise ConfigError(f"training.throttle is for recurrent models, not for {self.spec.name}: leave it unset")
         self.step = 0
         self.tokens_seen = 0
-
-    def _drawing(self) -> Any:
-        """What draws the depths of a recurrent model; None for others. Raises ConfigError."""
-        config = self.config
-        if self.spec.inputs is not None:
-            drawing = self.spec.inputs(
-                self.shape, config.recurrence, seed=config.training.seed, total_steps=config.training.steps
-            )
-            logger.info("%s", drawing.report())
-            return drawing
-        if config.recurrence != type(config.recurrence)() or config.training.throttle:
-            raise ConfigError(f"[recurrence] and training.throttle are for recurrent models, not for {self.spec.name}")
-        return None
 
     def run(self) -> None:
         """Builds in order, trains to the last step or until all ranks agree to stop, and cleans up in any case."""
@@ -172,7 +177,7 @@ class Trainer:
             config.training,
             self.device,
             beat=self.heartbeat.beat,
-            inputs=None if self.drawing is None else self._drawn_inputs,
+            inputs=self.draws.training,
         )
         self.metrics.start(self.step, self.tokens_seen)
         self.profiler = closing.enter_context(profiler)
@@ -193,40 +198,9 @@ class Trainer:
             seed=config.training.seed,
         )
 
-    def _microbatch(self, step: int, number: int, rows: int, per_stage: int) -> Microbatch:
-        """Where the microbatch `number` (from 0) of this rank stands; its rows are those of the global batch.
-
-        per_stage: microbatches of a rank in one batch of the loader; a stage's rows stand together.
-        """
-        training, rank = self.config.training, self.environment.rank
-        stage, number_in_stage = divmod(number, per_stage)
-        first = (stage * self.dims.data_degree + rank) * per_stage * rows + number_in_stage * rows
-        return Microbatch(
-            step=step,
-            count=self.ramp.before(step) * self.accumulation + number + 1,
-            rank=rank,
-            samples=range(first, first + rows),
-            seq_len=training.seq_len,
-            device=self.device,
-            dtype=getattr(torch, training.mixed_precision_param),
-        )
-
-    def _drawn_inputs(self, step: int, number: int, batch: Batch) -> ForwardInputs:
-        return self.drawing(self._microbatch(step, number, len(batch.inputs), self.accumulation))
-
     def _validate(self) -> dict[str, float]:
         """val_loss, and for a recurrent model val_loss_<depth>; the same on all ranks."""
-        variants: dict[str, Callable[[int], Mapping[str, object]]] = {"val_loss": lambda number: {}}
-        if self.drawing is not None:
-            depths = {f"val_loss_{depth}": depth for depth in self.config.validation.partial_depth_eval}
-            rows = len(self.held_out[0].inputs)
-
-            def at(depth: int, number: int) -> Mapping[str, object]:
-                place = self._microbatch(self.step, number, rows, len(self.held_out))
-                return self.drawing.at_depth(depth, place).kwargs
-
-            named = {"val_loss": self.drawing.mean_depth, **depths}
-            variants = {name: partial(at, depth) for name, depth in named.items()}
+        variants = self.draws.validation(self.config.validation.partial_depth_eval, self.held_out)
         losses = validate(self.model, self.held_out, self.device, variants)
         logger.info("step %d: %s", self.step, "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         return losses
@@ -294,18 +268,6 @@ class Trainer:
             "rng": [rank["rng"] for rank in ranks],
         }
 
-    def _depths(self) -> dict[str, float]:
-        """The iterations drawn in this step, the mean over this rank's microbatches."""
-        n, k = (sum(steps) / len(self.train_step.draws) for steps in zip(*self.train_step.draws, strict=True))
-        return {"num_steps_no_grad": n, "num_steps_with_grad": k}
-
-    def _flops_of(self, draws: list[tuple[int, int]]) -> FlopCount | None:
-        """The mean count per token of the depths that were drawn; None where nothing is drawn."""
-        if self.drawing is None:
-            return None
-        n, k = (sum(steps) / len(draws) for steps in zip(*draws, strict=True))
-        return self.spec.flops(self.shape, self.config.training.seq_len, num_steps=(n, k))
-
     def _save_seed(self) -> None:
         """`step-0`: the weights that a run starts from, whatever the number of its ranks."""
         if self.step > 0:
@@ -342,7 +304,8 @@ class Trainer:
             if logging:
                 extra = {"consecutive_skips": self.train_step.consecutive_skips}
                 if telemetry is not None:
-                    extra |= telemetry.read() | self._depths()
+                    depths = mean_depth(self.train_step.draws)
+                    extra |= telemetry.read() | dict(zip(DEPTH_NAMES, depths, strict=True))
                 if validating:
                     self.heartbeat.beat(self.step, "validation")
                     extra |= self._validate()
@@ -354,7 +317,7 @@ class Trainer:
                     tokens_seen=self.tokens_seen,
                     data_hash=data_hash,
                     extra=extra,
-                    flops=self._flops_of(draws),
+                    flops=self.draws.flops(draws),
                 )
                 draws = []
             self.heartbeat.beat(self.step, "checkpoint")

@@ -58,7 +58,7 @@ class TrainStep:
         device: torch.device,
         *,
         beat: Callable[[int, str], None] = lambda step, phase: None,
-        inputs: Callable[[int, int, Batch], ForwardInputs] | None = None,
+        inputs: Callable[[int, int, Batch], ForwardInputs] = lambda step, number, batch: ForwardInputs({}, (0, 0)),
     ):
         """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
 
@@ -86,8 +86,7 @@ class TrainStep:
         local_sum = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             self.beat(step, f"microbatch {number + 1} of {len(batches)}")
-            inputs = self.inputs(step, number, batch) if self.inputs else ForwardInputs({}, (0, 0))
-            local_sum += self._backward(batch, valid, inputs)
+            local_sum += self._backward(batch, valid, self.inputs(step, number, batch))
         self.beat(step, "update")
         grad_norm = self._clip()
         loss_max = local_sum / local_valid.clamp(min=1)

@@ -1,0 +1,84 @@
+"""What forward takes beside tokens: nothing, or, for a recurrent model, the depth and the noise of each microbatch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from torchtitan_rd.data import Batch
+from torchtitan_rd.data.batch_ramp import BatchRamp
+from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.models.spec import FlopCount, ForwardInputs, Microbatch, ModelSpec
+
+NOTHING = ForwardInputs({}, (0, 0))
+
+
+class Draws:
+    """Places each microbatch of this rank in the run and asks the model's family what belongs to the place.
+
+    recurrence: the section [recurrence]. accumulation: microbatches of a rank in one batch of the loader.
+    Raises ConfigError if the settings cannot go together, or are for recurrent models and this is none.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        shape: Any,
+        recurrence: Any,
+        *,
+        seed: int,
+        total_steps: int,
+        seq_len: int,
+        ramp: BatchRamp,
+        accumulation: int,
+        rank: int,
+        data_degree: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        self.spec, self.shape, self.ramp, self.accumulation = spec, shape, ramp, accumulation
+        self.rank, self.data_degree = rank, data_degree
+        self.layout = {"seq_len": seq_len, "device": device, "dtype": dtype}
+        self.family = spec.inputs and spec.inputs(shape, recurrence, seed=seed, total_steps=total_steps)
+        if self.family is None and recurrence != type(recurrence)():
+            raise ConfigError(f"[recurrence] is for recurrent models, not for {spec.name}: leave its keys unset")
+
+    def training(self, step: int, number: int, batch: Batch) -> ForwardInputs:
+        """For microbatch `number` (from 0) of this rank in update `step`."""
+        if self.family is None:
+            return NOTHING
+        return self.family(self._place(step, number, len(batch.inputs), self.accumulation))
+
+    def validation(
+        self, depths: Sequence[int], held_out: Sequence[Batch]
+    ) -> dict[str, Callable[[int], Mapping[str, object]]]:
+        """Name of the loss -> number of the batch -> arguments of forward: val_loss, and val_loss_<depth>."""
+        if self.family is None:
+            return {"val_loss": lambda number: {}}
+
+        def at(depth: int, number: int) -> Mapping[str, object]:
+            place = self._place(1, number, len(held_out[number].inputs), len(held_out))
+            return self.family.at_depth(depth, place).kwargs
+
+        named = {"val_loss": self.family.mean_depth, **{f"val_loss_{depth}": depth for depth in depths}}
+        return {name: partial(at, depth) for name, depth in named.items()}
+
+    def flops(self, draws: Sequence[tuple[int, int]]) -> FlopCount | None:
+        """The mean count per token of the (n, k) that were drawn; None where nothing is."""
+        if self.family is None:
+            return None
+        return self.spec.flops(self.shape, self.layout["seq_len"], num_steps=mean_depth(draws))
+
+    def _place(self, step: int, number: int, rows: int, per_stage: int) -> Microbatch:
+        """Its samples are rows of the global batch, in which a stage's rows stand together, rank after rank."""
+        stage, number_in_stage = divmod(number, per_stage)
+        first = (stage * self.data_degree + self.rank) * per_stage * rows + number_in_stage * rows
+        count = self.ramp.before(step) * self.accumulation + number + 1
+        return Microbatch(step, count, self.rank, range(first, first + rows), **self.layout)
+
+
+def mean_depth(draws: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """(mean n, mean k)."""
+    n, k = (sum(steps) / len(draws) for steps in zip(*draws, strict=True))
+    return n, k
