@@ -9,9 +9,7 @@ import torch
 from torchtitan_rd.data import Batch
 from torchtitan_rd.data.batch_ramp import BatchRamp
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.models.spec import FlopCount, ForwardInputs, Microbatch, ModelSpec
-
-NOTHING = ForwardInputs({}, (0, 0))
+from torchtitan_rd.models.spec import NO_INPUTS, FlopCount, ForwardInputs, Microbatch, ModelSpec
 
 
 class Draws:
@@ -47,7 +45,7 @@ class Draws:
     def training(self, step: int, number: int, batch: Batch) -> ForwardInputs:
         """For microbatch `number` (from 0) of this rank in update `step`."""
         if self.family is None:
-            return NOTHING
+            return NO_INPUTS
         return self.family(self._place(step, number, len(batch.inputs), self.accumulation))
 
     def validation(

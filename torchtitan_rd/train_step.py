@@ -20,7 +20,7 @@ from torchtitan_rd.errors import TrainingError
 from torchtitan_rd.log import logger
 from torchtitan_rd.loss import ObjectiveKeys, check_loss, count_valid, cross_entropy_sums, goldfish_labels
 from torchtitan_rd.metrics import StepResult
-from torchtitan_rd.models.spec import ForwardInputs
+from torchtitan_rd.models.spec import NO_INPUTS, ForwardInputs
 from torchtitan_rd.parallelism import ShardingKeys
 
 
@@ -58,7 +58,7 @@ class TrainStep:
         device: torch.device,
         *,
         beat: Callable[[int, str], None] = lambda step, phase: None,
-        inputs: Callable[[int, int, Batch], ForwardInputs] = lambda step, number, batch: ForwardInputs({}, (0, 0)),
+        inputs: Callable[[int, int, Batch], ForwardInputs] = lambda step, number, batch: NO_INPUTS,
     ):
         """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
 

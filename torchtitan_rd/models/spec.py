@@ -77,6 +77,8 @@ class ForwardInputs:
     num_steps: tuple[int, int]
 
 
+NO_INPUTS = ForwardInputs({}, (0, 0))
+
 InitFn = Callable[[torch.Tensor, torch.Generator], None]
 
 

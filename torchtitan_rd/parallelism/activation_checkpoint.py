@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from torchtitan_rd.config_loader import Section
 
-# Costly to recompute: attention, and half of the matmuls (see _save_half_of_the_matmuls).
+# Costly to recompute: attention, and half of the matmuls (see _save_attention_and_half_of_the_matmuls).
 _SAVED_OPS = frozenset(
     {
         torch.ops.aten._scaled_dot_product_flash_attention.default,

@@ -26,10 +26,10 @@ class RavenConfig:
     qk_bias: one bias for queries and one for keys, added before the rotary embedding.
     injection: how an iteration takes in the embedded input e. linear: a learned map of [s, e]; add: s + e;
         gate: s * e; none: not at all, the state starts at e.
-    state_init: the distribution of the first state (state.py).
+    state_init: the distribution of the first state (inputs.py).
     mean_recurrence, mean_backprop_depth: means of the iterations in all and of those that are differentiated.
     sampling_scheme: how depths are drawn in training, unless [recurrence] says otherwise (recurrence.py).
-    init_strategy: takase: embeddings are scaled by sqrt(dim) after the lookup; scaled: they are not. See model.inits.
+    init_strategy: takase: embeddings are scaled by sqrt(dim) after the lookup; scaled: they are not. See init.py.
     init_orthogonal: initial matrices are orthogonal instead of truncated normals, of the same spread.
     max_seq_len: the context that an export states (`block_size`). It sizes nothing.
     """
