@@ -28,6 +28,7 @@ PLACES = {
         2,
     ),
     "train_step": 3,
+    "conversion": 3,
     "validation": 3,
     "draws": 3,
     "old_keys": 4,
@@ -81,6 +82,12 @@ def test_nothing_imports_what_stands_further_right(module):
             assert PLACES[other] == 0
         base = PLACES[other] < PLACES[own] or PLACES[own] == PLACES[other] == 0
         assert base, f"{module} imports {imported}"
+
+
+@pytest.mark.parametrize("script", sorted((PACKAGE.parent / "convert").glob("*.py")), ids=lambda path: path.name)
+def test_the_converters_scripts_hold_no_logic(script):
+    assert imports(script) and all(room(imported) == "conversion" for imported in imports(script))
+    assert script.read_text().count("\n") < 40
 
 
 def test_there_is_no_circle():

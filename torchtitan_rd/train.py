@@ -20,6 +20,10 @@ from torchtitan_rd import job
 from torchtitan_rd.checkpoint import Checkpointer
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
+from torchtitan_rd.conversion.dcp import open_dcp
+from torchtitan_rd.conversion.pipeline import open_released, to_hf, with_tokenizer
+from torchtitan_rd.conversion.reader import WeightsReader
+from torchtitan_rd.conversion.weights import cast
 from torchtitan_rd.data import (
     Batch,
     accumulation_steps,
@@ -94,6 +98,8 @@ class Trainer:
         # What an export states as its context must cover what was trained.
         context = max(shape.max_seq_len, config.training.seq_len)
         self.shape = dataclasses.replace(shape, vocab_size=vocab_size, max_seq_len=context)
+        if config.checkpoint.last_save_in_hf:
+            self.spec.hf.config_fields(self.shape)  # raises ConfigError for a shape that cannot be exported
         self.dump_folder = Path(config.job.dump_folder)
         self.draws = Draws(
             self.spec,
@@ -127,8 +133,12 @@ class Trainer:
                 if config.checkpoint.create_seed_checkpoint:
                     self._save_seed()
                     status = "finished"
+                elif self._train():
+                    status = "finished"
+                    if config.checkpoint.last_save_in_hf:
+                        self.checkpointer.export(self.step, self._write_hf)
                 else:
-                    status = "finished" if self._train() else "preempted"
+                    status = "preempted"
         except BaseException as error:
             if self.dump_folder.is_dir() and environment.rank == 0:
                 write_exit_status(self.dump_folder, "failed", self.step, f"{type(error).__name__}: {error}")
@@ -233,6 +243,7 @@ class Trainer:
             job_config=config.as_dict(),
             must_match=JobConfig.must_match_keys(),
             model_shape={"name": self.spec.name, "flavor": config.model.flavor, **dataclasses.asdict(self.shape)},
+            open_released=lambda path: WeightsReader(open_released(path, model=config.model.name)),
         )
         closing.callback(self.checkpointer.close)
 
@@ -275,6 +286,12 @@ class Trainer:
                 "checkpoint.create_seed_checkpoint: this run has checkpoints already; use another folder"
             )
         self.checkpointer.save(0, {"model": self._tensors()["model"]}, {})
+
+    def _write_hf(self, checkpoint: Path, folder: Path) -> None:
+        """On one rank: a saved step as a Hugging Face folder."""
+        weights = cast(open_dcp(checkpoint), getattr(torch, self.config.checkpoint.export_dtype))
+        to_hf(with_tokenizer(weights), folder, verify=False)
+        logger.info("exported %s", folder)
 
     def _train(self) -> bool:
         """The loop. Returns False if it ended because of a signal."""

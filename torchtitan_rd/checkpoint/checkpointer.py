@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torchtitan_rd.checkpoint import contract, loading
 from torchtitan_rd.checkpoint.config import CheckpointConfig
 from torchtitan_rd.checkpoint.folders import CheckpointFolder
-from torchtitan_rd.checkpoint.loading import MODEL_SHAPE, Tensors
+from torchtitan_rd.checkpoint.loading import TensorReader, Tensors
 from torchtitan_rd.checkpoint.lock import FolderLock
 from torchtitan_rd.checkpoint.manifest import Manifest, read_manifest, tensor_table, verify
 from torchtitan_rd.checkpoint.rank_group import RankGroup
-from torchtitan_rd.checkpoint.safe_reader import SafeReader
+from torchtitan_rd.checkpoint.safe_reader import METADATA, MODEL_SHAPE, SafeReader
 from torchtitan_rd.checkpoint.writer import Snapshot, Writer, total_bytes
 from torchtitan_rd.errors import CheckpointError, ConfigError
 from torchtitan_rd.log import logger
@@ -35,6 +35,7 @@ class Checkpointer:
     job_config: {section: {key: value}}, stored with each checkpoint and compared on resume.
     must_match: the `section.key` that must not change within a run.
     model_shape: name, flavor and every field of the model, as JSON values.
+    open_released: folder of released weights -> a reader of them, for `initial_load_path`; raises CheckpointError.
 
     Raises CheckpointError if a living run uses the folder, ConfigError if `async_mode` cannot work here.
     """
@@ -47,11 +48,13 @@ class Checkpointer:
         job_config: Mapping[str, Mapping[str, Any]],
         must_match: frozenset[str],
         model_shape: Mapping[str, Any],
+        open_released: Callable[[Path], TensorReader] | None = None,
     ):
         if config.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
             raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs CUDA; use "async" here')
         self.config = config
         self.must_match = must_match
+        self._open_released = open_released
         self._config_text = tomli_w.dumps(_without_none(job_config))
         self._model_text = json.dumps(model_shape, indent=1, sort_keys=True)
         self._folder = CheckpointFolder(Path(dump_folder) / config.folder)
@@ -165,7 +168,10 @@ class Checkpointer:
                 logger.warning("%s has no checksums: damage to it would not be seen", path)
                 problems = []
             if not problems:
-                loading.load_initial_weights(path, model, self.config.exclude_from_loading, self._ranks)
+                reader = self._reader_of(path)
+                for line in contract.arithmetic_differences(reader.model_shape(), json.loads(self._model_text)):
+                    logger.warning("initial weights: %s", line)
+                loading.load_initial_weights(reader, path, model, self.config.exclude_from_loading, self._ranks)
                 return path
             refused.append(f"{path} is damaged: {'; '.join(problems)}")
             logger.warning("%s", refused[-1])
@@ -186,6 +192,30 @@ class Checkpointer:
                 self._lock = None
             self._ranks.close()
             self._writing_ranks.close()
+
+    def _reader_of(self, path: Path) -> TensorReader:
+        if (path / METADATA).exists() or self._open_released is None:
+            return SafeReader(path, prefix="model.")
+        opened = []
+        self._ranks.agree(lambda: opened.append(self._open_released(path)))
+        return opened[0]
+
+    def export(self, step: int, write: Callable[[Path, Path], None]) -> None:
+        """Calls `write(checkpoint, folder to make)` on rank 0 for the saved step, unless its export exists already.
+
+        Collective. Raises CheckpointError on every rank if it fails.
+        """
+        self.wait()
+        source, target = (self._folder.root / f"step-{step}{end}" for end in ("", "-hf"))
+        exported = self._folder.root / f"step-{step}-model"
+
+        def convert() -> None:
+            if target.exists():
+                logger.info("%s is there already", target)
+            else:
+                write(exported if exported.is_dir() else source, target)
+
+        self._ranks.from_rank0(convert)
 
     def _take_folder(self) -> None:
         self._folder.root.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,8 @@ class CheckpointConfig(Section):
     """Resume from exactly this step, with no fallback; -1: from the newest good checkpoint."""
 
     initial_load_path: str | None = None
-    """Initial weights for a run that has no checkpoint yet: a step folder, or a checkpoint folder (its newest step)."""
+    """Initial weights for a run that has no checkpoint yet: a step folder, a checkpoint folder (its newest step), a
+    Hugging Face folder, or one of Meta's Llama files."""
 
     exclude_from_loading: list[str] = Field(default_factory=list)
     """Names, or prefixes of names, not to load. `model.*` names keep their initial values in an initial load;
@@ -44,7 +45,10 @@ class CheckpointConfig(Section):
     """Write only the model at the last step, as `step-N-model`: for export, not for resuming."""
 
     export_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of the floating-point tensors in `step-N-model`."""
+    """Type of the floating-point tensors in `step-N-model` and `step-N-hf`."""
+
+    last_save_in_hf: bool = False
+    """After the last step, write the model as the Hugging Face folder `step-N-hf` too, in `export_dtype`."""
 
     create_seed_checkpoint: bool = False
     """Write the freshly initialised model as `step-0` and stop."""
@@ -78,6 +82,8 @@ class CheckpointConfig(Section):
     def _needs_enable(self) -> "CheckpointConfig":
         if not self.enable and self.create_seed_checkpoint:
             raise ValueError("create_seed_checkpoint needs checkpoint.enable = true")
+        if not self.enable and self.last_save_in_hf:
+            raise ValueError("last_save_in_hf needs checkpoint.enable = true")
         if not self.enable and self.load_step != -1:
             raise ValueError(f"load_step = {self.load_step} needs checkpoint.enable = true")
         return self

@@ -7,6 +7,11 @@ from torchtitan_rd.checkpoint.manifest import TensorTable
 from torchtitan_rd.errors import CheckpointError
 
 Tables = Mapping[str, Any]
+# Fields of a model's shape that change what the same tensors compute.
+_ARITHMETIC = (
+    *("norm_type", "norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings"),
+    *("block", "injection", "init_strategy"),
+)
 
 
 def check_model_shape(saved: Tables, wanted: Tables, name: str) -> None:
@@ -18,6 +23,15 @@ def check_model_shape(saved: Tables, wanted: Tables, name: str) -> None:
             f"{name} is of another model:\n{differences}\n"
             f"set these back, or start a new run with another checkpoint.folder (and checkpoint.initial_load_path)"
         )
+
+
+def arithmetic_differences(saved: Tables, wanted: Tables) -> list[str]:
+    """What makes initial weights mean something else in this run than where they come from, one line each."""
+    return [
+        f"{field} is {wanted[field]!r} in this run, {saved[field]!r} where the weights were made"
+        for field in _ARITHMETIC
+        if field in saved and field in wanted and saved[field] != wanted[field]
+    ]
 
 
 def check_config(saved: Tables, wanted: Tables, must_match: Collection[str], name: str) -> list[str]:

@@ -16,7 +16,7 @@ from torchtitan_rd.log import logger
 STEP = re.compile(r"step-(0|[1-9][0-9]*)")
 MODEL_ONLY = re.compile(r"step-([1-9][0-9]*)-model")
 CORRUPT = re.compile(r"step-[0-9]+\.corrupt(-[0-9a-f]{32})?")
-LEFTOVER = re.compile(r"\.(tmp|trash)-step-[0-9]+(-model)?-[0-9a-f]{32}")
+LEFTOVER = re.compile(r"\.(tmp|trash)-step-[0-9]+(-model|-hf)?-[0-9a-f]{32}")
 MANIFEST = "manifest.json"
 
 
@@ -125,10 +125,10 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Writes a new file and forces it to permanent storage."""
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)
+def write_durably(path: Path, content: str | bytes) -> None:
+    """Writes a new file, text as UTF-8, and forces it to permanent storage."""
+    with path.open("xb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
     fsync(path)
 
 

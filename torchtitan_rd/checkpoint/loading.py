@@ -2,20 +2,36 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata
 
 from torchtitan_rd.checkpoint import contract
 from torchtitan_rd.checkpoint.folders import MANIFEST, MODEL_ONLY, STEP, step_of
 from torchtitan_rd.checkpoint.manifest import TensorEntry, dtype_name, tensor_table
 from torchtitan_rd.checkpoint.rank_group import RankGroup
-from torchtitan_rd.checkpoint.safe_reader import METADATA, SafeReader
+from torchtitan_rd.checkpoint.safe_reader import METADATA, MODEL_SHAPE, TensorInfo
 from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.log import logger
 
+# What a folder of weights holds that Hugging Face's library, or Meta, wrote.
+RELEASED = ("config.json", "params.json")
 Tensors = Mapping[str, Mapping[str, Tensor]]
-MODEL_SHAPE = "model.json"
+
+
+class TensorReader(Protocol):
+    """A `storage_reader` of torch.distributed.checkpoint that also tells what it holds.
+
+    tensors: shapes and types by key (`model.<name>`). model_shape: fields of the model's shape; empty if not known.
+    """
+
+    def model_shape(self) -> dict[str, Any]: ...
+
+    def tensors(self) -> dict[str, TensorInfo]: ...
+
+    def read_metadata(self) -> Metadata: ...
 
 
 def select(tensors: Tensors, excluded: Sequence[str]) -> dict[str, dict[str, Tensor]]:
@@ -26,7 +42,7 @@ def select(tensors: Tensors, excluded: Sequence[str]) -> dict[str, dict[str, Ten
     }
 
 
-def read_tensors(reader: SafeReader, tensors: Tensors, ranks: RankGroup) -> None:
+def read_tensors(reader: TensorReader, tensors: Tensors, ranks: RankGroup) -> None:
     """Fills `tensors` in place; collective. Each rank reads only its own shards."""
 
     def read_metadata() -> None:
@@ -52,10 +68,12 @@ def initial_candidates(own_folder: Path | None, initial_load_path: str | None) -
         return [path]
     named = (STEP, MODEL_ONLY)
     steps = [p for p in path.iterdir() if any(n.fullmatch(p.name) for n in named) and (p / METADATA).exists()]
+    if not steps and any((path / name).exists() for name in RELEASED):
+        return [path]
     if not steps:
         raise CheckpointError(
             f"checkpoint.initial_load_path = {initial_load_path!r} is neither a checkpoint (no {METADATA}) "
-            f"nor a folder of checkpoints (no step-N)"
+            f"nor a folder of checkpoints (no step-N), nor released weights (no {' or '.join(RELEASED)})"
         )
     return sorted(steps, key=lambda p: (step_of(p.name), p.name), reverse=True)
 
@@ -65,9 +83,10 @@ def has_checksums(path: Path) -> bool:
     return (path / MANIFEST).exists() or (path / MODEL_SHAPE).exists()
 
 
-def load_initial_weights(path: Path, model: Mapping[str, Tensor], excluded: Sequence[str], ranks: RankGroup) -> None:
-    """Fills `model` from the `model.*` tensors of `path`; see Checkpointer.load_initial."""
-    reader = SafeReader(path, prefix="model.")
+def load_initial_weights(
+    reader: TensorReader, path: Path, model: Mapping[str, Tensor], excluded: Sequence[str], ranks: RankGroup
+) -> None:
+    """Fills `model` from the `model.*` tensors that `reader` finds in `path`; see Checkpointer.load_initial."""
     saved = {
         key: TensorEntry(shape=list(info.shape), dtype=dtype_name(info.dtype))
         for key, info in ranks.from_rank0(reader.tensors).items()

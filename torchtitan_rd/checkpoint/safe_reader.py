@@ -6,6 +6,7 @@ every name and number against the files, and gives each problem as a CheckpointE
 """
 
 import io
+import json
 import os
 import pickle
 import stat
@@ -27,6 +28,7 @@ from torch.futures import Future
 from torchtitan_rd.errors import CheckpointError
 
 METADATA = ".metadata"
+MODEL_SHAPE = "model.json"
 # torch.save frames each tensor in a zip file of its own; more than this above the data would be something else.
 MAX_FRAME_BYTES = 1 << 20
 
@@ -59,6 +61,16 @@ class SafeReader(StorageReader):
         found = self.read_metadata().state_dict_metadata
         return {key: TensorInfo(entry.size, entry.properties.dtype) for key, entry in found.items()}
 
+    def model_shape(self) -> dict[str, Any]:
+        """The fields of `model.json`; empty in a folder of another program. Raises CheckpointError."""
+        path = self.folder / MODEL_SHAPE
+        if not path.exists():
+            return {}
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from None
+
     def read_metadata(self) -> Metadata:
         """The checked metadata; read once. Raises CheckpointError."""
         if self._metadata is None:
@@ -73,6 +85,31 @@ class SafeReader(StorageReader):
             except Exception as error:  # a damaged pickle can raise any
                 raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
         return self._metadata
+
+    def read(self, key: str) -> torch.Tensor:
+        """One whole tensor, put together from its parts, each checked against the checksum that torch stored with it.
+
+        key: as in `tensors()`. Raises CheckpointError. Memory: the tensor and twice its largest part.
+        """
+        metadata = self.read_metadata()
+        entry = metadata.state_dict_metadata[key]
+        whole = None
+        for chunk in entry.chunks:
+            info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+            path = self.folder / info.relative_path
+            with path.open("rb") as file:
+                file.seek(info.offset)
+                part = _load_tensor(file.read(info.length), f"{path}: {key}", check_sum=True)
+            if part.shape != chunk.sizes or part.dtype != entry.properties.dtype:
+                raise CheckpointError(f"{path}: {key} holds {part.dtype} {tuple(part.shape)}, not what {METADATA} says")
+            if chunk.sizes == entry.size:
+                return part
+            whole = torch.empty(entry.size, dtype=part.dtype) if whole is None else whole
+            target = whole
+            for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+                target = target.narrow(dim, offset, size)
+            target.copy_(part)
+        return whole
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Copies the requested slices into the planner's tensors, one file after another."""
@@ -176,12 +213,14 @@ def _check_place(key: str, info: Any, file_size: int, data_bytes: int) -> None:
         raise CheckpointError(f"{key}: {info.length} bytes are not those of a tensor of {data_bytes} bytes")
 
 
-def _load_tensor(record: bytes, place: str) -> torch.Tensor:
+def _load_tensor(record: bytes, place: str, *, check_sum: bool = False) -> torch.Tensor:
     """One tensor as torch.save wrote it. A compressed zip, which could unfold to any size, is refused."""
     try:
         with zipfile.ZipFile(io.BytesIO(record)) as archive:
             if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                 raise CheckpointError(f"{place}: the data are compressed, which torch does not write")
+            if check_sum and archive.testzip() is not None:
+                raise CheckpointError(f"{place} is damaged: its bytes do not match their checksum")
         tensor = torch.load(io.BytesIO(record), map_location="cpu", weights_only=True)
     except CheckpointError:
         raise

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,32 @@ class ForwardInputs:
 
 NO_INPUTS = ForwardInputs({}, (0, 0))
 
+
+@dataclass(frozen=True)
+class HuggingFaceLayout:
+    """How the weights and the shape of a family stand in a Hugging Face folder.
+
+    model_type: what its config.json says.
+    key_map: config -> {our name: theirs} of every weight that such a folder holds (a tied head is not stored).
+    to_hf, from_hf: (our name, whole tensor, config) -> the tensor on the other side; bitwise inverses.
+    config_fields: config -> fields of config.json. Raises ConfigError for a shape that the class there does not have.
+    shape: fields of config.json -> config. Raises ConfigError for what our model does not compute.
+    buffers: config -> {their name: tensor} that a folder holds beside the weights.
+    derived: regular expression of their names that may be in a folder and follow from its config.json (rotary tables).
+    code: files to put beside the weights, for a class that the transformers library does not have.
+    """
+
+    model_type: str
+    key_map: Callable[[Any], dict[str, str]]
+    to_hf: Callable[[str, torch.Tensor, Any], torch.Tensor]
+    from_hf: Callable[[str, torch.Tensor, Any], torch.Tensor]
+    config_fields: Callable[[Any], dict[str, Any]]
+    shape: Callable[[Mapping[str, Any]], Any]
+    buffers: Callable[[Any], dict[str, torch.Tensor]]
+    derived: str
+    code: tuple[Path, ...] = ()
+
+
 InitFn = Callable[[torch.Tensor, torch.Generator], None]
 
 
@@ -96,6 +123,7 @@ class ModelSpec:
     inputs: None if forward needs nothing beside a batch. Else (config, [recurrence], seed=, total_steps=) ->
         Microbatch -> ForwardInputs, with `at_depth(depth, Microbatch) -> ForwardInputs` and `mean_depth` for
         validation, and `report() -> str` for the log. Raises ConfigError if the settings cannot go together.
+    hf: how it stands in a Hugging Face folder.
     telemetry: None, or module -> a context around forward passes whose `read() -> {name: number}` describes the last.
     """
 
@@ -105,5 +133,6 @@ class ModelSpec:
     inits: Callable[[nn.Module], dict[str, InitFn]]
     wrap_plan: Callable[[nn.Module], WrapPlan]
     flops: Callable[..., FlopCount]
+    hf: HuggingFaceLayout
     inputs: Callable[..., Callable[[Microbatch], ForwardInputs]] | None = None
     telemetry: Callable[[nn.Module], Any] | None = None

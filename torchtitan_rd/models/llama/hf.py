@@ -13,6 +13,7 @@ import torch
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.models.layers import RopeScaling
 from torchtitan_rd.models.llama.config import LlamaConfig
+from torchtitan_rd.models.spec import HuggingFaceLayout
 
 _TOP = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -127,3 +128,15 @@ def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
         raise ConfigError(f"config.json: rope_type = {kind!r} is not supported, only 'default' and 'llama3'")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     return RopeScaling(**{name: rope[name] for name in names})
+
+
+HF = HuggingFaceLayout(
+    model_type="llama",
+    key_map=key_map,
+    to_hf=to_hf,
+    from_hf=from_hf,
+    config_fields=hf_config,
+    shape=from_hf_config,
+    buffers=lambda config: {},
+    derived=r".*rotary_emb\.inv_freq",  # of old transformers
+)

@@ -1,0 +1,185 @@
+"""models/raven/hf.py: names, config.json and rotary table of the Hugging Face layout."""
+
+import math
+
+import pytest
+import torch
+
+from tests.models.raven.tiny import tiny_config
+from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.models.raven.config import INJECTIONS, RAVEN_FLAVORS, STATE_INITS
+from torchtitan_rd.models.raven.hf import HF, buffers, config_fields, key_map, shape
+from torchtitan_rd.models.raven.model import Raven
+
+RELEASED = {  # the fields that the config of huginn-0125 states
+    "name": "nebel-raven-3.5b",
+    "model_type": "huginn_raven",
+    "architectures": ["RavenForCausalLM"],
+    "torch_dtype": "bfloat16",
+    "block_size": 4096,
+    "vocab_size": 65536,
+    "padding_multiple": 4096,
+    "tie_embeddings": True,
+    "num_attention_heads": 55,
+    "num_key_value_heads": 55,
+    "n_embd": 5280,
+    "intermediate_size": 17920,
+    "bias": False,
+    "architecture_class_name": "RecurrentGPT",
+    "block_class_name": "SandwichBlock",
+    "norm_class_name": "RMSNorm_llama",
+    "norm_eps": 0.000001,
+    "mlp_class_name": "GatedMLP",
+    "nonlin_name": "SiLU",
+    "init_strategy": "takase",
+    "init_orthogonal": False,
+    "state_init": "like-init",
+    "injection_type": "linear",
+    "n_layers_in_recurrent_block": 4,
+    "mean_recurrence": 32,
+    "sampling_scheme": "poisson-lognormal-filling",
+    "mean_backprop_depth": 8,
+    "n_layers_in_prelude": 2,
+    "n_layers_in_coda": 2,
+    "qk_bias": True,
+    "activation_checkpoint_impl": "per-iteration",
+}
+OTHER = {  # every field away from its default
+    "dim": 48,
+    "n_heads": 6,
+    "ffn_dim": 40,
+    "n_layers_prelude": 3,
+    "n_layers_core": 1,
+    "n_layers_coda": 0,
+    "mean_recurrence": 7,
+    "mean_backprop_depth": 5,
+    "vocab_size": 77,
+    "n_kv_heads": 3,
+    "block": "post",
+    "qk_bias": False,
+    "injection": "gate",
+    "state_init": "unit",
+    "sampling_scheme": "full-curriculum-9",
+    "init_strategy": "scaled",
+    "init_orthogonal": True,
+    "norm_eps": 1e-3,
+    "rope_theta": 123.0,
+    "tie_word_embeddings": False,
+    "max_seq_len": 55,
+}
+VARIANTS = {
+    "tiny": {},
+    "every field": OTHER,
+    "no prelude": {"n_layers_prelude": 0, "n_layers_coda": 2},
+    **{f"injection {kind}": {"injection": kind} for kind in INJECTIONS},
+    **{f"state {kind}": {"state_init": kind} for kind in STATE_INITS},
+}
+
+
+@pytest.mark.parametrize("flavor", RAVEN_FLAVORS)
+def test_every_flavor_survives_the_way_to_config_json_and_back(flavor):
+    assert shape(config_fields(RAVEN_FLAVORS[flavor])) == RAVEN_FLAVORS[flavor]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_field_survives_the_way_to_config_json_and_back(variant):
+    config = tiny_config(**VARIANTS[variant])
+    assert shape(config_fields(config)) == config
+
+
+def test_the_test_above_leaves_no_field_at_its_default():
+    ours, other = vars(tiny_config()), vars(tiny_config(**OTHER))
+    assert not [name for name in ours if ours[name] == other[name]]
+
+
+def test_the_released_config_is_our_large_flavor():
+    assert shape(RELEASED) == RAVEN_FLAVORS["nebel-raven-3.5b"]
+
+
+def test_what_a_released_config_leaves_out_has_the_defaults_of_its_class():
+    sizes = ("n_embd", "intermediate_size", "vocab_size", "num_attention_heads", "mean_recurrence")
+    layers = ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda", "mean_backprop_depth")
+    assert shape({key: RELEASED[key] for key in (*sizes, *layers)}) == RAVEN_FLAVORS["nebel-raven-3.5b"]
+
+
+def test_the_names_of_the_training_program_and_of_transformers_are_read():
+    assert shape({**RELEASED, "rope_settings": {"use_rope": True, "rope_base": 7}}).rope_theta == 7.0
+    del (fields := dict(RELEASED))["tie_embeddings"]
+    assert not shape({**fields, "tie_word_embeddings": False}).tie_word_embeddings
+
+
+def test_an_export_names_the_head_twice_nowhere_and_the_tie_as_the_released_class_takes_it():
+    fields = config_fields(tiny_config())
+    assert not {"tie_word_embeddings", "num_attention_heads", "num_key_value_heads"} & set(fields)
+    assert fields["auto_map"]["AutoModelForCausalLM"] == "modeling_raven.RavenForCausalLM"
+    assert fields["n_layers"] == 4 and fields["vocab_size"] == 61 and fields["padding_multiple"] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "llama"},
+        {"bias": True},
+        {"block_class_name": "TransformerPreNormBlock"},
+        {"norm_class_name": "LayerNorm"},
+        {"mlp_class_name": "BaseMLP"},
+        {"nonlin_name": "GELU"},
+        {"injection_type": "ffn"},
+        {"injection_type": "modulated"},
+        {"state_init": "ones"},
+        {"sampling_scheme": "dice"},
+        {"init_strategy": "mup"},
+        {"qk_norm": True},
+        {"test_time_noise": 0.5},
+    ],
+    ids=str,
+)
+def test_what_our_model_does_not_compute_is_refused_by_name(change):
+    (key,) = change
+    with pytest.raises(ConfigError, match=f"{key} = "):
+        shape({**RELEASED, **change})
+
+
+def test_stretched_rotary_is_refused():
+    with pytest.raises(ConfigError, match="rope_condense_ratio = 2 is not supported, only 1"):
+        shape({**RELEASED, "rope_settings": {"rope_condense_ratio": 2}})
+
+
+@pytest.mark.parametrize("key", ["n_embd", "vocab_size", "n_layers_in_coda", "mean_recurrence", "num_attention_heads"])
+def test_a_missing_size_is_named(key):
+    del (fields := dict(RELEASED))[key]
+    with pytest.raises(ConfigError, match=f"config.json: {key.replace('num_attention', 'n')} is missing"):
+        shape(fields)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_key_map_holds_each_weight_once_and_drops_the_loop(tied):
+    config = tiny_config(tie_word_embeddings=tied)
+    names = key_map(config)
+    assert list(names) == [name for name, _ in Raven(config).named_parameters()]
+    assert names["transformer.recurrence.iteration.adapter.weight"] == "transformer.adapter.weight"
+    assert names["transformer.recurrence.iteration.core_block.1.attn.qk_bias"] == (
+        "transformer.core_block.1.attn.qk_bias"
+    )
+    assert ("lm_head.weight" in names.values()) != tied
+    assert len(set(names.values())) == len(names) and not any("iteration" in name for name in names.values())
+
+
+def test_weights_pass_unchanged():
+    tensor = torch.zeros(2)
+    assert HF.to_hf("lm_head.weight", tensor, tiny_config()) is tensor
+    assert HF.from_hf("lm_head.weight", tensor, tiny_config()) is tensor
+
+
+def test_the_rotary_table_holds_cosines_and_sines_of_every_position():
+    config = tiny_config(max_seq_len=20, rope_theta=100.0)
+    (table,) = buffers(config).values()
+    assert table.shape == (1, 20, 1, 4, 2) and table.dtype == torch.float32
+    angle = 13 * 100.0 ** (-2 * 3 / 8)
+    assert table[0, 13, 0, 3].tolist() == pytest.approx([math.cos(angle), math.sin(angle)], abs=1e-5)
+    assert set(buffers(config)) == {HF.derived}
+
+
+def test_the_remote_code_is_there_and_named_as_auto_map_says():
+    modules = {value.split(".")[0] for value in config_fields(tiny_config())["auto_map"].values()}
+    assert {path.stem for path in HF.code} == modules and all(path.is_file() for path in HF.code)

@@ -1,0 +1,440 @@
+"""models/raven/huggingface: the remote code against our model, loaded as a user loads it, and its generation."""
+
+import json
+import math
+import shutil
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from tests.models.raven.tiny import some_state, some_tokens, tiny_raven
+from torchtitan_rd.models.raven.config import INJECTIONS
+from torchtitan_rd.models.raven.hf import HF
+
+transformers = pytest.importorskip("transformers")
+
+VARIANTS = {
+    "huginn": {},
+    "untied": {"tie_word_embeddings": False},
+    "post-norm": {"block": "post", "qk_bias": False, "init_strategy": "scaled"},
+    "grouped keys": {"n_kv_heads": 2, "qk_bias": False},
+    "no prelude, no coda": {"n_layers_prelude": 0, "n_layers_coda": 0},
+    "coda alone": {"n_layers_prelude": 0, "n_layers_coda": 2},
+    **{f"injection {injection}": {"injection": injection} for injection in INJECTIONS[1:]},
+}
+STATES = {"zero": {"state_init": "zero"}, "seeded": {}}
+SEEDED = {"state_seed": 5}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fresh_code(tmp_path_factory):
+    """Remote code is copied to a cache and imported from there: neither may hold an older copy."""
+    from transformers import dynamic_module_utils
+
+    def forget():
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+        patch.setattr(sys, "path", list(sys.path))
+        forget()
+        yield
+        forget()
+
+
+def export(model, folder, **fields):
+    """Writes what a conversion writes; `folder` also names the module of its code."""
+    folder.mkdir(parents=True)
+    names, weights = HF.key_map(model.config), dict(model.named_parameters())
+    tensors = {theirs: weights[ours].detach().contiguous() for ours, theirs in names.items()}
+    save_file({**tensors, **HF.buffers(model.config)}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**HF.config_fields(model.config), **fields}))
+    for path in HF.code:
+        shutil.copy(path, folder)
+    return folder
+
+
+def load(folder, **kwargs):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **kwargs)
+
+
+def pair(folder, **fields):
+    """Our model and the remote one of the same weights."""
+    ours = tiny_raven(**fields)
+    return ours, load(export(ours, folder / "export"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return pair(tmp_path_factory.mktemp("huginn"))[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_logits_equal_those_of_our_model(variant, tmp_path):
+    ours, theirs = pair(tmp_path, **VARIANTS[variant])
+    assert not theirs.training
+    for depth in (1, 4, 32):
+        for state in (torch.zeros(2, 12, 32), some_state()):
+            given = {} if ours.config.injection == "none" else {"input_states": state}
+            found = theirs(some_tokens(), num_steps=depth, **given).logits
+            expected = ours(some_tokens(), num_steps=(depth, 0), initial_state=state)
+            assert found.dtype == torch.float32 and (expected.std() > 0.01 or not state.any())
+            assert (found - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_of_a_pair_equal_those_of_our_model(checkpointing, tmp_path):
+    ours, theirs = pair(tmp_path)
+    if checkpointing:
+        theirs.gradient_checkpointing_enable()
+    theirs.train()
+    tokens = some_tokens()
+    found = theirs(tokens, labels=tokens, num_steps=(3, 2), input_states=some_state())
+    logits = ours(tokens, num_steps=(3, 2), initial_state=some_state())
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert found.loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    found.loss.backward()
+    expected.backward()
+    gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(gradients[HF.key_map(ours.config)[name]], parameter.grad, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("injection", ["linear", "none"])
+def test_checkpointing_changes_no_gradient_and_keeps_fewer_tensors(injection, tmp_path):
+    _, model = pair(tmp_path, injection=injection)
+    gradients, saved = [], []
+    for enable in (False, True):
+        if enable:
+            model.gradient_checkpointing_enable()
+        model.train().zero_grad()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: (sizes.append(t.numel()), t)[1], lambda t: t
+        ):
+            loss = model(some_tokens(), labels=some_tokens(), num_steps=(1, 6), state_seed=0).loss
+        kept = sum(sizes)
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        saved.append(kept)
+    assert len(gradients[0]) > 20
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert saved[1] < saved[0] / 4
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model(some_tokens(), use_cache=True)
+
+
+def test_num_items_in_batch_divides_the_sum_of_the_losses(model):
+    tokens, common = some_tokens(), {"num_steps": 2, "state_seed": 0}
+    mean = model(tokens, labels=tokens, **common).loss
+    assert model(tokens, labels=tokens, num_items_in_batch=44, **common).loss.item() == pytest.approx(mean.item() / 2)
+    half = tokens.clone()
+    half[0] = -100
+    assert model(tokens, labels=half, **common).loss != mean
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("depth", [1, 4, 16])
+def test_cached_generation_equals_uncached_generation(depth, state, tmp_path):
+    _, model = pair(tmp_path, **STATES[state])
+    common = {"num_steps": depth, "max_new_tokens": 10, "do_sample": False, **SEEDED}
+    cached, uncached = (model.generate(some_tokens(), use_cache=use, **common) for use in (True, False))
+    assert cached.shape == (2, 22) and torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize(
+    "variant", ["post-norm", "grouped keys", "no prelude, no coda", "coda alone", "injection none"]
+)
+def test_every_layout_of_the_cache_generates_as_without_one(variant, tmp_path):
+    _, model = pair(tmp_path, **VARIANTS[variant])
+    common = {"num_steps": 3, "max_new_tokens": 8, "do_sample": False, **SEEDED}
+    cached, uncached = (model.generate(some_tokens(), use_cache=use, **common) for use in (True, False))
+    assert torch.equal(cached, uncached)
+
+
+def ragged(side):
+    """Two rows, the first one 5 tokens shorter and padded."""
+    tokens, mask = some_tokens(), torch.ones(2, 12, dtype=torch.int64)
+    padding, real = (slice(0, 5), slice(5, 12)) if side == "left" else (slice(7, 12), slice(0, 7))
+    tokens[0, padding], mask[0, padding] = 0, 0
+    return tokens, mask, real
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_padding_changes_no_logit_of_a_real_token(side, model):
+    tokens, mask, real = ragged(side)
+    common = {"num_steps": 4, **SEEDED}
+    padded = model(tokens, attention_mask=mask, **common).logits
+    alone = model(tokens[:1, real], **common).logits
+    assert padded.isfinite().all()
+    torch.testing.assert_close(padded[:1, real], alone, atol=1e-5, rtol=0)
+    full = model(tokens[1:], **common).logits
+    torch.testing.assert_close(padded[1:], full, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_row_of_padding_alone_is_finite(model, monkeypatch):
+    mask = torch.tensor([[0] * 12, [1] * 12])
+    masks, attend = [], F.scaled_dot_product_attention
+
+    def noting(*qkv, attn_mask, **kwargs):
+        masks.append(attn_mask)
+        return attend(*qkv, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
+    assert model(some_tokens(), attention_mask=mask, num_steps=2).logits.isfinite().all()
+    assert len(masks) == 6 and all(mask.any(-1).all() for mask in masks)  # else some kernels give nan
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("depth", [1, 4, 16])
+def test_a_left_padded_ragged_batch_generates_what_its_rows_generate_alone(depth, use_cache, model):
+    tokens, mask, real = ragged("left")
+    common = {"num_steps": depth, "max_new_tokens": 8, "do_sample": False, "use_cache": use_cache, **SEEDED}
+    together = model.generate(tokens, attention_mask=mask, pad_token_id=0, **common)
+    assert torch.equal(together[:1, 5:], model.generate(tokens[:1, real], **common))
+    assert torch.equal(together[1:], model.generate(tokens[1:], **common))
+
+
+@torch.no_grad()
+def test_a_prompt_may_come_in_chunks(model):
+    common = {"num_steps": 3, **SEEDED}
+    whole = model(some_tokens(), **common).logits
+    cache = transformers.DynamicCache()
+    chunks = [model(part, past_key_values=cache, **common).logits for part in some_tokens().split((5, 4, 1, 2), dim=1)]
+    torch.testing.assert_close(torch.cat(chunks, dim=1), whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}], ids=str)
+def test_beam_search_and_sampling_run_alike_with_and_without_a_cache(how, model):
+    common = {"num_steps": 2, "max_new_tokens": 6, **SEEDED, **how}
+    results = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        results.append(model.generate(some_tokens(), use_cache=use_cache, **common))
+    assert torch.equal(*results)
+
+
+def test_generation_takes_first_states_of_all_tokens(model):
+    common = {"num_steps": 1, "max_new_tokens": 4, "do_sample": False}
+    states = 3 * some_state(length=15)
+    cached, uncached = (
+        model.generate(some_tokens(), input_states=states, use_cache=use, **common) for use in (True, False)
+    )
+    assert torch.equal(cached, uncached)
+    with pytest.raises(ValueError, match="input_states ends early"):
+        model.generate(some_tokens(), input_states=states[:, :12], **common)
+
+
+def test_generate_passes_depth_and_seed_on(model, monkeypatch):
+    seen = []
+    monkeypatch.setattr(model, "core_step", lambda s, *rest: (seen.append(s), s)[1])
+    model.generate(some_tokens(), num_steps=7, init_scale=0.0, max_new_tokens=1)
+    assert len(seen) == 7 and not seen[0].any()
+
+
+def test_the_depth_in_evaluation_is_the_mean_recurrence_of_the_config(tmp_path):
+    folder = export(tiny_raven(), tmp_path / "export")
+    default, shallow = load(folder), load(folder, mean_recurrence=4)
+    assert shallow.config.mean_recurrence == 4
+    tokens = some_tokens()
+    expected = {depth: default(tokens, num_steps=depth, **SEEDED).logits for depth in (4, 6)}
+    assert torch.equal(default(tokens, **SEEDED).logits, expected[6])
+    assert torch.equal(shallow(tokens, **SEEDED).logits, expected[4])
+    assert not torch.equal(expected[4], expected[6])
+
+
+@pytest.mark.parametrize("depth", [3, 9])
+def test_a_cache_of_another_depth_is_refused(depth, model):
+    cache = model(some_tokens(), num_steps=6, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match=f"the cache has 14 layers, but {depth} iterations need {2 + 2 * depth}"):
+        model(some_tokens(length=1), num_steps=depth, past_key_values=cache)
+
+
+def test_other_caches_are_refused(model):
+    with pytest.raises(ValueError, match="cache_implementation = 'static'"):
+        model.generate(some_tokens(), cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(ValueError, match="must be a DynamicCache"):
+        model(some_tokens(), past_key_values=Legacy())
+
+
+class Legacy:
+    def get_seq_length(self):
+        return 0
+
+
+def test_no_cache_is_made_unless_asked_for(model):
+    assert model(some_tokens(), num_steps=1).past_key_values is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "std"), [("like-init", 0.6275), ("normal", 1.0), ("embed", 32**-0.5), ("unit", 1.0), ("zero", 0.0)]
+)
+def test_first_states_have_their_distribution_and_repeat_by_seed_and_position(kind, std, tmp_path):
+    _, model = pair(tmp_path, state_init=kind)
+    like, positions = torch.zeros(2, 400, 32), torch.arange(400)[None]
+    torch.manual_seed(0)
+    drawn = model.initial_state(like, positions)
+    seeded = model.initial_state(like, positions, state_seed=7)
+    assert drawn.std().item() == pytest.approx(std, rel=0.02) == seeded.std().item()
+    assert drawn.mean().abs() < 0.05 and seeded.mean().abs() < 0.05
+    assert torch.equal(seeded[0], seeded[1])
+    one = model.initial_state(torch.zeros(1, 1, 32), torch.tensor([[17]]), state_seed=7)
+    assert torch.equal(one[0, 0], seeded[0, 17])
+    if kind != "zero":
+        other = model.initial_state(like, positions, state_seed=8)
+        assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(seeded, other)
+        assert model.initial_state(like, positions, 3.0, 7).std().item() == pytest.approx(3 * std, rel=0.02)
+    assert not model.initial_state(like, positions, 0.0, 7).any()
+
+
+@torch.no_grad()
+def test_equal_seeds_draw_the_states_and_depths_of_the_released_class(model):
+    torch.manual_seed(3)
+    state, std = torch.randn(2, 12, 32), (2 / 160) ** 0.5
+    torch.nn.init.trunc_normal_(state, 0.0, 2 * std, -6 * std, 6 * std)
+    torch.rand(1)
+    rate = torch.zeros(1).log_normal_(math.log(6) - 0.125, 0.5)
+    depth = int(torch.poisson(rate)) + 1
+    expected = model(some_tokens(), num_steps=depth, input_states=state * 32**0.5).logits
+    torch.manual_seed(3)
+    assert torch.equal(model.train()(some_tokens(), init_scale=2.0).logits, expected)
+    model.eval()
+
+
+def test_depths_of_training_follow_the_global_seed_and_the_scheme(model):
+    def draws(number):
+        torch.manual_seed(3)
+        return [model._num_steps(None) for _ in range(number)]
+
+    model.train()
+    drawn = draws(4000)
+    assert drawn[:50] == draws(50) and len(set(drawn)) > 10
+    assert sum(n + k for n, k in drawn) / 4000 == pytest.approx(7.0, rel=0.04)  # the mean of 6, plus 1
+    assert all(k == min(3, n + k) for n, k in drawn)
+    torch.manual_seed(4)
+    assert model(some_tokens()).logits.requires_grad
+    model.config.sampling_scheme = "fixed"
+    with pytest.raises(ValueError, match="'fixed' are not drawn here: pass num_steps"):
+        model(some_tokens())
+    model.config.sampling_scheme = "poisson-lognormal-filling"
+    model.eval()
+
+
+@pytest.mark.parametrize("wrong", [(1, 2, 3), -1, (2, -1), 1.5], ids=str)
+def test_a_meaningless_depth_is_refused(wrong, model):
+    with pytest.raises(ValueError, match="num_steps"):
+        model(some_tokens(), num_steps=wrong)
+
+
+@torch.no_grad()
+def test_the_output_holds_what_was_asked_for(model):
+    plain = model(some_tokens(), num_steps=3, **SEEDED)
+    asked = model(some_tokens(), num_steps=3, output_hidden_states=True, logits_to_keep=2, **SEEDED)
+    assert plain.hidden_states is None and len(asked.hidden_states) == 5
+    assert torch.equal(plain.latent_states, model.transformer.ln_f(asked.hidden_states[3]))
+    assert torch.equal(asked.logits, model.lm_head(asked.hidden_states[-1])[:, -2:])
+    torch.testing.assert_close(asked.logits, plain.logits[:, -2:])
+    embeds = model.get_input_embeddings()(some_tokens())
+    assert torch.equal(model(inputs_embeds=embeds, num_steps=3, **SEEDED).logits, plain.logits)
+    assert torch.equal(model(some_tokens(), num_steps=3, return_dict=False, **SEEDED)[0], plain.logits)
+    with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match=r"attention_mask is \(2, 5\), but must be \(2, 12\)"):
+        model(some_tokens(), attention_mask=torch.ones(2, 5))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_heads_are_tied_or_not_and_survive_saving(tied, tmp_path):
+    from safetensors import safe_open
+
+    ours, model = pair(tmp_path, tie_word_embeddings=tied)
+    assert (model.lm_head.weight is model.transformer.wte.weight) == tied == model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path / "saved")
+    with safe_open(tmp_path / "saved" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(HF.key_map(ours.config).values())
+    again = load(tmp_path / "saved")
+    assert (again.lm_head.weight is again.transformer.wte.weight) == tied
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+    assert torch.equal(again(some_tokens(), **SEEDED).logits, model(some_tokens(), **SEEDED).logits)
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert HF.shape(saved) == ours.config
+
+
+def test_loading_reports_nothing_missing_and_nothing_unexpected(tmp_path):
+    _, info = load(export(tiny_raven(), tmp_path / "export"), output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_vocabulary_can_be_resized(tied, tmp_path):
+    _, model = pair(tmp_path, tie_word_embeddings=tied)
+    model.resize_token_embeddings(70)
+    logits = model(torch.tensor([[69, 1]]), num_steps=1).logits
+    assert logits.shape == (1, 2, 70) and model.config.vocab_size == 70
+    assert (model.lm_head.weight is model.transformer.wte.weight) == tied
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_a_model_from_scratch_starts_as_training_starts_one(orthogonal, tmp_path):
+    folder = export(tiny_raven(init_orthogonal=orthogonal, n_layers_core=4), tmp_path / "export")
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    std = config.weight_std
+    assert std == pytest.approx((2 / 160) ** 0.5) and config.effective_depth == 26
+    for name, parameter in model.named_parameters():
+        if "norm_" in name or "ln_f" in name:
+            assert (parameter == 1).all()
+        elif "qk_bias" in name:
+            assert not parameter.any()
+        else:
+            expected = std / (52**0.5 if ".proj." in name else 1)
+            assert parameter.abs().max() <= 3 * expected or orthogonal
+            for part in parameter.chunk(2) if ".fc." in name else [parameter]:
+                assert part.square().mean().sqrt().item() == pytest.approx(expected, rel=0.08), name
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_a_missing_weight_is_initialised_and_the_loaded_ones_are_kept(orthogonal, tmp_path):
+    from safetensors.torch import load_file
+
+    folder = export(tiny_raven(init_orthogonal=orthogonal), tmp_path / "export")
+    tensors = load_file(folder / "model.safetensors")
+    expected = {name: tensor for name, tensor in tensors.items() if name != "transformer.adapter.weight"}
+    save_file(expected, folder / "model.safetensors", {"format": "pt"})
+    state = load(folder).state_dict()
+    assert 0.05 < state["transformer.adapter.weight"].std() < 0.15
+    del expected["freqs_cis"]
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_bfloat16_models_run_with_float32_angles_and_logits(tmp_path):
+    ours = tiny_raven()
+    model = load(export(ours, tmp_path / "export"), torch_dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    found = model(some_tokens(), num_steps=4, input_states=some_state()).logits
+    expected = ours(some_tokens(), num_steps=(4, 0), initial_state=some_state())
+    assert found.dtype == torch.float32 and (found - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize("field", ["block_class_name", "injection_type", "state_init"])
+def test_a_config_without_meaning_is_refused(field, tmp_path):
+    folder = export(tiny_raven(), tmp_path / "export", **{field: "nonsense"})
+    with pytest.raises(ValueError, match=f"{field} = 'nonsense' is not one of"):
+        load(folder)
+
+
+def test_a_config_with_the_names_of_other_classes_is_read(tmp_path):
+    fields = {"n_heads": None, "num_attention_heads": 4, "init_values": {"std": 1.0}, "effective_expected_depth": 132}
+    folder = export(tiny_raven(), tmp_path / "export", **fields)
+    model = load(folder)
+    assert (model.config.n_heads, model.config.num_hidden_layers, model.config.hidden_size) == (4, 4, 32)
+    assert model.config.max_position_embeddings == 4096

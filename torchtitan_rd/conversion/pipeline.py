@@ -1,0 +1,172 @@
+"""The conversions, from checks to proof: what the scripts in convert/, the trainer and other programs call.
+
+weights = open_dcp(Path("outputs/checkpoint/step-500"))             # or open_released(Path("Llama-3.2-1B"))
+to_hf(with_tokenizer(weights), Path("exported"))                    # or to_dcp, to_pth
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from torchtitan_rd.conversion import verification
+from torchtitan_rd.conversion.dcp import open_dcp, write_dcp
+from torchtitan_rd.conversion.huggingface import CONFIG_JSON, open_hf, require_complete, write_hf
+from torchtitan_rd.conversion.huginn import open_huginn
+from torchtitan_rd.conversion.meta import open_meta
+from torchtitan_rd.conversion.output import check_output, staged
+from torchtitan_rd.conversion.pth import open_pth, write_pth
+from torchtitan_rd.conversion.tokenizer_files import tokenizer_files
+from torchtitan_rd.conversion.weights import GENERATION_CONFIG, Weights, only, total_bytes
+from torchtitan_rd.data import DATASETS
+from torchtitan_rd.errors import CheckpointError, ConfigError
+from torchtitan_rd.log import logger
+from torchtitan_rd.models import get_spec
+
+PTH = "checkpoint.pth"
+
+
+def open_released(path: Path, *, model: str | None = None, flavor: str | None = None) -> Weights:
+    """Weights that another program wrote: a Hugging Face folder, Meta's files, or a training file of Huginn.
+
+    model: the family that they must be of. flavor: the shape, where a training file does not tell it. Reads names and
+    shapes only. Raises ConfigError, CheckpointError.
+    """
+    if path.is_file():
+        weights = open_huginn(path, flavor)
+    elif not path.is_dir():
+        raise CheckpointError(f"{path} does not exist")
+    elif (path / CONFIG_JSON).exists():
+        weights = open_hf(path, model=model)
+    else:
+        weights = open_meta(path)
+    if model is not None and get_spec(model).hf is not weights.spec.hf:
+        raise ConfigError(f"--model {model}: {path} holds a {weights.spec.name}; use --model {weights.spec.name}")
+    return weights
+
+
+def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weights:
+    """The weights with the tokenizer that they were trained with, as Hugging Face's library loads it.
+
+    tokenizer_path: one that `model.tokenizer_path` could name, instead of what the checkpoint says; "none" for none.
+    Spikes have no tokenizer; their separator is stated as bos. Raises ConfigError if the tokenizer is out of reach.
+    """
+    config = weights.job_config or {}
+    training, kept = config.get("training", {}), weights.files
+    kind = DATASETS[training["dataset"]].kind if training.get("dataset") in DATASETS else None
+    if tokenizer_path == "none":
+        return replace(weights, files={name: kept[name] for name in kept if name == GENERATION_CONFIG})
+    if tokenizer_path is None and "tokenizer.json" not in kept and "tokenizer.model" not in kept:
+        if kind == "spikes":
+            return replace(weights, token_ids={"bos_token_id": weights.shape.vocab_size - 1, "eos_token_id": None})
+        if kind == "packed":
+            ids = {"eos_token_id": training.get("eos_id"), "pad_token_id": training.get("pad_id")}
+            return replace(weights, token_ids={**weights.token_ids, **ids})
+        tokenizer_path = config.get("model", {}).get("tokenizer_path") if kind == "text" else None
+    if tokenizer_path is None:
+        return weights
+    found = tokenizer_files(tokenizer_path)
+    return replace(weights, files={**kept, **found.files}, token_ids={**weights.token_ids, **found.token_ids})
+
+
+def to_dcp(
+    weights: Weights, output: Path, *, force: bool = False, verify: bool | None = None, progress: bool = False
+) -> str:
+    """Writes a checkpoint that runs can start from (`step-0`, or for `checkpoint.initial_load_path`).
+
+    weights: may be a part of the model's.
+    force: replaces a folder that holds a converted model.
+    verify: compare the logits of the result with those of transformers; None: if that is possible here.
+    progress: show a bar on stderr.
+    Returns a sentence on the proof. Raises ConfigError, CheckpointError; then nothing is left of the output.
+    """
+    obstacle = _check(weights, output, force, verify)
+    with staged(output) as folder:
+        with _with_bar(weights, "to DCP", progress) as counted:
+            write_dcp(counted, folder, output.name)
+
+        def prove() -> verification.Comparison:
+            written, steps = open_dcp(folder), verification.verification_steps(weights)
+            # What was left out (an embedding) is taken from the source, so that the rest can be compared.
+            whole = replace(
+                weights, read=lambda name: (written if name in written.tensors else weights).read(name), hf_folder=None
+            )
+            ours = verification.native_logits(whole, steps)
+            if weights.hf_folder is not None:
+                return verification.compare(ours, verification.transformers_logits(weights.hf_folder, weights, steps))
+            return verification.compare(ours, verification.transformers_logits_from(weights, steps))
+
+        return _proof(prove, verify, obstacle)
+
+
+def to_hf(
+    weights: Weights, output: Path, *, force: bool = False, verify: bool | None = None, progress: bool = False
+) -> str:
+    """Writes a complete Hugging Face folder; see `to_dcp`."""
+    require_complete(weights)
+    obstacle = _check(weights, output, force, verify)
+    with staged(output) as folder:
+        stored = only(weights, weights.spec.hf.key_map(weights.shape))
+        with _with_bar(stored, "to Hugging Face", progress) as counted:
+            write_hf(counted, folder)
+
+        def prove() -> verification.Comparison:
+            steps = verification.verification_steps(weights)
+            theirs = verification.transformers_logits(folder, weights, steps)
+            return verification.compare(verification.native_logits(weights, steps), theirs)
+
+        return _proof(prove, verify, obstacle)
+
+
+def to_pth(
+    weights: Weights, output: Path, *, force: bool = False, verify: bool | None = None, progress: bool = False
+) -> str:
+    """Writes `checkpoint.pth`, the model's state dict by our names; see `to_dcp`. The proof compares every tensor."""
+    check_output(output, Path(weights.origin), total_bytes(weights.tensors), force=force)
+    with staged(output) as folder:
+        with _with_bar(weights, "to .pth", progress) as counted:
+            write_pth(folder / PTH, counted.tensors, counted.read)
+        if verify is False:
+            return "not verified: --no-verify"
+        written = open_pth(folder / PTH)
+        different = [name for name in weights.tensors if not torch.equal(written[name], weights.read(name))]
+        if different or written.keys() != weights.tensors.keys():
+            raise CheckpointError(f"verification failed, nothing was written: {different} differ")
+        return f"verified: all {len(written)} tensors are equal"
+
+
+def _check(weights: Weights, output: Path, force: bool, verify: bool | None) -> str | None:
+    """What can be wrong before anything is written. Returns why there will be no verification, if so."""
+    obstacle = "--no-verify" if verify is False else verification.unavailable(weights)
+    if verify and obstacle:
+        raise ConfigError(f"--verify: {obstacle}")
+    needed = total_bytes(weights.tensors) + sum(map(len, weights.files.values()))
+    check_output(output, Path(weights.origin), needed, force=force)
+    return obstacle
+
+
+def _proof(prove: Callable[[], verification.Comparison], verify: bool | None, obstacle: str | None) -> str:
+    if obstacle is not None:
+        return f"not verified: {obstacle}"
+    comparison = prove()
+    if not comparison.passed:
+        raise CheckpointError(f"verification failed, nothing was written: {comparison}")
+    return f"verified: {comparison}"
+
+
+@contextmanager
+def _with_bar(weights: Weights, title: str, show: bool) -> Iterator[Weights]:
+    """The same weights, whose `read` moves a bar on stderr."""
+    from tqdm import tqdm
+
+    logger.info("%s: %s %s from %s", title, weights.spec.name, weights.flavor, weights.origin)
+    with tqdm(total=total_bytes(weights.tensors), unit="B", unit_scale=True, desc=title, disable=not show) as bar:
+
+        def read(name: str) -> torch.Tensor:
+            tensor = weights.read(name)
+            bar.update(tensor.nbytes)
+            return tensor
+
+        yield replace(weights, read=read)

@@ -1,0 +1,291 @@
+"""Proves a conversion: the same tokens through our model and through the transformers library's, in float32 on CPU.
+
+Both read the same numbers, so the type that they are stored in does not count. One model is in memory at a time.
+Shapes: B batch, S sequence, V vocabulary.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from torchtitan_rd.conversion.weights import Weights, model_tensors
+from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
+from torchtitan_rd.models.spec import Microbatch
+
+LENGTH = 128  # tokens
+MAX_STEPS = 4  # iterations of a recurrent model: an error shows in a few, and each costs time
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """max_difference: of any logit. tolerance: the largest that passes. kl: KL(ours || theirs) in nats, mean over tokens.
+    steps: iterations of a recurrent model. problem: why the logits cannot be compared, if so."""
+
+    max_difference: float
+    kl: float
+    tolerance: float
+    tokens: int
+    steps: int | None = None
+    problem: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.problem is None and self.max_difference <= self.tolerance
+
+    def __str__(self) -> str:
+        if self.problem is not None:
+            return f"{self.problem}: DIFFERENT"
+        over = f"{self.tokens} tokens" + (f" and {self.steps} iterations" if self.steps is not None else "")
+        return (
+            f"max |delta logit| {self.max_difference:.1e}, KL {self.kl:.1e} nats over {over} "
+            f"(tolerance {self.tolerance:.1e}): {'equal' if self.passed else 'DIFFERENT'}"
+        )
+
+
+def compare(ours: torch.Tensor, theirs: torch.Tensor, steps: int | None = None) -> Comparison:
+    """Compares logits (B, S, V) of the same tokens. Tolerance: 1e-5 of our largest logit, and at least 1e-5."""
+    tokens = ours[..., 0].numel()
+
+    def incomparable(problem: str) -> Comparison:
+        return Comparison(math.nan, math.nan, math.nan, tokens, steps, problem)
+
+    if ours.shape != theirs.shape:
+        return incomparable(f"logits are {tuple(ours.shape)} here and {tuple(theirs.shape)} in transformers")
+    for where, logits in (("here", ours), ("in transformers", theirs)):
+        if broken := int((~logits.isfinite()).sum()):
+            return incomparable(f"{broken} logits {where} are nan or infinite")
+    kl = 0.0
+    for p, q in zip(ours.flatten(0, -2).split(16), theirs.flatten(0, -2).split(16), strict=True):  # to save memory
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        kl += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
+    difference = float((ours - theirs).abs().max())
+    return Comparison(difference, kl / tokens, 1e-5 * max(1.0, float(ours.abs().max())), tokens, steps)
+
+
+def fixed_tokens(vocab_size: int, length: int = LENGTH) -> torch.Tensor:
+    """-> (1, length) ids, evenly from 0 to vocab_size - 1, in a fixed shuffled order."""
+    spread = torch.linspace(0, vocab_size - 1, length, dtype=torch.float64).round().long()
+    return spread[torch.randperm(length, generator=torch.Generator().manual_seed(0))].unsqueeze(0)
+
+
+def verification_steps(weights: Weights) -> int | None:
+    """The iterations at which a recurrent model is compared by default; None for a model of another kind."""
+    return None if weights.spec.inputs is None else min(_drawer(weights).mean_depth, MAX_STEPS)
+
+
+@torch.no_grad()
+def native_logits(weights: Weights, num_steps: int | None = None) -> torch.Tensor:
+    """-> (1, S, V): what our model with these weights computes for the fixed tokens.
+
+    num_steps: iterations of a recurrent model. Raises CheckpointError for a tensor of another shape than the model's.
+    """
+    _, tied = model_tensors(weights.spec, weights.shape)
+    with torch.device("meta"):
+        model = weights.spec.build(weights.shape)
+    model.to_empty(device="cpu")
+    model.init_buffers("cpu")
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in parameters.items():
+        if name in tied:  # to_empty has made two tensors of them
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, parameters[tied[name]])
+        else:
+            _fill(parameter, weights.read(name), f"{weights.origin}: {name}")
+    return model(_tokens(weights), **_forward_inputs(weights, num_steps))
+
+
+def transformers_logits(folder: Path, weights: Weights, num_steps: int | None = None) -> torch.Tensor:
+    """-> (1, S, V): what transformers computes for the fixed tokens with the model that it loads from `folder`.
+
+    weights: of the family and shape that the folder describes. The only Python files that are run are this package's.
+    Raises CheckpointError if transformers does not load the folder.
+    """
+    with _place(weights, folder) as place:
+        return _logits(_load("AutoModelForCausalLM", place, weights, str(folder)), weights, num_steps)
+
+
+@torch.no_grad()
+def transformers_logits_from(weights: Weights, num_steps: int | None = None) -> torch.Tensor:
+    """-> (1, S, V): the same for weights that lie in no Hugging Face folder: they are filled in from memory.
+
+    Raises CheckpointError if the key map does not cover the model of the transformers library.
+    """
+    import transformers
+
+    layout, shape = weights.spec.hf, weights.shape
+    with _place(weights, None) as place:
+        config = _load("AutoConfig", place, weights, "config.json")
+        with _WithoutDraws():
+            trust = {"trust_remote_code": bool(layout.code)}
+            model = transformers.AutoModelForCausalLM.from_config(config, **trust).float()
+    theirs = dict(model.named_parameters())
+    names = layout.key_map(shape)
+    if unknown := sorted(set(theirs) ^ set(names.values())):
+        raise CheckpointError(f"transformers and the key map of {weights.spec.name} disagree about {unknown}")
+    for ours, name in names.items():
+        _fill(theirs[name], layout.to_hf(ours, weights.read(ours), shape), f"{weights.origin}: {ours}")
+    return _logits(model, weights, num_steps)
+
+
+def unavailable(weights: Weights) -> str | None:
+    """Why the comparison cannot run here, with the remedy; None if it can. Does not import transformers."""
+    try:
+        version = importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return "transformers is not installed: pip install 'transformers>=4.53'"
+    if _number(version) < (4, 53):
+        return f"transformers {version} is too old: pip install 'transformers>=4.53'"
+    needed, available = _bytes_needed(weights), _bytes_available()
+    if needed > available:
+        return (
+            f"it needs about {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are available: "
+            f"convert where there is more"
+        )
+    return None
+
+
+def parameter_count(weights: Weights) -> int:
+    """Numbers in the whole model; tied ones count once."""
+    shapes, tied = model_tensors(weights.spec, weights.shape)
+    return sum(shape.numel() for name, shape in shapes.items() if name not in tied)
+
+
+def _bytes_needed(weights: Weights) -> int:
+    """One float32 model with what loading and a forward take beside it, and three tensors of logits."""
+    logits = _tokens(weights).numel() * weights.shape.vocab_size
+    return int(4 * 1.3 * parameter_count(weights)) + 3 * 4 * logits
+
+
+def _bytes_available() -> int:
+    return min(psutil.virtual_memory().available, *_cgroup_bytes(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
+
+
+def _cgroup_bytes(mount: Path, membership: Path) -> list[float]:
+    """What each memory limit above this process leaves (Slurm sets such limits); [inf] without any.
+
+    mount, membership: /sys/fs/cgroup and /proc/self/cgroup, whose lines are `number:controllers:path`; version 2 has no
+    controllers there. Cached files count as free.
+    """
+    found = [math.inf]
+    for line in membership.read_text().splitlines() if membership.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        base = mount / "memory" if controllers else mount
+        limit, usage = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
+        cached = "total_cache" if controllers else "file"
+        own = base / path.lstrip("/")
+        for folder in (own, *own.parents):
+            if not folder.is_relative_to(base):
+                break
+            try:
+                most, used = (int((folder / f"memory.{name}").read_text()) for name in (limit, usage))
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            except (OSError, ValueError):  # not there, or "max": no limit
+                continue
+            found.append(most - used + int(stat.get(cached, 0)))
+    return found
+
+
+def _drawer(weights: Weights) -> Any:
+    return weights.spec.inputs(weights.shape, RecurrenceConfig(), seed=0, total_steps=1)
+
+
+def _forward_inputs(weights: Weights, num_steps: int | None) -> dict[str, Any]:
+    """What forward takes beside tokens: for both sides the same first state, as validation draws it."""
+    if weights.spec.inputs is None:
+        return {}
+    length = _tokens(weights).shape[1]
+    microbatch = Microbatch(
+        step=0, count=0, samples=(0,), rank=0, seq_len=length, device=torch.device("cpu"), dtype=torch.float32
+    )
+    return dict(_drawer(weights).at_depth(num_steps or verification_steps(weights), microbatch).kwargs)
+
+
+def _tokens(weights: Weights) -> torch.Tensor:
+    return fixed_tokens(weights.shape.vocab_size, min(LENGTH, weights.shape.max_seq_len))
+
+
+def _fill(parameter: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
+    if parameter.shape != tensor.shape:
+        raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, but the model wants {tuple(parameter.shape)}")
+    parameter.copy_(tensor)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, weights: Weights, num_steps: int | None) -> torch.Tensor:
+    """`model`: of the transformers library."""
+    inputs = _forward_inputs(weights, num_steps)
+    if inputs:
+        inputs = {"num_steps": sum(inputs["num_steps"]), "input_states": inputs["initial_state"]}
+    return model.eval()(input_ids=_tokens(weights), **inputs).logits.float()
+
+
+def _load(kind: str, place: Path, weights: Weights, shown: str) -> Any:
+    import transformers
+
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": bool(weights.spec.hf.code)}
+    if kind == "AutoModelForCausalLM":
+        # Both names are understood from 4.56 to 5, but the old one is warned about.
+        options["dtype" if _number(transformers.__version__) >= (4, 56) else "torch_dtype"] = torch.float32
+    try:
+        return getattr(transformers, kind).from_pretrained(place, **options)
+    except Exception as error:  # a library boundary: each version and file format has its own kinds
+        raise CheckpointError(f"transformers cannot load {shown}: {type(error).__name__}: {error}") from error
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """ "4.57.6" -> (4, 57)."""
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+@contextmanager
+def _place(weights: Weights, folder: Path | None) -> Iterator[Path]:
+    """A folder for transformers to load: `folder` itself, if its library has the class. Else a passing one with links to
+    the files of `folder`, but with this package's code: that of a downloaded folder is not to be trusted.
+
+    folder: None if only a configuration is wanted.
+    """
+    layout = weights.spec.hf
+    if folder is not None and not layout.code:
+        yield folder
+        return
+    fields = layout.config_fields(weights.shape)
+    if folder is not None:
+        named = {key: fields[key] for key in ("architectures", "auto_map")}
+        fields = {**json.loads((folder / "config.json").read_text(encoding="utf-8")), **named}
+    code = {path.name: path.read_bytes() for path in layout.code}
+    # transformers keeps modules by the name of the folder, also when its files change: a name for each content.
+    digest = hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()[:16]
+    with tempfile.TemporaryDirectory() as parent:
+        place = Path(parent) / f"torchtitan_rd_{digest}"
+        place.mkdir()
+        for file in folder.iterdir() if folder is not None else ():
+            if file.is_file() and file.suffix != ".py" and file.name != "config.json":
+                (place / file.name).symlink_to(file.resolve())
+        for name, content in {**code, "config.json": json.dumps(fields).encode()}.items():
+            (place / name).write_bytes(content)
+        yield place
+
+
+class _WithoutDraws(TorchDispatchMode):
+    """Leaves tensors as they are where they would be filled at random, which takes minutes for a large model."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            return args[0]
+        return func(*args, **(kwargs or {}))

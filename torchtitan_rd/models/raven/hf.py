@@ -1,0 +1,149 @@
+"""Raven to and from the layout of the released Hugging Face model, one tensor at a time.
+
+Both sides hold the same numbers under the same names, but for the two modules that hold the loop here. The fields of
+config.json are those of the released RavenConfig, so that its modelling file reads an export too.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.models.raven.config import INJECTIONS, STATE_INITS, RavenConfig
+from torchtitan_rd.models.raven.model import Raven
+from torchtitan_rd.models.spec import HuggingFaceLayout
+
+_BLOCKS = {"sandwich": "SandwichBlock", "post": "TransformerPostNormBlock"}
+_FIELDS = {  # ours -> theirs, where both sides hold the same value
+    "dim": "n_embd",
+    "ffn_dim": "intermediate_size",
+    "n_layers_prelude": "n_layers_in_prelude",
+    "n_layers_core": "n_layers_in_recurrent_block",
+    "n_layers_coda": "n_layers_in_coda",
+    "mean_recurrence": "mean_recurrence",
+    "mean_backprop_depth": "mean_backprop_depth",
+    "vocab_size": "vocab_size",
+}
+_WITH_DEFAULT = {  # those that a released config may leave out, and what its class then takes
+    "injection": ("injection_type", "linear"),
+    "state_init": ("state_init", "like-init"),
+    "sampling_scheme": ("sampling_scheme", "poisson-lognormal-filling"),
+    "init_strategy": ("init_strategy", "takase"),
+    "init_orthogonal": ("init_orthogonal", False),
+    "qk_bias": ("qk_bias", True),
+    "norm_eps": ("norm_eps", 1e-6),
+    "rope_theta": ("rope_base", 50_000.0),
+    "tie_word_embeddings": ("tie_embeddings", True),
+    "max_seq_len": ("block_size", 4096),
+}
+_COMPUTED = {  # what our model computes, the default first; the released family has more
+    "model_type": ("huginn_raven",),
+    "architecture_class_name": ("RecurrentGPT",),
+    "block_class_name": tuple(_BLOCKS.values()),
+    "norm_class_name": ("RMSNorm_llama", "RMSNorm"),
+    "mlp_class_name": ("GatedMLP",),
+    "nonlin_name": ("SiLU",),
+    "injection_type": INJECTIONS,
+    "state_init": STATE_INITS,
+    "init_strategy": ("takase", "scaled"),
+    "bias": (False,),
+    "lm_head_bias": (False,),
+    "qk_norm": (False,),
+    "clip_qkv": (None,),
+    "embed_step": (False,),
+    "normalize_rec": ("",),
+    "intermediate_noise_injection": (0,),
+    "test_time_noise": (0,),
+    "mup_model_scaling_factor": (1,),
+}
+_ROTARY = {"use_rope": (True,), "rope_condense_ratio": (1,)}
+
+
+def key_map(config: RavenConfig) -> dict[str, str]:
+    """Our name -> Hugging Face's, for every tensor that a Hugging Face folder holds (a tied head is not stored)."""
+    with torch.device("meta"):
+        model = Raven(config)
+    return {name: name.replace("recurrence.iteration.", "") for name, _ in model.named_parameters()}
+
+
+def config_fields(config: RavenConfig) -> dict[str, Any]:
+    """The fields of config.json."""
+    fields = {
+        "architectures": ["RavenForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "configuration_raven.RavenConfig",
+            "AutoModelForCausalLM": "modeling_raven.RavenForCausalLM",
+        },
+        **{key: _COMPUTED[key][0] for key in ("model_type", "architecture_class_name", "norm_class_name")},
+        **{key: _COMPUTED[key][0] for key in ("mlp_class_name", "nonlin_name", "bias")},
+        "block_class_name": _BLOCKS[config.block],
+        "n_heads": config.n_heads,
+        "n_layers": config.n_layers_prelude + config.n_layers_core + config.n_layers_coda,
+        "padding_multiple": 1,  # vocab_size is the number of rows
+        **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
+        **{theirs: getattr(config, ours) for ours, (theirs, _) in _WITH_DEFAULT.items()},
+    }
+    if config.attention_shape.n_kv_heads != config.n_heads:
+        fields["num_key_value_heads"] = config.n_kv_heads
+    return fields
+
+
+def shape(fields: Mapping[str, Any]) -> RavenConfig:
+    """The shape that a config.json describes: an export of ours, a released one, or either as transformers saves it.
+
+    Raises ConfigError for a missing field and for what our model does not compute.
+    """
+    rotary = fields.get("rope_settings") or {}
+    for table, given in ((_COMPUTED, fields), (_ROTARY, rotary)):
+        for key, known in table.items():
+            if given.get(key, known[0]) not in known:
+                listed = ", ".join(map(repr, known))
+                raise ConfigError(f"config.json: {key} = {given[key]!r} is not supported, only {listed}")
+    heads = fields.get("n_heads", fields.get("num_attention_heads"))
+    missing = [key for key in _FIELDS.values() if key not in fields] + (["n_heads"] if heads is None else [])
+    if missing:
+        raise ConfigError(f"config.json: {missing[0]} is missing")
+    fields = {  # two that have other names in configs of the training program and of other transformers classes
+        "rope_base": rotary.get("rope_base", 50_000.0),
+        "tie_embeddings": fields.get("tie_word_embeddings", True),
+        **fields,
+    }
+    kv_heads = fields.get("num_key_value_heads")
+    values = {ours: fields.get(theirs, default) for ours, (theirs, default) in _WITH_DEFAULT.items()}
+    values |= {name: float(values[name]) for name in ("norm_eps", "rope_theta")}
+    return RavenConfig(
+        n_heads=heads,
+        n_kv_heads=None if kv_heads == heads else kv_heads,
+        block={theirs: ours for ours, theirs in _BLOCKS.items()}[fields.get("block_class_name", "SandwichBlock")],
+        **{ours: fields[theirs] for ours, theirs in _FIELDS.items()},
+        **values,
+    )
+
+
+def buffers(config: RavenConfig) -> dict[str, torch.Tensor]:
+    """freqs_cis: (1, block_size, 1, D/2, 2) float32, cosines and sines: the released class loads it as a buffer."""
+    head_dim = config.attention_shape.head_dim
+    frequencies = 1.0 / (config.rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    angles = torch.outer(torch.arange(config.max_seq_len, dtype=torch.float32), frequencies)
+    return {"freqs_cis": torch.stack((angles.cos(), angles.sin()), dim=-1)[None, :, None]}
+
+
+def _same(name: str, tensor: torch.Tensor, config: RavenConfig) -> torch.Tensor:
+    return tensor
+
+
+_CODE = Path(__file__).parent / "huggingface"
+
+HF = HuggingFaceLayout(
+    model_type="huginn_raven",
+    key_map=key_map,
+    to_hf=_same,
+    from_hf=_same,
+    config_fields=config_fields,
+    shape=shape,
+    buffers=buffers,
+    derived="freqs_cis",
+    code=(_CODE / "configuration_raven.py", _CODE / "modeling_raven.py"),
+)

@@ -1,0 +1,395 @@
+"""Depth-recurrent transformers (Huginn, arXiv 2502.05171) in Hugging Face's interface. Needs torch and transformers.
+
+    e = prelude(embedding * scale);  s = noise
+    num_steps times:  s = core([s, e])
+    logits = head(norm(coda(norm(s))))
+
+Shapes: B batch, S sequence, K keys (cached ones and S), E n_embd, H heads, D head dim, V vocabulary.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .configuration_raven import RavenConfig
+
+
+class Context(NamedTuple):
+    """Of one forward. mask: (B, 1, S, K) or (S, K), True where a query may look. None: causal, or one new token."""
+
+    cos: torch.Tensor  # (B or 1, S, 1, D/2) float32
+    sin: torch.Tensor
+    mask: torch.Tensor | None
+    cache: DynamicCache | None
+
+
+class RMSNorm(nn.Module):
+    """In float32, cast back to the input's type before the weight is applied."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x32 = x.float()
+        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+def linear(fan_in: int, *rows: int, ends_branch: bool = False) -> nn.Linear:
+    """One matrix for several outputs of `rows` features. rows and ends_branch matter to `_init_weights` alone."""
+    layer = nn.Linear(fan_in, sum(rows), bias=False)
+    layer.rows, layer.ends_branch = rows, ends_branch
+    return layer
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs (2i, 2i + 1) of (B, S, H, D) by their angles, in float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: one matrix for queries, keys and values, biases on the first two, rotary positions."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        heads, kv_heads, self.head_dim = config.n_heads, config.num_key_value_heads, config.n_embd // config.n_heads
+        self.heads = (heads, kv_heads, kv_heads)
+        self.Wqkv = linear(config.n_embd, *(number * self.head_dim for number in self.heads))
+        self.qk_bias = nn.Parameter(torch.zeros(2, 1, heads, self.head_dim)) if config.qk_bias else None
+        self.proj = linear(config.n_embd, config.n_embd, ends_branch=True)
+
+    def forward(self, x: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
+        q, k, v = self.Wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
+        if self.qk_bias is not None:
+            q, k = q + self.qk_bias[0], k + self.qk_bias[1]
+        q, k = (rotate(t, context.cos, context.sin).type_as(v) for t in (q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S, D)
+        if context.cache is not None:
+            k, v = context.cache.update(k, v, slot)
+        causal = context.mask is None and q.shape[2] > 1
+        gqa = self.heads[0] != self.heads[1]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=gqa)
+        return self.proj(y.transpose(1, 2).flatten(-2))
+
+
+class GatedMLP(nn.Module):
+    """proj(silu(gate) * up), gate and up from one matrix."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        self.fc = linear(config.n_embd, config.intermediate_size, config.intermediate_size)
+        self.proj = linear(config.intermediate_size, config.n_embd, ends_branch=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.fc(x).chunk(2, dim=-1)
+        return self.proj(F.silu(gate) * up)
+
+
+class SandwichBlock(nn.Module):
+    """x = norm_2(x + attn(norm_1(x))); x = norm_4(x + mlp(norm_3(x)))."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = Attention(config)
+        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.norm_3 = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = GatedMLP(config)
+        self.norm_4 = RMSNorm(config.n_embd, config.norm_eps)
+
+    def forward(self, x: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
+        x = self.norm_2(x + self.attn(self.norm_1(x), context, slot))
+        return self.norm_4(x + self.mlp(self.norm_3(x)))
+
+
+class TransformerPostNormBlock(nn.Module):
+    """x = norm_1(x + attn(x)); x = norm_2(x + mlp(x))."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        self.attn = Attention(config)
+        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = GatedMLP(config)
+        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
+
+    def forward(self, x: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
+        x = self.norm_1(x + self.attn(x, context, slot))
+        return self.norm_2(x + self.mlp(x))
+
+
+@dataclass
+class RavenOutput(CausalLMOutputWithPast):
+    """latent_states: ln_f(s_r), detached. hidden_states: on request, s_0 .. s_r and, last, the input of lm_head."""
+
+    latent_states: torch.Tensor | None = None
+
+
+class RavenForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model that thinks for `num_steps` iterations. See `forward`."""
+
+    config_class = RavenConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SandwichBlock", "TransformerPostNormBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"^freqs_cis$"]  # noqa: RUF012 (rotary table of released files)
+    _supports_sdpa = True
+    _supports_cache_class = True
+    _supports_static_cache = False
+    _supports_quantized_cache = False
+
+    def __init__(self, config: RavenConfig):
+        super().__init__(config)
+        block = SandwichBlock if config.block_class_name == "SandwichBlock" else TransformerPostNormBlock
+        parts = {
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "prelude": nn.ModuleList(block(config) for _ in range(config.n_layers_in_prelude)),
+            "core_block": nn.ModuleList(block(config) for _ in range(config.n_layers_in_recurrent_block)),
+            "coda": nn.ModuleList(block(config) for _ in range(config.n_layers_in_coda)),
+            "ln_f": RMSNorm(config.n_embd, config.norm_eps),  # used before the coda and after it
+        }
+        if config.injection_type == "linear":
+            parts["adapter"] = linear(2 * config.n_embd, config.n_embd)
+        self.transformer = nn.ModuleDict(parts)
+        self.lm_head = linear(config.n_embd, config.vocab_size)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer.wte = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As Huginn was trained: both halves of mlp.fc have the same std, unlike in the released modelling file."""
+        if isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, Attention) and module.qk_bias is not None:
+            nn.init.zeros_(module.qk_bias)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            ends_branch = getattr(module, "ends_branch", False)
+            std = self.config.weight_std / (math.sqrt(2 * self.config.effective_depth) if ends_branch else 1.0)
+            if not self.config.init_orthogonal:
+                nn.init.trunc_normal_(module.weight, 0.0, std, -3 * std, 3 * std)
+            elif not getattr(module.weight, "_is_hf_initialized", False):  # parts do not inherit this mark
+                for part in module.weight.split(getattr(module, "rows", len(module.weight))):
+                    nn.init.orthogonal_(part, std * math.sqrt(max(part.shape)))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        num_steps: int | tuple[int, int] | None = None,
+        input_states: torch.Tensor | None = None,
+        init_scale: float = 1.0,
+        state_seed: int | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> RavenOutput | tuple:
+        """Tokens (B, S), or inputs_embeds (B, S, E) before they are scaled -> logits (B, S, V) in float32.
+
+        attention_mask: (B, K), 0 at padding. position_ids: (B, S); by default tokens count from 0 after left padding.
+        labels: (B, S), the input_ids themselves: they are shifted here; -100 is ignored.
+        use_cache: off unless asked for, as a cache holds num_steps times the keys and values of the core.
+        num_steps: iterations, all without gradient; or a pair, without gradient and then with. By default
+            config.mean_recurrence in evaluation; in training it is drawn from torch's global CPU generator.
+        input_states: first states (B, S, E), or those of all tokens from the first one in the cache on.
+        init_scale: factor on the noise that is the first state otherwise.
+        state_seed: makes this noise a function of (state_seed, position) alone: cached equals uncached generation,
+            and padding changes nothing. By default it is drawn from the global generator of the device.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.transformer.wte(input_ids)
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache()
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        position_ids, mask = _positions_and_mask(inputs_embeds, attention_mask, position_ids, past)
+        if input_states is None:
+            s = self.initial_state(inputs_embeds, position_ids, init_scale, state_seed)
+        else:
+            length = inputs_embeds.shape[1]
+            s = input_states if input_states.shape[1] == length else input_states[:, past : past + length]
+            if s.shape != inputs_embeds.shape:
+                raise ValueError(f"input_states ends early: {tuple(s.shape)} of {tuple(inputs_embeds.shape)} is there")
+        steps = self._num_steps(num_steps)
+        if past_key_values is not None:
+            self._check_cache(past_key_values, sum(steps))
+        context = Context(*self._rotary(position_ids), mask, past_key_values)
+
+        e = inputs_embeds * self.config.embedding_scale
+        for slot, block in enumerate(self.transformer.prelude):
+            e = self._run(block, e, context, slot)
+        s = e if s is None else s.to(e)
+        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states = self.iterate(s, e, context, steps, keep_states)
+        latent = x = self.transformer.ln_f(states[-1])
+        for i, block in enumerate(self.transformer.coda):
+            x = self._run(block, x, context, len(self.transformer.prelude) + i)
+        x = self.transformer.ln_f(x)
+
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(x[:, kept]).float()
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, logits.shape[-1], kwargs.get("num_items_in_batch"))
+        hidden = (*states, x) if keep_states else None
+        return RavenOutput(loss, logits, past_key_values, hidden, latent_states=latent.detach())
+
+    def iterate(
+        self, s: torch.Tensor, e: torch.Tensor, context: Context, steps: tuple[int, int], keep_states: bool = False
+    ) -> list[torch.Tensor]:
+        """The recurrence from state s (B, S, E) -> [final state], or [s_0, ..., s_r] if all are to be kept."""
+        first_slot = len(self.transformer.prelude) + len(self.transformer.coda)
+        states = [s]
+        for step in range(sum(steps)):
+            slot = first_slot + step * len(self.transformer.core_block)
+            if step < steps[0]:
+                with torch.no_grad():
+                    s = self.core_step(s, e, context, slot)
+            else:
+                s = self._run(self.core_step, s, e, context, slot)
+            states = [*states, s] if keep_states else [s]
+        return states
+
+    def core_step(self, s: torch.Tensor, e: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
+        """One iteration: takes e into the state, then runs the core blocks, which cache from `slot` on."""
+        injection, e = self.config.injection_type, e.to(s.device)
+        if injection == "linear":
+            s = self.transformer.adapter(torch.cat((s, e), dim=-1))
+        elif injection in ("add", "gate"):
+            s = s + e if injection == "add" else s * e
+        for i, block in enumerate(self.transformer.core_block):
+            s = block(s, context, slot + i)
+        return s
+
+    def _run(self, function: Any, *args: Any) -> torch.Tensor:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # Never the reentrant form, transformers 4's default: it loses gradients where no input has one.
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+        return function(*args)
+
+    def initial_state(
+        self, like: torch.Tensor, position_ids: torch.Tensor, init_scale: float = 1.0, state_seed: int | None = None
+    ) -> torch.Tensor | None:
+        """First states in the layout of `like` (B, S, E); None if the state starts at e. See `forward`."""
+        if self.config.injection_type == "none":
+            return None
+        if self.config.state_init == "zero" or init_scale <= 0:
+            return torch.zeros_like(like)
+        if state_seed is None:
+            return self._noise(torch.empty_like(like), init_scale)
+        positions, index = position_ids.unique(return_inverse=True)
+        rows = []
+        for position in positions.tolist():
+            digest = hashlib.sha256(f"state:{state_seed}:{position}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # CPU ones use 32 bits
+            row = torch.empty(like.shape[-1], dtype=torch.float32, device="cpu")
+            rows.append(self._noise(row, init_scale, generator))
+        return torch.stack(rows).to(like)[index].expand_as(like)
+
+    def _noise(self, x: torch.Tensor, scale: float, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Fills x (..., E). Draws in the order of the released class, so that equal seeds give equal states."""
+        kind, x = self.config.state_init, x.normal_(generator=generator)
+        if kind == "like-init":
+            std = self.config.weight_std * scale
+            nn.init.trunc_normal_(x, 0.0, std, -3 * std, 3 * std, generator=generator)
+            return x * self.config.embedding_scale
+        if kind == "unit":
+            std, mean = torch.std_mean(x, dim=-1, keepdim=True)
+            x = (x - mean) / std
+        return x * (scale * x.shape[-1] ** -0.5 if kind == "embed" else scale)
+
+    def _num_steps(self, num_steps: Any) -> tuple[int, int]:
+        """-> iterations (without gradient, with gradient)."""
+        mean, backprop = self.config.mean_recurrence, self.config.mean_backprop_depth
+        if num_steps is not None:
+            steps = torch.as_tensor(num_steps).flatten().tolist()
+            if len(steps) not in (1, 2) or min(steps) < 0 or any(step != int(step) for step in steps):
+                raise ValueError(f"num_steps = {num_steps} is neither a number of iterations nor a pair of them")
+            return int(steps[0]), int(steps[1]) if len(steps) == 2 else 0
+        torch.rand(1, device="cpu")  # the released class draws this too: equal seeds stay equal
+        if not self.training:
+            return mean, 0
+        if self.config.sampling_scheme.split("-curriculum-")[0] != "poisson-lognormal-filling":
+            raise ValueError(f"depths of {self.config.sampling_scheme!r} are not drawn here: pass num_steps")
+        sigma = 0.5
+        rate = torch.zeros(1, device="cpu").log_normal_(math.log(max(mean, backprop)) - sigma**2 / 2, sigma)
+        depth = int(torch.poisson(rate)) + 1
+        return max(depth - backprop, 0), min(backprop, depth)
+
+    def _rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dim = self.config.n_embd // self.config.n_heads
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
+        angles = position_ids[..., None, None].float() * (1.0 / self.config.rope_base**exponents)
+        return angles.cos(), angles.sin()
+
+    def _check_cache(self, cache: Any, depth: int) -> None:
+        """One slot a layer application: prelude, coda, then the core layers of each iteration."""
+        if not isinstance(cache, DynamicCache):
+            raise ValueError(f"past_key_values must be a DynamicCache, not a {type(cache).__name__}")
+        if self.gradient_checkpointing and self.training:
+            raise ValueError("gradient checkpointing runs blocks twice and would fill a cache twice: use one of them")
+        slots = self.config.n_layers + (depth - 1) * len(self.transformer.core_block)
+        if len(cache) not in (0, slots):
+            remedy = "pass the num_steps that it was made with; make new ones with DynamicCache(), without a config"
+            raise ValueError(f"the cache has {len(cache)} layers, but {depth} iterations need {slots}: {remedy}")
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        # Transformers would take the number of layers from the config.
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
+            raise ValueError(f"cache_implementation = {generation_config.cache_implementation!r}: only 'dynamic' works")
+        model_kwargs["past_key_values"] = DynamicCache()
+
+
+def _positions_and_mask(
+    embeds: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, past: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """-> positions (B or 1, S), and the mask of Context."""
+    batch, length, _ = embeds.shape
+    keys = torch.arange(past + length, device=embeds.device)
+    if attention_mask is not None and attention_mask.shape != (batch, past + length):
+        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, but must be {(batch, past + length)}")
+    if position_ids is None:
+        counted = keys[None] if attention_mask is None else attention_mask.long().cumsum(-1) - 1
+        position_ids = counted[:, past:].clamp(min=0)
+    padded = attention_mask is not None and not bool(attention_mask.all())
+    if not padded and (past == 0 or length == 1):
+        return position_ids, None
+    queries = keys[past:, None]
+    if not padded:
+        return position_ids, keys <= queries
+    # Padding sees itself: a query that sees nothing would be undefined.
+    return position_ids, ((keys <= queries) & attention_mask[:, None, None].bool()) | (keys == queries)
