@@ -1,9 +1,9 @@
 """Each mistake: one clear message, exit status 1, nothing written."""
 
 import json
+import os
 import pickle
 import shutil
-import os
 
 import pytest
 import torch
@@ -13,7 +13,15 @@ from tests.conversion.common import script, tiny, weights_of
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.pipeline import to_dcp, to_hf
 
-META = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "norm_eps": 1e-5, "vocab_size": 62, "rope_theta": 500000}
+META = {
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "norm_eps": 1e-5,
+    "vocab_size": 62,
+    "rope_theta": 500000,
+}
 
 
 @pytest.fixture
@@ -118,9 +126,13 @@ def test_a_shape_mismatch(folders, capsys):
 
 def test_a_tensor_too_few_or_too_many(folders, capsys):
     edit(folders / "hf" / "config.json", lambda fields: fields.update(num_hidden_layers=3))
-    refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="lacks model.layers.2.input_layernorm.weight")
+    refuses(
+        capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="lacks model.layers.2.input_layernorm.weight"
+    )
     edit(folders / "hf" / "config.json", lambda fields: fields.update(num_hidden_layers=1))
-    refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="holds model.layers.1.input_layernorm.weight")
+    refuses(
+        capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="holds model.layers.1.input_layernorm.weight"
+    )
 
 
 def test_a_model_that_is_not_ours(folders, capsys):
@@ -212,7 +224,9 @@ def test_a_seed_without_embeddings_cannot_be_exported(folders, capsys):
 def test_a_checkpoint_of_another_program_needs_its_shape(folders, capsys):
     dcp.save({"model": tiny("llama3").state_dict(), "optimizer": object()}, checkpoint_id=folders / "foreign")
     refuses(capsys, "dcp_to_hf", folders, "foreign", match="--model llama3 --flavor 8B --override vocab_size=256")
-    refuses(capsys, "dcp_to_hf", folders, "foreign", "--model", "llama3", "--flavor", "huge", match="no flavor of llama3")
+    refuses(
+        capsys, "dcp_to_hf", folders, "foreign", "--model", "llama3", "--flavor", "huge", match="no flavor of llama3"
+    )
     shape = [f"--override={line}" for line in ("dim=32", "n_layers=2", "ffn_dim=48", "vocab_size=61")]
     arguments = ("--input_dir", folders / "foreign", "--output_dir", folders / "out", "--no-verify")
     assert script("dcp_to_hf")(*arguments, "--model", "llama3", "--flavor", "debug", *shape) == 0

@@ -61,7 +61,10 @@ def recordings(folder: Path, seed: int) -> Path:
     generator = np.random.default_rng(seed)
     rows = [generator.poisson(0.5, (7, 80)).astype(np.uint8) for _ in range(6)]
     features = datasets.Features(
-        {"spike_counts": datasets.Sequence(datasets.Sequence(datasets.Value("uint8"))), "source_dataset": datasets.Value("string")}
+        {
+            "spike_counts": datasets.Sequence(datasets.Sequence(datasets.Value("uint8"))),
+            "source_dataset": datasets.Value("string"),
+        }
     )
     table = {"spike_counts": [row.tolist() for row in rows], "source_dataset": ["made"] * len(rows)}
     datasets.Dataset.from_dict(table, features=features).to_parquet(folder / f"train-{seed}.parquet")
@@ -125,7 +128,9 @@ def exported_loss(folder: Path, run: list[str]) -> float:
         seed=config.training.seed,
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    losses = [torch.nn.functional.cross_entropy(model(b.inputs).logits.flatten(0, 1), b.labels.flatten()) for b in batches]
+    losses = [
+        torch.nn.functional.cross_entropy(model(b.inputs).logits.flatten(0, 1), b.labels.flatten()) for b in batches
+    ]
     return torch.stack(losses).mean().item()
 
 

@@ -37,7 +37,7 @@ def test_dcp_to_hugging_face_to_dcp_gives_the_same_bits_and_shape(case, tmp_path
     again = open_dcp(tmp_path / "again")
     assert again.spec.name == family
     assert same_bits(state(again), model.state_dict())
-    assert type(again.shape)(**{**vars(again.shape)}).attention_shape == model.config.attention_shape
+    assert type(again.shape)(**vars(again.shape)).attention_shape == model.config.attention_shape
     assert again.spec.hf.config_fields(again.shape) == again.spec.hf.config_fields(model.config)
 
 
@@ -100,7 +100,7 @@ def test_a_tied_head_that_is_stored_must_equal_the_embedding(tmp_path):
         if passes:
             assert same_bits(state(open_hf(tmp_path / "hf")), model.state_dict())
         else:
-            with pytest.raises(CheckpointError, match="is tied to model.embed_tokens.weight, and yet they differ"):
+            with pytest.raises(CheckpointError, match=r"is tied to model.embed_tokens.weight, and yet they differ"):
                 open_hf(tmp_path / "hf")
 
 

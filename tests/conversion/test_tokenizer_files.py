@@ -1,8 +1,10 @@
 """conversion/tokenizer_files.py: AutoTokenizer gives the ids that training saw."""
 
 import base64
+import itertools
 import json
 import random
+from pathlib import Path
 
 import pytest
 
@@ -62,12 +64,12 @@ def json_folder(tmp_path):
 
 def byte_pairs(merges=200):
     """Ranks as real BPE training gives them, so that longer tokens can be halved in several ways."""
-    words = [list(bytes([b]) for b in word.encode()) for word in " ".join(pydoc_topics(0)[:2]).split(" ")[:2000]]
+    words = [[bytes([b]) for b in word.encode()] for word in " ".join(pydoc_topics(0)[:2]).split(" ")[:2000]]
     tokens = [bytes([i]) for i in random.Random(0).sample(range(256), 256)]
     while len(tokens) < 256 + merges:
         counts = {}
         for word in words:
-            for pair in zip(word, word[1:], strict=False):
+            for pair in itertools.pairwise(word):
                 counts[pair] = counts.get(pair, 0) + 1
         best = max(counts, key=lambda pair: (counts[pair], pair))
         tokens.append(best[0] + best[1])
@@ -101,8 +103,8 @@ def test_bytes_become_a_tokenizer_that_gives_back_any_text(tmp_path):
     found = tokenizer_files("bytes")
     assert set(found.files) == {"tokenizer.json", "tokenizer_config.json"}
     tokenizer, known = load(found, tmp_path / "exported"), load_tokenizer("bytes")
-    text = "".join(map(chr, [*range(0x300), *range(0x2000, 0x2100), *range(0x1F600, 0x1F610)]))
-    for text in (*TEXTS, text, "x" * 5000):
+    many = "".join(map(chr, [*range(0x300), *range(0x2000, 0x2100), *range(0x1F600, 0x1F610)]))
+    for text in (*TEXTS, many, "x" * 5000):
         ids = tokenizer.encode(text)
         assert ids == known.encode(text).tolist()
         assert tokenizer.decode(ids) == text
@@ -164,7 +166,7 @@ def test_a_tiktoken_file_becomes_a_tokenizer_json_with_equal_ids(tiktoken_file, 
 def test_a_remote_tiktoken_file_is_read_too(tiktoken_file, monkeypatch):
     import blobfile
 
-    monkeypatch.setattr(blobfile, "BlobFile", lambda path, mode: open(path.removeprefix("az:/"), mode))
+    monkeypatch.setattr(blobfile, "BlobFile", lambda path, mode: Path(path.removeprefix("az:/")).open(mode))
     remote = tokenizer_files(f"az:/{tiktoken_file}".replace("az:/", "az://", 1))
     local = tokenizer_files(str(tiktoken_file))
     assert remote.files["tokenizer.json"] == local.files["tokenizer.json"] and remote.token_ids == local.token_ids

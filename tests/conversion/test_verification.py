@@ -179,7 +179,9 @@ def test_a_recurrent_model_is_compared_at_a_fixed_depth_from_a_fixed_state(monke
 @pytest.mark.parametrize("steps", [None, 1, 3])
 def test_equal_recurrent_models_pass_at_each_depth_and_others_do_not(fields, steps, tmp_path):
     spec = MODELS["raven"]
-    weights = random_weights(get_flavor(spec, "debug", {"tie_word_embeddings": True, **fields}), spec)
+    weights = random_weights(
+        get_flavor(spec, "debug", {"tie_word_embeddings": True, "mean_recurrence": 6, **fields}), spec
+    )
     ours, folder = native_logits(weights, steps), export(weights, tmp_path)
     for theirs in (transformers_logits(folder, weights, steps), transformers_logits_from(weights, steps)):
         assert compare(ours, theirs, steps).passed, str(compare(ours, theirs, steps))

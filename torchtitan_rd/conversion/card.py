@@ -95,8 +95,8 @@ def _usage(weights: Weights, has_code: bool) -> str:
     text = "```python\n" + "\n".join(lines) + "\n```"
     if has_code:
         text += (
-            "\n\nThe transformers library lacks this class: the Python files of this folder are run. `num_steps` is the "
-            "number of iterations of the recurrent part."
+            "\n\nThe transformers library lacks this class: the Python files of this folder are run. `num_steps` is "
+            "the number of iterations of the recurrent part."
         )
     return text
 

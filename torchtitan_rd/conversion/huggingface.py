@@ -171,7 +171,7 @@ def _open_safetensors(path: Path) -> dict[str, _Stored]:
     found = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():
+            for name in list(file.keys()):
                 part = file.get_slice(name)
                 if part.get_dtype() not in DTYPES_BY_NAME:
                     raise CheckpointError(f"{path}: {name} has the type {part.get_dtype()}, which is not read here")

@@ -115,8 +115,8 @@ def _from_ranks(ranks: dict[bytes, int], files: Mapping[str, bytes]) -> Tokenize
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing or sorted(ranks.values()) != list(range(len(ranks))):
         raise ConfigError(
-            f"this tiktoken file has no tokenizer.json: its ranks are not 0 to {len(ranks) - 1}, or the bytes {missing} "
-            f"are missing; give --tokenizer_path a folder with a tokenizer.json, or 'none'"
+            f"this tiktoken file has no tokenizer.json: its ranks are not 0 to {len(ranks) - 1}, or the bytes "
+            f"{missing} are missing; give --tokenizer_path a folder with a tokenizer.json, or 'none'"
         )
 
     def name(token: bytes) -> str:

@@ -32,7 +32,7 @@ MAX_STEPS = 4  # iterations of a recurrent model: an error shows in a few, and e
 
 @dataclass(frozen=True)
 class Comparison:
-    """max_difference: of any logit. tolerance: the largest that passes. kl: KL(ours || theirs) in nats, mean over tokens.
+    """max_difference: of any logit. tolerance: the largest that passes. kl: KL(ours || theirs), nats, mean over tokens.
     steps: iterations of a recurrent model. problem: why the logits cannot be compared, if so."""
 
     max_difference: float
@@ -255,8 +255,8 @@ def _number(version: str) -> tuple[int, ...]:
 
 @contextmanager
 def _place(weights: Weights, folder: Path | None) -> Iterator[Path]:
-    """A folder for transformers to load: `folder` itself, if its library has the class. Else a passing one with links to
-    the files of `folder`, but with this package's code: that of a downloaded folder is not to be trusted.
+    """A folder for transformers to load: `folder` itself, if its library has the class. Else a passing one with links
+    to the files of `folder`, but with this package's code: that of a downloaded folder is not to be trusted.
 
     folder: None if only a configuration is wanted.
     """
@@ -283,9 +283,14 @@ def _place(weights: Weights, folder: Path | None) -> Iterator[Path]:
 
 
 class _WithoutDraws(TorchDispatchMode):
-    """Leaves tensors as they are where they would be filled at random, which takes minutes for a large model."""
+    """Fills with the mean instead of at random, which takes minutes for a large model.
+
+    Left as they are, tensors could be drawn again for ever: torch's truncated normal does so until all is in bounds.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
-            return args[0]
+        if func is torch.ops.aten.normal_.default:
+            return args[0].fill_(args[1] if len(args) > 1 else 0.0)
+        if func is torch.ops.aten.uniform_.default:
+            return args[0].zero_()
         return func(*args, **(kwargs or {}))
