@@ -184,6 +184,7 @@ def runs_that_reach_every_key(tmp_path):
             "a",
             "--training.steps=4",
             "--checkpoint.last_save_model_only",
+            "--checkpoint.last_save_in_hf",
             "--checkpoint.interval=2",
             *trapezoid,
             *profiled,

@@ -1,7 +1,12 @@
 """conversion/hub.py: mistakes are found before the export; a push that fails leaves the export."""
 
+import os
+import subprocess
+import sys
+
 import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from torchtitan_rd.conversion.hub import check_push, push_folder
 from torchtitan_rd.errors import CheckpointError, ConfigError
@@ -9,7 +14,7 @@ from torchtitan_rd.errors import CheckpointError, ConfigError
 
 @pytest.fixture(autouse=True)
 def online_with_a_token(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
 
 
@@ -59,7 +64,7 @@ def test_a_missing_token_is_found_before_the_export(monkeypatch):
 
 
 def test_an_offline_machine_is_found_before_the_export(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
         check_push("owner/name", True)
 
@@ -97,9 +102,11 @@ def test_a_push_that_fails_says_that_the_export_is_complete(tmp_path, monkeypatc
     assert f"`hf upload owner/name {tmp_path} step-5`" in message
 
 
-def test_a_push_of_the_real_library_fails_in_the_same_way_when_it_is_offline(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_TOKEN", "hf_made_up")
+def test_a_push_of_the_real_library_fails_in_the_same_way_when_it_is_offline(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"Offline.*the export itself is complete"):
-        push_folder(tmp_path, "owner/name", None)
+    code = "import sys; from pathlib import Path; from torchtitan_rd.conversion.hub import push_folder; "
+    code += "push_folder(Path(sys.argv[1]), 'owner/name', None)"
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_made_up"}  # read when the library is imported
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=variables)
+    assert "CheckpointError: the push to owner/name failed (Offline" in done.stderr
+    assert f"the export itself is complete in {tmp_path}" in done.stderr

@@ -109,11 +109,16 @@ def model_section(weights: Weights, folder: Path) -> str:
     def differing(name: str) -> dict[str, Any]:
         return {key: value for key, value in shape.items() if key not in given and value != choices[name][key]}
 
-    # TOML has no null: a field cannot be set back to "unset".
-    usable = [name for name in choices if None not in differing(name).values()]
-    flavor = min(usable, key=lambda name: len(differing(name)))
+    if weights.flavor in choices:
+        flavor, overrides = weights.flavor, {}
+    else:
+        # TOML has no null: a field cannot be set back to "unset".
+        flavor = min(
+            (name for name in choices if None not in differing(name).values()), key=lambda n: len(differing(n))
+        )
+        overrides = differing(flavor)
     section = {"name": weights.spec.name, "flavor": flavor, "vocab_size": weights.shape.vocab_size}
-    if overrides := differing(flavor):
+    if overrides:
         section["overrides"] = overrides
     start = {"enable": True, "initial_load_path": str(folder.absolute())}
     return tomli_w.dumps({"model": section, "checkpoint": start})

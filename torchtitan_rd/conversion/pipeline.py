@@ -65,6 +65,8 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
             ids = {"eos_token_id": training.get("eos_id"), "pad_token_id": training.get("pad_id")}
             return replace(weights, token_ids={**weights.token_ids, **ids})
         tokenizer_path = config.get("model", {}).get("tokenizer_path") if kind == "text" else None
+    if tokenizer_path is None and "tokenizer.model" in kept and "tokenizer.json" not in kept:
+        tokenizer_path = str(Path(weights.origin) / "tokenizer.model")  # Meta's, which transformers does not load
     if tokenizer_path is None:
         return weights
     found = tokenizer_files(tokenizer_path)

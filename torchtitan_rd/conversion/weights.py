@@ -14,6 +14,10 @@ from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.models.spec import ModelSpec
 
 GENERATION_CONFIG = "generation_config.json"
+_SIZES_STATED_IN_WAYS = (
+    *("vocab_size", "max_seq_len"),
+    *("head_dim", "n_kv_heads", "ffn_dim", "ffn_dim_multiplier", "multiple_of"),
+)
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,11 @@ def check_shapes(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Siz
 
 
 def matching_flavor(spec: ModelSpec, shape: Any) -> str:
-    """The flavor with exactly this shape, whatever its vocabulary and context; "custom" if there is none."""
-    for name, flavor in spec.flavors.items():
-        if replace(flavor, vocab_size=shape.vocab_size, max_seq_len=shape.max_seq_len) == shape:
-            return name
-    return "custom"
+    """The flavor of this shape, whatever its vocabulary and context; "custom" if there is none."""
+
+    def key(config: Any) -> tuple[Any, ...]:
+        # A width may be given, or follow from others.
+        stated = {name: value for name, value in vars(config).items() if name not in _SIZES_STATED_IN_WAYS}
+        return stated, config.attention_shape, getattr(config, "hidden_dim", config.ffn_dim)
+
+    return next((name for name, flavor in spec.flavors.items() if key(flavor) == key(shape)), "custom")
