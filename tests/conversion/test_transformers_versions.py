@@ -29,7 +29,7 @@ with torch.no_grad():
     logits = model(ids, **extra).logits
     given = dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False, **extra)
     outputs = [model.generate(ids, use_cache=cache, pad_token_id=0, **given).tolist() for cache in (True, False)]
-text = AutoTokenizer.from_pretrained(folder).encode("Hi \\u00e9", add_special_tokens=False)
+text = AutoTokenizer.from_pretrained(folder, trust_remote_code=True).encode("Hi \\u00e9", add_special_tokens=False)
 print(json.dumps([transformers.__version__, logits.tolist(), outputs, text, tied]))
 """
 

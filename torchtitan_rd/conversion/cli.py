@@ -113,9 +113,8 @@ def model_section(weights: Weights, folder: Path) -> str:
         flavor, overrides = weights.flavor, {}
     else:
         # TOML has no null: a field cannot be set back to "unset".
-        flavor = min(
-            (name for name in choices if None not in differing(name).values()), key=lambda n: len(differing(n))
-        )
+        usable = [name for name in choices if None not in differing(name).values()]
+        flavor = min(usable, key=lambda name: len(differing(name)))
         overrides = differing(flavor)
     section = {"name": weights.spec.name, "flavor": flavor, "vocab_size": weights.shape.vocab_size}
     if overrides:
