@@ -9,9 +9,9 @@ from tests.conversion.common import LLAMAS, RAVENS, same_bits, tensors_in, tiny,
 from torchtitan_rd.checkpoint import verify
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.huggingface import open_hf
-from torchtitan_rd.conversion.pipeline import open_released, to_dcp, to_hf, to_pth
+from torchtitan_rd.conversion.pipeline import open_released, to_dcp, to_hf, to_pth, with_tokenizer
 from torchtitan_rd.conversion.weights import cast
-from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.errors import CheckpointError, ConfigError
 
 MODELS = {f"llama {name}": ("llama3", fields) for name, fields in LLAMAS.items()}
 MODELS |= {f"raven {name}": ("raven", fields) for name, fields in RAVENS.items()}
@@ -61,6 +61,37 @@ def test_a_folder_that_transformers_wrote_comes_back_with_the_same_bits(shape, t
     to_dcp(open_released(tmp_path / "hf"), tmp_path / "step-0", verify=False)
     to_hf(open_dcp(tmp_path / "step-0"), tmp_path / "again", verify=False)
     assert same_bits(tensors_in(tmp_path / "again"), tensors_in(tmp_path / "hf"))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 8])
+def test_meta_files_become_the_same_folder_as_the_unsharded_model(shards, tmp_path):
+    from tests.conversion import test_meta as meta
+
+    model = meta.llama()
+    meta.write(tmp_path / "meta", model, shards)
+    proof = to_dcp(open_released(tmp_path / "meta", model="llama3"), tmp_path / "step-0")
+    assert proof.startswith("verified: max |delta logit|")
+    to_hf(open_dcp(tmp_path / "step-0"), tmp_path / "hf", verify=False)
+    to_hf(weights_of(model), tmp_path / "expected", verify=False)
+    assert same_bits(tensors_in(tmp_path / "hf"), tensors_in(tmp_path / "expected"))
+
+
+def test_a_training_file_of_huginn_becomes_a_folder_for_transformers(tmp_path):
+    from tests.conversion import test_huginn as huginn
+    from tests.models.raven.tiny import tiny_raven
+
+    model = tiny_raven()
+    file = tmp_path / "step-00000012-run_0.pth"
+    huginn.write(file, huginn.state_of(model))
+    proof = to_dcp(open_released(file, model="raven"), tmp_path / "step-0")
+    assert proof.startswith("verified: max |delta logit|") and "4 iterations" in proof
+    to_hf(open_dcp(tmp_path / "step-0"), tmp_path / "hf")
+    assert same_bits(state(open_hf(tmp_path / "hf")), model.state_dict())
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused():
+    with pytest.raises(ConfigError, match="'bytes' has bos_token_id = 256, beyond the model's vocabulary of 61"):
+        with_tokenizer(weights_of(tiny("llama3")), "bytes")
 
 
 def test_large_models_are_written_in_shards_with_an_index(tmp_path, monkeypatch):

@@ -70,6 +70,11 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
     if tokenizer_path is None:
         return weights
     found = tokenizer_files(tokenizer_path)
+    if beyond := [name for name, id_ in found.token_ids.items() if id_ >= weights.shape.vocab_size]:
+        raise ConfigError(
+            f"the tokenizer {tokenizer_path!r} has {beyond[0]} = {found.token_ids[beyond[0]]}, beyond the model's "
+            f"vocabulary of {weights.shape.vocab_size}: name the right one with --tokenizer_path, or none"
+        )
     return replace(weights, files={**kept, **found.files}, token_ids={**weights.token_ids, **found.token_ids})
 
 
@@ -97,8 +102,10 @@ def to_dcp(
             )
             ours = verification.native_logits(whole, steps)
             if weights.hf_folder is not None:
-                return verification.compare(ours, verification.transformers_logits(weights.hf_folder, weights, steps))
-            return verification.compare(ours, verification.transformers_logits_from(weights, steps))
+                theirs = verification.transformers_logits(weights.hf_folder, weights, steps)
+            else:
+                theirs = verification.transformers_logits_from(weights, steps)
+            return verification.compare(ours, theirs, steps)
 
         return _proof(prove, verify, obstacle)
 
@@ -117,7 +124,7 @@ def to_hf(
         def prove() -> verification.Comparison:
             steps = verification.verification_steps(weights)
             theirs = verification.transformers_logits(folder, weights, steps)
-            return verification.compare(verification.native_logits(weights, steps), theirs)
+            return verification.compare(verification.native_logits(weights, steps), theirs, steps)
 
         return _proof(prove, verify, obstacle)
 
