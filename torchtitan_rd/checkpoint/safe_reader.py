@@ -40,7 +40,27 @@ class TensorInfo(NamedTuple):
     dtype: torch.dtype
 
 
-class SafeReader(StorageReader):
+class PlainReader(StorageReader):
+    """What every `storage_reader` must answer and ours have nothing to say to."""
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
+        """Nothing to prepare: the metadata is this reader's own."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        return plans
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        """Nothing is kept from one load to the next."""
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        return True
+
+
+class SafeReader(PlainReader):
     """A `storage_reader` for `torch.distributed.checkpoint.load`.
 
     Call `tensors()` or `read_metadata()` first: their CheckpointError is clear, while torch hides one raised inside its
@@ -126,15 +146,6 @@ class SafeReader(StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
-        """Nothing to prepare: the metadata is this reader's own."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         if checkpoint_id is not None:

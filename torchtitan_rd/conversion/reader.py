@@ -1,6 +1,5 @@
 """Lets torch.distributed.checkpoint load `Weights` into a sharded model, each rank taking its part."""
 
-import os
 from dataclasses import asdict
 from typing import Any
 
@@ -13,16 +12,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
-from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from torchtitan_rd.checkpoint import TensorInfo
+from torchtitan_rd.checkpoint.safe_reader import PlainReader
 from torchtitan_rd.conversion.weights import Weights
 
 PREFIX = "model."
 
 
-class WeightsReader(StorageReader):
+class WeightsReader(PlainReader):
     """A `storage_reader` for `torch.distributed.checkpoint.load`, with the keys of our checkpoints (`model.<name>`).
 
     Each rank reads every whole tensor that it holds a part of, one at a time: rows change places on the way.
@@ -63,19 +62,3 @@ class WeightsReader(StorageReader):
         done: Future[None] = Future()
         done.set_result(None)
         return done
-
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *_: Any, **__: Any) -> None:
-        """Nothing to prepare."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        return plans
-
-    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
-        """Nothing to reset."""
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        return True
