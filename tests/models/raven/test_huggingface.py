@@ -40,8 +40,9 @@ def fresh_code(tmp_path_factory):
             del sys.modules[name]
 
     with pytest.MonkeyPatch.context() as patch:
+        # The cache that an earlier test has made importable would be found first.
+        patch.setattr(sys, "path", [place for place in sys.path if place != dynamic_module_utils.HF_MODULES_CACHE])
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(sys, "path", list(sys.path))
         forget()
         yield
         forget()
