@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import sys
 import termios
@@ -33,7 +34,10 @@ def output_on_a_terminal(tmp_path, monkeypatch, columns=200, **keys) -> str:
         metrics.log(2, result_of(2), lr=0.1, tokens_seen=2 * TOKENS)
         metrics.close()
         assert logger.handlers[0].stream is stream
-        text = os.read(master, 100_000).decode()
+        written = b""
+        while select.select([master], [], [], 0.5)[0]:  # one read gives only what the kernel has passed on by then
+            written += os.read(master, 100_000)
+        text = written.decode()
     os.close(master)
     logger.handlers[:] = handlers
     return text
