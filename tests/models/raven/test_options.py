@@ -126,6 +126,15 @@ def test_options_that_are_not_set_cost_no_operation(keys):
     assert len(ops_of_attention(**keys, qk_norm=True)) > len(plain)
 
 
+def test_a_compiled_block_with_every_option_computes_the_same():
+    model, x = tiny_raven(**CASES["pre, all, grouped keys"]), some_state()
+    block, rotary = model.transformer.prelude[0], model.rotary(12)
+    expected = block(x, rotary, None)
+    torch._dynamo.reset()
+    found = torch.compile(block, backend="eager", fullgraph=True)(x, rotary, None)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if "all," in case])
 def test_the_flop_formula_counts_what_torch_counts(case):
     model, tokens = tiny_raven(**CASES[case]), some_tokens()
