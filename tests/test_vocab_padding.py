@@ -12,7 +12,7 @@ from torchtitan_rd.config import load
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.pipeline import to_hf, with_tokenizer
 from torchtitan_rd.data import build_dataloader
-from torchtitan_rd.errors import DataError
+from torchtitan_rd.errors import CheckpointError, DataError
 from torchtitan_rd.job import Environment
 from torchtitan_rd.models import MODELS, get_flavor
 from torchtitan_rd.models.config import ModelConfig
@@ -137,7 +137,8 @@ def test_spikes_keep_their_separator_and_an_export_states_it(tmp_path, monkeypat
     assert MODELS["raven"].hf.shape(fields) == run.shape
 
 
-def test_a_resumed_run_keeps_the_padding():
-    from torchtitan_rd.config import JobConfig
-
-    assert "model.vocab_padding_multiple" in JobConfig.must_match_keys()
+def test_a_resumed_run_may_not_have_other_rows(tmp_path):
+    trainer(tmp_path).run()
+    other = trainer(tmp_path, "--model.vocab_padding_multiple=100", "--training.steps=2")
+    with pytest.raises(CheckpointError, match="vocab_size: 320 there, 300 here"):
+        other.run()

@@ -21,7 +21,7 @@ class ModelConfig(Section):
     vocab_size: int | None = Field(None, ge=1, json_schema_extra=MUST_MATCH)
     """Number of token ids; by default as many as the data set (or its tokenizer) has."""
 
-    vocab_padding_multiple: int = Field(1, ge=1, json_schema_extra=MUST_MATCH)
+    vocab_padding_multiple: int = Field(1, ge=1)
     """Embedding and head have the next multiple of this many rows, for faster matrix products. The data may hold none
     of the padded ids; their logits count in the loss like all others, as in Huginn's training program (there: 4096)."""
 
