@@ -93,11 +93,15 @@ class Trainer:
         self.accumulation = accumulation_steps(self.data_keys, self.dims.data_degree)
         check_dataset(config.training)
         self.spec = get_spec(config.model.name)
-        vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, config.model.tokenizer_path)
+        # Ids that the data may hold; the model may have more rows.
+        self.vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, config.model.tokenizer_path)
         shape = get_flavor(self.spec, config.model.flavor, config.model.overrides)
         # What an export states as its context must cover what was trained.
         context = max(shape.max_seq_len, config.training.seq_len)
-        self.shape = dataclasses.replace(shape, vocab_size=vocab_size, max_seq_len=context)
+        rows = config.model.padded(self.vocab_size)
+        self.shape = dataclasses.replace(shape, vocab_size=rows, max_seq_len=context)
+        if rows > self.vocab_size:
+            logger.info("vocabulary of %d ids, padded to %d", self.vocab_size, rows)
         if config.checkpoint.last_save_in_hf:
             self.spec.hf.config_fields(self.shape)  # raises ConfigError for a shape that cannot be exported
         self.dump_folder = Path(config.job.dump_folder)
@@ -163,7 +167,7 @@ class Trainer:
         loader = build_dataloader(
             self.data_keys,
             tokenizer_path=config.model.tokenizer_path,
-            vocab_size=self.shape.vocab_size,
+            vocab_size=self.vocab_size,
             data_rank=rank,
             data_degree=self.dims.data_degree,
             seed=config.training.seed,
@@ -202,7 +206,7 @@ class Trainer:
             validation_keys(config.validation, config.training, self.dims.data_degree),
             config.validation.split,
             tokenizer_path=config.model.tokenizer_path,
-            vocab_size=self.shape.vocab_size,
+            vocab_size=self.vocab_size,
             data_rank=self.environment.rank,
             data_degree=self.dims.data_degree,
             seed=config.training.seed,

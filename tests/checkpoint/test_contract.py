@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.checkpoint.common import JOB, SHAPE, checkpointer, digest, load_once, save_steps, training_state
+from torchtitan_rd.checkpoint.contract import arithmetic_differences
 from torchtitan_rd.errors import CheckpointError
 
 
@@ -26,6 +27,19 @@ def test_another_model_shape_is_refused_with_every_field_that_differs(saved):
         load_once(saved, shape={**SHAPE, "dim": 8, "n_layers": 2})
     assert "dim: 4 there, 8 here" in str(raised.value) and "n_layers: 1 there, 2 here" in str(raised.value)
     assert "flavor" not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [None, False])
+def test_a_field_that_an_older_checkpoint_does_not_know_is_at_rest_there(saved, value):
+    assert load_once(saved, shape={**SHAPE, "qk_norm": value})
+    with pytest.raises(CheckpointError, match="qk_norm: None there, True here"):
+        load_once(saved, shape={**SHAPE, "qk_norm": True})
+
+
+def test_initial_weights_of_other_arithmetic_in_the_attention_are_told():
+    plain, other = {"clip_qkv": None, "qk_norm": False}, {"clip_qkv": 8.0, "qk_norm": True}
+    assert [line.split()[0] for line in arithmetic_differences(plain, other)] == ["clip_qkv", "qk_norm"]
+    assert arithmetic_differences(other, other) == []
 
 
 def test_settings_that_must_match_are_refused_all_at_once_with_the_remedy(saved):

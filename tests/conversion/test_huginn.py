@@ -145,6 +145,14 @@ def test_a_post_norm_model_with_its_unused_factors_and_an_untied_head_is_read(tm
     assert_holds(weights, model)
 
 
+def test_a_pre_norm_model_with_every_option_and_biased_grouped_keys_is_read(tmp_path):
+    model = tiny_raven(block="pre", n_kv_heads=2, qk_norm=True, clip_qkv=8.0)
+    theirs = {"block_class_name": "TransformerPreNormBlock", "num_key_value_heads": 2, "qk_norm": True, "clip_qkv": 8}
+    weights = open_huginn(write(tmp_path / NAME, state_of(model, model_config={**CONFIG, **theirs})))
+    assert weights.shape == model.config
+    assert_holds(weights, model)
+
+
 def test_other_objects_are_passed_over_and_their_code_does_not_run(tmp_path, lost):
     model = tiny_raven()
     ran = []
@@ -249,12 +257,14 @@ def test_the_step_is_the_best_that_is_known(tmp_path, entries, name, step):
         ("mlp_class_name", "BaseMLP"),
         ("nonlin_name", "GELU"),
         ("bias", True),
-        ("qk_norm", True),
-        ("clip_qkv", 8.0),
+        ("center_attention", True),
+        ("qk_norm", "rms"),
+        ("clip_qkv", "eight"),
+        ("clip_qkv", -8.0),
         ("mup_model_scaling_factor", 2),
         ("embed_step", True),
         ("intermediate_noise_injection", 0.1),
-        ("block_class_name", "TransformerPreNormBlock"),
+        ("block_class_name", "TransformerPreNormSwinBlock"),
         ("init_strategy", "takase-scaled"),
         ("injection_type", "ffn"),
         ("state_init", "other"),

@@ -10,13 +10,14 @@ Tables = Mapping[str, Any]
 # Fields of a model's shape that change what the same tensors compute.
 _ARITHMETIC = (
     *("norm_type", "norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings"),
-    *("block", "injection", "init_strategy"),
+    *("block", "injection", "init_strategy", "clip_qkv", "qk_norm"),
 )
 
 
 def check_model_shape(saved: Tables, wanted: Tables, name: str) -> None:
-    """Every field of the model's shape must be the same."""
-    fields = sorted(f for f in {*saved, *wanted} if saved.get(f) != wanted.get(f))
+    """Every field of the model's shape must be the same; one that the checkpoint is too old to know, None or False."""
+    known = {name: value for name, value in wanted.items() if name in saved or not (value is None or value is False)}
+    fields = sorted(f for f in {*saved, *known} if saved.get(f) != known.get(f))
     if fields:
         differences = _lines(f"{f}: {saved.get(f)!r} there, {wanted.get(f)!r} here" for f in fields)
         raise CheckpointError(

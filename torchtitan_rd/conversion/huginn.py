@@ -18,31 +18,20 @@ from torchtitan_rd.conversion.weights import Weights, check_shapes, matching_fla
 from torchtitan_rd.errors import CheckpointError, ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.models import get_flavor, get_spec
-from torchtitan_rd.models.raven.config import RavenConfig
+from torchtitan_rd.models.raven.config import NOT_BUILT, RavenConfig
+from torchtitan_rd.models.raven.hf import BLOCKS
 
 MODEL_CONFIG = "model_config.json"
 _WRAPPED = re.compile(r"(_orig_mod\.)?_original_module\.")  # by compile and by the training fabric
 # Tables that follow from the shape, and factors that none of the supported blocks applies.
 _DERIVED = re.compile(r"(.*\.)?(freqs_cis|res_scale|skip_scale)")
 _IN_LOOP = re.compile(r"^transformer\.(?=(adapter|core_block)\.)")
-_BLOCKS = {"SandwichBlock": "sandwich", "TransformerPostNormBlock": "post"}
+_BLOCKS = {theirs: ours for ours, theirs in BLOCKS.items()}
 # What its configuration can say beyond our model: key -> the values that mean what ours computes, the default first.
 _ONLY: dict[str, tuple] = {
     "architecture_class_name": ("RecurrentGPT",),
     "norm_class_name": ("RMSNorm_llama", "RMSNorm", "TorchRMSNorm", "FusedRMSNorm"),
-    "mlp_class_name": ("GatedMLP",),
-    "nonlin_name": ("SiLU",),
-    "bias": (False,),
-    "lm_head_bias": (False,),
-    "qk_norm": (False,),
-    "clip_qkv": (None,),
-    "center_attention": (False,),
-    "debias_attention": (False,),
-    "use_abacus": (False,),
-    "mup_model_scaling_factor": (1,),
-    "embed_step": (False,),
-    "normalize_rec": ("",),
-    "intermediate_noise_injection": (0,),
+    **NOT_BUILT,
     "rope_settings.use_rope": (True,),
     "rope_settings.rope_condense_ratio": (1,),
 }
@@ -160,7 +149,9 @@ def _shape(fields: Mapping[str, Any], place: str) -> RavenConfig:
             vocab_size=vocab,
             n_kv_heads=None if kv_heads == heads else kv_heads,
             block=_BLOCKS[block],
+            clip_qkv=None if fields.get("clip_qkv") is None else float(get("clip_qkv", (int, float))),
             qk_bias=get("qk_bias", bool, False),
+            qk_norm=get("qk_norm", bool, False),
             injection=get("injection_type", str),
             state_init=get("state_init", str, "like-init"),
             sampling_scheme=get("sampling_scheme", str),

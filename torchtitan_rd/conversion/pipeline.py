@@ -21,6 +21,7 @@ from torchtitan_rd.conversion.pth import open_pth, write_pth
 from torchtitan_rd.conversion.tokenizer_files import tokenizer_files
 from torchtitan_rd.conversion.weights import GENERATION_CONFIG, Weights, only, total_bytes
 from torchtitan_rd.data import DATASETS
+from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE
 from torchtitan_rd.errors import CheckpointError, ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.models import get_spec
@@ -60,7 +61,8 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
         return replace(weights, files={name: kept[name] for name in kept if name == GENERATION_CONFIG})
     if tokenizer_path is None and "tokenizer.json" not in kept and "tokenizer.model" not in kept:
         if kind == "spikes":
-            return replace(weights, token_ids={"bos_token_id": weights.shape.vocab_size - 1, "eos_token_id": None})
+            ids = config.get("model", {}).get("vocab_size", SPIKE_VOCAB_SIZE)  # the model may have padded rows beyond
+            return replace(weights, token_ids={"bos_token_id": ids - 1, "eos_token_id": None})
         if kind == "packed":
             ids = {"eos_token_id": training.get("eos_id"), "pad_token_id": training.get("pad_id")}
             return replace(weights, token_ids={**weights.token_ids, **ids})

@@ -41,6 +41,8 @@ def get_flavor(spec: ModelSpec, flavor: str, overrides: Mapping[str, Any] | None
     fields = [field.name for field in dataclasses.fields(config)]
     values = {}
     for name, raw in (overrides or {}).items():
+        if name in spec.foreign:
+            raise ConfigError(f"model.overrides.{name}: {spec.foreign[name]}")
         if name not in fields:
             raise ConfigError(f"model.overrides.{name} is no field of {type(config).__name__}{nearest(name, fields)}")
         try:

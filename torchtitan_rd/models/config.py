@@ -21,6 +21,10 @@ class ModelConfig(Section):
     vocab_size: int | None = Field(None, ge=1, json_schema_extra=MUST_MATCH)
     """Number of token ids; by default as many as the data set (or its tokenizer) has."""
 
+    vocab_padding_multiple: int = Field(1, ge=1)
+    """Embedding and head have the next multiple of this many rows, for faster matrix products. The data may hold none
+    of the padded ids; their logits count in the loss like all others, as in Huginn's training program (there: 4096)."""
+
     tokenizer_path: str = Field("bytes", json_schema_extra=MUST_MATCH)
     """`bytes`, a folder with a tokenizer.json, a tiktoken file, or a hub name. Read by text data sets only."""
 
@@ -28,7 +32,8 @@ class ModelConfig(Section):
     """Kernel of the attention; `auto` takes the fastest that this machine has, and logs why. See docs/attention.md."""
 
     overrides: dict[str, Any] = Field(default_factory=dict, json_schema_extra=MUST_MATCH)
-    """Fields of the flavor to replace, as `[model.overrides]`, for example `n_layers = 2`."""
+    """Fields of the flavor to replace, as `[model.overrides]`, for example `n_layers = 2`. Each replaces itself alone:
+    `block = "sandwich"` in a raven from before Huginn does not bring Huginn's qk_bias or norm_eps along."""
 
     @field_validator("overrides")
     @classmethod
@@ -36,3 +41,7 @@ class ModelConfig(Section):
         if "vocab_size" in overrides:
             raise ValueError("set model.vocab_size instead of an override of vocab_size")
         return overrides
+
+    def padded(self, vocab_size: int) -> int:
+        """Rows of embedding and head for a vocabulary of this size."""
+        return -(-vocab_size // self.vocab_padding_multiple) * self.vocab_padding_multiple

@@ -1,7 +1,7 @@
 """What a model family must provide. The trainer, the parallelisms and the converters know models only through this."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +125,7 @@ class ModelSpec:
         validation, and `report() -> str` for the log. Raises ConfigError if the settings cannot go together.
     hf: how it stands in a Hugging Face folder.
     telemetry: None, or module -> a context around forward passes whose `read() -> {name: number}` describes the last.
+    foreign: field that the configs of other programs have and this family's lacks -> what to tell who overrides it.
     """
 
     name: str
@@ -136,3 +137,4 @@ class ModelSpec:
     hf: HuggingFaceLayout
     inputs: Callable[..., Callable[[Microbatch], ForwardInputs]] | None = None
     telemetry: Callable[[nn.Module], Any] | None = None
+    foreign: Mapping[str, str] = field(default_factory=dict)

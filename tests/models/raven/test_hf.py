@@ -1,6 +1,7 @@
 """models/raven/hf.py: names, config.json and rotary table of the Hugging Face layout."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,7 +57,9 @@ OTHER = {  # every field away from its default
     "vocab_size": 77,
     "n_kv_heads": 3,
     "block": "post",
+    "clip_qkv": 7.0,
     "qk_bias": False,
+    "qk_norm": True,
     "injection": "gate",
     "state_init": "unit",
     "sampling_scheme": "full-curriculum-9",
@@ -70,6 +73,7 @@ OTHER = {  # every field away from its default
 VARIANTS = {
     "tiny": {},
     "every field": OTHER,
+    "pre-norm": {"block": "pre"},
     "no prelude": {"n_layers_prelude": 0, "n_layers_coda": 2},
     **{f"injection {kind}": {"injection": kind} for kind in INJECTIONS},
     **{f"state {kind}": {"state_init": kind} for kind in STATE_INITS},
@@ -90,6 +94,12 @@ def test_every_field_survives_the_way_to_config_json_and_back(variant):
 def test_the_test_above_leaves_no_field_at_its_default():
     ours, other = vars(tiny_config()), vars(tiny_config(**OTHER))
     assert not [name for name in ours if ours[name] == other[name]]
+
+
+def test_a_public_config_that_sets_the_options_is_the_flavor_with_these_options():
+    theirs = {"qk_norm": True, "clip_qkv": 8, "block_class_name": "TransformerPreNormBlock", "num_key_value_heads": 11}
+    ours = {"qk_norm": True, "clip_qkv": 8.0, "n_kv_heads": 11}
+    assert shape({**RELEASED, **theirs}) == replace(RAVEN_FLAVORS["corone-raven-3.5b"], **ours)
 
 
 def test_the_released_config_is_our_large_flavor():
@@ -120,7 +130,7 @@ def test_an_export_names_the_head_twice_nowhere_and_the_tie_as_the_released_clas
     [
         {"model_type": "llama"},
         {"bias": True},
-        {"block_class_name": "TransformerPreNormBlock"},
+        {"block_class_name": "TransformerPreNormSwinBlock"},
         {"norm_class_name": "LayerNorm"},
         {"mlp_class_name": "BaseMLP"},
         {"nonlin_name": "GELU"},
@@ -129,7 +139,10 @@ def test_an_export_names_the_head_twice_nowhere_and_the_tie_as_the_released_clas
         {"state_init": "ones"},
         {"sampling_scheme": "dice"},
         {"init_strategy": "mup"},
-        {"qk_norm": True},
+        {"qk_norm": "rms"},
+        {"clip_qkv": 0},
+        {"center_attention": True},
+        {"mup_model_scaling_factor": 2},
         {"test_time_noise": 0.5},
     ],
     ids=str,
@@ -182,4 +195,5 @@ def test_the_rotary_table_holds_cosines_and_sines_of_every_position():
 
 def test_the_remote_code_is_there_and_named_as_auto_map_says():
     modules = {value.split(".")[0] for value in config_fields(tiny_config())["auto_map"].values()}
-    assert {path.stem for path in HF.code} == modules and all(path.is_file() for path in HF.code)
+    assert {path.stem for path in HF.code} == modules | {"masks_raven"} and all(path.is_file() for path in HF.code)
+    assert set(HF.code) == set(HF.code[0].parent.glob("*.py"))

@@ -22,6 +22,9 @@ VARIANTS = {
     "untied": {"tie_word_embeddings": False},
     "post-norm": {"block": "post", "qk_bias": False, "init_strategy": "scaled"},
     "grouped keys": {"n_kv_heads": 2, "qk_bias": False},
+    "grouped keys with biases": {"n_kv_heads": 2},
+    "pre-norm": {"block": "pre"},
+    "normalised and clamped": {"qk_norm": True, "clip_qkv": 0.1},
     "no prelude, no coda": {"n_layers_prelude": 0, "n_layers_coda": 0},
     "coda alone": {"n_layers_prelude": 0, "n_layers_coda": 2},
     **{f"injection {injection}": {"injection": injection} for injection in INJECTIONS[1:]},
@@ -135,7 +138,16 @@ def test_num_items_in_batch_divides_the_sum_of_the_losses(model):
 
 
 CACHED = [(depth, state) for depth in (1, 4, 16) for state in STATES]
-LAYOUTS = ("post-norm", "grouped keys", "no prelude, no coda", "coda alone", "injection none")
+LAYOUTS = (
+    "post-norm",
+    "grouped keys",
+    "grouped keys with biases",
+    "pre-norm",
+    "normalised and clamped",
+    "no prelude, no coda",
+    "coda alone",
+)
+LAYOUTS += ("injection none",)
 
 
 @pytest.mark.parametrize(("depth", "variant"), [*CACHED, *((3, layout) for layout in LAYOUTS)])

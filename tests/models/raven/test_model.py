@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.models.raven.tiny import some_state, some_tokens, tiny_config, tiny_raven
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.models import MODELS, get_flavor
-from torchtitan_rd.models.raven.config import INJECTIONS, RAVEN_FLAVORS, count_flops
+from torchtitan_rd.models.raven.config import INJECTIONS, NOT_BUILT, RAVEN_FLAVORS, count_flops
 from torchtitan_rd.models.raven.init import inits
 from torchtitan_rd.models.raven.model import Raven
 
@@ -46,10 +46,16 @@ class Restated:
         heads, kv_heads, head_dim = self.config.attention_shape
         rows = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
         q, k, v = ((x @ w.T).unflatten(-1, (-1, head_dim)) for w in self.w[f"{name}.Wqkv.weight"].split(rows))
+        if self.config.clip_qkv is not None:
+            bound = torch.tensor(self.config.clip_qkv, dtype=x.dtype)
+            q, k, v = (torch.minimum(torch.maximum(t, -bound), bound) for t in (q, k, v))
+        k, v = (torch.stack([t[:, :, h * kv_heads // heads] for h in range(heads)], dim=2) for t in (k, v))
         if self.config.qk_bias:
             q, k = q + self.w[f"{name}.qk_bias"][0], k + self.w[f"{name}.qk_bias"][1]
-        k, v = (t.repeat_interleave(heads // kv_heads, dim=2) for t in (k, v))
-        scores = torch.einsum("bqhd,bkhd->bhqk", self.rotate(q), self.rotate(k)) / math.sqrt(head_dim)
+        q, k = self.rotate(q), self.rotate(k)
+        if self.config.qk_norm:
+            q, k = (t / torch.sqrt((t * t).mean(-1, keepdim=True) + 2.0**-23) for t in (q, k))
+        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(head_dim)
         future = torch.ones(scores.shape[-2:]).triu(1).bool()
         weights = scores.masked_fill(future, -math.inf).softmax(-1)
         return torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(-2) @ self.w[f"{name}.proj.weight"].T
@@ -63,6 +69,9 @@ class Restated:
         if self.config.block == "post":
             x = self.norm(self.attention(x, attn) + x, f"{name}.norm_1")
             return self.norm(self.mlp(x, mlp) + x, f"{name}.norm_2")
+        if self.config.block == "pre":
+            x = self.attention(self.norm(x, f"{name}.norm_1"), attn) + x
+            return self.mlp(self.norm(x, f"{name}.norm_2"), mlp) + x
         x = self.norm(self.attention(self.norm(x, f"{name}.norm_1"), attn) + x, f"{name}.norm_2")
         return self.norm(self.mlp(self.norm(x, f"{name}.norm_3"), mlp) + x, f"{name}.norm_4")
 
@@ -166,6 +175,7 @@ def test_documents_do_not_see_each_other():
         ("nebel-raven-3.5b", 3_564_976_800, 1_637_349_120),
         ("nebel-baseline-3.5b", 3_564_976_800, 1_637_349_120),
         ("deluge-raven-4b", 4_426_421_120, 1_982_520_320),
+        ("corone-raven-3.5b", 3_564_976_800 - 8 * 2 * 5280, 1_637_349_120 - 4 * 2 * 5280),  # two norms a block less
         ("debug-demo", 304_000, 271_104),
     ],
 )
@@ -300,9 +310,17 @@ def test_a_training_step_of_the_reference_shape_takes_at_most_6110_aten_ops():
         ({"n_layers_core": 0}, "n_layers_core = 0 must be at least 1"),
         ({"dim": 250}, "dim = 250 must be an even multiple of n_heads = 16"),
         ({"n_kv_heads": 3}, "not divisible by n_kv_heads = 3"),
-        ({"qk_bias": True}, "set n_kv_heads = 16, or qk_bias = false"),
         ({"norm_eps": 0.0}, "norm_eps = 0.0 must be positive"),
-        ({"block": "pre"}, "'sandwich' or 'post'"),
+        ({"block": "swin"}, "'sandwich', 'post' or 'pre'"),
+        ({"clip_qkv": 0}, "clip_qkv = 0.0 must be positive and finite"),
+        ({"clip_qkv": "8"}, "model.overrides.clip_qkv = '8': Input should be a valid number"),
+        ({"qk_norm": 1}, "model.overrides.qk_norm = 1: Input should be a valid boolean"),
+        ({"qk_nrom": True}, "did you mean 'qk_norm'"),
+        *(({name: 1}, f"model.overrides.{name}: what {name} = ") for name in NOT_BUILT),
+        ({"norm_class_name": "LayerNorm"}, "model.overrides.norm_class_name: what norm_class_name = 'RMSNorm_llama'"),
+        ({"n_embd": 64}, "model.overrides.n_embd: dim is its name here"),
+        ({"block_class_name": "SandwichBlock"}, "block is its name here"),
+        ({"padding_multiple": 8}, "set model.vocab_padding_multiple"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_message(overrides, message):

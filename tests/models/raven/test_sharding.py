@@ -115,6 +115,9 @@ CASES = {
     "compiled and checkpointed": Case(compile=True, ac="iteration"),
     "untied": Case(fields={"tie_word_embeddings": False}),
     "post-norm, add": Case(fields={"block": "post", "injection": "add", "init_strategy": "scaled"}),
+    "pre-norm, every option": Case(
+        ac="iteration", fields={"block": "pre", "n_kv_heads": 2, "qk_norm": True, "clip_qkv": 0.1}
+    ),
     "no injection": Case(fields={"injection": "none"}),
     "no prelude, no coda": Case(ac="iteration", fields={"n_layers_prelude": 0, "n_layers_coda": 0}),
 }

@@ -5,7 +5,7 @@ Parameter names are those of the released Hugging Face state dict but for the tw
 """
 
 from torchtitan_rd.models.raven.config import RAVEN_FLAVORS, count_flops
-from torchtitan_rd.models.raven.hf import HF
+from torchtitan_rd.models.raven.hf import FOREIGN, HF
 from torchtitan_rd.models.raven.init import inits
 from torchtitan_rd.models.raven.inputs import RavenInputs
 from torchtitan_rd.models.raven.model import Raven
@@ -16,4 +16,6 @@ from torchtitan_rd.models.spec import ModelSpec
 
 __all__ = ["RAVEN", "RecurrenceConfig"]
 
-RAVEN = ModelSpec("raven", RAVEN_FLAVORS, Raven, inits, wrap_plan, count_flops, HF, RavenInputs, StateTelemetry)
+RAVEN = ModelSpec(
+    "raven", RAVEN_FLAVORS, Raven, inits, wrap_plan, count_flops, HF, RavenInputs, StateTelemetry, FOREIGN
+)

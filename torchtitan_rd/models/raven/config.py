@@ -12,6 +12,22 @@ from torchtitan_rd.models.spec import FlopCount
 
 INJECTIONS = ("linear", "add", "gate", "none")
 STATE_INITS = ("like-init", "normal", "embed", "zero", "unit")
+NOT_BUILT: dict[str, tuple[Any, ...]] = {
+    "nonlin_name": ("SiLU",),
+    "mlp_class_name": ("GatedMLP",),
+    "bias": (False,),
+    "lm_head_bias": (False,),
+    "center_attention": (False,),
+    "debias_attention": (False,),
+    "use_abacus": (False,),
+    "randomize_positions_from": (None,),
+    "mup_model_scaling_factor": (1,),
+    "embed_step": (False,),
+    "normalize_rec": ("",),
+    "intermediate_noise_injection": (0,),
+    "test_time_noise": (0,),
+}
+"""Fields of Huginn's configurations that a RavenConfig lacks: the values that mean what this model computes anyway."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +39,13 @@ class RavenConfig:
         blocks are legal.
     n_kv_heads: n_heads unless given.
     block: where a block's norms stand. sandwich: before and after each branch (Huginn). post: after the residual sum.
-    qk_bias: one bias for queries and one for keys, added before the rotary embedding.
+        pre: before each branch, so that the residual stream is never normalised between iterations.
+    clip_qkv: queries, keys and values are clamped to +- this, right after their projection.
+    qk_bias: one bias for queries and one for keys, added before the rotary embedding. Each query head has its own bias
+        on the keys too, so with fewer kv heads the keys and values are copied for each query head, as in Huginn's
+        training program: the kernel then sees n_heads of them.
+    qk_norm: queries and keys are divided by their root mean square over the head, after the rotary embedding, without
+        a weight.
     injection: how an iteration takes in the embedded input e. linear: a learned map of [s, e]; add: s + e;
         gate: s * e; none: not at all, the state starts at e.
     state_init: the distribution of the first state (inputs.py).
@@ -44,8 +66,10 @@ class RavenConfig:
     mean_backprop_depth: int
     vocab_size: int = 65536
     n_kv_heads: int | None = None
-    block: Literal["sandwich", "post"] = "sandwich"
+    block: Literal["sandwich", "post", "pre"] = "sandwich"
+    clip_qkv: float | None = None
     qk_bias: bool = True
+    qk_norm: bool = False
     injection: str = "linear"
     state_init: str = "like-init"
     sampling_scheme: str = "poisson-lognormal-filling"
@@ -72,8 +96,6 @@ class RavenConfig:
             raise ConfigError(f"dim = {self.dim} must be an even multiple of n_heads = {heads}: rotary turns pairs")
         if heads % kv_heads:
             raise ConfigError(f"n_heads = {heads} is not divisible by n_kv_heads = {kv_heads}")
-        if self.qk_bias and kv_heads != heads:
-            raise ConfigError(f"qk_bias has one bias a query head: set n_kv_heads = {heads}, or qk_bias = false")
 
     @property
     def attention_shape(self) -> AttentionShape:
@@ -124,7 +146,8 @@ def _huginn(dim: int, heads: int, ffn_dim: int, layers: Layers, mean: int, backp
 def _post_norm(
     dim: int, heads: int, ffn_dim: int, layers: Layers, mean: int, backprop: int, **fields: Any
 ) -> RavenConfig:
-    """The shapes that came before Huginn."""
+    """The shapes that came before Huginn. They differ from it in more than the block: `[model.overrides]` replaces
+    single fields, so Huginn's block in one of these shapes is a `_huginn` row of its own."""
     before = {
         "block": "post",
         "qk_bias": False,
@@ -137,23 +160,24 @@ def _post_norm(
     return RavenConfig(dim, heads, ffn_dim, *layers, mean, backprop, **{**before, **fields})
 
 
-_DEBUG = {
+_UNTIED = {
     "vocab_size": 32000,
     "n_kv_heads": 8,
     "sampling_scheme": "poisson-unbounded",
-    "init_orthogonal": False,
     "tie_word_embeddings": False,
-    "max_seq_len": 384,
 }
 
 RAVEN_FLAVORS = {  # dim, heads, ffn dim, (prelude, core, coda), mean recurrence, mean backprop depth
-    "debug": _post_norm(256, 16, 256, (1, 2, 1), 2, 1, **_DEBUG),
+    "debug": _post_norm(256, 16, 256, (1, 2, 1), 2, 1, **_UNTIED, init_orthogonal=False, max_seq_len=384),
     "debug-demo": _huginn(128, 4, 448, (0, 1, 0), 8, 4, vocab_size=256, max_seq_len=128),
+    "baby-recurrent-200m": _post_norm(1024, 32, 2816, (1, 4, 1), 20, 4, **_UNTIED),
     "magpie-150m": _post_norm(1024, 32, 3520, (1, 4, 1), 20, 4),
+    "magpie-huginn-150m": _huginn(1024, 8, 3520, (1, 4, 1), 20, 4),
     "corax-raven-800m": _post_norm(4096, 32, 8192, (1, 2, 1), 20, 4),
     "kolk-raven-1.1b": _post_norm(4096, 64, 8192, (1, 4, 1), 24, 8),
     "tower-raven-3b": _post_norm(4096, 64, 8192, (2, 8, 2), 32, 8),
     "nebel-raven-3.5b": _huginn(5280, 55, 17920, (2, 4, 2), 32, 8),
+    "corone-raven-3.5b": _huginn(5280, 55, 17920, (2, 4, 2), 32, 8, block="pre"),
     "nebel-baseline-3.5b": _huginn(5280, 55, 17920, (2, 4, 2), 1, 1, sampling_scheme="non-recurrent"),
     "deluge-raven-4b": _post_norm(7040, 64, 14080, (2, 4, 2), 32, 8),
 }

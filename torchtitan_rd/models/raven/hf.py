@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.models.raven.config import INJECTIONS, STATE_INITS, RavenConfig
+from torchtitan_rd.models.raven.config import INJECTIONS, NOT_BUILT, STATE_INITS, RavenConfig
 from torchtitan_rd.models.raven.model import Raven
 from torchtitan_rd.models.spec import HuggingFaceLayout
 
-_BLOCKS = {"sandwich": "SandwichBlock", "post": "TransformerPostNormBlock"}
+BLOCKS = {"sandwich": "SandwichBlock", "post": "TransformerPostNormBlock", "pre": "TransformerPreNormBlock"}
 _FIELDS = {  # ours -> theirs, where both sides hold the same value
     "dim": "n_embd",
     "ffn_dim": "intermediate_size",
@@ -32,7 +32,9 @@ _WITH_DEFAULT = {  # those that a released config may leave out, and what its cl
     "sampling_scheme": ("sampling_scheme", "poisson-lognormal-filling"),
     "init_strategy": ("init_strategy", "takase"),
     "init_orthogonal": ("init_orthogonal", False),
+    "clip_qkv": ("clip_qkv", None),
     "qk_bias": ("qk_bias", True),
+    "qk_norm": ("qk_norm", False),
     "norm_eps": ("norm_eps", 1e-6),
     "rope_theta": ("rope_base", 50_000.0),
     "tie_word_embeddings": ("tie_embeddings", True),
@@ -41,24 +43,29 @@ _WITH_DEFAULT = {  # those that a released config may leave out, and what its cl
 _COMPUTED = {  # what our model computes, the default first; the released family has more
     "model_type": ("huginn_raven",),
     "architecture_class_name": ("RecurrentGPT",),
-    "block_class_name": tuple(_BLOCKS.values()),
+    "block_class_name": tuple(BLOCKS.values()),
     "norm_class_name": ("RMSNorm_llama", "RMSNorm"),
-    "mlp_class_name": ("GatedMLP",),
-    "nonlin_name": ("SiLU",),
     "injection_type": INJECTIONS,
     "state_init": STATE_INITS,
     "init_strategy": ("takase", "scaled"),
-    "bias": (False,),
-    "lm_head_bias": (False,),
-    "qk_norm": (False,),
-    "clip_qkv": (None,),
-    "embed_step": (False,),
-    "normalize_rec": ("",),
-    "intermediate_noise_injection": (0,),
-    "test_time_noise": (0,),
-    "mup_model_scaling_factor": (1,),
+    "qk_norm": (False, True),
+    **NOT_BUILT,
 }
 _ROTARY = {"use_rope": (True,), "rope_condense_ratio": (1,)}
+
+FOREIGN = {
+    **{
+        name: f"what {name} = {known[0]!r} means in Huginn's configurations is the only thing built: leave it out"
+        for name, known in {**NOT_BUILT, "norm_class_name": _COMPUTED["norm_class_name"]}.items()
+    },
+    **{theirs: f"{ours} is its name here" for ours, theirs in _FIELDS.items() if ours != theirs},
+    **{theirs: f"{ours} is its name here" for ours, (theirs, _) in _WITH_DEFAULT.items() if ours != theirs},
+    "block_class_name": "block is its name here",
+    "num_attention_heads": "n_heads is its name here",
+    "num_key_value_heads": "n_kv_heads is its name here",
+    "padding_multiple": "set model.vocab_padding_multiple",
+}
+"""Names of Huginn's configurations that `[model.overrides]` does not take -> what to do instead."""
 
 
 def key_map(config: RavenConfig) -> dict[str, str]:
@@ -78,7 +85,7 @@ def config_fields(config: RavenConfig) -> dict[str, Any]:
         },
         **{key: _COMPUTED[key][0] for key in ("model_type", "architecture_class_name", "norm_class_name")},
         **{key: _COMPUTED[key][0] for key in ("mlp_class_name", "nonlin_name", "bias")},
-        "block_class_name": _BLOCKS[config.block],
+        "block_class_name": BLOCKS[config.block],
         "n_heads": config.n_heads,
         "n_layers": config.n_layers_prelude + config.n_layers_core + config.n_layers_coda,
         "padding_multiple": 1,  # vocab_size is the number of rows
@@ -112,11 +119,12 @@ def shape(fields: Mapping[str, Any]) -> RavenConfig:
     }
     kv_heads = fields.get("num_key_value_heads")
     values = {ours: fields.get(theirs, default) for ours, (theirs, default) in _WITH_DEFAULT.items()}
-    values |= {name: float(values[name]) for name in ("norm_eps", "rope_theta")}
+    floats = ("norm_eps", "rope_theta", "clip_qkv")
+    values |= {name: float(values[name]) for name in floats if values[name] is not None}
     return RavenConfig(
         n_heads=heads,
         n_kv_heads=None if kv_heads == heads else kv_heads,
-        block={theirs: ours for ours, theirs in _BLOCKS.items()}[fields.get("block_class_name", "SandwichBlock")],
+        block={theirs: ours for ours, theirs in BLOCKS.items()}[fields.get("block_class_name", "SandwichBlock")],
         **{ours: fields[theirs] for ours, theirs in _FIELDS.items()},
         **values,
     )
@@ -145,5 +153,5 @@ HF = HuggingFaceLayout(
     shape=shape,
     buffers=buffers,
     derived="freqs_cis",
-    code=(_CODE / "configuration_raven.py", _CODE / "modeling_raven.py"),
+    code=tuple(_CODE / f"{name}_raven.py" for name in ("configuration", "masks", "modeling")),
 )

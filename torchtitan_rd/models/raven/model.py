@@ -12,28 +12,46 @@ from torchtitan_rd.models.attention import Mask, attend, build_mask
 from torchtitan_rd.models.layers import RMSNorm, Rotary, apply_rotary
 from torchtitan_rd.models.raven.config import RavenConfig
 
+QK_NORM_EPS = torch.finfo(torch.float32).eps  # what Huginn's training program has in float32, here in every type
+
 
 class Attention(nn.Module):
-    """Causal self-attention: one matrix for queries, keys and values, biases on the first two, rotary positions."""
+    """Causal self-attention: one matrix for queries, keys and values, then, as configured: all three clamped, biases on
+    queries and keys, rotary positions, queries and keys normalised."""
 
     def __init__(self, config: RavenConfig):
         super().__init__()
         heads, kv_heads, self.head_dim = config.attention_shape
-        self.heads = (heads, kv_heads)
+        self.clip_qkv, self.qk_norm = config.clip_qkv, config.qk_norm
+        self.copies = heads // kv_heads if config.qk_bias else 1
+        self.heads = (heads, kv_heads * self.copies)
         self.widths = ((heads + kv_heads) * self.head_dim, kv_heads * self.head_dim)
         self.Wqkv = nn.Linear(config.dim, sum(self.widths), bias=False)
         self.qk_bias = nn.Parameter(torch.empty(2, 1, heads, self.head_dim)) if config.qk_bias else None
         self.proj = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
+        qkv = self.Wqkv(x_BSE)
+        if self.clip_qkv is not None:
+            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
         # Queries and keys stay one tensor through bias and rotary: half the operations.
-        qk, v = self.Wqkv(x_BSE).split(self.widths, dim=-1)
+        qk, v = qkv.split(self.widths, dim=-1)
+        if self.copies > 1:
+            qk, v = self._copied(qk, v)
         if self.qk_bias is not None:
             qk = qk + self.qk_bias.flatten()
         qk_BHSD = apply_rotary(qk.unflatten(-1, (-1, self.head_dim // 2, 2)), rotary).transpose(1, 2)
+        if self.qk_norm:
+            qk_BHSD = F.rms_norm(qk_BHSD, (self.head_dim,), eps=QK_NORM_EPS)
         q_BHSD, k_BHSD = qk_BHSD.split(self.heads, dim=1)
         v_BHSD = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return self.proj(attend(q_BHSD, k_BHSD, v_BHSD, mask).transpose(1, 2).flatten(-2))
+
+    def _copied(self, qk: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same with a key head and a value head for each query head: their biases differ."""
+        q, k = qk.split((qk.shape[-1] - v.shape[-1], v.shape[-1]), dim=-1)
+        k, v = (t.unflatten(-1, (-1, self.head_dim)).repeat_interleave(self.copies, -2).flatten(-2) for t in (k, v))
+        return torch.cat((q, k), dim=-1), v
 
 
 class GatedMLP(nn.Module):
@@ -81,7 +99,22 @@ class PostNormBlock(nn.Module):
         return self.norm_2(x_BSE + self.mlp(x_BSE))
 
 
-BLOCKS = {"sandwich": SandwichBlock, "post": PostNormBlock}
+class PreNormBlock(nn.Module):
+    """x = x + attn(norm_1(x)); x = x + mlp(norm_2(x))."""
+
+    def __init__(self, config: RavenConfig):
+        super().__init__()
+        self.norm_1 = RMSNorm(config.dim, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.norm_2 = RMSNorm(config.dim, eps=config.norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
+        x_BSE = x_BSE + self.attn(self.norm_1(x_BSE), rotary, mask)
+        return x_BSE + self.mlp(self.norm_2(x_BSE))
+
+
+BLOCKS = {"sandwich": SandwichBlock, "post": PostNormBlock, "pre": PreNormBlock}
 
 
 def blocks(config: RavenConfig, number: int) -> nn.ModuleList:

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-BLOCKS = ("SandwichBlock", "TransformerPostNormBlock")
+BLOCKS = ("SandwichBlock", "TransformerPostNormBlock", "TransformerPreNormBlock")
 INJECTIONS = ("linear", "add", "gate", "none")
 STATE_INITS = ("like-init", "normal", "embed", "zero", "unit")
 
@@ -17,7 +17,10 @@ class RavenConfig(PretrainedConfig):
     n_layers_in_prelude, n_layers_in_recurrent_block, n_layers_in_coda: blocks before, in and after the recurrence.
     mean_recurrence: iterations in evaluation, and their mean in training. mean_backprop_depth: the mean of those that
         are differentiated. sampling_scheme: how depths are drawn in training.
-    block_class_name: SandwichBlock has norms before and after each branch, TransformerPostNormBlock after the sums.
+    block_class_name: SandwichBlock has norms before and after each branch, TransformerPostNormBlock after the sums,
+        TransformerPreNormBlock before each branch.
+    clip_qkv: bound of queries, keys and values, right after their projection; None: none.
+    qk_norm: queries and keys are divided by their root mean square, after the rotary embedding.
     injection_type: how an iteration takes in the embedded input e. linear: a learned map of [s, e]; add: s + e;
         gate: s * e; none: not at all, the state starts at e.
     state_init: the distribution of the first state. init_strategy: takase scales embeddings by sqrt(n_embd).
@@ -52,7 +55,9 @@ class RavenConfig(PretrainedConfig):
         state_init: str = "like-init",
         init_strategy: str = "takase",
         init_orthogonal: bool = False,
+        clip_qkv: float | None = None,
         qk_bias: bool = True,
+        qk_norm: bool = False,
         norm_eps: float = 1e-6,
         rope_base: float = 50_000.0,
         tie_embeddings: bool = True,
@@ -85,7 +90,9 @@ class RavenConfig(PretrainedConfig):
         self.state_init = state_init
         self.init_strategy = init_strategy
         self.init_orthogonal = init_orthogonal
+        self.clip_qkv = clip_qkv
         self.qk_bias = qk_bias
+        self.qk_norm = qk_norm
         self.norm_eps = norm_eps
         self.rope_base = rope_base
         self.block_size = block_size

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .configuration_raven import RavenConfig
+from .masks_raven import positions_and_mask
 
 
 class Context(NamedTuple):
@@ -59,26 +60,33 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Attention(nn.Module):
-    """Causal self-attention: one matrix for queries, keys and values, biases on the first two, rotary positions."""
+    """Causal self-attention: one matrix for queries, keys and values, then, as configured: all three clamped, biases on
+    queries and keys (one a query head: grouped keys are copied), rotary positions, queries and keys normalised."""
 
     def __init__(self, config: RavenConfig):
         super().__init__()
         heads, kv_heads, self.head_dim = config.n_heads, config.num_key_value_heads, config.n_embd // config.n_heads
-        self.heads = (heads, kv_heads, kv_heads)
+        self.heads, self.clip_qkv, self.qk_norm = (heads, kv_heads, kv_heads), config.clip_qkv, config.qk_norm
         self.Wqkv = linear(config.n_embd, *(number * self.head_dim for number in self.heads))
         self.qk_bias = nn.Parameter(torch.zeros(2, 1, heads, self.head_dim)) if config.qk_bias else None
         self.proj = linear(config.n_embd, config.n_embd, ends_branch=True)
 
     def forward(self, x: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
-        q, k, v = self.Wqkv(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
+        qkv = self.Wqkv(x)
+        if self.clip_qkv is not None:
+            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
         if self.qk_bias is not None:
+            k, v = (t.repeat_interleave(self.heads[0] // self.heads[1], dim=2) for t in (k, v))
             q, k = q + self.qk_bias[0], k + self.qk_bias[1]
         q, k = (rotate(t, context.cos, context.sin).type_as(v) for t in (q, k))
+        if self.qk_norm:
+            q, k = (F.rms_norm(t, (self.head_dim,), eps=torch.finfo(torch.float32).eps) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S, D)
         if context.cache is not None:
             k, v = context.cache.update(k, v, slot)
         causal = context.mask is None and q.shape[2] > 1
-        gqa = self.heads[0] != self.heads[1]
+        gqa = q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=gqa)
         return self.proj(y.transpose(1, 2).flatten(-2))
 
@@ -128,6 +136,17 @@ class TransformerPostNormBlock(nn.Module):
         return self.norm_2(x + self.mlp(x))
 
 
+class TransformerPreNormBlock(TransformerPostNormBlock):
+    """x = x + attn(norm_1(x)); x = x + mlp(norm_2(x))."""
+
+    def forward(self, x: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
+        x = x + self.attn(self.norm_1(x), context, slot)
+        return x + self.mlp(self.norm_2(x))
+
+
+BLOCKS = {block.__name__: block for block in (SandwichBlock, TransformerPostNormBlock, TransformerPreNormBlock)}
+
+
 @dataclass
 class RavenOutput(CausalLMOutputWithPast):
     """latent_states: ln_f(s_r), detached. hidden_states: on request, s_0 .. s_r and, last, the input of lm_head."""
@@ -141,7 +160,7 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = RavenConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SandwichBlock", "TransformerPostNormBlock"]  # noqa: RUF012
+    _no_split_modules = list(BLOCKS)  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"^freqs_cis$"]  # noqa: RUF012 (rotary table of released files)
@@ -152,7 +171,7 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: RavenConfig):
         super().__init__(config)
-        block = SandwichBlock if config.block_class_name == "SandwichBlock" else TransformerPostNormBlock
+        block = BLOCKS[config.block_class_name]
         parts = {
             "wte": nn.Embedding(config.vocab_size, config.n_embd),
             "prelude": nn.ModuleList(block(config) for _ in range(config.n_layers_in_prelude)),
@@ -232,7 +251,7 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache()
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        position_ids, mask = _positions_and_mask(inputs_embeds, attention_mask, position_ids, past)
+        position_ids, mask = positions_and_mask(inputs_embeds, attention_mask, position_ids, past)
         if input_states is None:
             s = self.initial_state(inputs_embeds, position_ids, init_scale, state_seed)
         else:
@@ -372,24 +391,3 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise ValueError(f"cache_implementation = {generation_config.cache_implementation!r}: only 'dynamic' works")
         model_kwargs["past_key_values"] = DynamicCache()
-
-
-def _positions_and_mask(
-    embeds: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None, past: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """-> positions (B or 1, S), and the mask of Context."""
-    batch, length, _ = embeds.shape
-    keys = torch.arange(past + length, device=embeds.device)
-    if attention_mask is not None and attention_mask.shape != (batch, past + length):
-        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, but must be {(batch, past + length)}")
-    if position_ids is None:
-        counted = keys[None] if attention_mask is None else attention_mask.long().cumsum(-1) - 1
-        position_ids = counted[:, past:].clamp(min=0)
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    if not padded and (past == 0 or length == 1):
-        return position_ids, None
-    queries = keys[past:, None]
-    if not padded:
-        return position_ids, keys <= queries
-    # Padding sees itself: a query that sees nothing would be undefined.
-    return position_ids, ((keys <= queries) & attention_mask[:, None, None].bool()) | (keys == queries)
