@@ -39,7 +39,7 @@ def gradients(kind: str, ac: str, documents: torch.Tensor, compiled: bool = Fals
     regions = [model.get_submodule(name) for name in checkpoint_regions(plan, config)]
     apply_activation_checkpointing(regions, config)
     compile_config = CompileConfig(enable=compiled, backend="eager")
-    apply_compile([model.get_submodule(name) for name in plan.blocks], compile_config)
+    apply_compile({name: model.get_submodule(name) for name in plan.blocks}, compile_config)
     model.rotary.init_buffers("cpu")
     recurrent = {"num_steps": (1, 2), "initial_state": some_state(2, LENGTH)} if kind == "raven" else {}
     model(some_tokens(2, LENGTH), documents, **recurrent).square().mean().backward()
