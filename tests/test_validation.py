@@ -7,9 +7,8 @@ from tests.ranks import run_on_ranks
 from tests.small_run import Setup, batches_of, hash_of, make
 from torchtitan_rd.data import DatasetKeys
 from torchtitan_rd.errors import ConfigError, DataError
+from torchtitan_rd.models.spec import SINGLE_READ_OUT
 from torchtitan_rd.validation import ValidationConfig, read_held_out, validate, validation_keys
-
-PLAIN = {"val_loss": lambda number: {}}
 
 
 def train(rank, world_size, validating):
@@ -19,7 +18,7 @@ def train(rank, world_size, validating):
     for number in (1, 2, 3):
         losses.append(step(number, batches_of(number, rank, world_size, config, padded=True)).loss)
         if validating:
-            held_out_losses.append(validate(model, held_out, torch.device("cpu"), PLAIN)["val_loss"])
+            held_out_losses.append(validate(model, held_out, torch.device("cpu"), SINGLE_READ_OUT)["val_loss"])
     return losses, held_out_losses, hash_of(model), model.training
 
 
@@ -45,7 +44,7 @@ def test_the_loss_is_a_mean_over_tokens_not_over_batches():
 def against_cross_entropy(rank, world_size):
     config, model, _ = make(Setup(sections={"training": {"local_batch_size": 2}}), world_size)
     batches = batches_of(5, rank, world_size, config, padded=True)
-    found = validate(model, batches, torch.device("cpu"), PLAIN)["val_loss"]
+    found = validate(model, batches, torch.device("cpu"), SINGLE_READ_OUT)["val_loss"]
     logits = torch.cat([model(batch.inputs) for batch in batches]).flatten(0, 1)
     labels = torch.cat([batch.labels for batch in batches]).flatten()
     return abs(found - torch.nn.functional.cross_entropy(logits, labels).item()) < 1e-6

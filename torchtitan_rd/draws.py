@@ -1,7 +1,6 @@
 """What forward takes beside tokens: nothing, or, for a recurrent model, the depth and the noise of each microbatch."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,7 +8,15 @@ import torch
 from torchtitan_rd.data import Batch
 from torchtitan_rd.data.batch_ramp import BatchRamp
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.models.spec import NO_INPUTS, FlopCount, ForwardInputs, Microbatch, ModelSpec
+from torchtitan_rd.models.spec import (
+    NO_INPUTS,
+    SINGLE_READ_OUT,
+    FlopCount,
+    ForwardInputs,
+    Microbatch,
+    ModelSpec,
+    ReadOuts,
+)
 
 
 class Draws:
@@ -48,19 +55,18 @@ class Draws:
             return NO_INPUTS
         return self.family(self._place(step, number, len(batch.inputs), self.accumulation))
 
-    def validation(
-        self, depths: Sequence[int], held_out: Sequence[Batch]
-    ) -> dict[str, Callable[[int], Mapping[str, object]]]:
-        """Name of the loss -> number of the batch -> arguments of forward: val_loss, and val_loss_<depth>."""
+    def validation(self, depths: Sequence[int], held_out: Sequence[Batch]) -> ReadOuts:
+        """Of a recurrent model: val_loss at its mean depth and val_loss_<depth>, each depth computed once."""
         if self.family is None:
-            return {"val_loss": lambda number: {}}
-
-        def at(depth: int, number: int) -> Mapping[str, object]:
-            place = self._place(1, number, len(held_out[number].inputs), len(held_out))
-            return self.family.at_depth(depth, place).kwargs
-
+            return SINGLE_READ_OUT
         named = {"val_loss": self.family.mean_depth, **{f"val_loss_{depth}": depth for depth in depths}}
-        return {name: partial(at, depth) for name, depth in named.items()}
+        ascending = sorted(set(named.values()))
+
+        def forward_inputs(number: int) -> Mapping[str, object]:
+            place = self._place(1, number, len(held_out[number].inputs), len(held_out))
+            return self.family.at_depths(ascending, place).kwargs
+
+        return ReadOuts({name: ascending.index(depth) for name, depth in named.items()}, forward_inputs)
 
     def flops(self, draws: Sequence[tuple[int, int]]) -> FlopCount | None:
         """The mean count per token of the (n, k) that were drawn; None where nothing is."""

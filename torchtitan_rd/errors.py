@@ -18,4 +18,5 @@ class CheckpointError(TorchtitanRDError):
 
 
 class TrainingError(TorchtitanRDError):
-    """Training itself must stop: a non-finite loss or gradient under `training.on_nonfinite = "stop"`."""
+    """Training itself must stop: a non-finite loss or gradient under `training.on_nonfinite = "stop"`, or a block that
+    would be compiled again under `compile.fail_on_recompile`."""

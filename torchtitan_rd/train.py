@@ -214,8 +214,8 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         """val_loss, and for a recurrent model val_loss_<depth>; the same on all ranks."""
-        variants = self.draws.validation(self.config.validation.partial_depth_eval, self.held_out)
-        losses = validate(self.model, self.held_out, self.device, variants)
+        read_outs = self.draws.validation(self.config.validation.partial_depth_eval, self.held_out)
+        losses = validate(self.model, self.held_out, self.device, read_outs)
         logger.info("step %d: %s", self.step, "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         return losses
 

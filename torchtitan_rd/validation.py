@@ -1,7 +1,8 @@
 """[validation]: the loss on a fixed held-out set, weighted by tokens; training is left exactly as it was."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torchtitan_rd.config_loader import Section
 from torchtitan_rd.data import Batch, DatasetKeys, build_dataloader
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.loss import count_valid, cross_entropy_sums
+from torchtitan_rd.models.spec import ReadOuts
 
 
 class ValidationConfig(Section):
@@ -88,31 +90,29 @@ def read_held_out(
 
 
 @torch.no_grad()
-def validate(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    device: torch.device,
-    variants: Mapping[str, Callable[[int], Mapping[str, object]]],
-) -> dict[str, float]:
-    """Mean loss in nats per valid token of the held-out set, the same on all ranks, for each variant.
+def validate(model: nn.Module, batches: Sequence[Batch], device: torch.device, read_outs: ReadOuts) -> dict[str, float]:
+    """Mean loss in nats per valid token of the held-out set, the same on all ranks, by the names of `read_outs`.
 
-    variants: name -> number of the batch -> extra arguments of forward (a recurrent model's depths).
+    Each batch is one forward, however many losses there are: logits are turned into a loss as soon as they are there.
     """
-    losses = {}
     was_training = model.training
     model.eval()
-    for name, inputs in variants.items():
-        sums = torch.zeros(2, dtype=torch.float64, device=device)
-        for number, batch in enumerate(batches):
-            labels = batch.labels.to(device)
-            documents = None if batch.document_ids is None else batch.document_ids.to(device)
-            logits = model(batch.inputs.to(device), documents, **inputs(number))
-            sums += torch.stack([cross_entropy_sums(logits, labels).cross_entropy, count_valid(labels)])
-        dist.all_reduce(sums)
-        total, valid = sums.tolist()
-        losses[name] = total / valid if valid else math.nan
+    results = max(read_outs.position.values()) + 1
+    sums = torch.zeros(results + 1, dtype=torch.float64, device=device)  # of the losses, and of the valid tokens
+    for number, batch in enumerate(batches):
+        labels = batch.labels.to(device)
+        documents = None if batch.document_ids is None else batch.document_ids.to(device)
+        read_out = partial(_loss_sum, labels=labels)
+        losses = model(batch.inputs.to(device), documents, read_out=read_out, **read_outs.inputs(number))
+        sums += torch.stack([*losses, count_valid(labels)])
+    dist.all_reduce(sums)
     model.train(was_training)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # the next forward must gather anew; a kept copy would be of these parameters (T2)
-    return losses
+    *totals, valid = sums.tolist()
+    return {name: totals[at] / valid if valid else math.nan for name, at in read_outs.position.items()}
+
+
+def _loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return cross_entropy_sums(logits, labels).cross_entropy

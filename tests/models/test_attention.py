@@ -6,6 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.attention import (
+    current_flash_attention_impl,
+    register_flash_attention_impl,
+    restore_flash_attention_impl,
+)
 
 from tests.models.tiny import some_tokens, tiny_llama
 from tests.ranks import run_on_ranks
@@ -111,6 +116,87 @@ def test_an_active_flash_attention_is_not_outranked_by_cudnn(monkeypatch):
         assert activated == ["FA4"] and not torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+class Installed:
+    """Stands for an installed FlashAttention 3: torch's registry activates and restores it as it does a real one."""
+
+    def __init__(self, load_error: Exception | None = None):
+        self.load_error, self.removed = load_error, 0
+
+    def register(self) -> "Installed":
+        if self.load_error:
+            raise self.load_error
+        return self
+
+    def remove(self) -> None:
+        self.removed += 1
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Installs a stand-in for FlashAttention 3, which `auto` then prefers; leaves torch as it was."""
+    registered = torch.nn.attention._registry._FLASH_ATTENTION_IMPLS["FA3"]
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    monkeypatch.setattr(attention, "choose_backend", lambda *arguments: Backend("fa3", "preferred"))
+
+    def install(stand_in: Installed) -> Installed:
+        register_flash_attention_impl("FA3", register_fn=stand_in.register)
+        return stand_in
+
+    yield install
+    if current_flash_attention_impl() is not None:
+        restore_flash_attention_impl()
+    register_flash_attention_impl("FA3", register_fn=registered)
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+
+
+def break_attention_while_fa3_is_active(monkeypatch):
+    right = attention.attend
+
+    def attend(q, k, v, mask):
+        return right(q, k, v, mask) * (1.1 if current_flash_attention_impl() == "FA3" else 1.0)
+
+    monkeypatch.setattr(attention, "attend", attend)
+
+
+BROKEN = {
+    "does not load": (ImportError("undefined symbol"), "fa3 is installed but does not load: undefined symbol"),
+    "another package": (AttributeError("no attribute 'cute'"), "fa3 is installed but does not load: no attribute"),
+    "wrong numbers": (None, "is wrong: relative errors output 1.00e-01"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_auto_warns_and_takes_sdpa_where_an_installed_flash_attention_is_broken(kind, install, monkeypatch, caplog):
+    load_error, message = BROKEN[kind]
+    installed = install(Installed(load_error))
+    break_attention_while_fa3_is_active(monkeypatch)
+    with caplog.at_level(logging.INFO, "torchtitan_rd"):
+        backend = setup_attention("auto", SHAPE, CPU, torch.float32, document_mask=False)
+    assert backend.name == "sdpa" and "fa3 is installed but broken" in backend.reason
+    warning, choice = caplog.records
+    assert warning.levelname == "WARNING" and message in warning.getMessage()
+    assert choice.getMessage().startswith("attention: sdpa (auto: fa3 is installed but broken")
+    assert current_flash_attention_impl() is None and installed.removed == (load_error is None)
+    assert torch.backends.cuda.cudnn_sdp_enabled(), "switched off for fa3 alone"
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_flash_attention_that_is_asked_for_by_name_is_refused(kind, install, monkeypatch):
+    load_error, message = BROKEN[kind]
+    install(Installed(load_error))
+    break_attention_while_fa3_is_active(monkeypatch)
+    with pytest.raises(ConfigError, match=message):
+        setup_attention("fa3", SHAPE, CPU, torch.float32, document_mask=False)
+
+
+def test_auto_stays_with_an_installed_flash_attention_that_works(install, caplog):
+    installed = install(Installed())
+    assert setup_attention("auto", SHAPE, CPU, torch.float32, document_mask=False).name == "fa3"
+    assert current_flash_attention_impl() == "FA3" and installed.removed == 0 and not caplog.records
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @pytest.mark.parametrize("document_mask", [False, True])

@@ -213,7 +213,7 @@ def _forward_inputs(weights: Weights, num_steps: int | None) -> dict[str, Any]:
     microbatch = Microbatch(
         step=0, count=0, samples=(0,), rank=0, seq_len=length, device=torch.device("cpu"), dtype=torch.float32
     )
-    return dict(_drawer(weights).at_depth(num_steps or verification_steps(weights), microbatch).kwargs)
+    return dict(_drawer(weights).at_depths([num_steps or verification_steps(weights)], microbatch).kwargs)
 
 
 def _tokens(weights: Weights) -> torch.Tensor:

@@ -15,7 +15,13 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
+from torch.nn.attention import (
+    SDPBackend,
+    activate_flash_attention_impl,
+    current_flash_attention_impl,
+    restore_flash_attention_impl,
+    sdpa_kernel,
+)
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from torchtitan_rd.errors import ConfigError
@@ -77,11 +83,21 @@ def setup_attention(
     """Chooses, activates and probes the backend for the whole process, and logs the choice.
 
     requested: `model.attention_backend`. shape: the model config's `attention_shape`. dtype: that of the activations.
-    Raises ConfigError if the backend is not to be had here, cannot do what the run needs, or computes wrongly.
+    Raises ConfigError if the backend is not to be had here, cannot do what the run needs, or computes wrongly; but
+    where `auto` took an installed FlashAttention that is broken, this warns and takes `sdpa`.
     """
     backend = choose_backend(requested, device, dtype, document_mask)
-    activate(backend)
-    kernel = probe(backend, shape, device, dtype, document_mask)
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        activate(backend)
+        kernel = probe(backend, shape, device, dtype, document_mask)
+    except ConfigError as error:
+        if requested != "auto" or backend.name not in _FLASH:
+            raise
+        logger.warning("attention: auto takes sdpa, since %s is installed but broken here: %s", backend.name, error)
+        _deactivate(cudnn)
+        backend = Backend("sdpa", f"auto: {backend.name} is installed but broken, see the warning")
+        kernel = probe(backend, shape, device, dtype, document_mask)
     logger.info("attention: %s (%s); probed forward and backward on %s", backend.name, backend.reason, kernel)
     return backend
 
@@ -127,12 +143,19 @@ def activate(backend: Backend) -> None:
     if backend.name in _FLASH:
         try:
             activate_flash_attention_impl(_FLASH[backend.name].torch_name)
-        except (ImportError, OSError, RuntimeError) as error:
+        except Exception as error:  # what is built for another torch may raise anything
             raise ConfigError(
                 f"model.attention_backend: {backend.name} is installed but does not load: {error}; "
                 f"reinstall it for this torch ({_FLASH[backend.name].remedy}), or use 'sdpa'"
             ) from error
         torch.backends.cuda.enable_cudnn_sdp(False)  # SDPA may rank it above flash, and then FA3/FA4 never runs
+
+
+def _deactivate(cudnn: bool) -> None:
+    """Undoes `activate`: torch's own flash kernel again, and cuDNN's as it was before."""
+    if current_flash_attention_impl() is not None:
+        restore_flash_attention_impl()
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 def probe(
@@ -174,15 +197,7 @@ def build_mask(tokens: torch.Tensor, document_ids: torch.Tensor | None) -> Mask:
     """What `attend` needs beside q, k and v: to be built once a forward. tokens and document_ids: (B, S)."""
     if document_ids is None:
         return _causal_block_mask(tokens.shape[1], tokens.device) if _flex_without_documents else None
-    if not document_ids.is_cuda:
-        return _visible(document_ids)
-
-    def same_document(b, h, q, k):
-        return (q >= k) & (document_ids[b, q] == document_ids[b, k])
-
-    return _compiled(create_block_mask)(
-        same_document, document_ids.shape[0], None, tokens.shape[1], tokens.shape[1], device=tokens.device
-    )
+    return _document_block_mask(document_ids) if document_ids.is_cuda else _visible(document_ids)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
@@ -190,7 +205,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
     gqa = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         # A block that is compiled as a whole takes flex in; nested compilation would break its graph.
-        flex = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex(flex_attention)
         return flex(q, k, v, block_mask=mask, enable_gqa=gqa)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
 
@@ -199,6 +214,20 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
 def _compiled(function: Callable) -> Callable:
     """Flex attention and its mask must be compiled: eagerly they hold the whole S x S matrix."""
     return torch.compile(function)
+
+
+@cache
+def _compiled_flex(function: Callable) -> Callable:
+    """As one operator that selective activation checkpointing sees and can keep; else it sees nothing of it."""
+    return torch.compile(function, options={"wrap_inductor_compiled_regions": True})
+
+
+def _document_block_mask(document_ids: torch.Tensor) -> BlockMask:
+    def same_document(b, h, q, k):
+        return (q >= k) & (document_ids[b, q] == document_ids[b, k])
+
+    batch, length = document_ids.shape
+    return _compiled(create_block_mask)(same_document, batch, None, length, length, device=document_ids.device)
 
 
 @cache

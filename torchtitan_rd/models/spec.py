@@ -80,6 +80,22 @@ class ForwardInputs:
 
 NO_INPUTS = ForwardInputs({}, (0, 0))
 
+ReadOut = Callable[[torch.Tensor], torch.Tensor]
+
+
+class ReadOuts(NamedTuple):
+    """What one forward of a held-out batch is asked for.
+
+    position: name of a loss -> which of the results that forward returns it is; several names may share one.
+    inputs: number of the batch -> what forward takes beside tokens and document ids.
+    """
+
+    position: Mapping[str, int]
+    inputs: Callable[[int], Mapping[str, Any]]
+
+
+SINGLE_READ_OUT = ReadOuts({"val_loss": 0}, lambda number: {})
+
 
 @dataclass(frozen=True)
 class HuggingFaceLayout:
@@ -115,14 +131,17 @@ class ModelSpec:
 
     flavors: name -> config (a frozen dataclass whose fields `[model.overrides]` may replace).
     build: config -> module with `forward(tokens (B, S) int64, document_ids (B, S) int32 | None, **kwargs of inputs)
-        -> logits (B, S, V)` in float32; called under `torch.device("meta")`; single-device maths only. The module has
-        `init_buffers(device)` to fill its non-persistent buffers (rotary tables) after `to_empty`.
+        -> logits (B, S, V)` in float32; called under `torch.device("meta")`; single-device maths only. Called with
+        `read_out=`, a function of logits, forward returns the list of what that gives: one result, or as many as the
+        inputs ask for, with one set of logits in memory at a time. The module has `init_buffers(device)` to fill its
+        non-persistent buffers (rotary tables) after `to_empty`.
     inits: module -> {parameter name: fill(full tensor in place, generator)}; one entry for every unique parameter.
     wrap_plan: module -> WrapPlan.
     flops: (config, seq_len) -> FlopCount; where depths are drawn also `num_steps=(n, k)`, in which it is linear.
     inputs: None if forward needs nothing beside a batch. Else (config, [recurrence], seed=, total_steps=) ->
-        Microbatch -> ForwardInputs, with `at_depth(depth, Microbatch) -> ForwardInputs` and `mean_depth` for
-        validation, and `report() -> str` for the log. Raises ConfigError if the settings cannot go together.
+        Microbatch -> ForwardInputs, with `at_depths(depths, Microbatch) -> ForwardInputs` (one forward, and a
+        read-out at each of the ascending depths) and `mean_depth` for validation, and `report() -> str` for the log.
+        Raises ConfigError if the settings cannot go together.
     hf: how it stands in a Hugging Face folder.
     telemetry: None, or module -> a context around forward passes whose `read() -> {name: number}` describes the last.
     foreign: field that the configs of other programs have and this family's lacks -> what to tell who overrides it.

@@ -39,7 +39,7 @@ def parallelize(
     Tensor and context parallelism, once they exist, come before the three. The optimizer must be built afterwards:
     one built before would hold the unsharded parameters and never get a gradient (T11).
     """
-    blocks = [model.get_submodule(name) for name in plan.blocks]
+    blocks = {name: model.get_submodule(name) for name in plan.blocks}
     regions = [model.get_submodule(name) for name in checkpoint_regions(plan, activation_checkpoint)]
     apply_activation_checkpointing(regions, activation_checkpoint)
     apply_compile(blocks, compile)

@@ -23,6 +23,7 @@ _SAVED_OPS = frozenset(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.higher_order.flex_attention,
+        torch.ops.higher_order.inductor_compiled_code,  # in an eager block: flex attention, compiled by itself
     }
 )
 

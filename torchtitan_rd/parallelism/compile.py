@@ -1,10 +1,13 @@
 """[compile]: each block is compiled in place (`module.compile()`), so names and checkpoint keys stay clean."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 from torch import nn
 
 from torchtitan_rd.config_loader import Section
+from torchtitan_rd.errors import TrainingError
 
 
 class CompileConfig(Section):
@@ -12,9 +15,47 @@ class CompileConfig(Section):
     """Compile every transformer block with torch.compile. Identical blocks share one compilation."""
     backend: str = "inductor"
     """The torch.compile backend."""
+    fail_on_recompile: bool = False
+    """Stop where a block would be compiled again for what it has run before (with gradient or without), as for a new
+    shape: an error with the guard that failed, in place of a silent pause of every rank."""
 
 
-def apply_compile(blocks: Sequence[nn.Module], config: CompileConfig) -> None:
-    if config.enable:
-        for block in blocks:
-            block.compile(backend=config.backend, fullgraph=True)
+def apply_compile(blocks: Mapping[str, nn.Module], config: CompileConfig) -> None:
+    """blocks: by their names, which errors give."""
+    if not config.enable:
+        return
+    for name, block in blocks.items():
+        block.compile(backend=config.backend, fullgraph=True)
+        if config.fail_on_recompile:
+            block._compiled_call_impl = _compiled_once_a_mode(block._compiled_call_impl, block, name)
+
+
+def _compiled_once_a_mode(call: Callable, block: nn.Module, name: str) -> Callable:
+    """`call`, the compiled block, that may compile in its first call in each mode and raises TrainingError after it.
+
+    A mode is what a run rightly compiles for: gradients on or off, and whether the first argument needs one (without
+    injection, a recurrent state does not in the first iteration after those without gradient). Depths are drawn, so
+    no number of steps is sure to have seen every mode; hence modes, and not a warm-up.
+    """
+    compiled: set[tuple[bool, bool]] = set()
+    what = f"{name} ({type(block).__name__}.forward)"  # FSDP gives the class another name afterwards
+
+    def guarded(x: torch.Tensor, *args: Any) -> Any:
+        mode = (torch.is_grad_enabled(), x.requires_grad)
+        if mode not in compiled:
+            output = call(x, *args)
+            compiled.add(mode)
+            return output
+        try:
+            with torch.compiler.set_stance("fail_on_recompile"):
+                return call(x, *args)
+        except RuntimeError as error:
+            if "stance is 'fail_on_recompile'" not in str(error):
+                raise
+            _, _, guards = str(error).partition("\n")
+            raise TrainingError(
+                f"compile.fail_on_recompile: {what} would be compiled again\n{guards}\n"
+                "keep the named input as it was in the first step, or set compile.fail_on_recompile to false"
+            ) from error
+
+    return guarded

@@ -77,9 +77,10 @@ def test_a_bfloat16_state_is_the_float32_one_rounded():
 
 
 def test_validation_runs_every_iteration_without_gradient_on_noise_of_its_own():
-    drawn = inputs().at_depth(5, WHOLE)
+    drawn = inputs().at_depths([2, 5], WHOLE)
     assert drawn.num_steps == drawn.kwargs["num_steps"] == (5, 0)
-    again = inputs().at_depth(9, replace(WHOLE, step=77)).kwargs["initial_state"]
+    assert drawn.kwargs["early_read_outs"] == (2,)
+    again = inputs().at_depths([9], replace(WHOLE, step=77)).kwargs["initial_state"]
     assert torch.equal(drawn.kwargs["initial_state"], again)
     assert not torch.equal(again, state())
 
@@ -90,6 +91,6 @@ def test_a_scheme_in_the_section_replaces_the_flavors():
 
 def test_settings_that_cannot_go_together_are_refused():
     with pytest.raises(ConfigError, match="at least 1"):
-        inputs().at_depth(0, WHOLE)
+        inputs().at_depths([0, 3], WHOLE)
     with pytest.raises(ConfigError, match=r"recurrence\.lockstep = false needs an injection"):
         RavenInputs(tiny_config(injection="none"), RecurrenceConfig(lockstep=False), seed=0, total_steps=1)

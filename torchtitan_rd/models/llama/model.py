@@ -13,7 +13,7 @@ from torch import nn
 from torchtitan_rd.models.attention import Mask, attend, build_mask
 from torchtitan_rd.models.layers import Rotary, apply_rotary, build_norm, normal_, ones_
 from torchtitan_rd.models.llama.config import LlamaConfig
-from torchtitan_rd.models.spec import InitFn
+from torchtitan_rd.models.spec import InitFn, ReadOut
 
 
 class Attention(nn.Module):
@@ -82,14 +82,21 @@ class Llama(nn.Module):
         """Fills the rotary frequencies, which `to_empty` leaves undefined and no checkpoint holds."""
         self.rotary.init_buffers(device)
 
-    def forward(self, tokens_BS: torch.Tensor, document_ids_BS: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        tokens_BS: torch.Tensor,
+        document_ids_BS: torch.Tensor | None = None,
+        *,
+        read_out: ReadOut | None = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
         """Next-token logits (B, S, V), float32. Tokens attend to earlier ones of their own document."""
         rotary = self.rotary(tokens_BS.shape[1])
         mask = build_mask(tokens_BS, document_ids_BS)
         h_BSE = self.tok_embeddings(tokens_BS)
         for layer in self.layers:
             h_BSE = layer(h_BSE, rotary, mask)
-        return self.output(self.norm(h_BSE)).float()
+        logits_BSV = self.output(self.norm(h_BSE)).float()
+        return logits_BSV if read_out is None else [read_out(logits_BSV)]
 
 
 def inits(model: Llama) -> dict[str, InitFn]:

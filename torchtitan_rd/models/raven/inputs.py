@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -48,14 +49,18 @@ class RavenInputs:
             )
         return text
 
-    def at_depth(self, depth: int, microbatch: Microbatch) -> ForwardInputs:
+    def at_depths(self, depths: Sequence[int], microbatch: Microbatch) -> ForwardInputs:
         """The inputs of a validation microbatch, of which only the samples and the layout count.
 
-        depth: iterations, all of them without gradient. Raises ConfigError below 1.
+        depths: iterations, ascending, all of them without gradient. A smaller depth is the first part of a larger
+        one, as state and embedded input are the same, so one forward to the last of them passes them all.
+        Raises ConfigError below 1.
         """
-        if depth < 1:
-            raise ConfigError(f"a depth of {depth} iterations cannot be evaluated: use at least 1")
-        return self._inputs((depth, 0), VALIDATION_STEP, microbatch)
+        if depths[0] < 1:
+            raise ConfigError(f"a depth of {depths[0]} iterations cannot be evaluated: use at least 1")
+        *early, deepest = depths
+        inputs = self._inputs((deepest, 0), VALIDATION_STEP, microbatch)
+        return replace(inputs, kwargs={**inputs.kwargs, "early_read_outs": tuple(early)})
 
     def _inputs(self, num_steps: tuple[int, int], step: int, microbatch: Microbatch) -> ForwardInputs:
         state = initial_state(

@@ -4,6 +4,8 @@ Shapes: B batch, S sequence, E dim, H heads, D head dim, V vocabulary. Letters: 
 iterations without and with gradient.
 """
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -11,6 +13,7 @@ from torch import nn
 from torchtitan_rd.models.attention import Mask, attend, build_mask
 from torchtitan_rd.models.layers import RMSNorm, Rotary, apply_rotary
 from torchtitan_rd.models.raven.config import RavenConfig
+from torchtitan_rd.models.spec import ReadOut
 
 QK_NORM_EPS = torch.finfo(torch.float32).eps  # what Huginn's training program has in float32, here in every type
 
@@ -152,15 +155,25 @@ class Recurrence(nn.Module):
         self.iteration = Iteration(config)
 
     def forward(
-        self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask, num_steps: tuple[int, int]
-    ) -> torch.Tensor:
+        self,
+        s_BSE: torch.Tensor,
+        e_BSE: torch.Tensor,
+        rotary: torch.Tensor,
+        mask: Mask,
+        num_steps: tuple[int, int],
+        early_read_outs: Collection[int] = (),
+    ) -> list[torch.Tensor]:
+        """-> the states after as many iterations without gradient as `early_read_outs` name, then the last one."""
         num_steps_no_grad, num_steps_with_grad = num_steps
+        early = []
         with torch.no_grad():
-            for _ in range(num_steps_no_grad):
+            for done in range(1, num_steps_no_grad + 1):
                 s_BSE = self.iteration(s_BSE, e_BSE, rotary, mask)
+                if done in early_read_outs:
+                    early.append(s_BSE)
         for _ in range(num_steps_with_grad):
             s_BSE = self.iteration(s_BSE, e_BSE, rotary, mask)
-        return s_BSE
+        return [*early, s_BSE]
 
 
 class Transformer(nn.Module):
@@ -197,11 +210,16 @@ class Raven(nn.Module):
         *,
         num_steps: tuple[int, int],
         initial_state: torch.Tensor | None,
-    ) -> torch.Tensor:
+        early_read_outs: Collection[int] = (),
+        read_out: ReadOut | None = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
         """num_steps: iterations without gradient, then with. Those without are run on the state alone: e gets its
         gradient through the others, so the gradients are those of the last k iterations from a given state.
 
         initial_state: (B, S, E); None, and only then, if injection is "none", where the state starts at e.
+
+        early_read_outs: numbers of iterations, of those without gradient, after which `read_out` is given the logits
+        too; those of the last state come last. It costs a coda and a head each, and a state that is held till then.
         """
         layers = self.transformer
         rotary, mask = self.rotary(tokens_BS.shape[1]), build_mask(tokens_BS, document_ids)
@@ -211,7 +229,15 @@ class Raven(nn.Module):
         for block in layers.prelude:
             e_BSE = block(e_BSE, rotary, mask)
         s_BSE = e_BSE if self.config.injection == "none" else initial_state.to(e_BSE)
-        s_BSE = layers.ln_f(layers.recurrence(s_BSE, e_BSE, rotary, mask, num_steps))
+        states = layers.recurrence(s_BSE, e_BSE, rotary, mask, num_steps, early_read_outs)
+        if read_out is None:
+            return self._logits(states[-1], rotary, mask)
+        return [read_out(self._logits(state, rotary, mask)) for state in states]
+
+    def _logits(self, s_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Only called within forward: FSDP gathers the root's parameters for that and for nothing else."""
+        layers = self.transformer
+        s_BSE = layers.ln_f(s_BSE)
         for block in layers.coda:
             s_BSE = block(s_BSE, rotary, mask)
         return self.lm_head(layers.ln_f(s_BSE)).float()
