@@ -1,11 +1,15 @@
 """Sharding, activation checkpointing and compile change where and when things are computed, never what."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.ranks import run_on_ranks
 from tests.small_run import Setup, train
+from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.job import Environment
 from torchtitan_rd.parallelism import ParallelDims, ParallelismConfig
 from torchtitan_rd.parallelism.init import parameter_seed
 
@@ -90,7 +94,14 @@ def test_compiled_blocks_train_as_eager_ones_under_clean_names(plain):
 
 @pytest.mark.parametrize(
     ("replicate", "shard", "world_size", "expected"),
-    [(1, -1, 8, (1, 8)), (2, -1, 8, (2, 4)), (2, 4, 8, (2, 4)), (1, 1, 1, (1, 1))],
+    [
+        (1, -1, 8, (1, 8)),
+        (2, -1, 8, (2, 4)),
+        (2, 4, 8, (2, 4)),
+        (1, 1, 1, (1, 1)),
+        (-1, 4, 8, (2, 4)),
+        (-1, 8, 8, (1, 8)),
+    ],
 )
 def test_minus_one_fills_the_ranks(replicate, shard, world_size, expected):
     config = ParallelismConfig(data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard)
@@ -99,9 +110,24 @@ def test_minus_one_fills_the_ranks(replicate, shard, world_size, expected):
 
 
 @pytest.mark.parametrize(
-    ("replicate", "shard", "world_size"), [(3, -1, 8), (1, 3, 2), (2, 2, 2), (1, 0, 2), (4, -1, 2)]
+    ("replicate", "shard", "world_size"),
+    [(3, -1, 8), (1, 3, 2), (2, 2, 2), (1, 0, 2), (4, -1, 2), (-1, -1, 8), (-1, 3, 8), (-1, 16, 8)],
 )
 def test_degrees_that_do_not_multiply_to_the_ranks_are_refused_by_name(replicate, shard, world_size):
     config = ParallelismConfig(data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard)
     with pytest.raises(ConfigError, match="data_parallel_shard_degree"):
         ParallelDims.resolve(config, world_size)
+
+
+def test_a_replicate_degree_of_0_is_refused_by_its_own_name():
+    with pytest.raises(ConfigError, match="data_parallel_replicate_degree = 0: use -1"):
+        ParallelDims.resolve(ParallelismConfig(data_parallel_replicate_degree=0), 2)
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(4096, 512), (2048, 256)])
+def test_the_3_5b_recipe_shards_inside_two_nodes_for_any_number_of_nodes(ranks, replicas):
+    path = "train_configs/raven_3.5b_4k.toml"
+    environment = Environment(rank=0, local_rank=0, world_size=ranks, local_world_size=4, log_level="WARNING")
+    config = load([f"--job.config_file={Path(__file__).parent.parent / path}"], environment).config
+    dims = ParallelDims.resolve(config.parallelism, ranks)
+    assert (dims.replicate, dims.shard, dims.data_degree) == (replicas, 8, ranks)
