@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.ranks import run_on_ranks
 from tests.small_run import Setup, train
@@ -56,6 +57,39 @@ def test_hsdp_on_two_by_two_ranks_trains_as_one_rank_does(plain):
         assert result["losses"] == pytest.approx(plain["losses"], abs=1e-5)
         for name, gradient in plain["gradients"].items():
             torch.testing.assert_close(result["gradients"][name], gradient, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_copies_of_the_model_exchange_gradients_once_a_step_however_many_microbatches(shard, plain):
+    """Two copies of 1 or 2 ranks each: the numbers of one rank's single microbatch, and the all-reduces of it."""
+    counts = []
+    for local_batch_size in (4 // shard, 1):
+        sections = {
+            "parallelism": {"data_parallel_replicate_degree": 2},
+            "training": {"local_batch_size": local_batch_size},
+        }
+        for result in run_on_ranks(2 * shard, counted, Setup(sections=sections)):
+            assert result["losses"] == pytest.approx(plain["losses"], abs=1e-5)
+            for name, gradient in plain["gradients"].items():
+                torch.testing.assert_close(result["gradients"][name], gradient, atol=1e-6, rtol=1e-4)
+        counts.append(result["all-reduces"])
+    assert counts[0] == counts[1] > 0
+
+
+def counted(rank, world_size, setup):
+    """`train`, and how often the copies exchanged gradients."""
+    seen = []
+    real = dist.all_reduce
+
+    def all_reduce(tensor, *arguments, group=None, **options):
+        seen.append(group is not None)  # FSDP's; the step's own sums are over all ranks
+        return real(tensor, *arguments, group=group, **options)
+
+    dist.all_reduce = all_reduce
+    try:
+        return train(rank, world_size, setup) | {"all-reduces": sum(seen)}
+    finally:
+        dist.all_reduce = real
 
 
 @pytest.mark.parametrize("policy", ["always", "never"])

@@ -18,7 +18,9 @@ class ParallelismConfig(Section):
     """Ranks that one copy of the model is sharded over (FSDP2). -1: all ranks that are left. At most one of the two
     degrees may be -1."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free the gathered parameters after forward. default: yes, but for the last unit, which backward needs at once."""
+    """Free the gathered parameters after forward. default: yes, but for the last unit, which backward needs at once,
+    and for a unit that forward runs several times (the core of a raven) if its gathered parameters are at most 4 GiB:
+    it is needed again as soon as the few units behind it are done. always, never: without exception."""
 
 
 @dataclass(frozen=True)
