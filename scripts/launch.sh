@@ -3,6 +3,30 @@
 #   NPROC=...          ranks on a node (default: its GPUs, else 2)
 #   CONFIG_FILE=...    another TOML than the script's own
 #   MAX_RESTARTS=...   how often torchrun restarts the ranks after a failure (default 0; 3 under Slurm)
+# Settings of the allocator and of NCCL that every run wants are set here, unless the environment or a cluster's profile
+# (scripts/profiles/, sourced before this file) has set them.
+
+_set_defaults() {
+    # Blocks of gigabytes (logits, gathered layers) fragment memory otherwise. torch knows the variable by three names: a
+    # user's choice by any of them stands.
+    if [ -z "${PYTORCH_ALLOC_CONF+x}${PYTORCH_CUDA_ALLOC_CONF+x}${PYTORCH_HIP_ALLOC_CONF+x}" ]; then
+        export PYTORCH_ALLOC_CONF=expandable_segments:True
+    fi
+    export NCCL_DEBUG=${NCCL_DEBUG-WARN}  # says why NCCL fails; silent while it works
+}
+
+_raise_open_files() {  # $1: the number of ranks
+    # Each rank holds a socket to every other one in each of two gloo groups (all ranks; checkpoints), those of its mesh
+    # groups, NCCL's, and its files. Beyond a million some programs that close every possible file take minutes.
+    local needed=$((3 * $1 + 512)) soft hard most=1048576
+    soft=$(ulimit -Sn) hard=$(ulimit -Hn)
+    if [ "$hard" = unlimited ] || [ "$hard" -gt "$most" ]; then hard=$most; fi
+    if [ "$soft" != unlimited ] && [ "$soft" -lt "$hard" ]; then ulimit -Sn "$hard" && soft=$hard; fi
+    if [ "$soft" != unlimited ] && [ "$soft" -lt "$needed" ]; then
+        echo "launch.sh: a process may open $soft files here, and $1 ranks need about $needed each: raise the hard limit" \
+            "(limits.conf, or LimitNOFILE of slurmd), or start-up ends with 'Too many open files'" >&2
+    fi
+}
 
 _ranks_per_node() {
     local gpus
@@ -21,19 +45,22 @@ PY
 launch() {
     local config=${CONFIG_FILE:-$1} dump_folder code
     shift
+    _set_defaults
     # A mistake in the config is one line here, before torchrun or Slurm start anything.
     dump_folder=$(python -m torchtitan_rd config --print-key job.dump_folder --job.config_file "$config" "$@") || return 1
     rm -f "$dump_folder/exit_status.json"
-    local nodes=${SLURM_NNODES:-1} starter=() rendezvous=(--standalone)
+    local nodes=${SLURM_NNODES:-1} starter=() rendezvous=(--standalone) per_node
+    per_node=${NPROC:-$(_ranks_per_node)}
+    _raise_open_files "$((nodes * per_node))"
     if [ "$nodes" -gt 1 ]; then
         local head
         head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-        starter=(srun)
+        starter=(srun --propagate=NOFILE)  # the limit that was raised here holds on every node
         rendezvous=(--rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))")
     fi
     # torchrun passes SIGTERM on and then waits this long for the ranks to save their checkpoint.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
-    "${starter[@]}" python -m torch.distributed.run --nnodes "$nodes" --nproc_per_node "${NPROC:-$(_ranks_per_node)}" \
+    "${starter[@]}" python -m torch.distributed.run --nnodes "$nodes" --nproc_per_node "$per_node" \
         --max_restarts "${MAX_RESTARTS:-$([ -n "${SLURM_JOB_ID:-}" ] && echo 3 || echo 0)}" \
         --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
         "${rendezvous[@]}" -m torchtitan_rd.train --job.config_file "$config" "$@" &

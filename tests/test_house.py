@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,8 @@ def test_every_shipped_config_loads_names_its_hardware_and_repeats_no_default(pa
     for key in loaded.origins.keys() - {"job.config_file", "model.name", "model.flavor", "training.dataset"}:
         section, name, *_ = key.split(".")
         assert loaded.config.as_dict()[section][name] != defaults[section][name], f"{key} is the default"
-    trainer = Trainer(loaded, ENVIRONMENT)  # every check that needs neither data nor peers
+    ranks = max(loaded.config.parallelism.data_parallel_shard_degree, 1)
+    trainer = Trainer(loaded, replace(ENVIRONMENT, world_size=ranks))  # every check that needs neither data nor peers
     assert trainer.shape.vocab_size in (256, 258, 32000, 65536)
 
 

@@ -1,14 +1,19 @@
-"""This process among its peers: launcher variables, devices, generators."""
+"""This process among its peers: launcher variables, devices, process groups and their time-outs, generators."""
 
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.ranks import run_on_ranks
 from torchtitan_rd import job
+from torchtitan_rd.checkpoint.rank_group import RankGroup
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.parallelism import ParallelDims, ParallelismConfig
 from torchtitan_rd.signals import StopRequest
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "STREAM_HF_DATA", "LOGLEVEL")
@@ -83,3 +88,77 @@ def test_determinism_can_be_switched_on():
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+COMM = job.CommConfig(init_timeout_seconds=701, train_timeout_seconds=101)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "replicate", "groups"),
+    [(1, 1, ["default_pg"]), (2, 1, ["default_pg"]), (4, 2, ["default_pg", "mesh_dp_replicate", "mesh_dp_shard"])],
+)
+def test_every_group_has_the_start_up_timeout_and_from_the_first_step_the_training_timeout(
+    world_size, replicate, groups
+):
+    """Only a checkpoint's group keeps its own, since a slow file system is no hang."""
+    for before, after in run_on_ranks(world_size, timeouts, replicate):
+        assert before == {**dict.fromkeys(groups, 701.0), "checkpoint": 1234.0}
+        assert after == {**dict.fromkeys(groups, 101.0), "checkpoint": 1234.0}
+
+
+def timeouts(rank, world_size, replicate):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(master_port()))
+    dist.destroy_process_group()  # the harness's; this one is made as a run makes it
+    try:
+        environment = job.Environment.read()
+        job.init_process_group(environment, torch.device("cpu"), COMM, Path("unused"))
+    finally:
+        del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    config = ParallelismConfig(data_parallel_replicate_degree=replicate)
+    mesh = ParallelDims.resolve(config, world_size).build_mesh("cpu")
+    job.set_timeouts(mesh, COMM.init_timeout_seconds)
+    slow = RankGroup(1234)
+    before = seconds_of_all_groups()
+    job.shorten_timeouts(COMM, mesh)
+    after = seconds_of_all_groups()
+    slow.close()
+    return before, after
+
+
+def master_port() -> int:
+    """Agreed among the ranks through the harness's process group."""
+    from tests.launch import free_port
+
+    port = torch.tensor(free_port())
+    dist.broadcast(port, 0)
+    return int(port)
+
+
+def seconds_of_all_groups() -> dict[str, float]:
+    """Of all that torch knows of, not only those that the code under test goes through."""
+    groups = dist.distributed_c10d._world.pg_map
+    return {
+        group.group_desc: group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        for group in groups
+        if not isinstance(group, int)
+    }
+
+
+def test_on_a_gpu_the_group_knows_its_device_and_nothing_is_written_before_the_outputs(tmp_path, monkeypatch):
+    """Without a GPU: what torch is asked for, and what lies on the disk."""
+    asked = {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda **options: asked.update(options))
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    device, dump = torch.device("cuda", 0), tmp_path / "dump"
+    job.init_process_group(job.Environment.read(), device, COMM, dump)
+    assert asked["device_id"] == device and asked["backend"] == "cpu:gloo,cuda:nccl"
+    assert asked["timeout"].total_seconds() == 701
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == str(dump / "comm_traces" / "rank_")
+    assert not dump.exists()
+    job.make_traces_folder(torch.device("cpu"), COMM, dump)
+    assert not dump.exists()
+    job.make_traces_folder(device, COMM, dump)
+    assert (dump / "comm_traces").is_dir()

@@ -20,6 +20,7 @@ PLACES = {
             "loss",
             "checkpoint",
             "metrics",
+            "preflight",
             "profiling",
             "heartbeat",
             "job",

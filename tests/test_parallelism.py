@@ -1,11 +1,16 @@
 """Sharding, activation checkpointing and compile change where and when things are computed, never what."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.ranks import run_on_ranks
 from tests.small_run import Setup, train
+from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.job import Environment
 from torchtitan_rd.parallelism import ParallelDims, ParallelismConfig
 from torchtitan_rd.parallelism.init import parameter_seed
 
@@ -54,6 +59,39 @@ def test_hsdp_on_two_by_two_ranks_trains_as_one_rank_does(plain):
             torch.testing.assert_close(result["gradients"][name], gradient, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("shard", [1, 2])
+def test_copies_of_the_model_exchange_gradients_once_a_step_however_many_microbatches(shard, plain):
+    """Two copies of 1 or 2 ranks each: the numbers of one rank's single microbatch, and the all-reduces of it."""
+    counts = []
+    for local_batch_size in (4 // shard, 1):
+        sections = {
+            "parallelism": {"data_parallel_replicate_degree": 2},
+            "training": {"local_batch_size": local_batch_size},
+        }
+        for result in run_on_ranks(2 * shard, counted, Setup(sections=sections)):
+            assert result["losses"] == pytest.approx(plain["losses"], abs=1e-5)
+            for name, gradient in plain["gradients"].items():
+                torch.testing.assert_close(result["gradients"][name], gradient, atol=1e-6, rtol=1e-4)
+        counts.append(result["all-reduces"])
+    assert counts[0] == counts[1] > 0
+
+
+def counted(rank, world_size, setup):
+    """`train`, and how often the copies exchanged gradients."""
+    seen = []
+    real = dist.all_reduce
+
+    def all_reduce(tensor, *arguments, group=None, **options):
+        seen.append(group is not None)  # FSDP's; the step's own sums are over all ranks
+        return real(tensor, *arguments, group=group, **options)
+
+    dist.all_reduce = all_reduce
+    try:
+        return train(rank, world_size, setup) | {"all-reduces": sum(seen)}
+    finally:
+        dist.all_reduce = real
+
+
 @pytest.mark.parametrize("policy", ["always", "never"])
 def test_resharding_policy_changes_nothing_but_memory(policy, plain):
     setup = Setup(sections={"parallelism": {"fsdp_reshard_after_forward": policy}})
@@ -90,7 +128,14 @@ def test_compiled_blocks_train_as_eager_ones_under_clean_names(plain):
 
 @pytest.mark.parametrize(
     ("replicate", "shard", "world_size", "expected"),
-    [(1, -1, 8, (1, 8)), (2, -1, 8, (2, 4)), (2, 4, 8, (2, 4)), (1, 1, 1, (1, 1))],
+    [
+        (1, -1, 8, (1, 8)),
+        (2, -1, 8, (2, 4)),
+        (2, 4, 8, (2, 4)),
+        (1, 1, 1, (1, 1)),
+        (-1, 4, 8, (2, 4)),
+        (-1, 8, 8, (1, 8)),
+    ],
 )
 def test_minus_one_fills_the_ranks(replicate, shard, world_size, expected):
     config = ParallelismConfig(data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard)
@@ -99,9 +144,24 @@ def test_minus_one_fills_the_ranks(replicate, shard, world_size, expected):
 
 
 @pytest.mark.parametrize(
-    ("replicate", "shard", "world_size"), [(3, -1, 8), (1, 3, 2), (2, 2, 2), (1, 0, 2), (4, -1, 2)]
+    ("replicate", "shard", "world_size"),
+    [(3, -1, 8), (1, 3, 2), (2, 2, 2), (1, 0, 2), (4, -1, 2), (-1, -1, 8), (-1, 3, 8), (-1, 16, 8)],
 )
 def test_degrees_that_do_not_multiply_to_the_ranks_are_refused_by_name(replicate, shard, world_size):
     config = ParallelismConfig(data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard)
     with pytest.raises(ConfigError, match="data_parallel_shard_degree"):
         ParallelDims.resolve(config, world_size)
+
+
+def test_a_replicate_degree_of_0_is_refused_by_its_own_name():
+    with pytest.raises(ConfigError, match="data_parallel_replicate_degree = 0: use -1"):
+        ParallelDims.resolve(ParallelismConfig(data_parallel_replicate_degree=0), 2)
+
+
+@pytest.mark.parametrize(("ranks", "replicas"), [(4096, 512), (2048, 256)])
+def test_the_3_5b_recipe_shards_inside_two_nodes_for_any_number_of_nodes(ranks, replicas):
+    path = "train_configs/raven_3.5b_4k.toml"
+    environment = Environment(rank=0, local_rank=0, world_size=ranks, local_world_size=4, log_level="WARNING")
+    config = load([f"--job.config_file={Path(__file__).parent.parent / path}"], environment).config
+    dims = ParallelDims.resolve(config.parallelism, ranks)
+    assert (dims.replicate, dims.shard, dims.data_degree) == (replicas, 8, ranks)

@@ -87,7 +87,9 @@ def cluster(tmp_path):
         f'#!/bin/bash\necho "scontrol $*" >> {calls}\n[ "$1" = show ] && echo node7\nexit 0\n'
     )
     # srun runs what it is given once; `python` answers the config question and pretends to be torchrun.
-    (bin_folder / "srun").write_text(f'#!/bin/bash\necho "srun $*" >> {calls}\nexec "$@"\n')
+    (bin_folder / "srun").write_text(
+        f'#!/bin/bash\necho "srun $*" >> {calls}\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n'
+    )
     (bin_folder / "python").write_text(
         f"""#!/bin/bash
 if [ "$2" = torch.distributed.run ]; then
@@ -173,3 +175,64 @@ def test_set_up_refuses_an_old_python_by_name(tmp_path):
 def test_set_up_is_instant_where_the_package_is_installed():
     found = run(["bash", "-c", "source scripts/env.sh && python -c 'import torchtitan_rd'"], EXTRAS="dev", timeout=20)
     assert found.returncode == 0 and found.stderr == ""
+
+
+# What launch.sh leaves in the environment of torchrun, here a program that prints it.
+SHOW = """
+source scripts/launch.sh
+python() { if [ "$2" = torch.distributed.run ]; then env; echo "open files $(ulimit -Sn)"; else echo /nowhere; fi; }
+_ranks_per_node() { echo 4; }
+"""
+
+
+def launched_with(before: str = "", nodes: int = 1, **variables: str) -> tuple[dict[str, str], str]:
+    """(environment of torchrun with "open files", what launch.sh said) after the commands `before` in that shell."""
+    own = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "NCCL_DEBUG", "NCCL_CROSS_NIC")
+    start = f"unset {' '.join(own)} NCCL_NET_GDR_LEVEL NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME SLURM_JOB_ID; "
+    start += " ".join(f"export {name}={value};" for name, value in variables.items())
+    many = f'SLURM_NNODES={nodes} SLURM_JOB_ID=1; srun() {{ echo srun $1; shift; "$@"; }}; scontrol() {{ echo n; }}'
+    found = run(["bash", "-c", f"{start}\n{before}\n{SHOW}\n{many if nodes > 1 else ''}\nlaunch x.toml"])
+    lines = dict(line.split("=", 1) for line in found.stdout.splitlines() if "=" in line)
+    limit = [line.split()[-1] for line in found.stdout.splitlines() if line.startswith("open files")]
+    return lines | {"open files": limit[0]}, found.stderr
+
+
+def test_every_run_has_the_settings_that_every_run_wants():
+    environment, said = launched_with()
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True" and environment["NCCL_DEBUG"] == "WARN"
+    assert "NCCL_CROSS_NIC" not in environment and said == ""
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"])
+def test_a_user_s_allocator_settings_stand_by_whichever_name(name):
+    environment, _ = launched_with(**{name: "max_split_size_mb:512", "NCCL_DEBUG": "INFO"})
+    assert {key: value for key, value in environment.items() if key.endswith("ALLOC_CONF")} == {
+        name: "max_split_size_mb:512"
+    }
+    assert environment["NCCL_DEBUG"] == "INFO"
+
+
+def test_a_profile_adds_its_cluster_s_settings_and_leaves_those_of_the_user():
+    profile = "source scripts/profiles/slingshot.sh"
+    environment, _ = launched_with(profile, NCCL_SOCKET_IFNAME="eth7", NCCL_NET_GDR_LEVEL="")
+    assert environment["GLOO_SOCKET_IFNAME"] == "hsn0" and environment["NCCL_CROSS_NIC"] == "1"
+    assert environment["NCCL_SOCKET_IFNAME"] == "eth7" and environment["NCCL_NET_GDR_LEVEL"] == ""
+    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_the_limit_of_open_files_is_raised_to_what_is_allowed():
+    environment, said = launched_with("ulimit -Sn 300; ulimit -Hn 900")
+    assert environment["open files"] == "900" and said == ""
+
+
+def test_a_limit_of_open_files_that_the_ranks_exceed_is_said_beforehand():
+    environment, said = launched_with("ulimit -Sn 1024; ulimit -Hn 1024", nodes=1024)
+    assert environment["open files"] == "1024"
+    assert "may open 1024 files here, and 4096 ranks need about 12800 each" in said
+    _, said = launched_with("ulimit -Sn 1024; ulimit -Hn 1024", nodes=32)
+    assert said == ""
+
+
+def test_under_slurm_the_raised_limit_holds_on_every_node(cluster):
+    _, calls = cluster("finished", 0)
+    assert "srun --propagate=NOFILE " in calls

@@ -17,6 +17,10 @@ class CheckpointError(TorchtitanRDError):
     """A checkpoint is missing, damaged, unsafe, or does not belong to this run."""
 
 
+class ClusterError(TorchtitanRDError):
+    """The machines do not work together: a collective gives a wrong result or none."""
+
+
 class TrainingError(TorchtitanRDError):
     """Training itself must stop: a non-finite loss or gradient under `training.on_nonfinite = "stop"`, or a block that
     would be compiled again under `compile.fail_on_recompile`."""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import Field
+from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_rd.config_loader import Section
 from torchtitan_rd.errors import ConfigError
@@ -42,7 +43,8 @@ class CommConfig(Section):
     heartbeat_seconds: float = Field(10.0, ge=0.0)
     """How often each rank writes where it is to dump_folder/heartbeat. 0: never."""
     hang_warning_seconds: float = Field(60.0, gt=0.0)
-    """Rank 0 names the ranks that lag when no step has ended for this long."""
+    """Rank 0 names the ranks that lag when no rank has advanced for this long, or for three times the run's own median
+    step (or its longest phase of that kind), whichever is longer."""
 
 
 @dataclass(frozen=True)
@@ -89,30 +91,48 @@ class Environment:
 
 
 def init_process_group(environment: Environment, device: torch.device, comm: CommConfig, dump_folder: Path) -> None:
-    """Starts torch.distributed: gloo for CPU tensors, NCCL for GPU tensors. A lone process needs no launcher."""
+    """Starts torch.distributed: gloo for CPU tensors, NCCL for GPU tensors. A lone process needs no launcher.
+
+    Writes nothing: the flight recorder is only told where its folder will be (`make_traces_folder`).
+    """
+    options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(seconds=comm.init_timeout_seconds)}
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # With its device known NCCL connects here, and the mesh splits its groups off this one (ncclCommSplit, one call
+        # a dimension) instead of making each group of each dimension anew on every rank.
+        options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
         if comm.trace_buf_size > 0:
-            traces = dump_folder / comm.save_traces_folder
-            traces.mkdir(parents=True, exist_ok=True)
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
             os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-            os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(traces / "rank_"))
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=comm.init_timeout_seconds)
+            os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(dump_folder / comm.save_traces_folder / "rank_"))
     if environment.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**options)
 
 
-def shorten_timeouts(comm: CommConfig) -> None:
+def make_traces_folder(device: torch.device, comm: CommConfig, dump_folder: Path) -> None:
+    """Where NCCL's flight recorder writes; made with the other outputs, once the input is known to be good."""
+    if device.type == "cuda" and comm.trace_buf_size > 0:
+        (dump_folder / comm.save_traces_folder).mkdir(parents=True, exist_ok=True)
+
+
+def set_timeouts(mesh: DeviceMesh, seconds: float) -> None:
+    """Gives WORLD and every group of `mesh`, on CPU and GPU alike, this limit for one collective.
+
+    A mesh makes its groups with torch's defaults (10 minutes for NCCL, 30 for gloo), whatever WORLD has. The
+    checkpoint's own group is not among them: its limit is `checkpoint.timeout_seconds` throughout.
+    """
+    for group in dict.fromkeys([dist.group.WORLD, *mesh.get_all_groups()]):
+        # torch has no public setter; torchtitan uses the same one.
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def shorten_timeouts(comm: CommConfig, mesh: DeviceMesh) -> None:
     """From start-up's timeout (compilation, first touch of the data) to training's. All ranks call it together."""
     dist.barrier()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    # torch has no public setter; torchtitan uses the same one.
-    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=comm.train_timeout_seconds), dist.group.WORLD)
+    set_timeouts(mesh, comm.train_timeout_seconds)
 
 
 def gather(value: Any) -> list[Any]:

@@ -47,6 +47,15 @@ class ProfilingConfig(Section):
         return self
 
 
+def check_profiling(config: ProfilingConfig, device: torch.device) -> None:
+    """Raises ConfigError if memory snapshots are enabled and `device` is not a CUDA device."""
+    if config.enable_memory_snapshot and device.type != "cuda":
+        raise ConfigError(
+            f"profiling.enable_memory_snapshot = true needs a CUDA device, and this run trains on {device.type}: "
+            "set it to false"
+        )
+
+
 class Profiler:
     """A context around the training loop; call `step` after every optimizer step. Idle when nothing is enabled.
 
@@ -59,11 +68,7 @@ class Profiler:
     """
 
     def __init__(self, config: ProfilingConfig, *, dump_folder: Path, rank: int, device: torch.device, step: int):
-        if config.enable_memory_snapshot and device.type != "cuda":
-            raise ConfigError(
-                f"profiling.enable_memory_snapshot = true needs a CUDA device, and this run trains on {device.type}: "
-                "set it to false"
-            )
+        check_profiling(config, device)
         self._config = config
         self._traces = dump_folder / config.save_traces_folder
         self._snapshots = dump_folder / config.save_memory_snapshot_folder

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from torchtitan_rd.log import logger
 
+EXIT_STATUS = "exit_status.json"
 HANDLED = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -42,7 +43,7 @@ def write_exit_status(
     folder: Path, status: Literal["finished", "preempted", "failed"], step: int, reason: str = ""
 ) -> None:
     """`exit_status.json`, by which the launch scripts decide whether to requeue: only a preempted run is."""
-    path = folder / "exit_status.json"
+    path = folder / EXIT_STATUS
     staged = path.with_suffix(".tmp")
     staged.write_text(json.dumps({"status": status, "step": step, "reason": reason, "time": time.time()}) + "\n")
     staged.replace(path)

@@ -44,8 +44,9 @@ from torchtitan_rd.models.attention import setup_attention
 from torchtitan_rd.models.spec import ModelSpec
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state, set_lr
 from torchtitan_rd.parallelism import ParallelDims, init_weights, parallelize
-from torchtitan_rd.profiling import Profiler
-from torchtitan_rd.signals import StopRequest, write_exit_status
+from torchtitan_rd.preflight import preflight
+from torchtitan_rd.profiling import Profiler, check_profiling
+from torchtitan_rd.signals import EXIT_STATUS, StopRequest, write_exit_status
 from torchtitan_rd.train_step import TrainStep, hash_ids
 from torchtitan_rd.validation import read_held_out, validate, validation_keys
 
@@ -85,6 +86,7 @@ class Trainer:
         self.device = environment.device()
         if config.training.enable_cpu_offload and self.device.type == "cpu":
             raise ConfigError("training.enable_cpu_offload needs a GPU to offload from; set it to false here")
+        check_profiling(config.profiling, self.device)
         self.dims = ParallelDims.resolve(config.parallelism, environment.world_size)
         self.ramp = BatchRamp(config.training, config.training.global_batch_size)
         # The loader's batch is one stage of the ramp, the whole batch where there is none.
@@ -125,6 +127,7 @@ class Trainer:
             raise ConfigError(f"training.throttle is for recurrent models, not for {self.spec.name}: leave it unset")
         self.step = 0
         self.tokens_seen = 0
+        self.has_opened_outputs = False
 
     def run(self) -> None:
         """Builds in order, trains to the last step or until all ranks agree to stop, and cleans up in any case."""
@@ -144,7 +147,9 @@ class Trainer:
                 else:
                     status = "preempted"
         except BaseException as error:
-            if self.dump_folder.is_dir() and environment.rank == 0:
+            # Nothing is written for a mistake in the input, but an earlier run's status must not stand for this one's.
+            status_file = self.dump_folder / EXIT_STATUS
+            if environment.rank == 0 and (self.has_opened_outputs or status_file.exists()):
                 write_exit_status(self.dump_folder, "failed", self.step, f"{type(error).__name__}: {error}")
             raise
         if environment.rank == 0:
@@ -163,7 +168,9 @@ class Trainer:
             dtype,
             config.training.document_mask,
         )
-        mesh = self.dims.build_mesh(self.device.type)
+        mesh = self.mesh = self.dims.build_mesh(self.device.type)
+        job.set_timeouts(mesh, config.comm.init_timeout_seconds)
+        preflight(mesh, self.device)
         loader = build_dataloader(
             self.data_keys,
             tokenizer_path=config.model.tokenizer_path,
@@ -222,12 +229,17 @@ class Trainer:
     def _open_outputs(self, closing: ExitStack) -> None:
         """The first writing to disk: everything that could be wrong with the input has been checked by now."""
         config, rank, world_size = self.config, self.environment.rank, self.environment.world_size
+        self.has_opened_outputs = True
+        job.make_traces_folder(self.device, config.comm, self.dump_folder)
         self.heartbeat = Heartbeat(
             self.dump_folder / "heartbeat",
             rank=rank,
             world_size=world_size,
             interval=config.comm.heartbeat_seconds,
             warn_after=config.comm.hang_warning_seconds,
+            first_time=config.comm.init_timeout_seconds / 2,
+            local_rank=self.environment.local_rank,
+            local_world_size=self.environment.local_world_size,
         )
         closing.callback(self.heartbeat.close)
         self.metrics = Metrics(
@@ -346,12 +358,13 @@ class Trainer:
             last_step = self.step == total_steps
             self.checkpointer.raise_errors()
             if self.checkpointer.should_save(self.step, last_step=last_step or stopping):
+                self.heartbeat.beat(self.step, "saving")
                 self.checkpointer.save(self.step, self._tensors(), self._state(), last_step=last_step)
             self.profiler.step()
             if stopping and not last_step:
                 return False
             if self.step == started_at + 1:
-                job.shorten_timeouts(config.comm)
+                job.shorten_timeouts(config.comm, self.mesh)
         return True
 
 

@@ -21,7 +21,7 @@ from torchtitan_rd.log import logger
 from torchtitan_rd.loss import ObjectiveKeys, check_loss, count_valid, cross_entropy_sums, goldfish_labels
 from torchtitan_rd.metrics import StepResult
 from torchtitan_rd.models.spec import NO_INPUTS, ForwardInputs
-from torchtitan_rd.parallelism import ShardingKeys
+from torchtitan_rd.parallelism import ShardingKeys, prepare_microbatch
 
 
 class TrainingConfig(DatasetKeys, BatchRampKeys, ObjectiveKeys, ShardingKeys):
@@ -86,6 +86,7 @@ class TrainStep:
         local_sum = torch.zeros((), device=self.device)
         for number, batch in enumerate(batches):
             self.beat(step, f"microbatch {number + 1} of {len(batches)}")
+            prepare_microbatch(self.model, is_last=number == len(batches) - 1)
             local_sum += self._backward(batch, valid, self.inputs(step, number, batch))
         self.beat(step, "update")
         grad_norm = self._clip()

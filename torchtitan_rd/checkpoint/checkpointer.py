@@ -58,12 +58,14 @@ class Checkpointer:
         self._config_text = tomli_w.dumps(_without_none(job_config))
         self._model_text = json.dumps(model_shape, indent=1, sort_keys=True)
         self._folder = CheckpointFolder(Path(dump_folder) / config.folder)
-        # Two groups, since a group must not be used by two threads at once.
-        self._ranks, self._writing_ranks = RankGroup(), RankGroup()
+        # A group must not be used by two threads at once: while a save is in flight `_ranks` is its writer's, and this
+        # thread asks `_world`; at all other times this thread may use both.
+        self._world = RankGroup()
+        self._ranks = RankGroup(config.timeout_seconds) if config.enable else self._world
         self._lock: FolderLock | None = None
         if config.enable:
             self._ranks.from_rank0(self._take_folder)
-        self._writer = Writer(self._folder, self._writing_ranks, self._lock, config.keep_latest_k)
+        self._writer = Writer(self._folder, self._ranks, self._lock, config.keep_latest_k)
         # Its thread is waited for at interpreter exit, so that a run that ends without close() keeps its save.
         # A new thread would otherwise open a CUDA context on device 0, whichever device this rank uses.
         on_device = (
@@ -81,7 +83,7 @@ class Checkpointer:
             return False
         if self.config.interval_type == "steps":
             return last_step or step % self.config.interval == 0
-        due = self._ranks.from_rank0(lambda: time.monotonic() - self._last_save >= self.config.interval)
+        due = self._world.from_rank0(lambda: time.monotonic() - self._last_save >= self.config.interval)
         return last_step or due
 
     def save(self, step: int, tensors: Tensors, state: Mapping[str, Any], *, last_step: bool = False) -> None:
@@ -108,7 +110,7 @@ class Checkpointer:
 
     def raise_errors(self) -> None:
         """At every step boundary: raises CheckpointError on all ranks at the same step if an async save failed."""
-        if self._in_flight is not None and self._ranks.all_true(self._in_flight.done()):
+        if self._in_flight is not None and self._world.all_true(self._in_flight.done()):
             self.wait()
 
     def wait(self) -> None:
@@ -191,7 +193,6 @@ class Checkpointer:
                 self._lock.release()
                 self._lock = None
             self._ranks.close()
-            self._writing_ranks.close()
 
     def _reader_of(self, path: Path) -> TensorReader:
         if (path / METADATA).exists() or self._open_released is None:

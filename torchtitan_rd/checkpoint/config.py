@@ -53,6 +53,10 @@ class CheckpointConfig(Section):
     create_seed_checkpoint: bool = False
     """Write the freshly initialised model as `step-0` and stop."""
 
+    timeout_seconds: int = Field(1800, ge=1)
+    """The longest that a rank waits for another one to read, write or hash its share of a checkpoint. It replaces the
+    time-outs of [comm], since a slow file system is no hang."""
+
     verify_hashes: bool = True
     """Compare every file with its sha256 before loading. If false, only names and sizes are compared."""
 

@@ -1,4 +1,4 @@
-"""Agreement of all ranks, on a gloo group of its own: what one rank decides or suffers, every rank learns."""
+"""Agreement of all ranks, through gloo: what one rank decides or suffers, every rank learns."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,16 +12,22 @@ from torchtitan_rd.errors import CheckpointError
 
 T = TypeVar("T")
 
-# The longest that one rank may wait for another to write and hash its share of a checkpoint.
-TIMEOUT = timedelta(minutes=30)
-
 
 class RankGroup:
-    """All ranks of the job; without a process group, this one process. Collective: make it on every rank."""
+    """All ranks of the job; without a process group, this one process. Collective: make it on every rank.
 
-    def __init__(self) -> None:
+    seconds: None shares WORLD, with training's own time-outs: for brief questions of the training thread. A number
+        makes a gloo group of its own in which one rank may wait so long for another's work, and which another thread
+        may use while training goes on. Each such group is one more connection from every rank to every other, so there
+        should be few; no two threads may use a group at once.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
         distributed = dist.is_available() and dist.is_initialized()
-        self.group = dist.new_group(backend="gloo", timeout=TIMEOUT) if distributed else None
+        self._own = distributed and seconds is not None
+        self.group = dist.group.WORLD if distributed else None
+        if self._own:
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds), group_desc="checkpoint")
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
 
@@ -68,7 +74,7 @@ class RankGroup:
 
     def close(self) -> None:
         """Leaves the group. Not a collective."""
-        if self.group is not None and dist.is_initialized():
+        if self._own and self.group is not None and dist.is_initialized():
             dist.destroy_process_group(self.group)
         self.group = None
 

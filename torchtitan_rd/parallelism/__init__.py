@@ -10,7 +10,7 @@ from torchtitan_rd.parallelism.activation_checkpoint import (
 )
 from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
 from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig
-from torchtitan_rd.parallelism.fsdp import Plan, ShardingKeys, apply_fsdp
+from torchtitan_rd.parallelism.fsdp import Plan, ShardingKeys, apply_fsdp, prepare_microbatch
 from torchtitan_rd.parallelism.init import init_weights
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "ShardingKeys",
     "init_weights",
     "parallelize",
+    "prepare_microbatch",
 ]
 
 

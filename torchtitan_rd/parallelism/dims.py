@@ -11,12 +11,16 @@ from torchtitan_rd.errors import ConfigError
 
 
 class ParallelismConfig(Section):
-    data_parallel_replicate_degree: int = Field(1, ge=1)
-    """Copies of the sharded model (HSDP); gradients are all-reduced between them. 1: plain FSDP."""
+    data_parallel_replicate_degree: int = Field(1, ge=-1)
+    """Copies of the sharded model (HSDP); gradients are all-reduced between them. 1: plain FSDP. -1: as many as the
+    ranks make at the given shard degree, so that one config serves any number of nodes."""
     data_parallel_shard_degree: int = Field(-1, ge=-1)
-    """Ranks that one copy of the model is sharded over (FSDP2). -1: all ranks that are left."""
+    """Ranks that one copy of the model is sharded over (FSDP2). -1: all ranks that are left. At most one of the two
+    degrees may be -1."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free the gathered parameters after forward. default: yes, but for the last unit, which backward needs at once."""
+    """Free the gathered parameters after forward. default: yes, but for the last unit, which backward needs at once,
+    and for a unit that forward runs several times (the core of a raven) if its gathered parameters are at most 4 GiB:
+    it is needed again as soon as the few units behind it are done. always, never: without exception."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,23 @@ class ParallelDims:
     def resolve(cls, config: ParallelismConfig, world_size: int) -> "ParallelDims":
         """Fills -1 and checks the product. Raises ConfigError naming the keys."""
         replicate, shard = config.data_parallel_replicate_degree, config.data_parallel_shard_degree
-        if shard == 0:
-            raise ConfigError("[parallelism] data_parallel_shard_degree = 0: use -1 (all ranks) or a positive degree")
+        for name, degree in (("replicate", replicate), ("shard", shard)):
+            if degree == 0:
+                raise ConfigError(
+                    f"[parallelism] data_parallel_{name}_degree = 0: use -1 (what is left) or a positive degree"
+                )
+        if replicate == shard == -1:
+            raise ConfigError(
+                "[parallelism] data_parallel_replicate_degree and data_parallel_shard_degree are both -1 (what is "
+                "left): set the ranks of one copy in data_parallel_shard_degree, such as the GPUs of a node"
+            )
         if shard == -1:
             shard = world_size // replicate
+        if replicate == -1:
+            replicate = world_size // shard
         if replicate * shard != world_size:
             raise ConfigError(
-                f"[parallelism] data_parallel_replicate_degree ({replicate}) x data_parallel_shard_degree "
-                f"({config.data_parallel_shard_degree if config.data_parallel_shard_degree > 0 else shard}) is "
+                f"[parallelism] data_parallel_replicate_degree ({replicate}) x data_parallel_shard_degree ({shard}) is "
                 f"{replicate * shard}, but {world_size} ranks were started: change a degree or the number of ranks"
             )
         return cls(replicate, shard)

@@ -21,6 +21,7 @@ from torchtitan_rd.parallelism import (
     CompileConfig,
     ParallelismConfig,
     ShardingKeys,
+    fsdp,
     init_weights,
     parallelize,
 )
@@ -164,7 +165,7 @@ def test_the_number_of_collectives_does_not_depend_on_the_depth(ac, reshard):
         assert counts[0] == counts[1] == counts[2] == counts[3]
         gathered, reduced = (sum(n for name, n in counts[0].items() if kind in name) for kind in ("gather", "reduce"))
         assert reduced == 4  # root, prelude, loop, coda
-        assert gathered == (7 if reshard == "default" else 4)
+        assert gathered == (6 if reshard == "default" else 4)  # prelude and coda twice; root and loop once
 
 
 def collectives(rank, world_size, case):
@@ -234,3 +235,87 @@ def test_checkpointing_keeps_parameter_names(ac):
 
 def state_names(rank, world_size, case):
     return sorted(build(world_size, case).state_dict())
+
+
+def test_the_loop_is_gathered_again_where_its_parameters_are_too_large_to_hold_or_the_user_says_so():
+    assert run_on_ranks(2, gathers_of_the_loop) == [{"default": 1, "too large": 2, "always": 2, "never": 1}] * 2
+
+
+def gathers_of_the_loop(rank, world_size):
+    found, bound = {}, fsdp.KEPT_LOOP_BYTES
+    for name, reshard in (("default", "default"), ("too large", "default"), ("always", "always"), ("never", "never")):
+        size = fsdp.gathered_bytes(Raven(tiny_config()).transformer.recurrence, torch.float32)
+        fsdp.KEPT_LOOP_BYTES = size - (name == "too large")
+        model = build(world_size, Case(reshard=reshard))
+        fsdp.KEPT_LOOP_BYTES = bound
+        with Order() as order:
+            backward(model, (2, 2), own_rows(rank, world_size))
+        # Padded, as each parameter is split by rows.
+        found[name] = sum(op.startswith("gather") and int(op.split()[1]) * 4 >= size for op in order.ops)
+    return found
+
+
+class Order(TorchDispatchMode):
+    """The gathers ("gather <elements>"), and the matrix products, in their order."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "allgather" in func.__name__:
+            self.ops.append(f"gather {args[0].numel()}")
+        elif func.__name__.startswith(("mm", "addmm", "linear", "_scaled_dot_product")):
+            self.ops.append("compute")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_gather_of_the_loop_is_under_way_before_the_prelude_computes():
+    for ops in run_on_ranks(2, order_of_a_forward):
+        before = ops[: ops.index("compute")]
+        largest = max(int(op.split()[1]) for op in ops if op != "compute")
+        assert f"gather {largest}" == before[-1] and len(before) == 3  # root (tied embedding, ln_f), prelude, loop
+
+
+def order_of_a_forward(rank, world_size):
+    model = build(world_size, Case())
+    with Order() as order:
+        model(some_tokens(BATCH), num_steps=(1, 1), initial_state=some_state(BATCH))
+    return order.ops
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("name", ["checkpointing none", "checkpointing iteration", "never resharded"])
+def test_several_updates_equal_those_of_one_unsharded_process(name, world_size):
+    """A unit that stays gathered too long would go on with the weights of an earlier step, without an error (T2)."""
+    model = Raven(tiny_config())
+    init_weights(model, inits(model), seed=0)
+    expected = updated(model, slice(None))
+    for found in run_on_ranks(world_size, updates, CASES[name]):
+        for step, parameters in enumerate(expected):
+            assert_close(found[step], parameters, f"step {step + 1}")
+
+
+def updates(rank, world_size, case):
+    return updated(build(world_size, case), own_rows(rank, world_size))
+
+
+def updated(model, rows) -> list[dict]:
+    """The full parameters after each of some updates, large enough to see; one has two microbatches, one no loop."""
+    # Held from here on: to ask the model for them, or for its state, would free what is gathered.
+    parameters = dict(model.named_parameters())
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.5)
+    found = []
+    for number, draw in enumerate([(3, 2), (4, 4), (3, 0), (0, 1)]):
+        optimizer.zero_grad()
+        backward(model, draw, rows)
+        if number == 1:  # two microbatches
+            backward(model, draw, rows)
+        optimizer.step()
+        found.append(
+            {
+                name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
+                for name, p in parameters.items()
+            }
+        )
+    return found
