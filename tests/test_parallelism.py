@@ -120,7 +120,8 @@ def test_bfloat16_compute_keeps_float32_parameters_and_stays_close(plain):
 
 @pytest.mark.slow
 def test_compiled_blocks_train_as_eager_ones_under_clean_names(plain):
-    setup = Setup(sections={"compile": {"enable": True}, "activation_checkpoint": {"mode": "full"}})
+    compile = {"enable": True, "fail_on_recompile": True}
+    setup = Setup(sections={"compile": compile, "activation_checkpoint": {"mode": "full"}})
     for result in run_on_ranks(2, train, setup, timeout=280):
         assert result["losses"] == pytest.approx(plain["losses"], abs=1e-5)
         assert result["keys"] == plain["keys"] == result["names"]

@@ -10,7 +10,7 @@ from tests.ranks import run_on_ranks
 from tests.small_run import Setup, batches_of, make
 from tests.test_read_outs import CPU, prepare
 from torchtitan_rd.errors import TrainingError
-from torchtitan_rd.parallelism.compile import _compiled_once_a_mode
+from torchtitan_rd.parallelism.compile import CompileConfig, _compiled_once_a_mode
 from torchtitan_rd.validation import validate
 
 COMPILE = {"enable": True, "backend": "eager", "fail_on_recompile": True}
@@ -85,6 +85,11 @@ def planted_in_validation(rank, world_size):
 def test_a_new_shape_in_validation_stops_it_too():
     message = run_on_ranks(1, planted_in_validation)[0]
     assert "transformer.prelude.0 (SandwichBlock.forward)" in message and "expected 16, actual 12" in message
+
+
+def test_a_guard_without_compilation_is_refused():
+    with pytest.raises(ValueError, match="fail_on_recompile needs enable = true"):
+        CompileConfig(fail_on_recompile=True)
 
 
 def test_other_errors_of_a_compiled_block_are_passed_on():

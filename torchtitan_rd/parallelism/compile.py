@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from pydantic import model_validator
 from torch import nn
 
 from torchtitan_rd.config_loader import Section
@@ -18,6 +19,12 @@ class CompileConfig(Section):
     fail_on_recompile: bool = False
     """Stop where a block would be compiled again for what it has run before (with gradient or without), as for a new
     shape: an error with the guard that failed, in place of a silent pause of every rank."""
+
+    @model_validator(mode="after")
+    def _nothing_to_guard(self) -> "CompileConfig":
+        if self.fail_on_recompile and not self.enable:
+            raise ValueError("fail_on_recompile needs enable = true: nothing is compiled without it")
+        return self
 
 
 def apply_compile(blocks: Mapping[str, nn.Module], config: CompileConfig) -> None:
