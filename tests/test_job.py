@@ -125,6 +125,41 @@ def timeouts(rank, world_size, replicate):
     return before, after
 
 
+def test_a_run_of_two_copies_has_start_up_s_timeouts_until_its_first_step_is_done(tmp_path):
+    groups = ("default_pg", "mesh_dp_shard")
+    for code, seen in run_on_ranks(2, run_with_watched_timeouts, str(tmp_path)):
+        assert code == 0
+        first, last = ({name: found[name] for name in groups} for found in (seen[0], seen[-1]))
+        assert first == dict.fromkeys(groups, 701.0) and last == dict.fromkeys(groups, 101.0)
+        assert {found["checkpoint"] for found in seen} == {1234.0}
+
+
+def run_with_watched_timeouts(rank, world_size, folder):
+    """The trainer itself; what the time-outs are when each of its two steps begins."""
+    from tests.test_bad_input import GOOD
+    from torchtitan_rd import train
+    from torchtitan_rd.train_step import TrainStep
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(master_port()))
+    dist.destroy_process_group()
+    seen, call = [], TrainStep.__call__
+
+    def watched(self, *arguments):
+        seen.append(seconds_of_all_groups())
+        return call(self, *arguments)
+
+    arguments = ["--comm.init_timeout_seconds=701", "--comm.train_timeout_seconds=101", f"--job.dump_folder={folder}"]
+    arguments += ["--checkpoint.timeout_seconds=1234", "--parallelism.data_parallel_replicate_degree=2"]
+    try:
+        TrainStep.__call__ = watched
+        code = train.main([*GOOD, "--training.steps=2", *arguments])
+    finally:
+        TrainStep.__call__ = call
+        del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the harness ends one
+    return code, seen
+
+
 def master_port() -> int:
     """Agreed among the ranks through the harness's process group."""
     from tests.launch import free_port

@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import run_on_ranks
+from tests.test_bad_input import GOOD
 from torchtitan_rd import preflight as module
+from torchtitan_rd import train
 from torchtitan_rd.errors import ClusterError
 from torchtitan_rd.log import logger
 from torchtitan_rd.parallelism import ParallelDims, ParallelismConfig
@@ -80,3 +82,20 @@ def fail(message, rank):
 def test_a_failure_of_torch_names_the_group_and_where_to_look():
     for error in run_on_ranks(2, checked, 1, None, fail):
         assert "over all ranks (2 ranks) failed: no route" in error and "ulimit -n" in error
+
+
+def test_a_run_whose_ranks_cannot_add_ends_before_anything_is_built_or_written(tmp_path, monkeypatch, capfd):
+    real = dist.all_reduce
+
+    def spoiled(message, *arguments, **options):
+        real(message, *arguments, **options)
+        message += 1
+
+    monkeypatch.setattr(dist, "all_reduce", spoiled)
+    monkeypatch.setattr(train, "build_model", None)  # never reached
+    try:
+        assert train.main([*GOOD, f"--job.dump_folder={tmp_path / 'dump'}"]) == 1
+    finally:
+        dist.destroy_process_group()
+    assert "ClusterError: pre-flight all-reduce over all ranks (1 ranks) gave a wrong sum" in capfd.readouterr().err
+    assert not (tmp_path / "dump").exists()
