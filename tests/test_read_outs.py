@@ -126,8 +126,8 @@ def test_the_prelude_runs_once_and_the_core_as_often_as_the_deepest_needs(world_
         assert counts["prelude"] == counts["loop"] == batches
         assert counts["iteration"] == 16 * batches, "not 16 + 1 + 4 + 6 + 6"
         assert counts["coda"] == counts["head"] == DISTINCT * batches
-        # Prelude and loop once a batch, the coda once a read-out; the root, with the tied head, stays gathered.
-        assert counts["allgather"] == (1 + (2 + DISTINCT) * batches if world_size > 1 else 0)
+        # The prelude once a batch, the coda once a read-out; root (with the tied head) and loop stay gathered.
+        assert counts["allgather"] == (2 + (1 + DISTINCT) * batches if world_size > 1 else 0)
         assert counts["allreduce"] == 1
 
 

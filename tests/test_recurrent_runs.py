@@ -4,8 +4,12 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.launch import launch, rows
+from torchtitan_rd.checkpoint.manifest import verify
+from torchtitan_rd.conversion.dcp import open_dcp
 
 CONFIG = """
 [job]
@@ -104,6 +108,22 @@ def test_another_number_of_ranks_draws_the_same_depths_noise_and_batches(uninter
             assert found[key] == expected[key]
         for key in ("loss", *(key for key in expected if key.startswith("val_loss"))):
             assert found[key] == pytest.approx(expected[key], abs=1e-5)
+
+
+def test_a_run_in_bfloat16_is_killed_resumed_on_other_ranks_verified_and_exported(uninterrupted, tmp_path):
+    arguments = [*arguments_for(tmp_path), "--training.mixed_precision_param=bfloat16", "--checkpoint.last_save_in_hf"]
+    assert launch(2, arguments, ("--die-at", "1", "7", "1")).codes[1] == -signal.SIGKILL
+    finished = launch(1, arguments)
+    assert finished.codes == [0], finished.errors
+    for found, expected in zip(rows(tmp_path / "dump"), uninterrupted, strict=True):
+        assert found["loss"] == pytest.approx(expected["loss"], rel=0.01) and found["loss"] != expected["loss"]
+        assert all(found[key] == expected[key] for key in ("data_hash", "num_steps_no_grad"))
+    last = tmp_path / "dump" / "checkpoint" / "step-12"
+    assert verify(last) == []
+    weights, exported = open_dcp(last), load_file(last.with_name("step-12-hf") / "model.safetensors")
+    norm = weights.read("transformer.recurrence.iteration.core_block.0.norm_1.weight")
+    assert torch.equal(exported["transformer.core_block.0.norm_1.weight"], norm)
+    assert norm.dtype == torch.float32 and not torch.equal(norm, norm.bfloat16().float())
 
 
 def test_ranks_that_draw_their_own_depths_finish(tmp_path):

@@ -43,7 +43,7 @@ from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.models.attention import setup_attention
 from torchtitan_rd.models.spec import ModelSpec
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state, set_lr
-from torchtitan_rd.parallelism import ParallelDims, init_weights, parallelize
+from torchtitan_rd.parallelism import ParallelDims, allocate, init_weights, parallelize
 from torchtitan_rd.preflight import preflight
 from torchtitan_rd.profiling import Profiler, check_profiling
 from torchtitan_rd.signals import EXIT_STATUS, StopRequest, write_exit_status
@@ -381,8 +381,9 @@ def build_model(config: JobConfig, spec: ModelSpec, shape: Any, mesh: DeviceMesh
         activation_checkpoint=config.activation_checkpoint,
         compile=config.compile,
         sharding=config.training,
+        loop_grad_dtype=torch.float32 if config.recurrence.core_grad_dtype == "float32" else None,
     )
-    model.to_empty(device="cpu" if config.training.enable_cpu_offload else device)
+    allocate(model, device, config.training.enable_cpu_offload)
     model.init_buffers(device)
     init_weights(model, inits, config.training.seed)
     model.train()

@@ -89,6 +89,7 @@ class TrainStep:
             prepare_microbatch(self.model, is_last=number == len(batches) - 1)
             local_sum += self._backward(batch, valid, self.inputs(step, number, batch))
         self.beat(step, "update")
+        sum_whole_gradients(self.parameters)
         grad_norm = self._clip()
         loss_max = local_sum / local_valid.clamp(min=1)
         dist.all_reduce(local_sum)
@@ -114,11 +115,12 @@ class TrainStep:
 
     def _clip(self) -> torch.Tensor:
         """Scales the gradients to `max_norm` and returns their norm from before (scalar, the same on all ranks)."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()  # over all shards; until then every rank has its own part (T21)
-        torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_norm, norm)
+        sharded = [p for p in self.parameters if isinstance(p, DTensor)]
+        whole = [p for p in self.parameters if not isinstance(p, DTensor)]
+        norms = [_norm_of_gradients(parameters) for parameters in (sharded, whole) if parameters]
+        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+        for parameters in (sharded, whole):  # torch scales lists of one kind only
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_norm, norm)
         return norm
 
     def _is_finite(self, step: int, result: StepResult) -> bool:
@@ -135,6 +137,26 @@ class TrainStep:
             )
         logger.warning("%s: update skipped (%d in a row)", what, self.consecutive_skips)
         return False
+
+
+def sum_whole_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Adds up, over all ranks, the gradients of the parameters that are not sharded: of those each rank has its own.
+
+    Collective if there are such parameters, and one all-reduce for all of them.
+    """
+    gradients = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+
+
+def _norm_of_gradients(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """The L2 norm over whole tensors, of which these are this rank's parts."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # until then each rank has its own (T21)
 
 
 def hash_ids(batches: Sequence[Batch], stages: int = 1) -> str | None:

@@ -21,13 +21,24 @@ def build_norm(norm_type: NormType, dim: int, eps: float) -> nn.Module:
     return nn.LayerNorm(dim, eps=eps, bias=False, elementwise_affine=norm_type == "layernorm")
 
 
+class Linear(nn.Linear):
+    """A matmul in the type of the weight: the input is cast to it, if it is another."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, with half the operations in eager mode on CPU, where torch has no fused kernel."""
+    """torch's RMSNorm, with half the operations in eager mode on CPU, where torch has no fused kernel.
+
+    The weight may be of a wider type than x: it is then multiplied in that type, before the cast back to x's.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.is_cpu and not torch.compiler.is_compiling():
             return _RMSNormOnCPU.apply(x, self.weight, self.eps)
-        return super().forward(x)
+        # torch has a fused kernel for equal types only.
+        return super().forward(x.to(self.weight.dtype)).type_as(x)
 
 
 class _RMSNormOnCPU(torch.autograd.Function):

@@ -29,12 +29,15 @@ class WrapPlan:
     shard_only: each tuple is one more FSDP unit (embedding; final norm with the head). The last one is needed first
         in backward, so it is not resharded after forward unless the user says `always`.
     loops: what is run several times, if anything.
-    Parameters in none of them stay with the root unit: tied embedding and head must both be there.
+    full_precision: names of small parameters that compute in float32 where the others do in a smaller type: every rank
+        then holds them whole (parallelism/fsdp.py). With float32 everywhere they are sharded as the others.
+    Parameters in none of the units stay with the root unit: tied embedding and head must both be there.
     """
 
     blocks: tuple[str, ...]
     shard_only: tuple[tuple[str, ...], ...] = ()
     loops: tuple[Loop, ...] = ()
+    full_precision: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

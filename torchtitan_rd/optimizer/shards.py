@@ -20,6 +20,8 @@ def sum_over_shards(parts: Sequence[Tensor], owners: Sequence[Tensor]) -> Tensor
     Collective, and one all-reduce for all owners of one mesh (on a mesh of replicas and shards, over the shards
     only), however many they are. An owner that is not sharded keeps its part.
     """
+    if len({part.device for part in parts}) > 1:  # under CPU offload, what is not sharded stays on the GPU
+        parts = [part.cpu() for part in parts]
     sums = list(parts)
     together = defaultdict(list)
     for i, owner in enumerate(owners):

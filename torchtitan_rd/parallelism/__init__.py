@@ -1,5 +1,6 @@
 """Applies the techniques to a model, in the one order that keeps names and checkpoint keys clean (T12)."""
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -10,7 +11,7 @@ from torchtitan_rd.parallelism.activation_checkpoint import (
 )
 from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
 from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig
-from torchtitan_rd.parallelism.fsdp import Plan, ShardingKeys, apply_fsdp, prepare_microbatch
+from torchtitan_rd.parallelism.fsdp import Plan, ShardingKeys, allocate, apply_fsdp, prepare_microbatch
 from torchtitan_rd.parallelism.init import init_weights
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "ParallelDims",
     "ParallelismConfig",
     "ShardingKeys",
+    "allocate",
     "init_weights",
     "parallelize",
     "prepare_microbatch",
@@ -34,6 +36,7 @@ def parallelize(
     activation_checkpoint: ActivationCheckpointConfig,
     compile: CompileConfig,
     sharding: ShardingKeys,
+    loop_grad_dtype: torch.dtype | None = None,
 ) -> None:
     """Changes `model` (on the meta device) in place: activation checkpointing -> compile -> FSDP.
 
@@ -44,4 +47,4 @@ def parallelize(
     regions = [model.get_submodule(name) for name in checkpoint_regions(plan, activation_checkpoint)]
     apply_activation_checkpointing(regions, activation_checkpoint)
     apply_compile(blocks, compile)
-    apply_fsdp(model, plan, mesh, sharding, parallelism.fsdp_reshard_after_forward)
+    apply_fsdp(model, plan, mesh, sharding, parallelism.fsdp_reshard_after_forward, loop_grad_dtype)

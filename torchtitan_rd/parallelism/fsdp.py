@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from torchtitan_rd.config_loader import Section
 
@@ -40,12 +41,23 @@ class Plan(Protocol):
     blocks: tuple[str, ...]
     shard_only: tuple[tuple[str, ...], ...]
     loops: tuple[tuple[str, str], ...]
+    full_precision: tuple[str, ...]
 
 
-def apply_fsdp(model: nn.Module, plan: Plan, mesh: DeviceMesh, keys: ShardingKeys, reshard_after_forward: str) -> None:
+def apply_fsdp(
+    model: nn.Module,
+    plan: Plan,
+    mesh: DeviceMesh,
+    keys: ShardingKeys,
+    reshard_after_forward: str,
+    loop_grad_dtype: torch.dtype | None = None,
+) -> None:
     """Shards the units of `plan` and then the root, which takes what is left (tied weights among it).
 
-    Gradients are summed, not averaged: the loss is already divided by the global number of valid tokens.
+    Gradients are summed, not averaged: the loss is already divided by the global number of valid tokens. Those of
+    `plan.full_precision` are not summed here but by the train step: see `kept_whole`.
+
+    loop_grad_dtype: in which the uses of a weight inside a loop are summed; None: the type that it computes in.
     """
     precision = MixedPrecisionPolicy(
         param_dtype=getattr(torch, keys.mixed_precision_param),
@@ -53,7 +65,8 @@ def apply_fsdp(model: nn.Module, plan: Plan, mesh: DeviceMesh, keys: ShardingKey
         cast_forward_inputs=False,
     )
     offload = CPUOffloadPolicy() if keys.enable_cpu_offload else OffloadPolicy()
-    options = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload}
+    whole = kept_whole(model, plan, keys)
+    options = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload, "ignored_params": whole}
     reshard = reshard_after_forward != "never"
     looped = tuple(f"{unit}." for unit, _ in plan.loops)
     names = [name for name in plan.blocks if not name.startswith(looped)]
@@ -70,6 +83,9 @@ def apply_fsdp(model: nn.Module, plan: Plan, mesh: DeviceMesh, keys: ShardingKey
         fully_shard([model.get_submodule(name) for name in names], reshard_after_forward=reshard_last, **options)
     fully_shard(model, reshard_after_forward=reshard_after_forward == "always", **options)
     _prefetch_loop(model, plan)
+    if loop_grad_dtype is not None:
+        for unit, _ in plan.loops:
+            _sum_gradients_in(loop_grad_dtype, model.get_submodule(unit))
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -105,3 +121,36 @@ def prepare_microbatch(model: nn.Module, *, is_last: bool) -> None:
     """
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(is_last)
+
+
+def kept_whole(model: nn.Module, plan: Plan, keys: ShardingKeys) -> set[nn.Parameter]:
+    """The parameters that stay plain tensors in float32, equal on all ranks; each rank has a gradient of its own.
+
+    FSDP gathers and reduces a unit in one type, so a float32 norm in a bfloat16 block would need a unit of its own:
+    three more collectives a block. They are small; held whole, their gradients are summed once a step (train_step.py).
+    """
+    if keys.mixed_precision_param == "float32":
+        return set()
+    return {model.get_parameter(name) for name in plan.full_precision}
+
+
+def allocate(model: nn.Module, device: torch.device, offload: bool) -> None:
+    """Gives the sharded `model`, so far on the meta device, memory on `device` with undefined content.
+
+    offload: shards stand in host memory; FSDP copies them as it gathers. What it does not gather must be on `device`.
+    """
+    model.to_empty(device="cpu" if offload else device)
+    for module in model.modules():
+        if offload and any(not isinstance(p, DTensor) for p in module.parameters(recurse=False)):
+            module.to_empty(device=device, recurse=False)
+
+
+def _sum_gradients_in(dtype: torch.dtype, unit: nn.Module) -> None:
+    """Makes autograd cast each contribution to a weight's gradient to `dtype` before it adds them up."""
+
+    def mark(module: nn.Module, inputs: tuple) -> None:
+        # FSDP puts its gathered parameters in place just before; they are others than those of `unit` now.
+        for parameter in module.parameters():
+            parameter.grad_dtype = dtype
+
+    unit.register_forward_pre_hook(mark)

@@ -403,6 +403,33 @@ def test_bfloat16_models_run_with_float32_angles_and_logits(tmp_path):
     assert found.dtype == torch.float32 and (found - expected).norm() < 0.03 * expected.norm()
 
 
+def test_in_bfloat16_it_is_as_training_under_autocast_and_within_rounding_when_loaded_so(tmp_path):
+    """Training multiplies float32 norms into a float32 residual stream. A model that is cast as a whole has neither."""
+    ours = tiny_raven()
+    folder = export(ours, tmp_path / "export")
+    arguments = {"num_steps": (0, 4), "initial_state": some_state(), "state_dtype": torch.float32}
+    exact = ours(some_tokens(), **arguments)
+    for parameter in ours.parameters():
+        if parameter.ndim == 2:  # what FSDP gathers in bfloat16
+            parameter.data = parameter.data.bfloat16()
+    training = ours(some_tokens(), **arguments)
+    given = {"num_steps": 4, "input_states": some_state()}
+    loaded = load(folder, torch_dtype=torch.bfloat16)(some_tokens(), **given).logits
+    whole = load(folder)
+    embedding = whole.transformer.wte.weight
+    embedding.data = embedding.data.bfloat16().float()  # which autocast does not do by itself
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = whole(some_tokens(), **given).logits
+
+    def distance(one, other):
+        return float((one - other).norm() / exact.norm())
+
+    rounding = distance(training, exact)
+    assert 0 < rounding < 0.008
+    assert distance(autocast, training) < 0.05 * rounding
+    assert 1.15 * rounding < distance(loaded, exact) < 4 * rounding
+
+
 def test_a_config_with_the_names_of_other_classes_is_read_and_one_without_meaning_refused(tmp_path):
     fields = {"n_heads": None, "num_attention_heads": 4, "init_values": {"std": 1.0}, "effective_expected_depth": 132}
     config = load(export(tiny_raven(), tmp_path / "export", **fields)).config

@@ -72,8 +72,13 @@ def test_like_init_has_no_embedding_scale_where_embeddings_have_none():
     assert float(drawn.std()) == pytest.approx(config.weight_std * 0.98658, rel=0.01)
 
 
-def test_a_bfloat16_state_is_the_float32_one_rounded():
-    assert torch.equal(state(replace(WHOLE, dtype=torch.bfloat16)), state().bfloat16())
+def test_the_first_state_is_float32_unless_it_shall_be_of_the_type_of_the_parameters():
+    in_bfloat16 = replace(WHOLE, dtype=torch.bfloat16)
+    assert torch.equal(state(in_bfloat16), state())
+    assert torch.equal(state(in_bfloat16, state_dtype="as_param"), state().bfloat16())
+    for keys, dtype in (({}, torch.float32), ({"state_dtype": "as_param"}, torch.bfloat16)):
+        kwargs = inputs(**keys).at_depth(3, in_bfloat16).kwargs
+        assert kwargs["state_dtype"] == kwargs["initial_state"].dtype == dtype
 
 
 def test_validation_runs_every_iteration_without_gradient_on_noise_of_its_own():

@@ -24,6 +24,7 @@ class RavenInputs:
             # Without injection, embedding and prelude have a gradient only at n = 0: ranks would not reduce alike.
             raise ConfigError('recurrence.lockstep = false needs an injection: it is "none" in this model')
         self.config, self.seed = config, seed
+        self.float32_state = recurrence.state_dtype == "float32"
         self.mean_depth = config.mean_recurrence
         self.sampler = DepthSampler(
             recurrence,
@@ -63,6 +64,7 @@ class RavenInputs:
         return replace(inputs, kwargs={**inputs.kwargs, "early_read_outs": tuple(early)})
 
     def _inputs(self, num_steps: tuple[int, int], step: int, microbatch: Microbatch) -> ForwardInputs:
+        dtype = torch.float32 if self.float32_state else microbatch.dtype
         state = initial_state(
             self.config,
             seed=self.seed,
@@ -70,9 +72,9 @@ class RavenInputs:
             samples=microbatch.samples,
             seq_len=microbatch.seq_len,
             device=microbatch.device,
-            dtype=microbatch.dtype,
+            dtype=dtype,
         )
-        return ForwardInputs({"num_steps": num_steps, "initial_state": state}, num_steps)
+        return ForwardInputs({"num_steps": num_steps, "initial_state": state, "state_dtype": dtype}, num_steps)
 
 
 def initial_state(

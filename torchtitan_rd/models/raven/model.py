@@ -2,6 +2,9 @@
 
 Shapes: B batch, S sequence, E dim, H heads, D head dim, V vocabulary. Letters: e embedded input, s state, n and k
 iterations without and with gradient.
+
+Precision: matmuls and attention compute in the type of the matrices. What lies between them is of `state_dtype`: e, the
+state and the residual stream, in which sums and norms are made. Where all types are equal, no cast is an operation.
 """
 
 from collections.abc import Collection
@@ -11,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchtitan_rd.models.attention import Mask, attend, build_mask
-from torchtitan_rd.models.layers import RMSNorm, Rotary, apply_rotary
+from torchtitan_rd.models.layers import Linear, RMSNorm, Rotary, apply_rotary
 from torchtitan_rd.models.raven.config import RavenConfig
 from torchtitan_rd.models.spec import ReadOut
 
@@ -29,9 +32,9 @@ class Attention(nn.Module):
         self.copies = heads // kv_heads if config.qk_bias else 1
         self.heads = (heads, kv_heads * self.copies)
         self.widths = ((heads + kv_heads) * self.head_dim, kv_heads * self.head_dim)
-        self.Wqkv = nn.Linear(config.dim, sum(self.widths), bias=False)
+        self.Wqkv = Linear(config.dim, sum(self.widths), bias=False)
         self.qk_bias = nn.Parameter(torch.empty(2, 1, heads, self.head_dim)) if config.qk_bias else None
-        self.proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.proj = Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
         qkv = self.Wqkv(x_BSE)
@@ -46,6 +49,7 @@ class Attention(nn.Module):
         qk_BHSD = apply_rotary(qk.unflatten(-1, (-1, self.head_dim // 2, 2)), rotary).transpose(1, 2)
         if self.qk_norm:
             qk_BHSD = F.rms_norm(qk_BHSD, (self.head_dim,), eps=QK_NORM_EPS)
+        qk_BHSD = qk_BHSD.type_as(v)  # a bias of a wider type has widened it
         q_BHSD, k_BHSD = qk_BHSD.split(self.heads, dim=1)
         v_BHSD = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return self.proj(attend(q_BHSD, k_BHSD, v_BHSD, mask).transpose(1, 2).flatten(-2))
@@ -62,8 +66,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: RavenConfig):
         super().__init__()
-        self.fc = nn.Linear(config.dim, 2 * config.ffn_dim, bias=False)
-        self.proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.fc = Linear(config.dim, 2 * config.ffn_dim, bias=False)
+        self.proj = Linear(config.ffn_dim, config.dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.fc(x).chunk(2, dim=-1)
@@ -132,12 +136,13 @@ class Iteration(nn.Module):
         super().__init__()
         self.injection = config.injection
         if config.injection == "linear":
-            self.adapter = nn.Linear(2 * config.dim, config.dim, bias=False)
+            self.adapter = Linear(2 * config.dim, config.dim, bias=False)
         self.core_block = blocks(config, config.n_layers_core)
 
     def forward(self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
         if self.injection == "linear":
-            s_BSE = self.adapter(torch.cat((s_BSE, e_BSE), dim=-1))
+            dtype = self.adapter.weight.dtype
+            s_BSE = self.adapter(torch.cat((s_BSE.to(dtype), e_BSE.to(dtype)), dim=-1)).type_as(e_BSE)
         elif self.injection == "add":
             s_BSE = s_BSE + e_BSE
         elif self.injection == "gate":
@@ -196,7 +201,7 @@ class Raven(nn.Module):
         self.config = config
         self.transformer = Transformer(config)
         self.rotary = Rotary(config.attention_shape.head_dim, config.rope_theta)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
@@ -212,6 +217,7 @@ class Raven(nn.Module):
         initial_state: torch.Tensor | None,
         early_read_outs: Collection[int] = (),
         read_out: ReadOut | None = None,
+        state_dtype: torch.dtype | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """num_steps: iterations without gradient, then with. Those without are run on the state alone: e gets its
         gradient through the others, so the gradients are those of the last k iterations from a given state.
@@ -220,10 +226,13 @@ class Raven(nn.Module):
 
         early_read_outs: numbers of iterations, of those without gradient, after which `read_out` is given the logits
         too; those of the last state come last. It costs a coda and a head each, and a state that is held till then.
+
+        state_dtype: of e, the residual stream and the state; None: that of the embedding.
         """
         layers = self.transformer
         rotary, mask = self.rotary(tokens_BS.shape[1]), build_mask(tokens_BS, document_ids)
         e_BSE = layers.wte(tokens_BS)
+        e_BSE = e_BSE.to(state_dtype or e_BSE.dtype)
         if self.config.embedding_scale != 1.0:
             e_BSE = e_BSE * self.config.embedding_scale
         for block in layers.prelude:

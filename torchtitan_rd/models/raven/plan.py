@@ -8,6 +8,9 @@ def wrap_plan(model: Raven) -> WrapPlan:
     """Each block is compiled; prelude and coda blocks are units of their own, adapter and core one unit.
 
     ln_f stays in the root, as it is used twice; so do embedding and head if they are tied (T7).
+
+    All but the matrices, that is norms and qk_bias, keep full precision: one step of bfloat16 at 1.0 is 0.8 %, so a
+    rounded norm weight gives its feature a gain that is wrong by up to 0.4 % in every iteration.
     """
     layers = model.transformer
     core = "transformer.recurrence.iteration"
@@ -18,4 +21,5 @@ def wrap_plan(model: Raven) -> WrapPlan:
     )
     tied = model.config.tie_word_embeddings
     shard_only = () if tied else (("transformer.wte",), ("lm_head",))
-    return WrapPlan(blocks, shard_only, (Loop("transformer.recurrence", core),))
+    full_precision = tuple(name for name, parameter in model.named_parameters() if parameter.ndim != 2)
+    return WrapPlan(blocks, shard_only, (Loop("transformer.recurrence", core),), full_precision)

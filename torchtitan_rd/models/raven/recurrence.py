@@ -43,6 +43,12 @@ class RecurrenceConfig(Section):
     """The share of training.steps that this ramp takes."""
     mean_backprop_depth_warmup_type: Literal["linear", "1-sqrt"] = "linear"
     """Form of this ramp."""
+    state_dtype: Literal["float32", "as_param"] = "float32"
+    """Type of the state, the embedded input and the residual stream (docs/recurrence.md). as_param: that of
+    training.mixed_precision_param."""
+    core_grad_dtype: Literal["as_param", "float32"] = "as_param"
+    """Type in which a microbatch's gradient of the core is summed over its iterations. float32 takes 2 more bytes a
+    parameter of the core during backward than bfloat16."""
 
     @field_validator("sampling_scheme")
     @classmethod

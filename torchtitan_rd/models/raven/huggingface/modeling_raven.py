@@ -303,7 +303,7 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         """One iteration: takes e into the state, then runs the core blocks, which cache from `slot` on."""
         injection, e = self.config.injection_type, e.to(s.device)
         if injection == "linear":
-            s = self.transformer.adapter(torch.cat((s, e), dim=-1))
+            s = self.transformer.adapter(torch.cat((s, e), dim=-1)).type_as(e)  # float32 under autocast
         elif injection in ("add", "gate"):
             s = s + e if injection == "add" else s * e
         for i, block in enumerate(self.transformer.core_block):
