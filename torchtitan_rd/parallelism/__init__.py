@@ -12,6 +12,7 @@ from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
 from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig
 from torchtitan_rd.parallelism.fsdp import Plan, ShardingKeys, apply_fsdp
 from torchtitan_rd.parallelism.init import init_weights
+from torchtitan_rd.parallelism.step_sums import StepSums, StepTotals
 
 __all__ = [
     "ActivationCheckpointConfig",
@@ -19,6 +20,8 @@ __all__ = [
     "ParallelDims",
     "ParallelismConfig",
     "ShardingKeys",
+    "StepSums",
+    "StepTotals",
     "init_weights",
     "parallelize",
 ]
