@@ -45,7 +45,8 @@ def config_of(setup: Setup, world_size: int) -> JobConfig:
     return JobConfig(**{name: fields[name].annotation.model_validate(keys) for name, keys in sections.items()})
 
 
-def make(setup: Setup, world_size: int) -> tuple[JobConfig, torch.nn.Module, TrainStep]:
+def make(setup: Setup, world_size: int, **options: Any) -> tuple[JobConfig, torch.nn.Module, TrainStep]:
+    """options: of TrainStep."""
     config = config_of(setup, world_size)
     spec = get_spec("llama3")
     overrides = {"dim": 32, "n_layers": 4, "ffn_dim": 48, **setup.overrides}
@@ -53,7 +54,7 @@ def make(setup: Setup, world_size: int) -> tuple[JobConfig, torch.nn.Module, Tra
     mesh = ParallelDims.resolve(config.parallelism, world_size).build_mesh("cpu")
     model = build_model(config, spec, shape, mesh, torch.device("cpu"))
     optimizer = build_optimizer(model, config.optimizer)
-    return config, model, TrainStep(model, optimizer, config.training, torch.device("cpu"))
+    return config, model, TrainStep(model, optimizer, config.training, torch.device("cpu"), **options)
 
 
 def batches_of(step: int, rank: int, world_size: int, config: JobConfig, padded: bool) -> list[Batch]:

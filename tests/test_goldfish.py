@@ -4,8 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from torchtitan_rd.errors import TrainingError
-from torchtitan_rd.loss import ObjectiveKeys, check_loss, count_valid, goldfish_labels
+from torchtitan_rd.loss import ObjectiveKeys, count_valid, exceeds_guard, goldfish_labels, guard_error
 from torchtitan_rd.loss.goldfish import _uniforms
 
 HASH = ObjectiveKeys(goldfish_strategy="hash-table")
@@ -16,7 +15,7 @@ def left_out(labels, config):
 
 
 def test_the_table_is_the_ancestors():
-    assert _uniforms()[:3].tolist() == pytest.approx([0.233684, 0.441264, 0.741148], abs=1e-6)
+    assert _uniforms(torch.device("cpu"))[:3].tolist() == pytest.approx([0.233684, 0.441264, 0.741148], abs=1e-6)
 
 
 def test_the_hash_leaves_out_the_ancestors_positions_in_every_row():
@@ -33,7 +32,7 @@ def test_the_hash_is_that_of_the_wrapped_product_with_a_floor_modulo():
         for label in labels[0, last - 12 : last + 1].tolist():
             product *= label
         wrapped = (product + 2**63) % 2**64 - 2**63
-        if _uniforms()[wrapped % 1_000_003] < 0.25:  # Python's modulo is the floor one
+        if _uniforms(torch.device("cpu"))[wrapped % 1_000_003] < 0.25:  # Python's modulo is the floor one
             expected.append(last)
     assert left_out(labels, HASH) == [expected] and 20 < len(expected) < 80
 
@@ -89,8 +88,12 @@ def test_leaving_out_every_label_is_refused():
 
 def test_the_guard_stops_only_above_its_loss_and_after_its_tokens():
     guard = ObjectiveKeys(loss_guard=6.0, loss_guard_after_tokens=100)
-    check_loss(guard, 1, 9.0, 100)
-    check_loss(guard, 2, 6.0, 101)
-    check_loss(ObjectiveKeys(), 3, 1e9, 10**12)
-    with pytest.raises(TrainingError, match=r"step 4: loss 6\.5000 exceeds training\.loss_guard = 6\.0"):
-        check_loss(guard, 4, 6.5, 101)
+    cases = (
+        (guard, 9.0, 100, False),
+        (guard, 6.0, 101, False),
+        (guard, 6.5, 101, True),
+        (ObjectiveKeys(), 1e9, 10**12, False),
+    )
+    for keys, loss, tokens, exceeded in cases:
+        assert exceeds_guard(keys, torch.tensor(loss), tokens).item() is exceeded
+    assert "step 4: loss 6.5000 exceeds training.loss_guard = 6.0" in str(guard_error(guard, 4, 6.5, 101))

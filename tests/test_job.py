@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import run_on_ranks
+from tests.small_run import Setup, batches_of, make
 from torchtitan_rd import job
 from torchtitan_rd.checkpoint.rank_group import RankGroup
 from torchtitan_rd.errors import ConfigError
@@ -63,23 +64,36 @@ def gathered(rank, world_size):
     return job.gather({"rank": rank})
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_signal_to_the_last_rank_stops_every_rank_at_the_same_step(world_size):
-    assert run_on_ranks(world_size, signalled) == [[False, False, True]] * world_size
+def test_a_signal_to_the_last_rank_stops_every_rank_at_the_same_step(world_size, late):
+    """At once where the host reads each step, one step later where it reads the step before."""
+    expected = [False, False, not late, True]
+    assert run_on_ranks(world_size, signalled, late) == [expected] * world_size
 
 
-def signalled(rank, world_size):
+def signalled(rank, world_size, late):
     import os
     import signal
 
     stop = StopRequest()
+    config, _, step = make(Setup(), world_size, asked_to_stop=stop.received, late=late)
     agreed = []
-    for step in range(3):
-        if step == 2 and rank == world_size - 1:
+    for number in range(1, 5):
+        if number == 3 and rank == world_size - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        agreed.append(stop.agreed())
+        step(number, batches_of(number, rank, world_size, config, padded=False))
+        agreed.append(step.stop_requested)
     stop.restore()
     return agreed
+
+
+def test_numbers_are_gathered_on_rank_0_in_rank_order():
+    assert run_on_ranks(2, numbers_gathered) == [[[0.0, 0.5], [1.0, 0.5]], None]
+
+
+def numbers_gathered(rank, world_size):
+    return job.gather_numbers([float(rank), 0.5])
 
 
 def test_determinism_can_be_switched_on():

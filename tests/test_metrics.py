@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from tests.ranks import run_on_ranks
 from torchtitan_rd.errors import TrainingError
+from torchtitan_rd.job import gather_numbers
 from torchtitan_rd.log import logger
-from torchtitan_rd.metrics import Metrics, MetricsConfig, StepResult, peak_flops
+from torchtitan_rd.metrics import Metrics, MetricsConfig, StepNumbers, StepResult, peak_flops
 from torchtitan_rd.metrics.devices import peak_flops_by_name
 from torchtitan_rd.metrics.journal import Journal
 
@@ -24,7 +25,10 @@ TOKENS = 4096  # of one step
 EXACT = ("step", "loss", "loss_hex", "loss_max", "grad_norm", "lr", "tokens_seen", "data_hash")
 
 
-def make(folder: Path, *, rank: int = 0, world_size: int = 1, total_steps: int = 12, **keys) -> Metrics:
+def make(
+    folder: Path, *, rank: int = 0, world_size: int = 1, total_steps: int = 12, across: dict | None = None, **keys
+) -> Metrics:
+    """across: what Metrics is told of other ranks (gather, own_depths, flops_drawn)."""
     return Metrics(
         MetricsConfig(**keys),
         dump_folder=folder,
@@ -34,12 +38,17 @@ def make(folder: Path, *, rank: int = 0, world_size: int = 1, total_steps: int =
         device=torch.device("cpu"),
         flops=FLOPS,
         total_steps=total_steps,
+        **(across or {}),
     )
 
 
+def known(step: int, loss: float, loss_max: float, grad_norm: float, skips: int = 0, depths=()) -> StepResult:
+    numbers = StepNumbers(loss, loss_max, 3, grad_norm, skips > 0, skips, False, False)
+    return StepResult(step, lambda: numbers, depths=depths)
+
+
 def result_of(step: int) -> StepResult:
-    loss = torch.tensor(1 / 3) + 1 / step
-    return StepResult(loss=loss, loss_max=loss + 0.1, grad_norm=torch.tensor(1.0) / step)
+    return known(step, 1 / 3 + 1 / step, 1 / 3 + 1 / step + 0.1, 1 / step)
 
 
 def train(folder: Path, start: int, stop: int, **keys) -> None:
@@ -49,8 +58,9 @@ def train(folder: Path, start: int, stop: int, **keys) -> None:
     for step in range(start + 1, stop + 1):
         with metrics.time_data():
             pass
+        metrics.add(result_of(step))
         if metrics.should_log(step):
-            metrics.log(step, result_of(step), lr=0.1 / step, tokens_seen=step * TOKENS, data_hash=f"{step:x}")
+            metrics.log(step, lr=0.1 / step, tokens_seen=step * TOKENS, data_hash=f"{step:x}")
 
 
 def rows(folder: Path) -> list[dict]:
@@ -82,9 +92,9 @@ def test_steps_logged_are_the_first_every_log_freq_th_and_the_last(tmp_path):
 def test_a_row_holds_the_exact_loss_and_the_state_of_the_run(tmp_path):
     train(tmp_path, 0, 1)
     (row,) = rows(tmp_path)
-    loss = result_of(1).loss.item()
+    loss = result_of(1).loss
     assert float.fromhex(row["loss_hex"]) == row["loss"] == loss
-    assert row["loss_max"] == (result_of(1).loss + 0.1).item()
+    assert row["loss_max"] == result_of(1).loss + 0.1
     assert (row["grad_norm"], row["lr"], row["tokens_seen"], row["data_hash"]) == (1.0, 0.1, TOKENS, "1")
     assert row["mfu_full"] is None and row["mfu_causal"] is None
     assert row["memory_max_rss_gib"] > 0.01
@@ -93,7 +103,8 @@ def test_a_row_holds_the_exact_loss_and_the_state_of_the_run(tmp_path):
 def test_a_loss_that_is_not_finite_keeps_the_file_valid_json(tmp_path, messages):
     metrics = make(tmp_path)
     metrics.start(0, 0)
-    metrics.log(1, StepResult(torch.tensor(float("nan")), float("inf"), 1.0), lr=0.1, tokens_seen=TOKENS)
+    metrics.add(known(1, float("nan"), float("inf"), 1.0))
+    metrics.log(1, lr=0.1, tokens_seen=TOKENS)
 
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
@@ -152,23 +163,65 @@ def test_a_full_disk_is_named_with_the_file():
 
 
 def log_on_rank(rank, world_size, folder):
-    class Untouchable:
-        def __float__(self):
-            raise AssertionError("rank 1 read a value")
-
-    metrics = make(Path(folder), rank=rank, world_size=world_size, peak_tflops=1.0)
+    metrics = make(Path(folder), rank=rank, world_size=world_size, peak_tflops=1.0, across={"gather": gather_numbers})
     metrics.start(0, 0)
     with metrics.time_data():
         pass
-    result = result_of(1) if rank == 0 else StepResult(Untouchable(), Untouchable(), Untouchable())
-    metrics.log(1, result, lr=0.1, tokens_seen=TOKENS)
+    metrics.add(result_of(1))
+    metrics._memory.read = lambda: {"memory_max_rss_gib": 1.0 + rank}
+    metrics.log(1, lr=0.1, tokens_seen=TOKENS)
     metrics.close()
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_only_rank_0_writes_and_only_rank_0_reads_the_device(tmp_path, world_size):
+def test_rank_0_alone_writes_and_tells_the_highest_peak_of_memory_and_its_rank(tmp_path, world_size):
     run_on_ranks(world_size, log_on_rank, str(tmp_path))
-    assert [row["step"] for row in rows(tmp_path)] == [1]
+    (row,) = rows(tmp_path)
+    assert (row["step"], row["memory_max_rss_gib"], row["memory_max_rank"]) == (1, world_size, world_size - 1)
+
+
+def test_unlogged_steps_are_not_read(tmp_path):
+    def refuse():
+        raise AssertionError("read a number of a step that is not logged")
+
+    metrics = make(tmp_path)
+    metrics.start(0, 0)
+    for step in (1, 2):
+        metrics.add(StepResult(step, refuse))
+
+
+def test_a_row_holds_the_mean_loss_of_its_interval_without_skipped_steps(tmp_path):
+    metrics = make(tmp_path)
+    metrics.start(0, 0)
+    metrics.add(known(1, 9.0, 9.0, 1.0))
+    metrics.log(1, lr=0.1, tokens_seen=TOKENS)
+    for step, loss in ((2, 5.0), (3, 3.0), (5, 1.0)):
+        metrics.add(known(step, loss, loss + step, 1.0))
+    metrics.add(known(6, float("nan"), float("nan"), 1.0, skips=1))
+    metrics.log(6, lr=0.1, tokens_seen=6 * TOKENS)
+    first, second = rows(tmp_path)
+    assert (first["loss_mean"], first["loss_max_interval"], first["skipped_steps"]) == (9.0, 9.0, 0)
+    assert (second["loss"], second["loss_mean"], second["loss_max_interval"]) == (None, 3.0, 7.0)
+    assert (second["skipped_steps"], second["consecutive_skips"], second["loss_max_rank"]) == (1, 1, 3)
+
+
+def test_the_deepest_draw_of_each_microbatch_counts_whatever_rank_drew_it(tmp_path):
+    asked = []
+
+    def gather(numbers):
+        assert numbers[1:] == [4, 4, 1, 4]  # behind the memory: (n, k) of this rank's two microbatches
+        return [numbers, [numbers[0], 2, 4, 7, 4]]
+
+    def flops_drawn(depths):
+        asked.append(depths)
+        return FLOPS
+
+    across = {"gather": gather, "own_depths": True, "flops_drawn": flops_drawn}
+    metrics = make(tmp_path, across=across)
+    metrics.start(0, 0)
+    metrics.add(known(1, 1.0, 1.0, 1.0, depths=((4, 4), (1, 4))))
+    metrics.log(1, lr=0.1, tokens_seen=TOKENS)
+    assert asked == [[[(4, 4), (1, 4)], [(2, 4), (7, 4)]]]
 
 
 def test_close_may_come_before_start_and_twice(tmp_path):
@@ -190,7 +243,8 @@ def test_rates_follow_their_definitions(tmp_path, monkeypatch):
     metrics.start(4, 4 * TOKENS)
     with metrics.time_data():
         pass
-    metrics.log(9, result_of(9), lr=0.1, tokens_seen=9 * TOKENS)
+    metrics.add(result_of(9))
+    metrics.log(9, lr=0.1, tokens_seen=9 * TOKENS)
     (row,) = rows(tmp_path)
     tokens_per_second = 5 * TOKENS / 10 / 2
     assert row["tokens_per_second_per_device"] == tokens_per_second
@@ -208,8 +262,31 @@ def test_time_that_data_took_before_a_row_does_not_count_in_the_next(tmp_path, m
     with metrics.time_data():
         pass
     for step in (1, 2):
-        metrics.log(step, result_of(step), lr=0.1, tokens_seen=step * TOKENS)
+        metrics.add(result_of(step))
+        metrics.log(step, lr=0.1, tokens_seen=step * TOKENS)
     assert [row["data_loading_share"] for row in rows(tmp_path)] == [0.25, 0.0]
+
+
+def test_time_paused_for_is_logged_by_itself_and_stays_out_of_rates_and_eta(tmp_path, monkeypatch, messages):
+    metrics = make(tmp_path, peak_tflops=0.004)
+    # start; validation; log; next interval; a save that follows the row; log; next interval
+    fake_clock(monkeypatch, 0.0, 4.0, 10.0, 10.0, 10.0, 11.0, 18.0, 20.0, 20.0)
+    metrics.start(0, 0)
+    with metrics.pause("validation"):
+        pass
+    metrics.add(result_of(2))
+    metrics.log(2, lr=0.1, tokens_seen=2 * TOKENS)
+    with metrics.pause("checkpoint"):
+        pass
+    metrics.add(result_of(3))
+    metrics.log(3, lr=0.1, tokens_seen=3 * TOKENS)
+    first, second = rows(tmp_path)
+    assert (first["validation_seconds"], first["step_seconds"]) == (6.0, 2.0)
+    assert (second["checkpoint_seconds"], second["step_seconds"]) == (7.0, 3.0)
+    assert "validation_seconds" not in second and "checkpoint_seconds" not in first
+    assert first["tokens_per_second_per_device"] == TOKENS / 2.0
+    assert first["mfu_full"] == pytest.approx(TOKENS / 2.0 * 8e9 / 4e9)
+    assert "eta: 0:00:20" in messages[0] and "eta: 0:00:27" in messages[1]
 
 
 PEAKS = {
@@ -263,7 +340,8 @@ def test_a_line_elsewhere_than_on_a_terminal_is_plain_and_ends_with_percent_and_
     metrics = make(tmp_path, total_steps=100)
     fake_clock(monkeypatch, 0.0, 20.0, 20.0)
     metrics.start(0, 0)
-    metrics.log(10, StepResult(2.5, 2.6, 1.25), lr=3e-4, tokens_seen=10 * TOKENS)
+    metrics.add(known(10, 2.5, 2.6, 1.25))
+    metrics.log(10, lr=3e-4, tokens_seen=10 * TOKENS)
     memory = rows(tmp_path)[0]["memory_max_rss_gib"]
     assert messages == [
         "step: 10  loss: 2.5000  grad_norm: 1.2500  lr: 3.000e-04  tps: 2,048  mfu: n/a  "
@@ -291,8 +369,9 @@ def test_a_cuda_device_reports_peaks_since_the_last_row(tmp_path):
     metrics._device = torch.device("cuda", 0)
     metrics.start(0, 0)
     torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    metrics.log(1, result_of(1), lr=0.1, tokens_seen=TOKENS)
-    metrics.log(2, result_of(2), lr=0.1, tokens_seen=2 * TOKENS)
+    for step in (1, 2):
+        metrics.add(result_of(step))
+        metrics.log(step, lr=0.1, tokens_seen=step * TOKENS)
     first, second = rows(tmp_path)
     assert first["memory_max_active_gib"] >= 0.25 > second["memory_max_active_gib"]
     assert 0 < first["memory_max_reserved_pct"] <= 100 and first["memory_num_ooms"] == 0

@@ -29,9 +29,11 @@ def output_on_a_terminal(tmp_path, monkeypatch, columns=200, **keys) -> str:
         stream = logger.handlers[0].stream
         metrics = make(tmp_path, total_steps=2, peak_tflops=1e3, **keys)
         metrics.start(0, 0)
-        metrics.log(1, result_of(1), lr=0.1, tokens_seen=TOKENS)
+        metrics.add(result_of(1))
+        metrics.log(1, lr=0.1, tokens_seen=TOKENS)
         logger.info("a line of another room")
-        metrics.log(2, result_of(2), lr=0.1, tokens_seen=2 * TOKENS)
+        metrics.add(result_of(2))
+        metrics.log(2, lr=0.1, tokens_seen=2 * TOKENS)
         metrics.close()
         assert logger.handlers[0].stream is stream
         written = b""
@@ -122,7 +124,7 @@ def test_wandb_continues_one_run_over_restarts_with_each_step_once(tmp_path, mon
     train(tmp_path, 3, 12, enable_wandb=True)
     (history,) = wandb.runs.values()
     assert [step for step, _ in history] == [1, 5, 10, 12]
-    assert history[0][1]["loss_metrics/global_avg_loss"] == result_of(1).loss.item()
+    assert history[0][1]["loss_metrics/global_avg_loss"] == result_of(1).loss
     assert wandb.calls[0]["project"] == "rd" and wandb.calls[0]["config"] == {"training": {"steps": 12}}
     train(tmp_path, 0, 1, enable_wandb=True)  # a new run in the same folder
     assert len(wandb.runs) == 2

@@ -76,11 +76,17 @@ def poisoned(rank, world_size, policy, where):
         return before != after_one and hash_of(model) == after_one and all_equal(after_one)
     result = step(2, batches)
     assert hash_of(model) == after_one and result.grad_norm != result.grad_norm
+    poison = False
+    result = step(3, batches)
+    after_three = hash_of(model)
+    assert result.grad_norm == result.grad_norm and after_three != after_one
+    assert result.numbers.consecutive_skips == 0
+    poison = rank == world_size - 1
+    step(4, batches)
     with pytest.raises(TrainingError, match="allows 1 skipped updates in a row"):
-        step(3, batches)
+        step(5, batches)
     hook.remove()
-    result = step(4, batches)
-    return result.grad_norm == result.grad_norm and hash_of(model) != after_one and step.consecutive_skips == 0
+    return hash_of(model) == after_three
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -1,9 +1,11 @@
 """What forward takes beside tokens: nothing, or, for a recurrent model, the depth and the noise of each microbatch."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from torchtitan_rd.data import Batch
 from torchtitan_rd.data.batch_ramp import BatchRamp
@@ -45,6 +47,7 @@ class Draws:
         self.spec, self.shape, self.ramp, self.accumulation = spec, shape, ramp, accumulation
         self.rank, self.data_degree = rank, data_degree
         self.layout = {"seq_len": seq_len, "device": device, "dtype": dtype}
+        self.own_depths = not recurrence.lockstep  # whether each rank draws for itself
         self.family = spec.inputs and spec.inputs(shape, recurrence, seed=seed, total_steps=total_steps)
         if self.family is None and recurrence != type(recurrence)():
             raise ConfigError(f"[recurrence] is for recurrent models, not for {spec.name}: leave its keys unset")
@@ -68,11 +71,31 @@ class Draws:
 
         return ReadOuts({name: ascending.index(depth) for name, depth in named.items()}, forward_inputs)
 
-    def flops(self, draws: Sequence[tuple[int, int]]) -> FlopCount | None:
-        """The mean count per token of the (n, k) that were drawn; None where nothing is."""
+    def flops(self, draws: Sequence[Sequence[tuple[int, int]]]) -> FlopCount | None:
+        """The mean count per token at the pace of these draws; None where nothing is drawn.
+
+        draws: for each rank the (n, k) of its microbatches, all of the same steps. The costliest draw of a microbatch
+        sets its pace: the other ranks wait for it.
+        """
         if self.family is None:
             return None
-        return self.spec.flops(self.shape, self.layout["seq_len"], num_steps=mean_depth(draws))
+        pace = [max(set(ranks), key=self._cost) for ranks in zip(*draws, strict=True)]
+        return self.spec.flops(self.shape, self.layout["seq_len"], num_steps=mean_depth(pace))
+
+    def watch(self, model: nn.Module, *, watching: bool) -> AbstractContextManager[Any]:
+        """A context around a step that describes this rank's last microbatch, if the family can and `watching`."""
+        return self.spec.telemetry(model) if watching and self.spec.telemetry else nullcontext()
+
+    def describe(self, telemetry: Any, draws: Sequence[tuple[int, int]]) -> dict[str, float]:
+        """What `telemetry` saw, and the mean (n, k) of this rank's step; empty if nothing watched."""
+        if telemetry is None:
+            return {}
+        n, k = mean_depth(draws)
+        return {**telemetry.read(), "num_steps_no_grad": n, "num_steps_with_grad": k}
+
+    def _cost(self, draw: tuple[int, int]) -> float:
+        count = self.spec.flops(self.shape, self.layout["seq_len"], num_steps=draw)
+        return count.matmul + count.attention_full
 
     def _place(self, step: int, number: int, rows: int, per_stage: int) -> Microbatch:
         """Its samples are rows of the global batch, in which a stage's rows stand together, rank after rank."""

@@ -142,6 +142,14 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def gather_numbers(numbers: list[float]) -> list[list[float]] | None:
+    """The numbers, equally many, of every rank, in rank order; on rank 0 alone, else None."""
+    own = torch.tensor(numbers, dtype=torch.float64)
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather(own, gathered)
+    return None if gathered is None else [rank.tolist() for rank in gathered]
+
+
 def set_determinism(seed: int, deterministic: bool, device: torch.device) -> None:
     """Seeds every generator of this process alike on all ranks; `deterministic` makes kernels repeat bit for bit."""
     random.seed(seed)

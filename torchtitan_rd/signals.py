@@ -1,13 +1,14 @@
-"""SIGTERM and SIGUSR1 (Slurm's preemption and time limit): all ranks agree to stop, save, and say so in a file."""
+"""SIGTERM and SIGUSR1 (Slurm's preemption and time limit): remembered, and said in a file at the end.
+
+All ranks must stop at the same step. The flag of each rank is one number among those that a step sums over all ranks
+(parallelism/step_sums.py), so agreeing costs no collective of its own.
+"""
 
 import json
 import signal
 import time
 from pathlib import Path
 from typing import Literal
-
-import torch
-import torch.distributed as dist
 
 from torchtitan_rd.log import logger
 
@@ -16,7 +17,7 @@ HANDLED = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers a signal to this rank; `agreed` makes it every rank's. One that stopped alone would hang the rest."""
+    """Remembers a signal to this rank. One that stopped alone would hang the rest: the step makes it every rank's."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
@@ -25,13 +26,14 @@ class StopRequest:
     def _receive(self, number: int, frame: object) -> None:
         self.signal_name = signal.Signals(number).name  # a handler may do no more than this safely
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. A collective on CPU tensors: every rank calls it at the same place."""
-        flag = torch.tensor(int(self.signal_name is not None))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        if flag.item() and self.signal_name is not None:
+    def received(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self.signal_name is not None
+
+    def announce(self) -> None:
+        """Once all ranks agree: on a rank that was asked, says why the run ends."""
+        if self.signal_name is not None:
             logger.warning("received %s: saving a checkpoint and stopping", self.signal_name)
-        return bool(flag.item())
 
     def restore(self) -> None:
         """Puts the earlier handlers back."""

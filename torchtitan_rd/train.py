@@ -7,7 +7,7 @@ python -m torchtitan_rd.train --job.config_file train_configs/debug.toml      # 
 import dataclasses
 import sys
 import traceback
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,12 @@ from torchtitan_rd.data import (
     merge_states,
 )
 from torchtitan_rd.data.batch_ramp import BatchRamp
-from torchtitan_rd.draws import Draws, mean_depth
+from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.log import init_logging, logger
 from torchtitan_rd.lr_scheduler import lr_factor
-from torchtitan_rd.metrics import Metrics
+from torchtitan_rd.metrics import Metrics, StepResult
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.models.attention import setup_attention
 from torchtitan_rd.models.spec import ModelSpec
@@ -49,8 +49,6 @@ from torchtitan_rd.profiling import Profiler, check_profiling
 from torchtitan_rd.signals import EXIT_STATUS, StopRequest, write_exit_status
 from torchtitan_rd.train_step import TrainStep, hash_ids
 from torchtitan_rd.validation import read_held_out, validate, validation_keys
-
-DEPTH_NAMES = ("num_steps_no_grad", "num_steps_with_grad")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -190,8 +188,8 @@ class Trainer:
         profiler = Profiler(
             config.profiling, dump_folder=self.dump_folder, rank=rank, device=self.device, step=self.step
         )
-        if rank == 0:
-            config.write(self.dump_folder / "config.toml")
+        self.stop = StopRequest()
+        closing.callback(self.stop.restore)
         self.train_step = TrainStep(
             self.model,
             self.optimizer,
@@ -199,11 +197,12 @@ class Trainer:
             self.device,
             beat=self.heartbeat.beat,
             inputs=self.draws.training,
+            asked_to_stop=self.stop.received,
         )
-        self.metrics.start(self.step, self.tokens_seen)
+        self.metrics.start(self.step, self.tokens_seen)  # makes the folder
+        if rank == 0:
+            config.write(self.dump_folder / "config.toml")
         self.profiler = closing.enter_context(profiler)
-        self.stop = StopRequest()
-        closing.callback(self.stop.restore)
 
     def _read_held_out(self) -> list[Batch]:
         config = self.config
@@ -221,8 +220,10 @@ class Trainer:
 
     def _validate(self) -> dict[str, float]:
         """val_loss, and for a recurrent model val_loss_<depth>; the same on all ranks."""
+        self.heartbeat.beat(self.step, "validation")
         read_outs = self.draws.validation(self.config.validation.partial_depth_eval, self.held_out)
-        losses = validate(self.model, self.held_out, self.device, read_outs)
+        with self.metrics.pause("validation"):
+            losses = validate(self.model, self.held_out, self.device, read_outs)
         logger.info("step %d: %s", self.step, "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         return losses
 
@@ -251,6 +252,9 @@ class Trainer:
             device=self.device,
             flops=self.spec.flops(self.shape, config.training.seq_len),
             total_steps=config.training.steps,
+            flops_drawn=self.draws.flops,
+            own_depths=self.draws.own_depths,
+            gather=job.gather_numbers,
         )
         closing.callback(self.metrics.close)
         self.checkpointer = Checkpointer(
@@ -286,8 +290,7 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         """All that is not a tensor, the same on every rank."""
-        own = {"rng": job.rng_state(), "data": self.loader.state_dict()}
-        ranks = job.gather(own)
+        ranks = job.gather({"rng": job.rng_state(), "data": self.loader.state_dict()})
         return {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
@@ -298,9 +301,7 @@ class Trainer:
     def _save_seed(self) -> None:
         """`step-0`: the weights that a run starts from, whatever the number of its ranks."""
         if self.step > 0:
-            raise CheckpointError(
-                "checkpoint.create_seed_checkpoint: this run has checkpoints already; use another folder"
-            )
+            raise CheckpointError("checkpoint.create_seed_checkpoint: this run has checkpoints; use another folder")
         self.checkpointer.save(0, {"model": self._tensors()["model"]}, {})
 
     def _write_hf(self, checkpoint: Path, folder: Path) -> None:
@@ -311,61 +312,59 @@ class Trainer:
 
     def _train(self) -> bool:
         """The loop. Returns False if it ended because of a signal."""
-        config, total_steps = self.config, self.config.training.steps
-        collector = job.GarbageCollector(config.training.gc_freq)
-        tokens_per_stage = (
-            self.accumulation * config.training.local_batch_size * config.training.seq_len * self.dims.data_degree
-        )
+        config, training, total_steps = self.config, self.config.training, self.config.training.steps
+        collector = job.GarbageCollector(training.gc_freq)
+        tokens_per_stage = self.accumulation * training.local_batch_size * training.seq_len * self.dims.data_degree
         started_at = self.step
-        draws: list[tuple[int, int]] = []  # since the last logged step
         if started_at >= total_steps:
             logger.info("all %d steps are done: raise training.steps to train on", total_steps)
+
         while self.step < total_steps:
             self.step += 1
             collector.run(self.step)
+
             self.heartbeat.beat(self.step, "data")
             stages = self.ramp.of_step(self.step)
             with self.metrics.time_data():
                 batches = [batch for _ in range(stages) for batch in self.loader.next_step()]
-            lr = set_lr(self.optimizer, lr_factor(config.lr_scheduler, self.step, total_steps))
             self.tokens_seen += stages * tokens_per_stage
-            validating = config.validation.is_due(self.step, total_steps)
-            logging = validating or self.metrics.should_log(self.step)
-            with self.spec.telemetry(self.model) if logging and self.spec.telemetry else nullcontext() as telemetry:
+
+            lr = set_lr(self.optimizer, lr_factor(config.lr_scheduler, self.step, total_steps))
+            is_logged = self.metrics.should_log(self.step) or config.validation.is_due(self.step, total_steps)
+            with self.draws.watch(self.model, watching=is_logged and self.environment.rank == 0) as telemetry:
                 result = self.train_step(self.step, batches, self.tokens_seen)
-            draws += self.train_step.draws
-            if logging:
-                extra = {"consecutive_skips": self.train_step.consecutive_skips}
-                if telemetry is not None:
-                    depths = mean_depth(self.train_step.draws)
-                    extra |= telemetry.read() | dict(zip(DEPTH_NAMES, depths, strict=True))
-                if validating:
-                    self.heartbeat.beat(self.step, "validation")
-                    extra |= self._validate()
-                data_hash = hash_ids(batches, stages) if config.metrics.log_data_hash else None
-                self.metrics.log(
-                    self.step,
-                    result,
-                    lr=lr,
-                    tokens_seen=self.tokens_seen,
-                    data_hash=data_hash,
-                    extra=extra,
-                    flops=self.draws.flops(draws),
-                )
-                draws = []
-            self.heartbeat.beat(self.step, "checkpoint")
-            stopping = self.stop.agreed()
-            last_step = self.step == total_steps
-            self.checkpointer.raise_errors()
-            if self.checkpointer.should_save(self.step, last_step=last_step or stopping):
-                self.heartbeat.beat(self.step, "saving")
-                self.checkpointer.save(self.step, self._tensors(), self._state(), last_step=last_step)
+            self.metrics.add(result)
+            if is_logged:
+                self._log(result, batches, stages=stages, lr=lr, telemetry=telemetry)
+
+            # On a GPU the flag is that of the step before, unless this step is logged: on all ranks alike.
+            stopping = self.train_step.stop_requested
+            self._save_if_due(stopping)
             self.profiler.step()
-            if stopping and not last_step:
+            if stopping and self.step < total_steps:
+                self.stop.announce()
                 return False
             if self.step == started_at + 1:
                 job.shorten_timeouts(config.comm, self.mesh)
         return True
+
+    def _log(self, result: StepResult, batches: list[Batch], *, stages: int, lr: float, telemetry: Any) -> None:
+        self.train_step.settle()  # nothing is validated or reported that must not be trained on
+        extra = self.draws.describe(telemetry, result.depths)
+        if self.config.validation.is_due(self.step, self.config.training.steps):
+            extra |= self._validate()
+        data_hash = hash_ids(batches, stages) if self.config.metrics.log_data_hash else None
+        self.metrics.log(self.step, lr=lr, tokens_seen=self.tokens_seen, data_hash=data_hash, extra=extra)
+
+    def _save_if_due(self, stopping: bool) -> None:
+        last_step = self.step == self.config.training.steps
+        self.heartbeat.beat(self.step, "checkpoint")
+        self.checkpointer.raise_errors()
+        if self.checkpointer.should_save(self.step, last_step=last_step or stopping):
+            self.train_step.settle()  # counts on the host must be right, and a run that must stop saves nothing
+            self.heartbeat.beat(self.step, "saving")
+            with self.metrics.pause("checkpoint"):
+                self.checkpointer.save(self.step, self._tensors(), self._state(), last_step=last_step)
 
 
 def build_model(config: JobConfig, spec: ModelSpec, shape: Any, mesh: DeviceMesh, device: torch.device) -> nn.Module:

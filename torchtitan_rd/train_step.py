@@ -1,16 +1,14 @@
 """[training]: the microbatches of one step -> loss -> backward -> clip -> one optimizer update. Returns numbers."""
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from torchtitan_rd.data import Batch
@@ -18,10 +16,18 @@ from torchtitan_rd.data.batch_ramp import BatchRampKeys
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.errors import TrainingError
 from torchtitan_rd.log import logger
-from torchtitan_rd.loss import ObjectiveKeys, check_loss, count_valid, cross_entropy_sums, goldfish_labels
-from torchtitan_rd.metrics import StepResult
+from torchtitan_rd.loss import (
+    ObjectiveKeys,
+    count_valid,
+    cross_entropy_sums,
+    exceeds_guard,
+    goldfish_labels,
+    guard_error,
+)
+from torchtitan_rd.metrics import StepNumbers, StepResult
 from torchtitan_rd.models.spec import NO_INPUTS, ForwardInputs
-from torchtitan_rd.parallelism import ShardingKeys, prepare_microbatch
+from torchtitan_rd.optimizer import take_back_counts, takes_flag, update_unless
+from torchtitan_rd.parallelism import ShardingKeys, StepSums, StepTotals, prepare_microbatch
 
 
 class TrainingConfig(DatasetKeys, BatchRampKeys, ObjectiveKeys, ShardingKeys):
@@ -32,9 +38,11 @@ class TrainingConfig(DatasetKeys, BatchRampKeys, ObjectiveKeys, ShardingKeys):
     z_loss_weight: float = Field(0.0, ge=0.0)
     """Weight of logsumexp(logits)^2 in the objective (PaLM used 1e-4)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a NaN or infinite loss or gradient does, on all ranks alike, before it reaches the parameters."""
+    """What a NaN or infinite loss or gradient does, on all ranks alike, before it reaches the parameters. stop: no
+    update happens any more, and the error that names the step comes at once, on a GPU while the next step runs. skip:
+    that update is left out, without a trace in parameters, moments and counts."""
     max_consecutive_skips: int = Field(10, ge=1)
-    """on_nonfinite = "skip": more skipped updates in a row than this stop the run."""
+    """on_nonfinite = "skip": more skipped updates in a row than this stop the run, as on_nonfinite = "stop" does."""
     seed: int = Field(0, ge=0, json_schema_extra={"on_resume": "must_match"})
     """Decides initial weights and synthetic data; the same for every number of ranks."""
     deterministic: bool = False
@@ -43,11 +51,73 @@ class TrainingConfig(DatasetKeys, BatchRampKeys, ObjectiveKeys, ShardingKeys):
     """Steps between two runs of Python's garbage collector, which is off in between."""
 
 
+class ValidTokens:
+    """The number of labels in the global batch that are not ignored; counted while the first forward runs."""
+
+    def __init__(self, batches: Sequence[Batch]):
+        """batches: this rank's microbatches, on the device. Collective."""
+        self.local = torch.stack([count_valid(batch.labels) for batch in batches]).sum()
+        self._total = self.local.clone()
+        self._summing: dist.Work | None = dist.all_reduce(self._total, async_op=True)
+
+    def total(self) -> torch.Tensor:
+        """Of all ranks, int64 scalar."""
+        if self._summing is not None:
+            self._summing.wait()
+            self._summing = None
+        return self._total
+
+
+class Verdict:
+    """Decides on the device whether an update may happen, so that the host need not wait for the numbers.
+
+    Once training must stop, no update may happen any more: the host may learn of it a step later.
+    """
+
+    def __init__(self, config: TrainingConfig, device: torch.device):
+        self.config = config
+        self.skips_allowed = config.max_consecutive_skips if config.on_nonfinite == "skip" else 0
+        self.consecutive_skips = torch.zeros((), device=device)
+        self.must_stop = torch.zeros((), dtype=torch.bool, device=device)
+
+    def __call__(self, loss: torch.Tensor, grad_norm: torch.Tensor, tokens_seen: int) -> torch.Tensor:
+        """-> 1.0 if the update is to be left out, else 0.0: float32 scalar on the device, the same on all ranks."""
+        finite = loss.isfinite() & grad_norm.isfinite()
+        self.consecutive_skips = (self.consecutive_skips + 1) * ~finite
+        too_many = self.consecutive_skips > self.skips_allowed
+        self.must_stop = self.must_stop | too_many | (finite & exceeds_guard(self.config, loss, tokens_seen))
+        return (self.must_stop | ~finite).float()
+
+
+class Readback:
+    """Brings one small float32 vector a step to the host without making the host wait for it."""
+
+    def __init__(self, size: int, device: torch.device):
+        on_gpu = device.type == "cuda"
+        self._host = torch.empty(size, pin_memory=on_gpu)
+        self._arrived = torch.cuda.Event() if on_gpu else None
+
+    def post(self, vector: torch.Tensor) -> Callable[[], list[float]]:
+        """Starts the copy; returns what waits for it. The vector before must have been read: there is one buffer."""
+        self._host.copy_(vector, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record()
+        return self._read
+
+    def _read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host.tolist()
+
+
 class TrainStep:
     """One optimizer update.
 
-    draws: the (n, k) iterations of the last call's microbatches, if the model draws any. `consecutive_skips` is the
-    only state; a resumed run starts counting anew.
+    The numbers of a step decide whether its update may happen. On a GPU that is decided on the device and the host
+    learns of it during the next step (`late`), when the numbers arrived long ago; a GPU never runs out of work for it.
+    On a CPU, and for an optimizer that takes no flag from the device, the host reads them before the update.
+
+    How many updates in a row were skipped is the only state; a resumed run starts counting anew.
     """
 
     def __init__(
@@ -59,104 +129,123 @@ class TrainStep:
         *,
         beat: Callable[[int, str], None] = lambda step, phase: None,
         inputs: Callable[[int, int, Batch], ForwardInputs] = lambda step, number, batch: NO_INPUTS,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+        late: bool | None = None,
     ):
         """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
 
         inputs: (step, microbatch from 0, batch) -> what forward takes beside tokens (a recurrent model's draws).
+        asked_to_stop: whether a signal told this rank to stop (signals.py). late: see above; by default as it says.
         """
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
-        self.beat, self.inputs = beat, inputs
-        self.draws: list[tuple[int, int]] = []
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.skips_allowed = config.max_consecutive_skips if config.on_nonfinite == "skip" else 0
-        self.consecutive_skips = 0
+        self.beat, self.inputs, self.asked_to_stop = beat, inputs, asked_to_stop
+        self.late = (device.type == "cuda" and takes_flag(optimizer, device)) if late is None else late
+        self.sums = StepSums([p for group in optimizer.param_groups for p in group["params"]], device)
+        self.verdict = Verdict(config, device)
+        self.readback = Readback(len(fields(StepNumbers)), device)
+        self.stop_requested = False
+        self._unread: StepResult | None = None
 
     def __call__(self, step: int, batches: Sequence[Batch], tokens_seen: int = 0) -> StepResult:
         """Runs this rank's microbatches of update `step`. tokens_seen: this step's included, for the loss guard.
 
-        Raises TrainingError on all ranks if training must stop, before the update.
+        Raises TrainingError on all ranks if training must stop, before any update that must not happen: for this step,
+        or (`late`) for the one before.
         """
-        batches = [replace(batch, labels=goldfish_labels(batch.labels, self.config)) for batch in batches]
-        self.draws = []
+        batches = [self._place(batch) for batch in batches]
         # The count comes first: every microbatch's gradient is then final, whatever the padding of the others.
-        local_valid = torch.stack([count_valid(batch.labels) for batch in batches]).sum().to(self.device)
-        valid = local_valid.clone()
-        dist.all_reduce(valid)
+        valid = ValidTokens(batches)
         self.optimizer.zero_grad()
+
         local_sum = torch.zeros((), device=self.device)
+        depths = []
         for number, batch in enumerate(batches):
             self.beat(step, f"microbatch {number + 1} of {len(batches)}")
             prepare_microbatch(self.model, is_last=number == len(batches) - 1)
-            local_sum += self._backward(batch, valid, self.inputs(step, number, batch))
+            extra = self.inputs(step, number, batch)
+            local_sum += self._backward(batch, valid, extra)
+            depths.append(extra.num_steps)
+
         self.beat(step, "update")
-        sum_whole_gradients(self.parameters)
-        grad_norm = self._clip()
-        loss_max = local_sum / local_valid.clamp(min=1)
-        dist.all_reduce(local_sum)
-        dist.all_reduce(loss_max, op=dist.ReduceOp.MAX)
-        # The one host synchronisation of a step: an update must not happen if these are not finite.
-        numbers = torch.stack([local_sum / valid, loss_max, grad_norm.to(self.device)]).tolist()
-        result = StepResult(*numbers)
-        if self._is_finite(step, result):
-            check_loss(self.config, step, result.loss, tokens_seen)
+        totals = self.sums(local_sum, local_sum / valid.local.clamp(min=1), self.asked_to_stop())
+        loss = totals.loss_sum / valid.total()
+        self.sums.scale_gradients(totals.grad_norm, self.config.max_norm)
+        skip = self.verdict(loss, totals.grad_norm, tokens_seen)
+
+        self.settle()  # the step before
+        read = self.readback.post(self._numbers(loss, totals, skip))
+        result = StepResult(step, lambda: _parse(read()), depths=tuple(depths), tokens_seen=tokens_seen)
+        self._unread = result
+        if self.late:
+            update_unless(skip, self.optimizer)
+            return result
+        self.settle()
+        if not result.numbers.skipped:
             self.optimizer.step()
         return result
 
-    def _backward(self, batch: Batch, valid: torch.Tensor, extra: ForwardInputs) -> torch.Tensor:
-        """Adds one microbatch's share to the gradients; returns its cross-entropy sum."""
-        inputs = batch.inputs.to(self.device, non_blocking=True)
-        labels = batch.labels.to(self.device, non_blocking=True)
-        documents = None if batch.document_ids is None else batch.document_ids.to(self.device, non_blocking=True)
-        sums = cross_entropy_sums(self.model(inputs, documents, **extra.kwargs), labels, self.config.z_loss_weight)
-        scale = valid * max(extra.num_steps[1], 1) if self.config.throttle else valid
-        (sums.objective / scale).backward()
-        self.draws.append(extra.num_steps)
-        return sums.cross_entropy
+    def settle(self) -> None:
+        """Waits until the numbers of the last step are known, and acts on them: before anything outlives the step.
 
-    def _clip(self) -> torch.Tensor:
-        """Scales the gradients to `max_norm` and returns their norm from before (scalar, the same on all ranks)."""
-        sharded = [p for p in self.parameters if isinstance(p, DTensor)]
-        whole = [p for p in self.parameters if not isinstance(p, DTensor)]
-        norms = [_norm_of_gradients(parameters) for parameters in (sharded, whole) if parameters]
-        norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-        for parameters in (sharded, whole):  # torch scales lists of one kind only
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_norm, norm)
-        return norm
+        To be called before a checkpoint, a validation or an export. Raises TrainingError on all ranks if training must
+        stop.
+        """
+        if self._unread is None:
+            return
+        result, self._unread = self._unread, None
+        numbers = result.numbers
+        self.stop_requested = numbers.stop_requested
+        if not numbers.skipped:
+            return
+        if self.late:
+            take_back_counts(self.optimizer)
 
-    def _is_finite(self, step: int, result: StepResult) -> bool:
-        """Whether the update may happen: the same answer on all ranks, since the numbers are the same."""
-        if math.isfinite(result.loss) and math.isfinite(result.grad_norm):
-            self.consecutive_skips = 0
-            return True
-        self.consecutive_skips += 1
-        what = f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}"
-        if self.consecutive_skips > self.skips_allowed:
+        what = f"step {result.step}: loss {numbers.loss}, gradient norm {numbers.grad_norm}"
+        if not numbers.must_stop:
+            logger.warning("%s: update skipped (%d in a row)", what, numbers.consecutive_skips)
+        elif numbers.consecutive_skips == 0:
+            raise guard_error(self.config, result.step, numbers.loss, result.tokens_seen)
+        else:
             raise TrainingError(
                 f"{what}: stopped before the update; training.on_nonfinite = {self.config.on_nonfinite!r} allows "
-                f"{self.skips_allowed} skipped updates in a row (training.max_consecutive_skips)"
+                f"{self.verdict.skips_allowed} skipped updates in a row (training.max_consecutive_skips)"
             )
-        logger.warning("%s: update skipped (%d in a row)", what, self.consecutive_skips)
-        return False
+
+    def _place(self, batch: Batch) -> Batch:
+        """On the device, with the labels of the objective. Batches in page-locked memory are copied without a wait."""
+        labels = batch.labels.to(self.device, non_blocking=True)
+        documents = None if batch.document_ids is None else batch.document_ids.to(self.device, non_blocking=True)
+        inputs = batch.inputs.to(self.device, non_blocking=True)
+        return Batch(inputs, goldfish_labels(labels, self.config), documents)
+
+    def _backward(self, batch: Batch, valid: ValidTokens, extra: ForwardInputs) -> torch.Tensor:
+        """Adds one microbatch's share to the gradients; returns its cross-entropy sum."""
+        logits = self.model(batch.inputs, batch.document_ids, **extra.kwargs)
+        sums = cross_entropy_sums(logits, batch.labels, self.config.z_loss_weight)
+        scale = valid.total() * max(extra.num_steps[1], 1) if self.config.throttle else valid.total()
+        (sums.objective / scale).backward()
+        return sums.cross_entropy
+
+    def _numbers(self, loss: torch.Tensor, totals: StepTotals, skip: torch.Tensor) -> torch.Tensor:
+        """The fields of StepNumbers, as float32 on the device."""
+        loss_max, rank = totals.rank_losses.max(dim=0)
+        return torch.stack(
+            [
+                loss,
+                loss_max,
+                rank.float(),
+                totals.grad_norm,
+                skip,
+                self.verdict.consecutive_skips,
+                self.verdict.must_stop.float(),
+                totals.stops,
+            ]
+        )
 
 
-def sum_whole_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Adds up, over all ranks, the gradients of the parameters that are not sharded: of those each rank has its own.
-
-    Collective if there are such parameters, and one all-reduce for all of them.
-    """
-    gradients = [p.grad for p in parameters if not isinstance(p, DTensor) and p.grad is not None]
-    if not gradients:
-        return
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
-
-
-def _norm_of_gradients(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
-    """The L2 norm over whole tensors, of which these are this rank's parts."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm  # until then each rank has its own (T21)
+def _parse(values: Sequence[float]) -> StepNumbers:
+    loss, loss_max, rank, grad_norm, skipped, in_a_row, must_stop, stops = values
+    return StepNumbers(loss, loss_max, int(rank), grad_norm, bool(skipped), int(in_a_row), bool(must_stop), bool(stops))
 
 
 def hash_ids(batches: Sequence[Batch], stages: int = 1) -> str | None:

@@ -20,7 +20,8 @@ class ObjectiveKeys(Section):
     throttle: bool = False
     """Recurrent models: divide the objective by the recurrences that have a gradient (num_steps_with_grad)."""
     loss_guard: float | None = Field(None, gt=0.0)
-    """Stop the run when the loss of a step exceeds this. The Huginn runs used 6."""
+    """Stop the run when the loss of a step exceeds this: neither its update nor a later one happens, and the error
+    comes at once, on a GPU while the next step runs. The Huginn runs used 6."""
     loss_guard_after_tokens: int = Field(10_000_000_000, ge=0)
     """loss_guard: the number of tokens that must have been trained on before it watches."""
 

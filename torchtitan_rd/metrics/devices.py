@@ -37,6 +37,8 @@ class PeakMemory:
 
     def __init__(self, device: torch.device):
         self._device = device
+        # The value by which ranks are compared.
+        self.leading = "memory_max_reserved_gib" if device.type == "cuda" else "memory_max_rss_gib"
         if device.type == "cuda":
             self._capacity = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.reset_peak_memory_stats(device)

@@ -26,7 +26,8 @@ class OptimizerConfig(EllisKeys, MuonKeys):
     """Leave norms and biases out of the weight decay. Embeddings and head stay in it."""
     implementation: Literal["fused", "foreach", "for-loop"] = "fused"
     """Of Adam and AdamW. fused: one kernel for all; foreach: one an operation; for-loop: one a parameter and operation.
-    ELLISAdam has one implementation only."""
+    ELLISAdam has one implementation only. foreach and for-loop take no flag from the device (training.on_nonfinite), so
+    the host waits for the gradient norm in each step, as it does under training.enable_cpu_offload."""
 
     @model_validator(mode="after")
     def _no_foreign_keys(self) -> "OptimizerConfig":

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchtitan_rd.config_loader import Section
-from torchtitan_rd.optimizer.shards import local, sum_over_shards
+from torchtitan_rd.optimizer.shards import local, replace_unless, sum_over_shards
 
 _MUST_MATCH: dict[str, Any] = {"on_resume": "must_match"}  # they decide which tensors a checkpoint holds
 
@@ -78,7 +78,12 @@ class ELLISAdam(Optimizer):
 
     The state exists from the beginning, so that a checkpoint can be loaded into it; whether an update is a parameter's
     first is told by its `step`.
+
+    found_inf: a flag on the device that keeps the next update from happening (optimizer/skipping.py). The update is
+    then made on copies of the moments and the parameters, which replace them unless the flag is set.
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -92,6 +97,7 @@ class ELLISAdam(Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.initial_lr, self.betas, self.eps, self.keys = lr, betas, eps, keys or EllisKeys()
         self.buffer_dtype = getattr(torch, self.keys.buffer_dtype)
+        self._counted: list[Tensor] = []  # the `step` of the last update's parameters
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = self._new_state(parameter)
@@ -127,6 +133,12 @@ class ELLISAdam(Optimizer):
             self._apply(batch, directions[: len(batch.params)])
             del directions[: len(batch.params)]
 
+    def take_back_counts(self) -> None:
+        """Once the host knows that `found_inf` kept the last update from happening: it does not count."""
+        for count in self._counted:
+            count -= 1
+        self._counted = []
+
     def _batches(self) -> list[_Batch]:
         """The parameters with a gradient; their gradients checked and normalized, their steps counted."""
         rated = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -138,6 +150,8 @@ class ELLISAdam(Optimizer):
         if grads and self.keys.tensor_wise_gradient_normalization:
             norms = _norms(grads, [p for _, p in rated])
             grads = torch._foreach_div(grads, norms.clamp(min=torch.finfo(norms.dtype).tiny).unbind())
+        self._counted = [self.state[parameter]["step"] for _, parameter in rated]
+        may_skip = self.found_inf is not None
         batches: dict[tuple[int, float, float], _Batch] = {}
         for (group, parameter), grad in zip(rated, grads, strict=True):
             state = self.state[parameter]
@@ -147,8 +161,9 @@ class ELLISAdam(Optimizer):
             batch.owners.append(parameter)
             batch.params.append(local(parameter))
             batch.grads.append(grad)
-            batch.exp_avgs.append(local(state["exp_avg"]).to(parameter.dtype))  # a copy only if the types differ
-            batch.exp_avg_sqs.append(local(state["exp_avg_sq"]).to(parameter.dtype))
+            # Without a flag these are copies only if the types differ.
+            batch.exp_avgs.append(local(state["exp_avg"]).to(parameter.dtype, copy=may_skip))
+            batch.exp_avg_sqs.append(local(state["exp_avg_sq"]).to(parameter.dtype, copy=may_skip))
         return list(batches.values())
 
     def _betas(self, step: int) -> tuple[float, float]:
@@ -177,9 +192,9 @@ class ELLISAdam(Optimizer):
         if self.keys.update_clipping:
             torch._foreach_clamp_min_(exp_avg_sqs, self.eps**2)
         for owner, exp_avg, exp_avg_sq in zip(batch.owners, exp_avgs, exp_avg_sqs, strict=True):
-            if owner.dtype != self.buffer_dtype:
-                local(self.state[owner]["exp_avg"]).copy_(exp_avg)
-                local(self.state[owner]["exp_avg_sq"]).copy_(exp_avg_sq)
+            if self.found_inf is not None or owner.dtype != self.buffer_dtype:
+                replace_unless(self.found_inf, local(self.state[owner]["exp_avg"]), exp_avg)
+                replace_unless(self.found_inf, local(self.state[owner]["exp_avg_sq"]), exp_avg_sq)
 
     def _directions(self, batch: _Batch) -> list[Tensor]:
         """What is subtracted, per unit of the rate."""
@@ -207,18 +222,31 @@ class ELLISAdam(Optimizer):
         correction, _ = self._bias_corrections(batch.step)
         rate = batch.lr / correction
         decay = batch.weight_decay * (batch.lr / self.initial_lr if self.keys.decouple_wd else batch.lr)
-        params = batch.params
+        params = self._writable(batch.params)
         if not self.keys.kahan_sum_compensation:
             torch._foreach_mul_(params, 1 - decay)
             torch._foreach_add_(params, directions, alpha=-rate)
+            self._replace(batch.params, params)
             return
-        compensations = [local(self.state[owner]["kahan_compensation"]) for owner in batch.owners]
+        kept = [local(self.state[owner]["kahan_compensation"]) for owner in batch.owners]
+        compensations = self._writable(kept)
         torch._foreach_add_(compensations, params, alpha=-decay)
         torch._foreach_add_(compensations, directions, alpha=-rate)
         before = [param.clone() for param in params]
         torch._foreach_add_(params, compensations)
         torch._foreach_sub_(before, params)
         torch._foreach_add_(compensations, before)  # what was to be added less what was
+        self._replace(batch.params, params)
+        self._replace(kept, compensations)
+
+    def _writable(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors themselves, or copies if it is not known yet whether this update may happen."""
+        return tensors if self.found_inf is None else [tensor.clone() for tensor in tensors]
+
+    def _replace(self, old: list[Tensor], new: list[Tensor]) -> None:
+        if self.found_inf is not None:
+            for before, after in zip(old, new, strict=True):
+                replace_unless(self.found_inf, before, after)
 
 
 def _mean_square_ratios(batch: _Batch) -> Sequence[Tensor]:

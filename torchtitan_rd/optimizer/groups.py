@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from torchtitan_rd.errors import ConfigError
 
@@ -33,11 +34,16 @@ def group_of(name: str, ndim: int) -> str:
 def parameter_groups(
     model: nn.Module, lr: float, weight_decay: float, decay_norms_and_biases: bool
 ) -> list[dict[str, Any]]:
-    """The trainable parameters of `model` in at most three groups, each with its `kind`; a tied one comes once."""
-    members: dict[str, list[nn.Parameter]] = {MATRICES: [], EMBEDDINGS: [], NORMS: []}
+    """The trainable parameters of `model` in groups, each with its `kind`; a tied one comes once.
+
+    Sharded parameters and those that every rank holds whole never share a group: torch's kernels take one sort.
+    """
+    members: dict[tuple[str, bool], list[nn.Parameter]] = {
+        (kind, sharded): [] for kind in (MATRICES, EMBEDDINGS, NORMS) for sharded in (True, False)
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[group_of(name, parameter.ndim)].append(parameter)
+            members[group_of(name, parameter.ndim), isinstance(parameter, DTensor)].append(parameter)
     return [
         {
             "params": parameters,
@@ -45,6 +51,6 @@ def parameter_groups(
             "base_lr": lr,
             "weight_decay": 0.0 if kind == NORMS and not decay_norms_and_biases else weight_decay,
         }
-        for kind, parameters in members.items()
+        for (kind, _), parameters in members.items()
         if parameters
     ]

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from torchtitan_rd.config_loader import Section
-from torchtitan_rd.optimizer.shards import local
+from torchtitan_rd.optimizer.shards import local, replace_unless
 
 
 class MuonKeys(Section):
@@ -39,6 +39,8 @@ class Muon(Optimizer):
     pass over the T tokens of this rank's step, so give a rank many tokens a step.
     """
 
+    found_inf: Tensor | None = None  # see optimizer/skipping.py
+
     def __init__(self, params: Iterable[dict[str, Any]], lr: float, keys: MuonKeys, weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.keys = keys
@@ -54,14 +56,18 @@ class Muon(Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 buffer, gradient = local(state["momentum_buffer"]), local(matrix.grad)
-                buffer.lerp_(gradient, 1 - momentum)
-                direction = _orthogonal_part(matrix, gradient.lerp(buffer, momentum), self.keys.muon_ns_steps)
+                momenta = buffer.lerp(gradient, 1 - momentum)
+                direction = _orthogonal_part(matrix, gradient.lerp(momenta, momentum), self.keys.muon_ns_steps)
                 rate = group["lr"] * _rate_factor(self.keys.muon_adjust_lr, *matrix.shape)
-                local(matrix).mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-rate)
+                weights = local(matrix).mul(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-rate)
+                replace_unless(self.found_inf, buffer, momenta)
+                replace_unless(self.found_inf, local(matrix), weights)
 
 
 class MuonAdamW(Optimizer):
     """The two as one optimizer: the groups of both, and one state."""
+
+    found_inf: Tensor | None = None
 
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
@@ -70,6 +76,7 @@ class MuonAdamW(Optimizer):
 
     def step(self) -> None:
         for part in self.parts:
+            part.found_inf = self.found_inf
             part.step()
 
 

@@ -14,6 +14,14 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def replace_unless(skip: Tensor | None, old: Tensor, new: Tensor) -> None:
+    """Overwrites `old` by `new` (cast to its type), unless `skip` (0-dim on the device) is set: decided there."""
+    if skip is None:
+        old.copy_(new)
+    else:
+        torch.where(skip.bool(), old, new.to(old.dtype), out=old)
+
+
 def sum_over_shards(parts: Sequence[Tensor], owners: Sequence[Tensor]) -> Tensor:
     """Adds up each scalar `parts[i]` over the ranks that share `owners[i]`: (len(parts),), the same on all ranks.
 

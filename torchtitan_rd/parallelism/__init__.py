@@ -13,6 +13,7 @@ from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
 from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig
 from torchtitan_rd.parallelism.fsdp import Plan, ShardingKeys, allocate, apply_fsdp, prepare_microbatch
 from torchtitan_rd.parallelism.init import init_weights
+from torchtitan_rd.parallelism.step_sums import StepSums, StepTotals
 
 __all__ = [
     "ActivationCheckpointConfig",
@@ -20,6 +21,8 @@ __all__ = [
     "ParallelDims",
     "ParallelismConfig",
     "ShardingKeys",
+    "StepSums",
+    "StepTotals",
     "allocate",
     "init_weights",
     "parallelize",
