@@ -4,7 +4,7 @@
 
 One process stands for rank 0 of 8 (torch's fake process group); the counts are exact and repeat. Kinds: all-gathers of
 parameters, reduce-scatters and all-reduces of gradients (the latter between the copies of HSDP), and the small
-all-reduces of the step itself (valid tokens, loss, gradient norm).
+all-reduces of the step itself (valid tokens before backward; losses, norm and stop flag after it).
 """
 
 import sys
