@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
@@ -22,10 +23,11 @@ def build_norm(norm_type: NormType, dim: int, eps: float) -> nn.Module:
 
 
 class Linear(nn.Linear):
-    """A matmul in the type of the weight: the input is cast to it, if it is another."""
+    """A matmul, without a bias, in the type of the weight or in `dtype`: what is of another type is cast."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.to(self.weight.dtype))
+    def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        dtype = dtype or self.weight.dtype
+        return F.linear(x.to(dtype), self.weight.to(dtype))
 
 
 class RMSNorm(nn.RMSNorm):

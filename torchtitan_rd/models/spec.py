@@ -31,6 +31,8 @@ class WrapPlan:
     loops: what is run several times, if anything.
     full_precision: names of small parameters that compute in float32 where the others do in a smaller type: every rank
         then holds them whole (parallelism/fsdp.py). With float32 everywhere they are sharded as the others.
+    float32_units: the first name of each unit that is gathered in float32 too; "" is the root. What multiplies with a
+        matrix of such a unit casts it itself.
     Parameters in none of the units stay with the root unit: tied embedding and head must both be there.
     """
 
@@ -38,6 +40,7 @@ class WrapPlan:
     shard_only: tuple[tuple[str, ...], ...] = ()
     loops: tuple[Loop, ...] = ()
     full_precision: tuple[str, ...] = ()
+    float32_units: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """FSDP2: parameters, gradients and optimizer state sharded over the ranks; HSDP when the mesh has two dimensions."""
 
-from collections.abc import Sequence
+from dataclasses import replace
 from itertools import takewhile
 from typing import Literal, Protocol
 
@@ -42,6 +42,7 @@ class Plan(Protocol):
     shard_only: tuple[tuple[str, ...], ...]
     loops: tuple[tuple[str, str], ...]
     full_precision: tuple[str, ...]
+    float32_units: tuple[str, ...]
 
 
 def apply_fsdp(
@@ -59,29 +60,38 @@ def apply_fsdp(
 
     loop_grad_dtype: in which the uses of a weight inside a loop are summed; None: the type that it computes in.
     """
+    param_dtype = getattr(torch, keys.mixed_precision_param)
     precision = MixedPrecisionPolicy(
-        param_dtype=getattr(torch, keys.mixed_precision_param),
+        param_dtype=param_dtype,
         reduce_dtype=getattr(torch, keys.mixed_precision_reduce),
         cast_forward_inputs=False,
     )
+    float32 = replace(precision, param_dtype=None)  # parameters are kept in float32
     offload = CPUOffloadPolicy() if keys.enable_cpu_offload else OffloadPolicy()
     whole = kept_whole(model, plan, keys)
-    options = {"mesh": mesh, "mp_policy": precision, "offload_policy": offload, "ignored_params": whole}
-    reshard = reshard_after_forward != "never"
+
+    def shard(*names: str, reshard: bool) -> None:
+        fully_shard(
+            [model.get_submodule(name) for name in names],
+            mesh=mesh,
+            mp_policy=float32 if names[0] in plan.float32_units else precision,
+            offload_policy=offload,
+            ignored_params=whole,
+            reshard_after_forward=reshard,
+        )
+
+    default, always = reshard_after_forward == "default", reshard_after_forward == "always"
     looped = tuple(f"{unit}." for unit, _ in plan.loops)
-    names = [name for name in plan.blocks if not name.startswith(looped)]
-    units: Sequence[tuple[str, ...]] = [*plan.shard_only[:-1], *((name,) for name in names)]
-    for names in units:
-        fully_shard([model.get_submodule(name) for name in names], reshard_after_forward=reshard, **options)
+    blocks = [(name,) for name in plan.blocks if not name.startswith(looped)]
+    for names in (*plan.shard_only[:-1], *blocks):
+        shard(*names, reshard=default or always)
     for unit, _ in plan.loops:
-        loop = model.get_submodule(unit)
-        keep = reshard_after_forward == "default" and gathered_bytes(loop, precision.param_dtype) <= KEPT_LOOP_BYTES
-        fully_shard(loop, reshard_after_forward=reshard and not keep, **options)
+        keep = gathered_bytes(model.get_submodule(unit), param_dtype) <= KEPT_LOOP_BYTES
+        shard(unit, reshard=always or (default and not keep))
     for names in plan.shard_only[-1:]:
-        # Backward starts with this unit: gathering it again at once would be waste.
-        reshard_last = reshard_after_forward == "always"
-        fully_shard([model.get_submodule(name) for name in names], reshard_after_forward=reshard_last, **options)
-    fully_shard(model, reshard_after_forward=reshard_after_forward == "always", **options)
+        shard(*names, reshard=always)  # backward starts with this unit: gathering it again at once would be waste
+    shard("", reshard=always)
+
     _prefetch_loop(model, plan)
     if loop_grad_dtype is not None:
         for unit, _ in plan.loops:

@@ -409,15 +409,13 @@ def test_in_bfloat16_it_is_as_training_under_autocast_and_within_rounding_when_l
     folder = export(ours, tmp_path / "export")
     arguments = {"num_steps": (0, 4), "initial_state": some_state(), "state_dtype": torch.float32}
     exact = ours(some_tokens(), **arguments)
-    for parameter in ours.parameters():
-        if parameter.ndim == 2:  # what FSDP gathers in bfloat16
+    for name, parameter in ours.named_parameters():
+        if parameter.ndim == 2 and "wte" not in name:  # what FSDP gathers in bfloat16
             parameter.data = parameter.data.bfloat16()
-    training = ours(some_tokens(), **arguments)
+    training = ours(some_tokens(), head_dtype=torch.bfloat16, **arguments)
     given = {"num_steps": 4, "input_states": some_state()}
     loaded = load(folder, torch_dtype=torch.bfloat16)(some_tokens(), **given).logits
     whole = load(folder)
-    embedding = whole.transformer.wte.weight
-    embedding.data = embedding.data.bfloat16().float()  # which autocast does not do by itself
     with torch.autocast("cpu", dtype=torch.bfloat16):
         autocast = whole(some_tokens(), **given).logits
 

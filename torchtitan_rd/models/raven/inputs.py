@@ -74,7 +74,13 @@ class RavenInputs:
             device=microbatch.device,
             dtype=dtype,
         )
-        return ForwardInputs({"num_steps": num_steps, "initial_state": state, "state_dtype": dtype}, num_steps)
+        kwargs = {
+            "num_steps": num_steps,
+            "initial_state": state,
+            "state_dtype": dtype,
+            "head_dtype": microbatch.dtype,
+        }
+        return ForwardInputs(kwargs, num_steps)
 
 
 def initial_state(

@@ -218,6 +218,7 @@ class Raven(nn.Module):
         early_read_outs: Collection[int] = (),
         read_out: ReadOut | None = None,
         state_dtype: torch.dtype | None = None,
+        head_dtype: torch.dtype | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """num_steps: iterations without gradient, then with. Those without are run on the state alone: e gets its
         gradient through the others, so the gradients are those of the last k iterations from a given state.
@@ -228,6 +229,7 @@ class Raven(nn.Module):
         too; those of the last state come last. It costs a coda and a head each, and a state that is held till then.
 
         state_dtype: of e, the residual stream and the state; None: that of the embedding.
+        head_dtype: in which the head multiplies; None: that of its weight, which may be a float32 embedding's.
         """
         layers = self.transformer
         rotary, mask = self.rotary(tokens_BS.shape[1]), build_mask(tokens_BS, document_ids)
@@ -240,13 +242,15 @@ class Raven(nn.Module):
         s_BSE = e_BSE if self.config.injection == "none" else initial_state.to(e_BSE)
         states = layers.recurrence(s_BSE, e_BSE, rotary, mask, num_steps, early_read_outs)
         if read_out is None:
-            return self._logits(states[-1], rotary, mask)
-        return [read_out(self._logits(state, rotary, mask)) for state in states]
+            return self._logits(states[-1], rotary, mask, head_dtype)
+        return [read_out(self._logits(state, rotary, mask, head_dtype)) for state in states]
 
-    def _logits(self, s_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
+    def _logits(
+        self, s_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask, head_dtype: torch.dtype | None
+    ) -> torch.Tensor:
         """Only called within forward: FSDP gathers the root's parameters for that and for nothing else."""
         layers = self.transformer
         s_BSE = layers.ln_f(s_BSE)
         for block in layers.coda:
             s_BSE = block(s_BSE, rotary, mask)
-        return self.lm_head(layers.ln_f(s_BSE)).float()
+        return self.lm_head(layers.ln_f(s_BSE), head_dtype).float()

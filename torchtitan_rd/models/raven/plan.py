@@ -10,7 +10,8 @@ def wrap_plan(model: Raven) -> WrapPlan:
     ln_f stays in the root, as it is used twice; so do embedding and head if they are tied (T7).
 
     All but the matrices, that is norms and qk_bias, keep full precision: one step of bfloat16 at 1.0 is 0.8 %, so a
-    rounded norm weight gives its feature a gain that is wrong by up to 0.4 % in every iteration.
+    rounded norm weight gives its feature a gain that is wrong by up to 0.4 % in every iteration. So does the embedding,
+    which is e before the prelude and comes back in every iteration.
     """
     layers = model.transformer
     core = "transformer.recurrence.iteration"
@@ -22,4 +23,5 @@ def wrap_plan(model: Raven) -> WrapPlan:
     tied = model.config.tie_word_embeddings
     shard_only = () if tied else (("transformer.wte",), ("lm_head",))
     full_precision = tuple(name for name, parameter in model.named_parameters() if parameter.ndim != 2)
-    return WrapPlan(blocks, shard_only, (Loop("transformer.recurrence", core),), full_precision)
+    embedding = "" if tied else "transformer.wte"  # the root has it together with the tied head
+    return WrapPlan(blocks, shard_only, (Loop("transformer.recurrence", core),), full_precision, (embedding,))
