@@ -1,11 +1,13 @@
 """Training step of our Llama against transformers' (and torchtitan's where it imports), and of a raven: CPU time, ops.
 
-    python benchmarks/train_step.py [--rounds 5]
+    python benchmarks/train_step.py [--rounds 5] [--runs 1]
 
 One thread, float32, 10 490 112 parameters, 4 sequences of 512 tokens: forward, loss, backward, clip to norm 1, fused
-AdamW. Shared machines move wall time twofold, so each peer's figure is its least CPU time of all rounds, the peers
-taking turns; call +-7 % equal. Ops and FLOPs repeat exactly; the FLOPs lack the attention of a peer that insists on
-its own kernel (torchtitan), for which torch has no formula on CPU.
+AdamW. A peer is a bare model with torch's own loss and clipping; `TrainStep` is what a run does, under FSDP on one
+gloo rank: counts, reductions, checks and all. Shared machines move wall time twofold, so each peer's figure in a run is
+its least CPU time of all rounds, the peers taking turns, and what is printed is the median of the runs with their
+range; call +-7 % equal. Ops and FLOPs repeat exactly; the FLOPs lack the attention of a peer that insists on its own
+kernel (torchtitan), for which torch has no formula on CPU.
 """
 
 import argparse
@@ -14,7 +16,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 
 SETTINGS = {  # malloc: keep freed blocks, else every large activation costs page faults
     "OMP_NUM_THREADS": "1",
@@ -28,16 +32,24 @@ if __name__ == "__main__" and any(os.environ.get(key) != value for key, value in
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from torchtitan_rd.config import JobConfig  # noqa: E402
+from torchtitan_rd.data import Batch  # noqa: E402
 from torchtitan_rd.models import get_spec  # noqa: E402
 from torchtitan_rd.models.llama.config import LlamaConfig, count_flops  # noqa: E402
 from torchtitan_rd.models.raven.config import RavenConfig  # noqa: E402
 from torchtitan_rd.models.raven.config import count_flops as raven_flops  # noqa: E402
+from torchtitan_rd.models.spec import NO_INPUTS, ForwardInputs  # noqa: E402
+from torchtitan_rd.optimizer import build_optimizer  # noqa: E402
+from torchtitan_rd.parallelism import ParallelDims  # noqa: E402
+from torchtitan_rd.train import build_model  # noqa: E402
+from torchtitan_rd.train_step import TrainStep  # noqa: E402
 
 BATCH, SEQ_LEN = 4, 512
 RAVEN_DRAW = (4, 4)  # iterations without and with gradient
@@ -119,11 +131,17 @@ def raven() -> nn.Module:
 PEERS = {"torchtitan_rd": ours, "transformers": transformers_llama, "torchtitan": torchtitan_llama, "raven": raven}
 
 
-def training_step(model: nn.Module) -> Callable[[], float]:
-    """-> a function that makes one update on a fixed batch and returns the loss."""
+def text() -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and labels (BATCH, SEQ_LEN) of the one batch that all train on."""
+    ids = torch.randint(CONFIG.vocab_size, (BATCH, SEQ_LEN + 1), generator=torch.Generator().manual_seed(1))
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+
+def bare_step(model: nn.Module) -> Callable[[], float]:
+    """-> a function that makes one update and returns the loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    text = torch.randint(CONFIG.vocab_size, (BATCH, SEQ_LEN + 1), generator=torch.Generator().manual_seed(1))
-    tokens, labels = text[:, :-1].contiguous(), text[:, 1:].flatten()
+    tokens, labels = text()
+    labels = labels.flatten()
 
     def step() -> float:
         loss = F.cross_entropy(model(tokens).flatten(0, 1), labels)
@@ -136,15 +154,42 @@ def training_step(model: nn.Module) -> Callable[[], float]:
     return step
 
 
+def real_step(name: str) -> Callable[[], float]:
+    """The same update by the step of a run: TrainStep over a model that FSDP shards over one rank."""
+    config = JobConfig.model_validate(
+        {
+            "model": {"name": name},
+            "optimizer": {"lr": 1e-4},
+            "training": {"mixed_precision_param": "float32", "local_batch_size": BATCH, "seq_len": SEQ_LEN},
+            "activation_checkpoint": {"mode": "none"},
+        }
+    )
+    shape = RAVEN_CONFIG if name == "raven" else CONFIG
+    mesh = ParallelDims.resolve(config.parallelism, 1).build_mesh("cpu")
+    model = build_model(config, get_spec(name), shape, mesh, torch.device("cpu"))
+
+    def inputs(step: int, number: int, batch: Batch) -> ForwardInputs:
+        if name != "raven":
+            return NO_INPUTS
+        state = torch.randn(BATCH, SEQ_LEN, RAVEN_CONFIG.dim)
+        return ForwardInputs({"num_steps": RAVEN_DRAW, "initial_state": state}, RAVEN_DRAW)
+
+    update = TrainStep(
+        model, build_optimizer(model, config.optimizer), config.training, torch.device("cpu"), inputs=inputs
+    )
+    batch = Batch(*text())
+    return lambda: update(1, [batch]).loss
+
+
 def build_peers() -> dict[str, Callable[[], float]]:
     steps = {}
     for name, build in PEERS.items():
         try:
             torch.manual_seed(0)
-            steps[name] = training_step(build())
+            steps[name] = bare_step(build())
         except Exception as error:  # a peer may be absent, or need a GPU build to import
-            print(f"{name:14} not compared: {type(error).__name__}: {error}")
-    return steps
+            print(f"{name}: not compared: {type(error).__name__}: {error}")
+    return steps | {"llama, TrainStep": real_step("llama3"), "raven, TrainStep": real_step("raven")}
 
 
 def count(step: Callable[[], float]) -> tuple[int, int]:
@@ -156,36 +201,63 @@ def count(step: Callable[[], float]) -> tuple[int, int]:
     return ops.ops, flops.get_total_flops()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
-    steps = build_peers()
-    for step in steps.values():
-        step(), step()
-    counts = {name: count(step) for name, step in steps.items()}
+def least_times(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+    """One run: CPU seconds of a step, the least of all rounds, in which the peers take turns."""
     least = dict.fromkeys(steps, float("inf"))
-    gc.disable()
     for _ in range(rounds):
         for name, step in steps.items():
             start = time.process_time()
             step(), step()
             least[name] = min(least[name], (time.process_time() - start) / 2)
             gc.collect()
-    theory = count_flops(CONFIG, SEQ_LEN)
+    return least
+
+
+def shown(values: list[float], digits: int = 3) -> str:
+    """Median, and the range where there are several."""
+    spread = f" ({min(values):.{digits}f}-{max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{median(values):.{digits}f}{spread}"
+
+
+def release(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return f"{package} absent"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each peer in a run")
+    parser.add_argument("--runs", type=int, default=1, help="runs that medians are over")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    print("; ".join(release(package) for package in ("torch", "transformers", "torchtitan")))
+    steps = build_peers()
+    for step in steps.values():
+        step(), step()
+    counts = {name: count(step) for name, step in steps.items()}
+    gc.disable()
+    runs = [least_times(steps, arguments.rounds) for _ in range(arguments.runs)]
+
     tokens = BATCH * SEQ_LEN
-    print(f"{'peer':14} {'CPU us/token':>12} {'ours/peer':>9} {'aten ops':>9} {'FLOPs':>16}")
+    print(f"{arguments.runs} runs of {arguments.rounds} rounds")
+    print(f"{'peer':18} {'CPU us/token':>18} {'ours/peer':>20} {'aten ops':>9} {'FLOPs':>16}")
     for name in steps:
-        ratio = least["torchtitan_rd"] / least[name]
+        times = shown([run[name] / tokens * 1e6 for run in runs], 0)
+        ratio = shown([run["torchtitan_rd"] / run[name] for run in runs])
         ops, flops = counts[name]
-        print(f"{name:14} {least[name] / tokens * 1e6:12.0f} {ratio:9.3f} {ops:9} {flops:16}")
+        print(f"{name:18} {times:>18} {ratio:>20} {ops:9} {flops:16}")
+
+    theory = count_flops(CONFIG, SEQ_LEN)
     print(f"theory: {int(tokens * theory.matmul)} FLOPs in weights, {int(tokens * theory.attention_full)} in attention")
-    if {"raven", "transformers"} <= least.keys():
+    if "transformers" in steps:
         theory = raven_flops(RAVEN_CONFIG, SEQ_LEN, RAVEN_DRAW)
         total = int(tokens * (theory.matmul + theory.attention_full))
-        times = least["raven"] / least["transformers"]
-        print(f"raven at {RAVEN_DRAW}: {times:.2f} times transformers' Llama (target 3.1); theory: {total} FLOPs")
+        times = shown([run["raven"] / run["transformers"] for run in runs], 2)
+        print(f"raven at {RAVEN_DRAW}: {times} times transformers' Llama (target 3.1); theory: {total} FLOPs")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from tests.ranks import run_on_ranks
 from tests.small_run import Setup, all_equal, batches_of, hash_of, make
 from torchtitan_rd.errors import TrainingError
 from torchtitan_rd.optimizer import optimizer_state, takes_flag
+from torchtitan_rd.train_step import TrainingConfig, Verdict
 
 OPTIMIZERS = {
     "AdamW": {"name": "AdamW"},
@@ -192,3 +193,10 @@ def flagged(rank, world_size, keys):
     run = Run(rank, world_size, keys, False)
     optimizer = run.step.optimizer
     return None, None, (takes_flag(optimizer, torch.device("cpu")), takes_flag(optimizer, torch.device("cuda")))
+
+
+def test_once_training_must_stop_the_device_lets_no_later_update_happen():
+    """However late the host may read: the flag stays set through good steps."""
+    verdict = Verdict(TrainingConfig(), torch.device("cpu"))
+    good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
+    assert [verdict(loss, good, 0).item() for loss in (good, bad, good, good)] == [0.0, 1.0, 1.0, 1.0]
