@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +12,7 @@ import torch.distributed as dist
 
 from torchtitan_rd.log import logger
 
+EXIT_STATUS = "exit_status.json"
 HANDLED = (signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -41,8 +43,17 @@ class StopRequest:
 def write_exit_status(
     folder: Path, status: Literal["finished", "preempted", "failed"], step: int, reason: str = ""
 ) -> None:
-    """`exit_status.json`, by which the launch scripts decide whether to requeue: only a preempted run is."""
-    path = folder / "exit_status.json"
+    """`exit_status.json`, by which the launch scripts decide whether to requeue: only a preempted run is.
+
+    Best effort, since it often tells of the full disk that it is to be written on. An earlier run's file never stays.
+    """
+    path = folder / EXIT_STATUS
     staged = path.with_suffix(".tmp")
-    staged.write_text(json.dumps({"status": status, "step": step, "reason": reason, "time": time.time()}) + "\n")
-    staged.replace(path)
+    try:
+        staged.write_text(json.dumps({"status": status, "step": step, "reason": reason, "time": time.time()}) + "\n")
+        staged.replace(path)
+    except OSError as error:
+        logger.warning("cannot write %s: %s", path, error.strerror or error)
+        for name in (path, staged):
+            with suppress(OSError):
+                name.unlink(missing_ok=True)

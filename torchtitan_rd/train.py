@@ -5,6 +5,7 @@ python -m torchtitan_rd.train --job.config_file train_configs/debug.toml      # 
 """
 
 import dataclasses
+import errno
 import sys
 import traceback
 from contextlib import ExitStack, nullcontext
@@ -17,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_rd import job
-from torchtitan_rd.checkpoint import Checkpointer
+from torchtitan_rd.checkpoint import Checkpointer, locked_run_folder
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
 from torchtitan_rd.conversion.dcp import open_dcp
@@ -45,7 +46,7 @@ from torchtitan_rd.models.spec import ModelSpec
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state, set_lr
 from torchtitan_rd.parallelism import ParallelDims, init_weights, parallelize
 from torchtitan_rd.profiling import Profiler
-from torchtitan_rd.signals import StopRequest, write_exit_status
+from torchtitan_rd.signals import EXIT_STATUS, StopRequest, write_exit_status
 from torchtitan_rd.train_step import TrainStep, hash_ids
 from torchtitan_rd.validation import read_held_out, validate, validation_keys
 
@@ -69,7 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BaseException as error:  # torch's CheckpointException is not an Exception (T17)
         if isinstance(error, SystemExit | KeyboardInterrupt):
             raise
-        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print(f"rank {rank}: {error}: free some space or move job.dump_folder", file=sys.stderr, flush=True)
+        else:
+            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
     return 1
 
 
@@ -127,6 +131,15 @@ class Trainer:
         config, environment = self.config, self.environment
         job.set_determinism(config.training.seed, config.training.deterministic, self.device)
         job.init_process_group(environment, self.device, config.comm, self.dump_folder)
+        # Before anything is written there: a run that is refused leaves no trace in the other one's folder.
+        with locked_run_folder(self.dump_folder, stale=EXIT_STATUS) as self.lock:
+            self._run_alone()
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def _run_alone(self) -> None:
+        """`run`, with the dump folder locked."""
+        config, environment = self.config, self.environment
         try:
             with ExitStack() as closing:
                 self._build(closing)
@@ -140,13 +153,11 @@ class Trainer:
                 else:
                     status = "preempted"
         except BaseException as error:
-            if self.dump_folder.is_dir() and environment.rank == 0:
+            if environment.rank == 0:
                 write_exit_status(self.dump_folder, "failed", self.step, f"{type(error).__name__}: {error}")
             raise
         if environment.rank == 0:
             write_exit_status(self.dump_folder, status, self.step)
-        dist.barrier()
-        dist.destroy_process_group()
 
     def _build(self, closing: ExitStack) -> None:
         """Fills self; what must be closed goes to `closing`, which closes the last built first."""
@@ -216,7 +227,7 @@ class Trainer:
         return losses
 
     def _open_outputs(self, closing: ExitStack) -> None:
-        """The first writing to disk: everything that could be wrong with the input has been checked by now."""
+        """The first writing beside lock and status: all that could be wrong with the input has been checked by now."""
         config, rank, world_size = self.config, self.environment.rank, self.environment.world_size
         self.heartbeat = Heartbeat(
             self.dump_folder / "heartbeat",
@@ -244,6 +255,7 @@ class Trainer:
             must_match=JobConfig.must_match_keys(),
             model_shape={"name": self.spec.name, "flavor": config.model.flavor, **dataclasses.asdict(self.shape)},
             open_released=lambda path: WeightsReader(open_released(path, model=config.model.name)),
+            run_lock=self.lock,
         )
         closing.callback(self.checkpointer.close)
 

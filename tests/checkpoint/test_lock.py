@@ -162,7 +162,7 @@ import importlib.util, pathlib, sys, time
 spec = importlib.util.spec_from_file_location("lock", {module!r})
 lock = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(lock)
-lock.HEARTBEAT_SECONDS, lock.WATCH_SECONDS = 0.1, 3.0
+lock.HEARTBEAT_SECONDS, lock.WATCH_SECONDS = 0.1, 20.0
 try:
     held = lock.FolderLock(pathlib.Path({folder!r}))
 except Exception as error:

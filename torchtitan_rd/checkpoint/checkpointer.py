@@ -36,6 +36,8 @@ class Checkpointer:
     must_match: the `section.key` that must not change within a run.
     model_shape: name, flavor and every field of the model, as JSON values.
     open_released: folder of released weights -> a reader of them, for `initial_load_path`; raises CheckpointError.
+    run_lock: rank 0's lock of a folder around this one, which is then enough. The checkpoints have a lock of their own
+        without it, and where a symbolic link leads them elsewhere.
 
     Raises CheckpointError if a living run uses the folder, ConfigError if `async_mode` cannot work here.
     """
@@ -49,6 +51,7 @@ class Checkpointer:
         must_match: frozenset[str],
         model_shape: Mapping[str, Any],
         open_released: Callable[[Path], TensorReader] | None = None,
+        run_lock: FolderLock | None = None,
     ):
         if config.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
             raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs CUDA; use "async" here')
@@ -60,7 +63,7 @@ class Checkpointer:
         self._folder = CheckpointFolder(Path(dump_folder) / config.folder)
         # Two groups, since a group must not be used by two threads at once.
         self._ranks, self._writing_ranks = RankGroup(), RankGroup()
-        self._lock: FolderLock | None = None
+        self._run_lock, self._lock = run_lock, run_lock
         if config.enable:
             self._ranks.from_rank0(self._take_folder)
         self._writer = Writer(self._folder, self._writing_ranks, self._lock, config.keep_latest_k)
@@ -187,9 +190,9 @@ class Checkpointer:
             self._executor.shutdown()
             if self._pinned is not None:
                 self._pinned.close()
-            if self._lock is not None:
+            if self._lock is not None and self._lock is not self._run_lock:
                 self._lock.release()
-                self._lock = None
+            self._lock = None
             self._ranks.close()
             self._writing_ranks.close()
 
@@ -219,7 +222,8 @@ class Checkpointer:
 
     def _take_folder(self) -> None:
         self._folder.root.mkdir(parents=True, exist_ok=True)
-        self._lock = FolderLock(self._folder.root)
+        if self._run_lock is None or not self._run_lock.covers(self._folder.root):
+            self._lock = FolderLock(self._folder.root)
         self._folder.remove_leftovers()
 
     def _snapshot(self, step: int, tensors: Tensors, state: Mapping[str, Any], export: bool) -> Snapshot:

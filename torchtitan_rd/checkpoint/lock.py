@@ -1,9 +1,9 @@
 """One run in one folder: `.lock` names its owner, and the lock of a dead owner is taken over.
 
 An owner whose process could be seen from here lives if its pid does with the same start time (a pid can be reused);
-otherwise it is taken over at once. Any other owner, as after a requeue to another host, renews the lock's time of change
-every HEARTBEAT_SECONDS; the lock is watched for WATCH_SECONDS and taken over if it was not renewed. Watching for change
-needs no agreement of clocks.
+otherwise it is taken over at once. Any other owner, as after a requeue to another host, renews the lock's time of
+change every HEARTBEAT_SECONDS; the lock is watched for WATCH_SECONDS and taken over if it was not renewed. Watching
+for change needs no agreement of clocks.
 
 A host name does not say whose pids these are: two containers of one host, or two machines called "localhost", have the
 same name and other processes. A pid means something only to the same boot of the same kernel (`boot_id`) in the same
@@ -30,6 +30,7 @@ class FolderLock:
     """Holds `folder/.lock` until `release()`. Raises CheckpointError if a living run holds it."""
 
     def __init__(self, folder: Path):
+        self.folder = folder
         self.path = folder / ".lock"
         self._content = json.dumps({"id": uuid.uuid4().hex, **_this_process()})
         while not self._create():
@@ -45,6 +46,10 @@ class FolderLock:
         self._heart.join()
         if _read(self.path) == self._content:
             self.path.unlink(missing_ok=True)
+
+    def covers(self, folder: Path) -> bool:
+        """Whether `folder` lies, with its symbolic links followed, within the one that is held."""
+        return folder.resolve().is_relative_to(self.folder.resolve())
 
     def require_held(self) -> None:
         """Raises CheckpointError if another run has taken the lock over, as after this process was suspended."""
