@@ -19,7 +19,7 @@ from torchtitan_rd.checkpoint.config import CheckpointConfig
 from torchtitan_rd.checkpoint.folders import CheckpointFolder
 from torchtitan_rd.checkpoint.loading import TensorReader, Tensors
 from torchtitan_rd.checkpoint.lock import FolderLock
-from torchtitan_rd.checkpoint.manifest import Manifest, read_manifest, tensor_table, verify
+from torchtitan_rd.checkpoint.manifest import Manifest, Unreadable, read_manifest, second_look, tensor_table, verify
 from torchtitan_rd.checkpoint.rank_group import RankGroup
 from torchtitan_rd.checkpoint.safe_reader import METADATA, MODEL_SHAPE, SafeReader
 from torchtitan_rd.checkpoint.writer import Snapshot, Writer, total_bytes
@@ -132,7 +132,8 @@ class Checkpointer:
     def load(self, tensors: Tensors) -> dict[str, Any] | None:
         """Resumes: fills `tensors` in place from the newest good checkpoint, and returns its state.
 
-        Returns None if there is no checkpoint. Damaged ones newer than the one loaded are renamed to `step-N.corrupt`.
+        Returns None if there is no checkpoint. Damaged ones newer than the one loaded are renamed to `step-N.corrupt`;
+        those that the storage did not let be read stay, and are superseded by the next save.
         Raises CheckpointError if all are damaged (and changes nothing), if the one named by `checkpoint.load_step` is,
         or if the checkpoint is of another model, other tensors or settings that must not change.
         """
@@ -144,7 +145,8 @@ class Checkpointer:
             path = self._folder.root / f"step-{step}"
             problems = self._verify(path)
             if not problems:
-                return self._resume(path, tensors, list(refused))
+                damaged = [name for name, found in refused.items() if not all(isinstance(p, Unreadable) for p in found)]
+                return self._resume(path, tensors, damaged)
             refused[path.name] = problems
             logger.warning("%s is damaged: %s", path, "; ".join(problems))
         if not refused:
@@ -302,12 +304,21 @@ def _read_documents(path: Path) -> tuple[Manifest, dict[str, Any], dict[str, Any
     if not manifest.resumable:
         raise CheckpointError(f"{path} holds only the model: name it in checkpoint.initial_load_path instead")
     try:
-        shape = json.loads((path / MODEL_SHAPE).read_text(encoding="utf-8"))
-        config = tomli.loads((path / CONFIG).read_text(encoding="utf-8"))
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        shape = json.loads(_text(path / MODEL_SHAPE))
+        config = tomli.loads(_text(path / CONFIG))
+        state = json.loads(_text(path / STATE))
+    except OSError as error:
+        raise CheckpointError(
+            f"{error}: run the same command again once the storage answers; if it stays so, rename {path} and an older "
+            f"checkpoint is used"
+        ) from None
+    except ValueError as error:
         raise CheckpointError(f"{path}: {error}; checkpoint.verify_hashes = true falls back to an older one") from None
     return manifest, shape, config, state
+
+
+def _text(path: Path) -> str:
+    return second_look(lambda: path.read_text(encoding="utf-8"))
 
 
 def _stager(*, pinned: bool) -> DefaultStager:

@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torchtitan_rd import __version__
 from torchtitan_rd.checkpoint.folders import CheckpointFolder, write_durably
 from torchtitan_rd.checkpoint.lock import FolderLock
-from torchtitan_rd.checkpoint.manifest import FileTable, Manifest, TensorTable, hash_files
+from torchtitan_rd.checkpoint.manifest import FileTable, Manifest, TensorTable, hash_files, verify
 from torchtitan_rd.checkpoint.rank_group import RankGroup
 from torchtitan_rd.checkpoint.safe_reader import METADATA
 from torchtitan_rd.errors import CheckpointError
@@ -102,7 +102,7 @@ class Writer:
         self.folder.commit(staging, snapshot.name)
         logger.info("saved %s (%.1f MB)", self.folder.root / snapshot.name, total_bytes(snapshot.table) / 1e6)
         try:
-            self.folder.purge(self.keep_latest_k)
+            self.folder.purge(self.keep_latest_k, lambda path: not verify(path, hashes=False))
         except OSError as error:  # the new checkpoint is safe; the next save tries again
             logger.warning("cannot remove an old checkpoint: %s", error)
 
