@@ -157,6 +157,13 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(_decode(state["cuda"]))
 
 
+def own_rng_state(saved: Any, environment: Environment) -> dict[str, Any] | None:
+    """This rank's state, as a checkpoint holds it; those of earlier versions list the states of all ranks."""
+    if not isinstance(saved, list):
+        return saved
+    return saved[environment.rank] if len(saved) == environment.world_size else None
+
+
 def _encode(tensor: torch.Tensor) -> str:
     return base64.b64encode(tensor.numpy().tobytes()).decode("ascii")
 

@@ -276,19 +276,16 @@ class Trainer:
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
         if "data" in state:
             self.loader.load_state_dict(state["data"])
-        if "rng" in state and len(state["rng"]) == self.environment.world_size:
-            job.set_rng_state(state["rng"][self.environment.rank])
+        if rng := job.own_rng_state(state.get("rng"), self.environment):
+            job.set_rng_state(rng)
         logger.info("resuming after step %d of %d (%d tokens)", self.step, self.config.training.steps, self.tokens_seen)
 
     def _state(self) -> dict[str, Any]:
         """All that is not a tensor, the same on every rank."""
-        own = {"rng": job.rng_state(), "data": self.loader.state_dict()}
-        ranks = job.gather(own)
         return {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
-            "data": merge_states([rank["data"] for rank in ranks]),
-            "rng": [rank["rng"] for rank in ranks],
+            "data": merge_states(job.gather(self.loader.state_dict())),
         }
 
     def _save_seed(self) -> None:
@@ -354,7 +351,8 @@ class Trainer:
             last_step = self.step == total_steps
             self.checkpointer.raise_errors()
             if self.checkpointer.should_save(self.step, last_step=last_step or stopping):
-                self.checkpointer.save(self.step, self._tensors(), self._state(), last_step=last_step)
+                own = {"rng": job.rng_state()}
+                self.checkpointer.save(self.step, self._tensors(), self._state(), own_state=own, last_step=last_step)
             self.profiler.step()
             if stopping and not last_step:
                 return False

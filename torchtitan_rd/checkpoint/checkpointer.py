@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from torchtitan_rd.checkpoint import contract, loading
+from torchtitan_rd.checkpoint import branch, contract, loading, rank_state
 from torchtitan_rd.checkpoint.config import CheckpointConfig
-from torchtitan_rd.checkpoint.folders import CheckpointFolder
+from torchtitan_rd.checkpoint.folders import STATE, CheckpointFolder
 from torchtitan_rd.checkpoint.loading import TensorReader, Tensors
 from torchtitan_rd.checkpoint.lock import FolderLock
 from torchtitan_rd.checkpoint.manifest import Manifest, Unreadable, read_manifest, second_look, tensor_table, verify
 from torchtitan_rd.checkpoint.rank_group import RankGroup
 from torchtitan_rd.checkpoint.safe_reader import METADATA, MODEL_SHAPE, SafeReader
-from torchtitan_rd.checkpoint.writer import Snapshot, Writer, total_bytes
+from torchtitan_rd.checkpoint.writer import Snapshot, Writer, find_aliases
 from torchtitan_rd.errors import CheckpointError, ConfigError
 from torchtitan_rd.log import logger
 
-STATE, CONFIG = "state.json", "config.toml"
+CONFIG = "config.toml"
 
 
 class Checkpointer:
@@ -56,6 +56,8 @@ class Checkpointer:
         if config.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
             raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs CUDA; use "async" here')
         self.config = config
+        # `model.*` names are of initial weights only: a resume that reset the head would not be one.
+        self._excluded = [n for n in config.exclude_from_loading if not contract.is_excluded(n, ["model"])]
         self.must_match = must_match
         self._open_released = open_released
         self._config_text = tomli_w.dumps(_without_none(job_config))
@@ -87,11 +89,20 @@ class Checkpointer:
         due = self._ranks.from_rank0(lambda: time.monotonic() - self._last_save >= self.config.interval)
         return last_step or due
 
-    def save(self, step: int, tensors: Tensors, state: Mapping[str, Any], *, last_step: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: Tensors,
+        state: Mapping[str, Any],
+        *,
+        own_state: Mapping[str, Any] | None = None,
+        last_step: bool = False,
+    ) -> None:
         """Saves step `step`; in the async modes it returns once the tensors are copied.
 
         tensors: {"model": {fqn: tensor}, "optimizer": {...}}, DTensors or tensors that are equal on every rank.
-        state: JSON values, equal on every rank.
+        state: JSON values, equal on every rank. own_state: those of this rank, with the same keys on every rank; `load`
+        gives them back among the others, if the number of ranks is the same.
         Step 0 is a seed and holds only `tensors["model"]`, as does the last step under `last_save_model_only`.
         Raises CheckpointError, on every rank, if this save or the previous one failed.
         """
@@ -100,8 +111,8 @@ class Checkpointer:
         if step == self._saved_step and not export:
             logger.info("step %d is saved already", step)
             return
-        snapshot = self._snapshot(step, tensors, state, export)
-        self._ranks.from_rank0(lambda: self._folder.require_free(total_bytes(snapshot.table)))
+        snapshot = self._snapshot(step, tensors, state, own_state or {}, export)
+        self._ranks.from_rank0(lambda: self._folder.require_free(snapshot.stored_bytes()))
         self._last_save = time.monotonic()
         if self.config.async_mode == "disabled":
             self._writer.write(snapshot)
@@ -228,20 +239,27 @@ class Checkpointer:
             self._lock = FolderLock(self._folder.root)
         self._folder.remove_leftovers()
 
-    def _snapshot(self, step: int, tensors: Tensors, state: Mapping[str, Any], export: bool) -> Snapshot:
+    def _snapshot(
+        self, step: int, tensors: Tensors, state: Mapping[str, Any], own_state: Mapping[str, Any], export: bool
+    ) -> Snapshot:
         resumable = step > 0 and not export
         kept = {
             group: {name: tensor.detach() for name, tensor in members.items()}
             for group, members in tensors.items()
             if resumable or group == "model"
         }
+        aliases = self._ranks.from_rank0(lambda: find_aliases(kept))
+        stored = loading.select(kept, list(aliases))
         if export:
-            kept = {"model": _converted(kept["model"], getattr(torch, self.config.export_dtype))}
-        documents = {CONFIG: self._config_text, MODEL_SHAPE: self._model_text}
+            dtype = getattr(torch, self.config.export_dtype)
+            kept, stored = ({"model": _converted(found["model"], dtype)} for found in (kept, stored))
+        documents, own_documents = {CONFIG: self._config_text, MODEL_SHAPE: self._model_text}, {}
         if resumable:
-            documents[STATE] = json.dumps(state, indent=1)
+            own, own_documents = rank_state.divide(own_state, self._ranks)
+            asked = branch.record(self.config.load_step, self._excluded)
+            documents[STATE] = json.dumps({**state, **own, **asked}, indent=1)
         name = f"step-{step}-model" if export else f"step-{step}"
-        return Snapshot(name, step, resumable, kept, tensor_table(kept), documents)
+        return Snapshot(name, step, resumable, stored, aliases, tensor_table(kept), documents, own_documents)
 
     def _staged(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its tensors copied to CPU memory, so that training may change the originals."""
@@ -265,11 +283,14 @@ class Checkpointer:
             )
         if wanted == -1:
             return steps
-        if wanted not in steps:
+        newer = [n for n in steps if n > wanted]
+        if served := branch.descendants(self._folder.root, newer, wanted):
+            logger.info("checkpoint.load_step = %d has acted: steps %s branched from it", wanted, served)
+        elif wanted not in steps:
             raise CheckpointError(f"checkpoint.load_step = {wanted}: {self._folder.root} has the steps {steps}")
-        if newer := [n for n in steps if n > wanted]:
+        elif newer:
             logger.warning("going back to step %d: steps %s are set aside at the next save", wanted, newer)
-        return [wanted]
+        return served + [wanted] * (wanted in steps)
 
     def _verify(self, path: Path) -> list[str]:
         """What is wrong with a checkpoint; collective, each rank reads its share of the files."""
@@ -278,11 +299,11 @@ class Checkpointer:
         return list(dict.fromkeys(problem for problems in found for problem in problems))
 
     def _resume(self, path: Path, tensors: Tensors, damaged: list[str]) -> dict[str, Any]:
-        excluded = [name for name in self.config.exclude_from_loading if not contract.is_excluded(name, ["model"])]
         manifest, shape, config, state = self._ranks.from_rank0(lambda: _read_documents(path))
         contract.check_model_shape(shape, json.loads(self._model_text), str(path))
         for line in contract.check_config(config, tomli.loads(self._config_text), self.must_match, str(path)):
             logger.warning("setting changed since the checkpoint: %s", line)
+        excluded = branch.still_to_exclude(self._excluded, state)
         contract.check_exclusions(excluded, [*manifest.tensors, *contract.flat_keys(state)], str(path))
         wanted = loading.select(tensors, excluded)
         saved = {key: entry for key, entry in manifest.tensors.items() if not contract.is_excluded(key, excluded)}
@@ -295,6 +316,8 @@ class Checkpointer:
             logger.warning("%s is now %s", name, moved)
         self._saved_step = manifest.step
         logger.info("resumed from %s", path)
+        state = rank_state.unite(state, path, manifest, self._ranks)
+        state.pop(branch.BRANCH, None)
         return contract.prune(state, excluded)
 
 

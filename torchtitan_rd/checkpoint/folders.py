@@ -20,7 +20,7 @@ MODEL_ONLY = re.compile(r"step-([1-9][0-9]*)-model")
 CORRUPT = re.compile(r"step-[0-9]+\.corrupt(-[0-9a-f]{32})?")
 SET_ASIDE = re.compile(r"step-[0-9]+(-model|-hf)?\.(?P<suffix>corrupt|superseded)(-[0-9a-f]{32})?")
 LEFTOVER = re.compile(r"\.(tmp|trash)-step-[0-9]+(-model|-hf)?-[0-9a-f]{32}")
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 # Of the damaged ones, and of the superseded ones: enough to look at, and to go back to after a slip.
 SET_ASIDE_KEPT = 3
 

@@ -114,7 +114,7 @@ def verify(folder: Path, *, hashes: bool = True, share: tuple[int, int] = (0, 1)
         problems.append(f"{MANIFEST} is of step {manifest.step}")
     first, stride = share
     for name in sorted(manifest.files)[first::stride]:
-        problems += _check_file(folder, name, manifest.files[name], hashes)
+        problems += check_file(folder, name, manifest.files[name], hashes)
     return problems
 
 
@@ -136,7 +136,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_file(folder: Path, name: str, expected: FileEntry, hashes: bool) -> list[str]:
+def check_file(folder: Path, name: str, expected: FileEntry, hashes: bool) -> list[str]:
+    """How one file of a checkpoint differs from its entry in the manifest, as `verify` says it."""
     path = folder / name
     if Path(name).name != name:
         return [f"{MANIFEST} names {name!r}, which is outside the folder"]
