@@ -17,14 +17,14 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 
-from torchtitan_rd.config_loader import Section
+from torchtitan_rd.config_loader import OptionalUserPath, Section, Subfolder, UserPath
 from torchtitan_rd.errors import ConfigError
 
 
 class JobKeys(Section):
-    config_file: str | None = None
+    config_file: OptionalUserPath = None
     """The TOML file that this config came from."""
-    dump_folder: str = "./outputs"
+    dump_folder: UserPath = "./outputs"
     """Everything a run writes goes below this folder: checkpoints, metrics, traces, the resolved config."""
     description: str = ""
     """One line for humans, printed at the start."""
@@ -37,7 +37,7 @@ class CommConfig(Section):
     """The same after the first step."""
     trace_buf_size: int = Field(20000, ge=0)
     """Entries of NCCL's flight recorder, dumped when a collective times out. 0: off."""
-    save_traces_folder: str = "comm_traces"
+    save_traces_folder: Subfolder = "comm_traces"
     """Where the flight recorder writes, below job.dump_folder."""
     heartbeat_seconds: float = Field(10.0, ge=0.0)
     """How often each rank writes where it is to dump_folder/heartbeat. 0: never."""

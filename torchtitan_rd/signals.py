@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan_rd.log import logger
+from torchtitan_rd.masking import mask_text
 
 EXIT_STATUS = "exit_status.json"
 HANDLED = (signal.SIGTERM, signal.SIGUSR1)
@@ -49,8 +50,9 @@ def write_exit_status(
     """
     path = folder / EXIT_STATUS
     staged = path.with_suffix(".tmp")
+    told = {"status": status, "step": step, "reason": mask_text(reason), "time": time.time()}
     try:
-        staged.write_text(json.dumps({"status": status, "step": step, "reason": reason, "time": time.time()}) + "\n")
+        staged.write_text(json.dumps(told) + "\n")
         staged.replace(path)
     except OSError as error:
         logger.warning("cannot write %s: %s", path, error.strerror or error)

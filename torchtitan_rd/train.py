@@ -39,6 +39,7 @@ from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.log import init_logging, logger
 from torchtitan_rd.lr_scheduler import lr_factor
+from torchtitan_rd.masking import mask_text
 from torchtitan_rd.metrics import Metrics
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.models.attention import setup_attention
@@ -66,14 +67,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except TorchtitanRDError as error:
         # No collective here: the other ranks may be anywhere. torchrun ends them when this one exits.
-        print(f"{type(error).__name__}{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        report = f"{type(error).__name__}{f' on rank {rank}' if rank else ''}: {error}"
     except BaseException as error:  # torch's CheckpointException is not an Exception (T17)
         if isinstance(error, SystemExit | KeyboardInterrupt):
             raise
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print(f"rank {rank}: {error}: free some space or move job.dump_folder", file=sys.stderr, flush=True)
+            report = f"rank {rank}: {error}: free some space or move job.dump_folder"
         else:
-            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+            report = f"rank {rank} failed:\n{traceback.format_exc()}"
+    print(mask_text(report), file=sys.stderr, flush=True)
     return 1
 
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from torchtitan_rd.config_loader import Section
+from torchtitan_rd.config_loader import Section, UserPath
 
 MUST_MATCH = {"on_resume": "must_match"}
 
@@ -21,7 +21,7 @@ class ModelConfig(Section):
     vocab_size: int | None = Field(None, ge=1, json_schema_extra=MUST_MATCH)
     """Number of token ids; by default as many as the data set (or its tokenizer) has."""
 
-    tokenizer_path: str = Field("bytes", json_schema_extra=MUST_MATCH)
+    tokenizer_path: UserPath = Field("bytes", json_schema_extra=MUST_MATCH)
     """`bytes`, a folder with a tokenizer.json, a tiktoken file, or a hub name. Read by text data sets only."""
 
     attention_backend: Literal["auto", "sdpa", "fa3", "fa4", "flex"] = "auto"
