@@ -1,6 +1,15 @@
 #!/bin/bash
 # Runs the tests (2 CPU cores: under 12 minutes). `--all` adds the slow ones; other arguments go to pytest.
+# `--newest` runs them in .venv-newest with the newest version of every dependency that pyproject.toml allows, which it
+# installs or upgrades first: some gigabytes and minutes.
 cd "$(dirname "$0")" || exit 1
+if [ "${1:-}" = "--newest" ]; then
+    shift
+    [ -x .venv-newest/bin/python ] || "${PYTHON:-python3}" -m venv .venv-newest || exit 1
+    .venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager -e ".[dev]" || exit 1
+    .venv-newest/bin/python -m pip freeze --exclude-editable
+    source .venv-newest/bin/activate
+fi
 export EXTRAS=dev
 source scripts/env.sh
 selection=(-m "not slow")

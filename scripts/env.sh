@@ -1,6 +1,6 @@
 # Sourced by every script of this repository: afterwards `python` can import torchtitan_rd.
-# First use makes .venv and installs the package with its dependencies (constraints.txt pins torch); later uses are
-# instant. Nothing is made when the active environment has the package installed already.
+# First use makes .venv and installs the package with its dependencies at the versions of constraints.txt; later uses
+# are instant. Nothing is made when the active environment has the package installed already.
 #   EXTRAS=dev   also installs that group of optional dependencies (run_tests.sh sets it)
 #   PYTHON=...   the interpreter that makes .venv (3.10 or newer)
 

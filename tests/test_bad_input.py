@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.launch import Run, launch, wait_for_step
 from torchtitan_rd import train
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +102,57 @@ def test_a_full_disk_ends_the_run_with_the_path_and_the_free_bytes(tmp_path):
     assert found.returncode == 1, found.stderr
     assert "CheckpointError" in found.stderr and "free" in found.stderr and str(tmp_path) in found.stderr
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize("room", ["0", "4k", "8k"])
+def test_a_disk_that_is_full_from_the_start_is_one_line_and_leaves_no_status_of_the_earlier_run(room, tmp_path):
+    """Not a byte left for the lock, for the metrics of the first step, or for its checkpoint."""
+    mount = tmp_path / "full"
+    mount.mkdir()
+    run = f"{sys.executable} -m torchtitan_rd.train --job.dump_folder={mount}/dump {' '.join(GOOD)}"
+    script = f"""
+        mount -t tmpfs -o size=4m tmpfs {mount} || exit 77
+        mkdir {mount}/dump && echo '{{"status": "finished"}}' > {mount}/dump/exit_status.json
+        head -c {room} /dev/zero > {mount}/room; cat /dev/zero > {mount}/filler 2> {tmp_path}/error; rm {mount}/room
+        cd {ROOT} && {run} --training.steps=3 --checkpoint.interval=1
+        echo "status $?"; ls -A {mount}/dump; cat {mount}/dump/exit_status.json
+    """
+    found = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=120)
+    if found.returncode == 77 or "unshare" in found.stderr:
+        pytest.skip("may not mount a file system here")
+    assert "status 1\n" in found.stdout, found
+    assert "Traceback" not in found.stderr
+    assert "space" in found.stderr and str(mount) in found.stderr, found.stderr
+    assert "finished" not in found.stdout and ".lock" not in found.stdout
+
+
+def test_a_second_run_in_the_same_dump_folder_changes_nothing_of_the_first(tmp_path):
+    """With checkpoints off, as by default; and the first goes on."""
+    arguments = [f"--job.dump_folder={tmp_path}", *GOOD, "--no-checkpoint.enable", "--training.steps=100000"]
+    arguments += ["--metrics.log_freq=1", "--comm.heartbeat_seconds=0.2"]
+    with Run(1, arguments, ("--slow", "0.05")) as first:
+        wait_for_step(tmp_path, 2)
+        before = snapshot(tmp_path)
+        second = launch(1, [*arguments, "--training.steps=2"])
+        assert second.codes == [1]
+        assert f"{tmp_path} is in use by process {first.processes[0].pid}" in second.errors[0]
+        assert "Traceback" not in second.errors[0]
+        after = snapshot(tmp_path)
+        assert set(after) == set(before) and after["config.toml"] == before["config.toml"]
+        assert after["metrics.jsonl"].startswith(before["metrics.jsonl"])
+        assert json.loads(after["heartbeat/rank_0.json"])["pid"] == first.processes[0].pid
+        first.signal(0, signal.SIGTERM)
+        assert first.wait().codes == [0]
+    assert not (tmp_path / ".lock").exists()
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Content of all files; one being replaced at this moment is left out."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.suffix != ".tmp":
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found
 
 
 def test_the_launch_scripts_stop_at_a_mistake_before_torchrun_starts(tmp_path):

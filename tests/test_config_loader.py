@@ -19,6 +19,7 @@ def write(tmp_path, text, name="x.toml"):
 
 
 def read(tmp_path, text, *overrides):
+    text = text or '[job]\ndescription = ""\n'  # an empty file is an error of its own
     return load(["--job.config_file", str(write(tmp_path, text)), *overrides], ENVIRONMENT)
 
 
@@ -190,3 +191,124 @@ def test_sections_know_nothing_of_the_loader():
     """The loader takes any schema: it names no section of ours."""
     loaded = load_config(JobConfig, ["--training.steps", "3"])
     assert loaded.config.training.steps == 3
+
+
+# What was a traceback, or was accepted, and what is said of it today. The file, then the arguments after it.
+REFUSED = {
+    "no value for the config file": (None, ["--job.config_file"], "--job.config_file needs the name of a file"),
+    "an empty name of the config file": (None, ["--job.config_file="], "--job.config_file needs the name of a file"),
+    "a value that gets entries": (
+        "",
+        ["--model.overrides=3", "--model.overrides.dim=4"],
+        "command line: model.overrides.dim: model.overrides has a value already and cannot hold entries",
+    ),
+    "an entry that gets entries": (
+        "",
+        ["--model.overrides.dim", "--model.overrides.dim.x=3"],
+        "model.overrides.dim.x: model.overrides.dim has a value already",
+    ),
+    "a seed beyond 64 bits": ("", [f"--training.seed={2**64}"], "[training] seed"),
+    "a shuffle seed beyond 64 bits": ("", [f"--training.shuffle_seed={2**64}"], "[training] shuffle_seed"),
+    "an empty file": ("\n# nothing\n", [], "x.toml: is empty"),
+    "sections without keys": ("[job]\n[model]\n", [], "x.toml: has sections and no key in them"),
+    "a statement cut off": ("[training]\nsteps =", [], "x.toml: not a valid config file"),
+    "a table cut off": ("[training", [], "x.toml: not a valid config file"),
+    "an old key of another type": (
+        '[optimizer]\nfused = "no"\n',
+        [],
+        "x.toml:2: optimizer.fused = 'no': must be of type bool",
+    ),
+    "another old key of another type": ("[metrics]\nenable_color_printing = 1\n", [], "must be of type bool"),
+    "a removed degree that is true": ("[training]\ntensor_parallel_degree = true\n", [], "no longer supported"),
+    "another user's home that is not there": ("", ["--job.dump_folder=~nosuchuser/x"], "there is no such user"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_mistake_that_was_a_traceback_or_accepted_is_one_clear_error(tmp_path, name):
+    text, arguments, expected = REFUSED[name]
+    given = [] if text is None else ["--job.config_file", str(write(tmp_path, text or "[job]\ndescription = 'x'\n"))]
+    with pytest.raises(ConfigError) as caught:
+        load([*given, *arguments], ENVIRONMENT)
+    assert expected in str(caught.value)
+
+
+def float_keys():
+    for section, info in JobConfig.model_fields.items():
+        for key, field in info.annotation.model_fields.items():
+            if "float" in str(field.annotation) and "Literal" not in str(field.annotation):
+                yield f"{section}.{key}"
+
+
+@pytest.mark.parametrize("number", ["inf", "nan", "-inf"])
+def test_no_key_takes_a_number_that_is_not_finite(tmp_path, number):
+    keys = sorted(float_keys())
+    assert {"optimizer.lr", "training.max_norm"} <= set(keys)
+    for key in keys:
+        section, name = key.split(".")
+        for found in (
+            problems(tmp_path, f"[{section}]\n{name} = {number}\n"),
+            problems(tmp_path, "", f"--{key}={number}"),
+        ):
+            assert f"[{section}] {name}" in found, key
+
+
+@pytest.mark.parametrize("folder", ["../x", "/x", "a/../../x", "", ".", "~/x", "a\\nb"])
+def test_every_folder_key_stays_inside_the_dump_folder(tmp_path, folder):
+    keys = [
+        f"{section}.{key}"
+        for section, info in JobConfig.model_fields.items()
+        for key in info.annotation.model_fields
+        if key.endswith("folder") and key != "dump_folder"
+    ]
+    assert len(keys) == 5
+    for key in keys:
+        section, name = key.split(".")
+        assert "inside job.dump_folder" in problems(tmp_path, f'[{section}]\n{name} = "{folder}"\n'), key
+        assert read(tmp_path, f'[{section}]\n{name} = "runs/a"\n')
+
+
+def test_a_home_folder_is_expanded_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = [
+        f"{section}.{key}"
+        for section, info in JobConfig.model_fields.items()
+        for key in info.annotation.model_fields
+        if key.endswith("_path") or key in ("dump_folder", "config_file")
+    ]
+    assert len(keys) == 6
+    write(tmp_path, "[training]\nsteps = 3\n", "mine.toml")
+    overrides = [f"--{key}=~/mine.toml" for key in keys if key != "checkpoint.initial_load_path"]
+    loaded = load([*overrides, "--checkpoint.initial_load_path=~/mine.toml"], ENVIRONMENT)
+    for key in keys:
+        section, name = key.split(".")
+        assert getattr(getattr(loaded.config, section), name) == f"{tmp_path}/mine.toml", key
+    assert loaded.config.training.steps == 3
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_a_byte_order_mark_is_named_as_the_cause(tmp_path, encoding):
+    path = tmp_path / "x.toml"
+    text = "[training]\nsteps = 3\n"
+    path.write_bytes(("\ufeff" * encoding.endswith("be") + text).encode(encoding))
+    with pytest.raises(ConfigError, match="begins with a byte order mark \\(UTF-"):
+        load(["--job.config_file", str(path)], ENVIRONMENT)
+
+
+@pytest.mark.parametrize("text", ["3:\n  steps: 5\n", "on: true\n"])
+def test_yaml_whose_sections_are_no_names_is_refused(tmp_path, text):
+    path = write(tmp_path, text, "x.yaml")
+    with pytest.raises(ConfigError, match="stands outside a"):
+        load(["--job.config_file", str(path)], ENVIRONMENT)
+
+
+def test_yaml_whose_keys_are_no_names_is_refused(tmp_path):
+    path = write(tmp_path, "training:\n  3: 5\n  on: 1\n", "x.yaml")
+    with pytest.raises(ConfigError, match="unknown key '3'"):
+        load(["--job.config_file", str(path)], ENVIRONMENT)
+
+
+def test_the_largest_seed_is_one_that_torch_takes():
+    import torch
+
+    torch.manual_seed(JobConfig().training.model_validate({"seed": 2**64 - 1}).seed)

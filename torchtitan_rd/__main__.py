@@ -5,6 +5,7 @@ import sys
 
 from torchtitan_rd.errors import TorchtitanRDError
 from torchtitan_rd.log import init_logging
+from torchtitan_rd.masking import mask_text
 
 COMMANDS = {
     "train": ("torchtitan_rd.train", "train from a TOML file (torchrun starts torchtitan_rd.train itself)"),
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return importlib.import_module(COMMANDS[command][0]).main(rest)
     except TorchtitanRDError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(mask_text(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 1
 
 

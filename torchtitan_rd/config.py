@@ -10,6 +10,7 @@ from torchtitan_rd.config_loader import Loaded, Section, load_config
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import CommConfig, Environment, JobKeys
 from torchtitan_rd.lr_scheduler import LRSchedulerConfig, schedule_warnings
+from torchtitan_rd.masking import mask_values
 from torchtitan_rd.metrics import MetricsConfig
 from torchtitan_rd.models.config import ModelConfig
 from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
@@ -49,11 +50,11 @@ class JobConfig(Section):
         return problems
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
-        """Section -> key -> plain value."""
-        return self.model_dump(mode="json")
+        """Section -> key -> plain value, with credentials hidden: for whatever is written or shown."""
+        return mask_values(self.model_dump(mode="json"))
 
     def write(self, path: Path) -> None:
-        """Writes a TOML file that loads to this same config (keys that are None are left out)."""
+        """Writes a TOML file that loads to this same config, but for credentials (keys that are None are left out)."""
         sections = {s: {k: v for k, v in keys.items() if v is not None} for s, keys in self.as_dict().items()}
         path.write_text(tomli_w.dumps(sections), encoding="utf-8")
 

@@ -5,27 +5,65 @@ Every problem found is gathered, and all are raised as one ConfigError before an
 """
 
 import ast
+import codecs
 import difflib
 import re
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Generic, TypeVar
 
 import tomli
 import yaml
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.masking import is_masked
+
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "UTF-8",
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 
 
 class Section(BaseModel):
-    """Base of a config section: frozen, strictly typed, no unknown keys; attribute docstrings are the documentation."""
+    """Base of a config section: frozen, strictly typed, no unknown keys, no infinite numbers.
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    Attribute docstrings are the documentation.
+    """
 
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def _expand_home(path: str | None) -> str | None:
+    """`~` and `~user` as a shell would read them, which it does not do within `--key=~/folder` or in a file."""
+    if path is None or not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError:
+        raise ValueError("there is no such user, or the home folder is not known") from None
+
+
+def _inside_the_dump_folder(folder: str) -> str:
+    path = PurePath(folder)
+    strange = not folder.isprintable() or folder.startswith("~")
+    if path.is_absolute() or ".." in path.parts or not path.parts or strange:
+        raise ValueError("must name a folder inside job.dump_folder, without '..'")
+    return folder
+
+
+# Types of keys. A path may be anywhere; a sub-folder lies below job.dump_folder.
+UserPath = Annotated[str, AfterValidator(_expand_home)]
+OptionalUserPath = Annotated[str | None, AfterValidator(_expand_home)]
+Subfolder = Annotated[str, AfterValidator(_inside_the_dump_folder)]
 
 C = TypeVar("C", bound=Section)
 
@@ -42,11 +80,13 @@ class Value:
 class RenamedKey:
     """A key of an older schema. `new` is its present `section.key` (None: removed).
 
-    `convert` turns the old value into the new one. A removed key is accepted only with a value in `harmless`
-    (it asked for what happens anyway); `remedy` says what to do otherwise.
+    `convert` turns the old value into the new one, and is called with values of `value_type` only (None: of any type,
+    since the present key checks it). A removed key is accepted only with a value in `harmless` (it asked for what
+    happens anyway); `remedy` says what to do otherwise.
     """
 
     new: str | None
+    value_type: type | None = None
     convert: Callable[[Any], Any] = lambda value: value
     harmless: tuple[Any, ...] = ()
     remedy: str = ""
@@ -76,10 +116,15 @@ class _Reader:
             if value.origin == "command line" and isinstance(value.raw, str):
                 value = Value(_guess(value.raw), value.origin)  # the old key's type is not declared anywhere
             if old.new is None:
-                if value.raw not in old.harmless:
+                if not any(type(value.raw) is type(allowed) and value.raw == allowed for allowed in old.harmless):
                     self.problems.append(f"{value.origin}: {key} = {value.raw!r} is no longer supported: {old.remedy}")
                 else:
                     self.warnings.append(f"{value.origin}: {key} is no longer a key and is ignored ({old.remedy})")
+                return
+            if old.value_type is not None and not isinstance(value.raw, old.value_type):
+                self.problems.append(
+                    f"{value.origin}: {key} = {value.raw!r}: must be of type {old.value_type.__name__}"
+                )
                 return
             self.warnings.append(f"{value.origin}: {key} is now {old.new}")
             key, value = old.new, Value(old.convert(value.raw), value.origin)
@@ -108,8 +153,11 @@ class _Reader:
         for name, info in self.schema.model_fields.items():
             raw: dict[str, Any] = {}
             for key, value in self.values.items():
-                if key.startswith(name + "."):
-                    _nest(raw, key.split(".")[1:], self._typed(info.annotation, key, value))
+                if not key.startswith(name + "."):
+                    continue
+                if not _nest(raw, key.split(".")[1:], self._typed(info.annotation, key, value)):
+                    parent = key.rpartition(".")[0]
+                    self.problems.append(f"{value.origin}: {key}: {parent} has a value already and cannot hold entries")
             try:
                 sections[name] = info.annotation.model_validate(raw)
             except ValidationError as error:
@@ -151,7 +199,11 @@ def load_config(
     reader = _Reader(schema, renamed or {})
     overrides = parse_overrides(arguments, reader.problems)
     files = [value for key, value in overrides if key == file_key]
-    if files:
+    if files and (files[-1] is True or not files[-1]):
+        reader.problems.append(
+            f"command line: --{file_key} needs the name of a file; is a variable of the script unset?"
+        )
+    elif files:
         for key, value in read_file(Path(files[-1])):
             reader.take(key, value)
     for key, raw in (environment or {}).items():
@@ -162,27 +214,43 @@ def load_config(
     if reader.problems:
         raise ConfigError("\n".join(reader.problems))
     origins = {key: value.origin for key, value in reader.values.items()}
-    return Loaded(config, origins, list(dict.fromkeys(reader.warnings)))
+    masked = [
+        f"{value.origin}: {key} had credentials, which were hidden (***) when this was written: give them again"
+        for key, value in reader.values.items()
+        if is_masked(value.raw)
+    ]
+    return Loaded(config, origins, list(dict.fromkeys([*reader.warnings, *masked])))
 
 
 def read_file(path: Path) -> list[tuple[str, Value]]:
     """The settings of a TOML file (or of the CLM ancestor's YAML, whose sections end in `_args`), in order."""
     try:
-        text = path.read_text(encoding="utf-8")
+        path = path.expanduser()
+        content = path.read_bytes()
+        for mark, encoding in BYTE_ORDER_MARKS.items():
+            if content.startswith(mark):
+                raise ConfigError(f"{path}: begins with a byte order mark ({encoding}); save it as UTF-8 without one")
+        text = content.decode()
         table = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else tomli.loads(text)
     except OSError as error:
         raise ConfigError(f"--job.config_file {path}: {error.strerror or error}") from None
-    except (tomli.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (tomli.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not a valid config file: {error}") from None
+    except RuntimeError as error:  # of expanduser
+        raise ConfigError(f"--job.config_file {path}: {error}") from None
+    if table is None or table == {}:
+        raise ConfigError(f"{path}: is empty: it sets no key; was it cut off when it was copied?")
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: expected sections of keys, found {type(table).__name__}")
     found = []
     for section, keys in table.items():
-        if not isinstance(keys, dict):
+        if not isinstance(section, str) or not isinstance(keys, dict):
             raise ConfigError(f"{path}: {section} = {keys!r} stands outside a [section]; put it in one")
         for key, raw in keys.items():
-            origin = f"{path}:{_line_of(text, section, key)}"
+            origin = f"{path}:{_line_of(text, section, str(key))}"
             found.append((f"{section.removesuffix('_args')}.{key}", Value(raw, origin)))
+    if not found:
+        raise ConfigError(f"{path}: has sections and no key in them; was it cut off when it was copied?")
     return found
 
 
@@ -222,13 +290,15 @@ def is_table(annotation: Any) -> bool:
     return typing.get_origin(annotation) is dict
 
 
-def _nest(table: dict[str, Any], path: list[str], value: Any) -> None:
-    if len(path) == 1 and isinstance(value, dict) and isinstance(table.get(path[0]), dict):
-        table[path[0]] = {**table[path[0]], **value}
-    elif len(path) == 1:
-        table[path[0]] = value
-    else:
-        _nest(table.setdefault(path[0], {}), path[1:], value)
+def _nest(table: dict[str, Any], path: list[str], value: Any) -> bool:
+    """Sets the entry at `path`; False, with nothing set, if a part of the path is a value and no table."""
+    for name in path[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            return False
+    last, present = path[-1], table.get(path[-1])
+    table[last] = {**present, **value} if isinstance(value, dict) and isinstance(present, dict) else value
+    return True
 
 
 def _parse(text: str, annotation: Any) -> Any:

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan_rd.config_loader import Section
+from torchtitan_rd.config_loader import OptionalUserPath, Section, Subfolder, UserPath
 from torchtitan_rd.errors import ConfigError
 
 
 class JobKeys(Section):
-    config_file: str | None = None
+    config_file: OptionalUserPath = None
     """The TOML file that this config came from."""
-    dump_folder: str = "./outputs"
+    dump_folder: UserPath = "./outputs"
     """Everything a run writes goes below this folder: checkpoints, metrics, traces, the resolved config."""
     description: str = ""
     """One line for humans, printed at the start."""
@@ -38,7 +38,7 @@ class CommConfig(Section):
     """The same after the first step."""
     trace_buf_size: int = Field(20000, ge=0)
     """Entries of NCCL's flight recorder, dumped when a collective times out. 0: off."""
-    save_traces_folder: str = "comm_traces"
+    save_traces_folder: Subfolder = "comm_traces"
     """Where the flight recorder writes, below job.dump_folder."""
     heartbeat_seconds: float = Field(10.0, ge=0.0)
     """How often each rank writes where it is to dump_folder/heartbeat. 0: never."""
@@ -183,6 +183,13 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(_decode(state["torch"]))
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(_decode(state["cuda"]))
+
+
+def own_rng_state(saved: Any, environment: Environment) -> dict[str, Any] | None:
+    """This rank's state, as a checkpoint holds it; those of earlier versions list the states of all ranks."""
+    if not isinstance(saved, list):
+        return saved
+    return saved[environment.rank] if len(saved) == environment.world_size else None
 
 
 def _encode(tensor: torch.Tensor) -> str:

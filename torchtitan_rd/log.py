@@ -3,6 +3,8 @@
 import logging
 import sys
 
+from torchtitan_rd.masking import mask_text
+
 logger = logging.getLogger("torchtitan_rd")
 
 
@@ -18,11 +20,18 @@ class _RankFilter(logging.Filter):
         return self.rank == 0 or record.levelno >= logging.WARNING
 
 
+class _MaskingFormatter(logging.Formatter):
+    """Hides credentials in whatever is logged, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return mask_text(super().format(record))
+
+
 def init_logging(rank: int = 0, level: str = "INFO") -> None:
     """Sends the package's log to stderr. Calling it again (once the rank is known) replaces the earlier handler."""
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_RankFilter(rank))
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(rank_mark)s%(message)s", "%H:%M:%S"))
+    handler.setFormatter(_MaskingFormatter("%(asctime)s %(levelname).1s %(rank_mark)s%(message)s", "%H:%M:%S"))
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False

@@ -21,7 +21,9 @@ OLD_KEYS: dict[str, RenamedKey] = {
     "model.norm_type": RenamedKey("model.overrides.norm_type", convert=_norm),
     "model.rope_theta": RenamedKey("model.overrides.rope_theta"),
     "model.hf_assets_path": RenamedKey("model.tokenizer_path"),
-    "optimizer.fused": RenamedKey("optimizer.implementation", convert=lambda on: "fused" if on else "foreach"),
+    "optimizer.fused": RenamedKey(
+        "optimizer.implementation", value_type=bool, convert=lambda on: "fused" if on else "foreach"
+    ),
     "optimizer.early_step_in_backward": RenamedKey(None, harmless=(False,), remedy="set it to false"),
     "training.batch_size": RenamedKey("training.local_batch_size"),
     "training.vocab_size": RenamedKey("model.vocab_size"),
@@ -50,7 +52,9 @@ OLD_KEYS: dict[str, RenamedKey] = {
     "checkpoint.enable_checkpoint": RenamedKey("checkpoint.enable"),
     "checkpoint.model_weights_only": RenamedKey("checkpoint.last_save_model_only"),
     "metrics.rank_0_only": RenamedKey(None, harmless=(True,), remedy="rank 0 writes the metrics of all ranks"),
-    "metrics.enable_color_printing": RenamedKey("metrics.disable_color_printing", convert=lambda on: not on),
+    "metrics.enable_color_printing": RenamedKey(
+        "metrics.disable_color_printing", value_type=bool, convert=lambda on: not on
+    ),
     "float8.enable_float8_linear": RenamedKey(None, harmless=(False,), remedy=_NO_FLOAT8),
     "float8.enable_fsdp_float8_all_gather": RenamedKey(None, harmless=(False,), remedy=_NO_FLOAT8),
     "float8.precompute_float8_dynamic_scale_for_fsdp": RenamedKey(None, harmless=(False,), remedy=_NO_FLOAT8),

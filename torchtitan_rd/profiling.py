@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, model_validator
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from torchtitan_rd.config_loader import Section
+from torchtitan_rd.config_loader import Section, Subfolder
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 
@@ -19,8 +19,8 @@ class ProfilingConfig(Section):
     enable_profiling: bool = False
     """Write a torch profiler trace (Chrome format, for Perfetto) every `profile_freq` steps."""
 
-    save_traces_folder: str = Field("profile_traces", pattern=r"^\w[\w.-]*$")
-    """Folder inside the dump folder for traces: a plain name."""
+    save_traces_folder: Subfolder = "profile_traces"
+    """Folder inside the dump folder for traces."""
 
     profile_freq: int = Field(10, ge=1)
     """Steps from one trace, or memory snapshot, to the next."""
@@ -34,8 +34,8 @@ class ProfilingConfig(Section):
     enable_memory_snapshot: bool = False
     """Write a CUDA memory snapshot (for pytorch.org/memory_viz) every `profile_freq` steps and when out of memory."""
 
-    save_memory_snapshot_folder: str = Field("memory_snapshot", pattern=r"^\w[\w.-]*$")
-    """Folder inside the dump folder for memory snapshots: a plain name."""
+    save_memory_snapshot_folder: Subfolder = "memory_snapshot"
+    """Folder inside the dump folder for memory snapshots."""
 
     @model_validator(mode="after")
     def _cycle_holds_warmup_and_active(self) -> "ProfilingConfig":

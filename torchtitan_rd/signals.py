@@ -7,10 +7,12 @@ All ranks must stop at the same step. The flag of each rank is one number among 
 import json
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 from torchtitan_rd.log import logger
+from torchtitan_rd.masking import mask_text
 
 EXIT_STATUS = "exit_status.json"
 HANDLED = (signal.SIGTERM, signal.SIGUSR1)
@@ -44,8 +46,18 @@ class StopRequest:
 def write_exit_status(
     folder: Path, status: Literal["finished", "preempted", "failed"], step: int, reason: str = ""
 ) -> None:
-    """`exit_status.json`, by which the launch scripts decide whether to requeue: only a preempted run is."""
+    """`exit_status.json`, by which the launch scripts decide whether to requeue: only a preempted run is.
+
+    Best effort, since it often tells of the full disk that it is to be written on. An earlier run's file never stays.
+    """
     path = folder / EXIT_STATUS
     staged = path.with_suffix(".tmp")
-    staged.write_text(json.dumps({"status": status, "step": step, "reason": reason, "time": time.time()}) + "\n")
-    staged.replace(path)
+    told = {"status": status, "step": step, "reason": mask_text(reason), "time": time.time()}
+    try:
+        staged.write_text(json.dumps(told) + "\n")
+        staged.replace(path)
+    except OSError as error:
+        logger.warning("cannot write %s: %s", path, error.strerror or error)
+        for name in (path, staged):
+            with suppress(OSError):
+                name.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ python -m torchtitan_rd.train --job.config_file train_configs/debug.toml      # 
 """
 
 import dataclasses
+import errno
 import sys
 import traceback
 from contextlib import ExitStack
@@ -17,7 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_rd import job
-from torchtitan_rd.checkpoint import Checkpointer
+from torchtitan_rd.checkpoint import Checkpointer, locked_run_folder
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
 from torchtitan_rd.conversion.dcp import open_dcp
@@ -38,6 +39,7 @@ from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.log import init_logging, logger
 from torchtitan_rd.lr_scheduler import lr_factor
+from torchtitan_rd.masking import mask_text
 from torchtitan_rd.metrics import Metrics, StepResult
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.models.attention import setup_attention
@@ -64,11 +66,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     except TorchtitanRDError as error:
         # No collective here: the other ranks may be anywhere. torchrun ends them when this one exits.
-        print(f"{type(error).__name__}{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+        report = f"{type(error).__name__}{f' on rank {rank}' if rank else ''}: {error}"
     except BaseException as error:  # torch's CheckpointException is not an Exception (T17)
         if isinstance(error, SystemExit | KeyboardInterrupt):
             raise
-        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            report = f"rank {rank}: {error}: free some space or move job.dump_folder"
+        else:
+            report = f"rank {rank} failed:\n{traceback.format_exc()}"
+    print(mask_text(report), file=sys.stderr, flush=True)
     return 1
 
 
@@ -132,9 +138,16 @@ class Trainer:
         config, environment = self.config, self.environment
         job.set_determinism(config.training.seed, config.training.deterministic, self.device)
         job.init_process_group(environment, self.device, config.comm, self.dump_folder)
+        with ExitStack() as holding:  # the dump folder, until this run's status stands in it
+            self._run(holding)
+        dist.barrier()
+        dist.destroy_process_group()
+
+    def _run(self, holding: ExitStack) -> None:
+        config, environment = self.config, self.environment
         try:
             with ExitStack() as closing:
-                self._build(closing)
+                self._build(closing, holding)
                 if config.checkpoint.create_seed_checkpoint:
                     self._save_seed()
                     status = "finished"
@@ -152,10 +165,8 @@ class Trainer:
             raise
         if environment.rank == 0:
             write_exit_status(self.dump_folder, status, self.step)
-        dist.barrier()
-        dist.destroy_process_group()
 
-    def _build(self, closing: ExitStack) -> None:
+    def _build(self, closing: ExitStack, holding: ExitStack) -> None:
         """Fills self; what must be closed goes to `closing`, which closes the last built first."""
         config, rank = self.config, self.environment.rank
         dtype = getattr(torch, config.training.mixed_precision_param)
@@ -183,7 +194,7 @@ class Trainer:
         self.held_out = self._read_held_out()
         self.model = build_model(config, self.spec, self.shape, mesh, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
-        self._open_outputs(closing)
+        self._open_outputs(closing, holding)
         self._restore()
         profiler = Profiler(
             config.profiling, dump_folder=self.dump_folder, rank=rank, device=self.device, step=self.step
@@ -227,9 +238,11 @@ class Trainer:
         logger.info("step %d: %s", self.step, "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         return losses
 
-    def _open_outputs(self, closing: ExitStack) -> None:
+    def _open_outputs(self, closing: ExitStack, holding: ExitStack) -> None:
         """The first writing to disk: everything that could be wrong with the input has been checked by now."""
         config, rank, world_size = self.config, self.environment.rank, self.environment.world_size
+        # Before anything is written there: a run that is refused leaves no trace in the other one's folder.
+        self.lock = holding.enter_context(locked_run_folder(self.dump_folder, stale=EXIT_STATUS))
         self.has_opened_outputs = True
         job.make_traces_folder(self.device, config.comm, self.dump_folder)
         self.heartbeat = Heartbeat(
@@ -264,6 +277,7 @@ class Trainer:
             must_match=JobConfig.must_match_keys(),
             model_shape={"name": self.spec.name, "flavor": config.model.flavor, **dataclasses.asdict(self.shape)},
             open_released=lambda path: WeightsReader(open_released(path, model=config.model.name)),
+            run_lock=self.lock,
         )
         closing.callback(self.checkpointer.close)
 
@@ -284,18 +298,16 @@ class Trainer:
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
         if "data" in state:
             self.loader.load_state_dict(state["data"])
-        if "rng" in state and len(state["rng"]) == self.environment.world_size:
-            job.set_rng_state(state["rng"][self.environment.rank])
+        if rng := job.own_rng_state(state.get("rng"), self.environment):
+            job.set_rng_state(rng)
         logger.info("resuming after step %d of %d (%d tokens)", self.step, self.config.training.steps, self.tokens_seen)
 
     def _state(self) -> dict[str, Any]:
         """All that is not a tensor, the same on every rank."""
-        ranks = job.gather({"rng": job.rng_state(), "data": self.loader.state_dict()})
         return {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
-            "data": merge_states([rank["data"] for rank in ranks]),
-            "rng": [rank["rng"] for rank in ranks],
+            "data": merge_states(job.gather(self.loader.state_dict())),
         }
 
     def _save_seed(self) -> None:
@@ -364,7 +376,8 @@ class Trainer:
             self.train_step.settle()  # counts on the host must be right, and a run that must stop saves nothing
             self.heartbeat.beat(self.step, "saving")
             with self.metrics.pause("checkpoint"):
-                self.checkpointer.save(self.step, self._tensors(), self._state(), last_step=last_step)
+                own = {"rng": job.rng_state()}
+                self.checkpointer.save(self.step, self._tensors(), self._state(), own_state=own, last_step=last_step)
 
 
 def build_model(config: JobConfig, spec: ModelSpec, shape: Any, mesh: DeviceMesh, device: torch.device) -> nn.Module:

@@ -43,7 +43,7 @@ class TrainingConfig(DatasetKeys, BatchRampKeys, ObjectiveKeys, ShardingKeys):
     that update is left out, without a trace in parameters, moments and counts."""
     max_consecutive_skips: int = Field(10, ge=1)
     """on_nonfinite = "skip": more skipped updates in a row than this stop the run, as on_nonfinite = "stop" does."""
-    seed: int = Field(0, ge=0, json_schema_extra={"on_resume": "must_match"})
+    seed: int = Field(0, ge=0, lt=2**64, json_schema_extra={"on_resume": "must_match"})
     """Decides initial weights and synthetic data; the same for every number of ranks."""
     deterministic: bool = False
     """Only kernels that repeat bit for bit (slower on GPUs)."""

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from torchtitan_rd.config_loader import Section
+from torchtitan_rd.config_loader import OptionalUserPath, Section
 from torchtitan_rd.data import Batch, DatasetKeys, build_dataloader
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.loss import count_valid, cross_entropy_sums
@@ -22,7 +22,7 @@ class ValidationConfig(Section):
     """Measure the loss on held-out data every `freq` steps and after the last one."""
     dataset: str | None = None
     """Name of the data set; unset: that of [training], of which `split` must then be other data."""
-    dataset_path: str | None = None
+    dataset_path: OptionalUserPath = None
     """Where to read it; unset: [training] dataset_path if the data set is the same."""
     split: str = "validation"
     """The split to read of data that has several: of a hub data set, or of files named after their split."""

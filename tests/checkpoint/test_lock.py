@@ -57,7 +57,7 @@ def test_a_pid_that_another_process_reuses_is_not_the_owner(tmp_path):
 
 def test_a_lock_from_another_host_is_taken_over_only_without_heartbeat(tmp_path, monkeypatch):
     monkeypatch.setattr(lock_module, "WATCH_SECONDS", 1.0)
-    path = write_lock(tmp_path, host="elsewhere", pid=1)
+    path = write_lock(tmp_path, host="elsewhere", boot_id="another", pid=1)
     changed, beats = lock_module._changed, []
 
     def beating(path):
@@ -121,3 +121,93 @@ def test_of_two_runs_that_find_the_same_stale_lock_only_one_gets_it(tmp_path, mo
     assert winners[0].path.read_text() == winners[0]._content
     winners[0].release()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "elsewhere", [{"boot_id": "another"}, {"pid_namespace": 1}, {"boot_id": None}, {"pid_namespace": None}]
+)
+def test_a_pid_of_another_boot_or_namespace_of_the_same_host_name_decides_nothing(tmp_path, monkeypatch, elsewhere):
+    """The owner's pid is free here, which says nothing of a process in another container."""
+    monkeypatch.setattr(lock_module, "WATCH_SECONDS", 0.5)
+    path = write_lock(tmp_path, start_ticks=1, **elsewhere)
+    changed, beats = lock_module._changed, []
+
+    def beating(path):
+        beats.append(0)
+        os.utime(path, ns=(0, len(beats) * 10**9))
+        return changed(path)
+
+    monkeypatch.setattr(lock_module, "_changed", beating)
+    before = path.read_text()
+    with pytest.raises(CheckpointError, match="is in use by process"):
+        FolderLock(tmp_path)
+    assert path.read_text() == before
+
+
+def test_a_lock_of_an_earlier_version_is_watched(tmp_path, monkeypatch):
+    """It does not say of which boot its pid is."""
+    monkeypatch.setattr(lock_module, "WATCH_SECONDS", 0.2)
+    path = write_lock(tmp_path, start_ticks=1)
+    owner = json.loads(path.read_text())
+    path.write_text(json.dumps({key: owner[key] for key in ("host", "pid", "start_ticks", "since")}))
+    watched = []
+    changed = lock_module._changed
+    monkeypatch.setattr(lock_module, "_changed", lambda path: watched.append(path) or changed(path))
+    FolderLock(tmp_path).release()
+    assert watched
+
+
+IN_A_NAMESPACE = """
+import importlib.util, pathlib, sys, time
+spec = importlib.util.spec_from_file_location("lock", {module!r})
+lock = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(lock)
+lock.HEARTBEAT_SECONDS, lock.WATCH_SECONDS = 0.1, 20.0
+try:
+    held = lock.FolderLock(pathlib.Path({folder!r}))
+except Exception as error:
+    print("refused", error)
+else:
+    print("held", flush=True)
+    sys.stdin.read()
+    held.require_held()
+    held.release()
+    print("released")
+"""
+
+
+@pytest.mark.parametrize("mount", [["--mount-proc"], []], ids=["own /proc", "the outer /proc"])
+def test_a_living_run_in_another_container_keeps_its_lock(tmp_path, mount):
+    command = ["unshare", "--pid", "--fork", "--kill-child", *mount, sys.executable, "-c"]
+    if subprocess.run(["unshare", "--pid", "--fork", *mount, "true"], capture_output=True).returncode:
+        pytest.skip("may not make a PID namespace here")
+    code = IN_A_NAMESPACE.format(module=lock_module.__file__, folder=str(tmp_path))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    first = subprocess.Popen([*command, code], **pipes)
+    try:
+        assert first.stdout.readline() == "held\n"
+        second = subprocess.run([*command, code], capture_output=True, text=True, input="", timeout=60)
+        assert "is in use by process" in second.stdout, second
+        assert first.communicate("", timeout=60)[0] == "released\n"
+    finally:
+        first.kill()
+        first.wait()
+
+
+def test_a_lock_whose_content_cannot_be_written_is_not_left_behind(tmp_path):
+    """A file system, full to the last byte: the name of a file still fits, its content does not."""
+    (tmp_path / "full").mkdir()
+    script = f"""
+        mount -t tmpfs -o size=64k tmpfs {tmp_path}/full || exit 77
+        cat /dev/zero > {tmp_path}/full/filler 2> {tmp_path}/error
+        {sys.executable} -c "$CODE" < /dev/null; ls -A {tmp_path}/full
+    """
+    code = IN_A_NAMESPACE.format(module=lock_module.__file__, folder=str(tmp_path / "full"))
+    found = subprocess.run(
+        ["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, env={**os.environ, "CODE": code}
+    )
+    if found.returncode == 77 or "unshare" in found.stderr:
+        pytest.skip("may not mount a file system here")
+    refused, *left = found.stdout.splitlines()
+    assert "No space left on device" in refused, found
+    assert left == ["filler"]

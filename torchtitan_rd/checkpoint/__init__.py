@@ -3,6 +3,15 @@
 from torchtitan_rd.checkpoint.checkpointer import Checkpointer
 from torchtitan_rd.checkpoint.config import CheckpointConfig
 from torchtitan_rd.checkpoint.manifest import read_manifest, verify
+from torchtitan_rd.checkpoint.run_folder import locked_run_folder
 from torchtitan_rd.checkpoint.safe_reader import SafeReader, TensorInfo
 
-__all__ = ["CheckpointConfig", "Checkpointer", "SafeReader", "TensorInfo", "read_manifest", "verify"]
+__all__ = [
+    "CheckpointConfig",
+    "Checkpointer",
+    "SafeReader",
+    "TensorInfo",
+    "locked_run_folder",
+    "read_manifest",
+    "verify",
+]

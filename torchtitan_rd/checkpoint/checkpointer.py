@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from torchtitan_rd.checkpoint import contract, loading
+from torchtitan_rd.checkpoint import branch, contract, loading, rank_state
 from torchtitan_rd.checkpoint.config import CheckpointConfig
-from torchtitan_rd.checkpoint.folders import CheckpointFolder
+from torchtitan_rd.checkpoint.folders import STATE, CheckpointFolder
 from torchtitan_rd.checkpoint.loading import TensorReader, Tensors
 from torchtitan_rd.checkpoint.lock import FolderLock
-from torchtitan_rd.checkpoint.manifest import Manifest, read_manifest, tensor_table, verify
+from torchtitan_rd.checkpoint.manifest import Manifest, Unreadable, read_manifest, second_look, tensor_table, verify
 from torchtitan_rd.checkpoint.rank_group import RankGroup
 from torchtitan_rd.checkpoint.safe_reader import METADATA, MODEL_SHAPE, SafeReader
-from torchtitan_rd.checkpoint.writer import Snapshot, Writer, total_bytes
+from torchtitan_rd.checkpoint.writer import Snapshot, Writer, find_aliases
 from torchtitan_rd.errors import CheckpointError, ConfigError
 from torchtitan_rd.log import logger
 
-STATE, CONFIG = "state.json", "config.toml"
+CONFIG = "config.toml"
 
 
 class Checkpointer:
@@ -36,6 +36,8 @@ class Checkpointer:
     must_match: the `section.key` that must not change within a run.
     model_shape: name, flavor and every field of the model, as JSON values.
     open_released: folder of released weights -> a reader of them, for `initial_load_path`; raises CheckpointError.
+    run_lock: rank 0's lock of a folder around this one, which is then enough. The checkpoints have a lock of their own
+        without it, and where a symbolic link leads them elsewhere.
 
     Raises CheckpointError if a living run uses the folder, ConfigError if `async_mode` cannot work here.
     """
@@ -49,10 +51,13 @@ class Checkpointer:
         must_match: frozenset[str],
         model_shape: Mapping[str, Any],
         open_released: Callable[[Path], TensorReader] | None = None,
+        run_lock: FolderLock | None = None,
     ):
         if config.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
             raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs CUDA; use "async" here')
         self.config = config
+        # `model.*` names are of initial weights only: a resume that reset the head would not be one.
+        self._excluded = [n for n in config.exclude_from_loading if not contract.is_excluded(n, ["model"])]
         self.must_match = must_match
         self._open_released = open_released
         self._config_text = tomli_w.dumps(_without_none(job_config))
@@ -62,7 +67,8 @@ class Checkpointer:
         # thread asks `_world`; at all other times this thread may use both.
         self._world = RankGroup()
         self._ranks = RankGroup(config.timeout_seconds) if config.enable else self._world
-        self._lock: FolderLock | None = None
+        self._run_lock = run_lock
+        self._lock = run_lock
         if config.enable:
             self._ranks.from_rank0(self._take_folder)
         self._writer = Writer(self._folder, self._ranks, self._lock, config.keep_latest_k)
@@ -86,11 +92,20 @@ class Checkpointer:
         due = self._world.from_rank0(lambda: time.monotonic() - self._last_save >= self.config.interval)
         return last_step or due
 
-    def save(self, step: int, tensors: Tensors, state: Mapping[str, Any], *, last_step: bool = False) -> None:
+    def save(
+        self,
+        step: int,
+        tensors: Tensors,
+        state: Mapping[str, Any],
+        *,
+        own_state: Mapping[str, Any] | None = None,
+        last_step: bool = False,
+    ) -> None:
         """Saves step `step`; in the async modes it returns once the tensors are copied.
 
         tensors: {"model": {fqn: tensor}, "optimizer": {...}}, DTensors or tensors that are equal on every rank.
-        state: JSON values, equal on every rank.
+        state: JSON values, equal on every rank. own_state: those of this rank, with the same keys on every rank; `load`
+        gives them back among the others, if the number of ranks is the same.
         Step 0 is a seed and holds only `tensors["model"]`, as does the last step under `last_save_model_only`.
         Raises CheckpointError, on every rank, if this save or the previous one failed.
         """
@@ -99,8 +114,8 @@ class Checkpointer:
         if step == self._saved_step and not export:
             logger.info("step %d is saved already", step)
             return
-        snapshot = self._snapshot(step, tensors, state, export)
-        self._ranks.from_rank0(lambda: self._folder.require_free(total_bytes(snapshot.table)))
+        snapshot = self._snapshot(step, tensors, state, own_state or {}, export)
+        self._ranks.from_rank0(lambda: self._folder.require_free(snapshot.stored_bytes()))
         self._last_save = time.monotonic()
         if self.config.async_mode == "disabled":
             self._writer.write(snapshot)
@@ -131,7 +146,8 @@ class Checkpointer:
     def load(self, tensors: Tensors) -> dict[str, Any] | None:
         """Resumes: fills `tensors` in place from the newest good checkpoint, and returns its state.
 
-        Returns None if there is no checkpoint. Damaged ones newer than the one loaded are renamed to `step-N.corrupt`.
+        Returns None if there is no checkpoint. Damaged ones newer than the one loaded are renamed to `step-N.corrupt`;
+        those that the storage did not let be read stay, and are superseded by the next save.
         Raises CheckpointError if all are damaged (and changes nothing), if the one named by `checkpoint.load_step` is,
         or if the checkpoint is of another model, other tensors or settings that must not change.
         """
@@ -143,7 +159,8 @@ class Checkpointer:
             path = self._folder.root / f"step-{step}"
             problems = self._verify(path)
             if not problems:
-                return self._resume(path, tensors, list(refused))
+                damaged = [name for name, found in refused.items() if not all(isinstance(p, Unreadable) for p in found)]
+                return self._resume(path, tensors, damaged)
             refused[path.name] = problems
             logger.warning("%s is damaged: %s", path, "; ".join(problems))
         if not refused:
@@ -189,9 +206,9 @@ class Checkpointer:
             self._executor.shutdown()
             if self._pinned is not None:
                 self._pinned.close()
-            if self._lock is not None:
+            if self._lock is not None and self._lock is not self._run_lock:
                 self._lock.release()
-                self._lock = None
+            self._lock = None
             self._ranks.close()
 
     def _reader_of(self, path: Path) -> TensorReader:
@@ -220,23 +237,31 @@ class Checkpointer:
 
     def _take_folder(self) -> None:
         self._folder.root.mkdir(parents=True, exist_ok=True)
-        self._lock = FolderLock(self._folder.root)
+        if self._run_lock is None or not self._run_lock.covers(self._folder.root):
+            self._lock = FolderLock(self._folder.root)
         self._folder.remove_leftovers()
 
-    def _snapshot(self, step: int, tensors: Tensors, state: Mapping[str, Any], export: bool) -> Snapshot:
+    def _snapshot(
+        self, step: int, tensors: Tensors, state: Mapping[str, Any], own_state: Mapping[str, Any], export: bool
+    ) -> Snapshot:
         resumable = step > 0 and not export
         kept = {
             group: {name: tensor.detach() for name, tensor in members.items()}
             for group, members in tensors.items()
             if resumable or group == "model"
         }
+        aliases = self._ranks.from_rank0(lambda: find_aliases(kept))
+        stored = loading.select(kept, list(aliases))
         if export:
-            kept = {"model": _converted(kept["model"], getattr(torch, self.config.export_dtype))}
-        documents = {CONFIG: self._config_text, MODEL_SHAPE: self._model_text}
+            dtype = getattr(torch, self.config.export_dtype)
+            kept, stored = ({"model": _converted(found["model"], dtype)} for found in (kept, stored))
+        documents, own_documents = {CONFIG: self._config_text, MODEL_SHAPE: self._model_text}, {}
         if resumable:
-            documents[STATE] = json.dumps(state, indent=1)
+            own, own_documents = rank_state.divide(own_state, self._ranks)
+            asked = branch.record(self.config.load_step, self._excluded)
+            documents[STATE] = json.dumps({**state, **own, **asked}, indent=1)
         name = f"step-{step}-model" if export else f"step-{step}"
-        return Snapshot(name, step, resumable, kept, tensor_table(kept), documents)
+        return Snapshot(name, step, resumable, stored, aliases, tensor_table(kept), documents, own_documents)
 
     def _staged(self, snapshot: Snapshot) -> Snapshot:
         """The snapshot with its tensors copied to CPU memory, so that training may change the originals."""
@@ -260,11 +285,14 @@ class Checkpointer:
             )
         if wanted == -1:
             return steps
-        if wanted not in steps:
+        newer = [n for n in steps if n > wanted]
+        if served := branch.descendants(self._folder.root, newer, wanted):
+            logger.info("checkpoint.load_step = %d has acted: steps %s branched from it", wanted, served)
+        elif wanted not in steps:
             raise CheckpointError(f"checkpoint.load_step = {wanted}: {self._folder.root} has the steps {steps}")
-        if newer := [n for n in steps if n > wanted]:
+        elif newer:
             logger.warning("going back to step %d: steps %s are set aside at the next save", wanted, newer)
-        return [wanted]
+        return served + [wanted] * (wanted in steps)
 
     def _verify(self, path: Path) -> list[str]:
         """What is wrong with a checkpoint; collective, each rank reads its share of the files."""
@@ -273,11 +301,11 @@ class Checkpointer:
         return list(dict.fromkeys(problem for problems in found for problem in problems))
 
     def _resume(self, path: Path, tensors: Tensors, damaged: list[str]) -> dict[str, Any]:
-        excluded = [name for name in self.config.exclude_from_loading if not contract.is_excluded(name, ["model"])]
         manifest, shape, config, state = self._ranks.from_rank0(lambda: _read_documents(path))
         contract.check_model_shape(shape, json.loads(self._model_text), str(path))
         for line in contract.check_config(config, tomli.loads(self._config_text), self.must_match, str(path)):
             logger.warning("setting changed since the checkpoint: %s", line)
+        excluded = branch.still_to_exclude(self._excluded, state)
         contract.check_exclusions(excluded, [*manifest.tensors, *contract.flat_keys(state)], str(path))
         wanted = loading.select(tensors, excluded)
         saved = {key: entry for key, entry in manifest.tensors.items() if not contract.is_excluded(key, excluded)}
@@ -290,6 +318,8 @@ class Checkpointer:
             logger.warning("%s is now %s", name, moved)
         self._saved_step = manifest.step
         logger.info("resumed from %s", path)
+        state = rank_state.unite(state, path, manifest, self._ranks)
+        state.pop(branch.BRANCH, None)
         return contract.prune(state, excluded)
 
 
@@ -299,12 +329,21 @@ def _read_documents(path: Path) -> tuple[Manifest, dict[str, Any], dict[str, Any
     if not manifest.resumable:
         raise CheckpointError(f"{path} holds only the model: name it in checkpoint.initial_load_path instead")
     try:
-        shape = json.loads((path / MODEL_SHAPE).read_text(encoding="utf-8"))
-        config = tomli.loads((path / CONFIG).read_text(encoding="utf-8"))
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        shape = json.loads(_text(path / MODEL_SHAPE))
+        config = tomli.loads(_text(path / CONFIG))
+        state = json.loads(_text(path / STATE))
+    except OSError as error:
+        raise CheckpointError(
+            f"{error}: run the same command again once the storage answers; if it stays so, rename {path} and an older "
+            f"checkpoint is used"
+        ) from None
+    except ValueError as error:
         raise CheckpointError(f"{path}: {error}; checkpoint.verify_hashes = true falls back to an older one") from None
     return manifest, shape, config, state
+
+
+def _text(path: Path) -> str:
+    return second_look(lambda: path.read_text(encoding="utf-8"))
 
 
 def _stager(*, pinned: bool) -> DefaultStager:

@@ -1,11 +1,10 @@
 """The `[checkpoint]` section."""
 
-from pathlib import PurePath
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from torchtitan_rd.config_loader import Section
+from torchtitan_rd.config_loader import OptionalUserPath, Section, Subfolder
 
 
 class CheckpointConfig(Section):
@@ -14,7 +13,7 @@ class CheckpointConfig(Section):
     enable: bool = False
     """Save checkpoints, and resume from the newest good one when the same command runs again."""
 
-    folder: str = "checkpoint"
+    folder: Subfolder = "checkpoint"
     """Where the checkpoints go, inside `job.dump_folder`."""
 
     interval: int = Field(500, ge=1)
@@ -24,22 +23,24 @@ class CheckpointConfig(Section):
     """Unit of `interval`. In seconds, rank 0's clock decides for all ranks."""
 
     keep_latest_k: int = Field(10, ge=0)
-    """How many of the newest checkpoints to keep; 0 keeps all. 1 is refused: it leaves nothing to fall back to."""
+    """How many of the newest good checkpoints to keep, beside the last 3 that were set aside as damaged and the last 3
+    as superseded; 0 keeps all. 1 is refused: it leaves nothing to fall back to."""
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """`async`: copy the state to CPU memory, then write in the background while training goes on.
     `async_with_pinned_mem`: the same through page-locked buffers, kept between saves (CUDA only)."""
 
     load_step: int = Field(-1, ge=-1)
-    """Resume from exactly this step, with no fallback; -1: from the newest good checkpoint."""
+    """Go back to exactly this step, once: the same command again goes on from the checkpoints written since.
+    -1: from the newest good checkpoint."""
 
-    initial_load_path: str | None = None
+    initial_load_path: OptionalUserPath = None
     """Initial weights for a run that has no checkpoint yet: a step folder, a checkpoint folder (its newest step), a
     Hugging Face folder, or one of Meta's Llama files."""
 
     exclude_from_loading: list[str] = Field(default_factory=list)
     """Names, or prefixes of names, not to load. `model.*` names keep their initial values in an initial load;
-    other names (`optimizer`, `data`, `rng`, ...) start afresh at every resume."""
+    other names (`optimizer`, `data`, `rng`, ...) start afresh at a resume, once: not when the same command goes on."""
 
     last_save_model_only: bool = False
     """Write only the model at the last step, as `step-N-model`: for export, not for resuming."""
@@ -59,14 +60,6 @@ class CheckpointConfig(Section):
 
     verify_hashes: bool = True
     """Compare every file with its sha256 before loading. If false, only names and sizes are compared."""
-
-    @field_validator("folder")
-    @classmethod
-    def _inside_the_dump_folder(cls, folder: str) -> str:
-        path = PurePath(folder)
-        if path.is_absolute() or ".." in path.parts or not path.parts or not folder.isprintable():
-            raise ValueError("must name a folder inside job.dump_folder, without '..'")
-        return folder
 
     @field_validator("keep_latest_k")
     @classmethod

@@ -8,16 +8,21 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.log import logger
 
 STEP = re.compile(r"step-(0|[1-9][0-9]*)")
+EXPORT = re.compile(r"step-([1-9][0-9]*)-(model|hf)")
 MODEL_ONLY = re.compile(r"step-([1-9][0-9]*)-model")
 CORRUPT = re.compile(r"step-[0-9]+\.corrupt(-[0-9a-f]{32})?")
+SET_ASIDE = re.compile(r"step-[0-9]+(-model|-hf)?\.(?P<suffix>corrupt|superseded)(-[0-9a-f]{32})?")
 LEFTOVER = re.compile(r"\.(tmp|trash)-step-[0-9]+(-model|-hf)?-[0-9a-f]{32}")
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
+# Of the damaged ones, and of the superseded ones: enough to look at, and to go back to after a slip.
+SET_ASIDE_KEPT = 3
 
 
 class CheckpointFolder:
@@ -68,22 +73,52 @@ class CheckpointFolder:
     def set_aside_from(self, step: int, own_name: str) -> None:
         """Sets aside what an abandoned branch left at `step` or later, before `own_name` is committed there.
 
-        It happens after `checkpoint.load_step` went back: a later resume must not mix the two branches.
+        It happens after `checkpoint.load_step` went back: a later resume must not mix the two branches, and an export
+        of the abandoned one must not pass for this one's.
         """
-        stale = [f"step-{n}" for n in self.steps() if n > step] + [own_name]
-        for name in stale:
-            if _is_checkpoint(self.root / name):
+        later = sorted(n for n in self.steps() if n > step)
+        stale = [own_name, *(f"step-{n}" for n in later)]
+        exports = {m[0]: int(m[1]) for m in self._named(EXPORT)}
+        for name, of_step in sorted(exports.items()):
+            if of_step > step or (of_step == step and _is_checkpoint(self.root / own_name)):
+                stale.append(name)
+        for name in dict.fromkeys(stale):
+            if _is_checkpoint(self.root / name) or (name in exports and _is_real_folder(self.root / name)):
                 moved = self.set_aside(name, "superseded")
                 logger.warning("%s is of an earlier run that this one replaces; it is now %s", name, moved)
 
-    def purge(self, keep: int) -> None:
-        """Removes all but the newest `keep` checkpoints (0: none is removed). Seeds and exports stay."""
-        committed = [n for n in self.steps() if _is_checkpoint(self.root / f"step-{n}")]
-        for step in committed[keep:] if keep else []:
-            name = f"step-{step}"
-            trash = self.root / f".trash-{name}-{uuid.uuid4().hex}"
-            (self.root / name).rename(trash)  # from here on no reader takes it for a checkpoint
-            shutil.rmtree(trash)
+    def purge(self, keep: int, is_good: Callable[[Path], bool]) -> None:
+        """Removes checkpoints older than the newest `keep` good ones, and all but the last few that were set aside.
+
+        A damaged checkpoint is nothing to fall back to: it does not count, and goes with the good ones of its age.
+        Seeds and exports stay. keep: 0 removes nothing.
+        """
+        if keep == 0:
+            return
+        good = 0
+        for step in self.steps():
+            path = self.root / f"step-{step}"
+            if not _is_checkpoint(path):
+                continue
+            if good == keep:
+                self._remove(path)
+            else:
+                good += is_good(path)
+        for suffix in ("corrupt", "superseded"):
+            for path in self._set_aside_as(suffix)[SET_ASIDE_KEPT:]:
+                logger.warning("removing %s: the last %d that were set aside are kept", path, SET_ASIDE_KEPT)
+                self._remove(path)
+
+    def _set_aside_as(self, suffix: str) -> list[Path]:
+        """What was set aside under `suffix`, the last first; of one branch its newest step first."""
+        paths = [self.root / m[0] for m in self._named(SET_ASIDE) if m["suffix"] == suffix]
+        paths = [path for path in paths if _is_real_folder(path)]
+        return sorted(paths, key=lambda path: (path.stat().st_ctime_ns, step_of(path.name)), reverse=True)
+
+    def _remove(self, path: Path) -> None:
+        trash = self.root / f".trash-step-{step_of(path.name)}-{uuid.uuid4().hex}"
+        path.rename(trash)  # from here on no reader takes it for a checkpoint
+        shutil.rmtree(trash)
 
     def remove_leftovers(self) -> None:
         """Removes the staging and trash folders of runs that died. Only for the owner of the lock."""

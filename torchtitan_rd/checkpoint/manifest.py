@@ -5,17 +5,26 @@ torch.distributed.checkpoint keeps no checksums: a flipped bit, a zeroed page or
 
 import hashlib
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
 from torchtitan_rd.checkpoint.folders import MANIFEST, step_of, write_durably
 from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.log import logger
 
 FORMAT = 1
 CHUNK_BYTES = 1 << 20
+SECOND_LOOK_SECONDS = 1.0
+T = TypeVar("T")
+
+
+class Unreadable(str):
+    """A problem of the storage and not, as far as one can see, of the checkpoint: it may pass."""
 
 
 class _Entry(BaseModel):
@@ -61,16 +70,23 @@ class Manifest(_Entry):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises CheckpointError if the manifest of `folder` is missing, damaged or of a format unknown here."""
+    """Raises CheckpointError if the manifest of `folder` is missing, unreadable, damaged or of an unknown format."""
+    try:
+        return _read_manifest(folder)
+    except OSError as error:
+        raise CheckpointError(_unreadable(MANIFEST, error)) from None
+
+
+def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if folder.is_symlink() or not folder.is_dir():
         raise CheckpointError("it is a symbolic link or not a folder")
     if path.is_symlink() or not path.is_file():
         raise CheckpointError(f"it has no {MANIFEST}: incomplete, or not written by this program")
+    text = second_look(lambda: path.read_bytes())
     try:
-        text = path.read_text(encoding="utf-8")
         content = json.loads(text)["manifest"]
-        if text != _serialise(content):
+        if text != _serialise(content).encode():
             raise CheckpointError(f"{MANIFEST} is damaged: it does not match its own sha256")
         if content["format"] != FORMAT:
             raise CheckpointError(f"{MANIFEST} has format {content['format']}; this program reads format {FORMAT}")
@@ -82,11 +98,15 @@ def read_manifest(folder: Path) -> Manifest:
 def verify(folder: Path, *, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> list[str]:
     """Every way in which the checkpoint `folder` differs from its manifest, one line each; [] if it is good.
 
+    What could not be read, twice, is `Unreadable`.
+
     hashes: read every byte; otherwise only names and sizes are compared.
     share: (i, n) checks only every n-th file, from the i-th, so that n ranks share the work; and always the manifest.
     """
     try:
-        manifest = read_manifest(folder)
+        manifest = _read_manifest(folder)
+    except OSError as error:
+        return [_unreadable(MANIFEST, error)]
     except CheckpointError as error:
         return [str(error)]
     problems = []
@@ -94,7 +114,7 @@ def verify(folder: Path, *, hashes: bool = True, share: tuple[int, int] = (0, 1)
         problems.append(f"{MANIFEST} is of step {manifest.step}")
     first, stride = share
     for name in sorted(manifest.files)[first::stride]:
-        problems += _check_file(folder, name, manifest.files[name], hashes)
+        problems += check_file(folder, name, manifest.files[name], hashes)
     return problems
 
 
@@ -116,22 +136,39 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_file(folder: Path, name: str, expected: FileEntry, hashes: bool) -> list[str]:
+def check_file(folder: Path, name: str, expected: FileEntry, hashes: bool) -> list[str]:
+    """How one file of a checkpoint differs from its entry in the manifest, as `verify` says it."""
     path = folder / name
     if Path(name).name != name:
         return [f"{MANIFEST} names {name!r}, which is outside the folder"]
-    if path.is_symlink() or not path.is_file():
-        return [f"{name}: missing, or not a regular file"]
-    size = path.stat().st_size
-    if size != expected.size:
-        return [f"{name}: has {size} bytes, {MANIFEST} says {expected.size}"]
-    if not hashes:
-        return []
     try:
-        actual = _sha256(path)
+        if path.is_symlink() or not path.is_file():
+            return [f"{name}: missing, or not a regular file"]
+        size = path.stat().st_size
+        if size != expected.size:
+            return [f"{name}: has {size} bytes, {MANIFEST} says {expected.size}"]
+        if not hashes:
+            return []
+        actual = second_look(lambda: _sha256(path))
+        if actual != expected.sha256:  # perhaps only as it was read: what is set aside must be damaged where it lies
+            actual = second_look(lambda: _sha256(path))
     except OSError as error:
-        return [f"{name}: unreadable: {error.strerror or error}"]
+        return [_unreadable(name, error)]
     return [] if actual == expected.sha256 else [f"{name}: sha256 is {actual}, {MANIFEST} says {expected.sha256}"]
+
+
+def _unreadable(name: str, error: OSError) -> Unreadable:
+    return Unreadable(f"{name}: unreadable: {error.strerror or error}")
+
+
+def second_look(read: Callable[[], T]) -> T:
+    """What `read()` returns, the second time if storage fails it the first time: a single EIO says little of a disk."""
+    try:
+        return read()
+    except OSError as error:
+        logger.warning("%s; trying once more", error)
+        time.sleep(SECOND_LOOK_SECONDS)
+        return read()
 
 
 def _serialise(content: dict[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """Writes one checkpoint: staging folder, shards, hashes, manifest, rename; in any thread, on any ranks."""
 
+import dataclasses
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,11 +10,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 
 from torchtitan_rd import __version__
 from torchtitan_rd.checkpoint.folders import CheckpointFolder, write_durably
 from torchtitan_rd.checkpoint.lock import FolderLock
-from torchtitan_rd.checkpoint.manifest import FileTable, Manifest, TensorTable, hash_files
+from torchtitan_rd.checkpoint.manifest import FileTable, Manifest, TensorTable, hash_files, verify
 from torchtitan_rd.checkpoint.rank_group import RankGroup
 from torchtitan_rd.checkpoint.safe_reader import METADATA
 from torchtitan_rd.errors import CheckpointError
@@ -27,15 +32,64 @@ class Snapshot:
     """What is to be written, fixed at the moment of the save.
 
     tensors: {group: {name: tensor or DTensor}}, which nobody changes until the write has ended.
-    table: their names, shapes and types. documents: name -> text of the small files beside them.
+    aliases: `group.name` of a further name of a tensor -> the `group.name` in `tensors`; its bytes are written once.
+    table: names, shapes and types of all, aliases too. documents: name -> text of the small files beside them, written
+    by rank 0. own_documents: those of this rank alone, with names that begin with `__RANK_`.
     """
 
     name: str
     step: int
     resumable: bool
     tensors: dict[str, dict[str, Tensor]]
+    aliases: dict[str, str]
     table: TensorTable
     documents: dict[str, str]
+    own_documents: dict[str, str]
+
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors together, each counted once whatever its sharding."""
+        entries = (entry for key, entry in self.table.items() if key not in self.aliases)
+        return sum(torch.Size(entry.shape).numel() * getattr(torch, entry.dtype).itemsize for entry in entries)
+
+
+def find_aliases(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    """`group.name` of each tensor that lies in the same memory as an earlier one of its group -> that one's name.
+
+    A head that is tied to the embedding has two names. Ask rank 0: another rank may hold no row of either.
+    """
+    found: dict[str, str] = {}
+    for group, members in tensors.items():
+        first: dict[tuple, str] = {}
+        for name, tensor in members.items():
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if local.numel() == 0:
+                continue
+            place = (local.data_ptr(), local.dtype, local.stride(), tuple(local.shape), tuple(tensor.shape))
+            if place in first:
+                found[f"{group}.{name}"] = f"{group}.{first[place]}"
+            first.setdefault(place, name)
+    return found
+
+
+class _AliasWriter(FileSystemWriter):
+    """Lists each alias in `.metadata` at the place of the tensor that was written, so that any reader finds both."""
+
+    def __init__(self, folder: Path, aliases: Mapping[str, str]):
+        super().__init__(folder, sync_files=True, overwrite=False)
+        self.aliases = aliases
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        written = [result for of_rank in results for result in of_rank]
+        again = []
+        for alias, source in self.aliases.items():
+            metadata.state_dict_metadata[alias] = metadata.state_dict_metadata[source]
+            metadata.planner_data[alias] = tuple(alias.split(".", 1))
+            again += [
+                dataclasses.replace(result, index=MetadataIndex(alias, result.index.offset, result.index.index))
+                for result in written
+                if result.index.fqn == source
+            ]
+        super().finish(metadata, [*results, again])
 
 
 class Writer:
@@ -71,8 +125,10 @@ class Writer:
             return f"the folder is out of reach: {error.strerror}"
 
     def _write_shards(self, snapshot: Snapshot, staging: Path) -> None:
-        writer = FileSystemWriter(staging, sync_files=True, overwrite=False)
+        writer = _AliasWriter(staging, snapshot.aliases)
         dcp.save(snapshot.tensors, storage_writer=writer, process_group=self.ranks.group)
+        for name, text in snapshot.own_documents.items():
+            write_durably(staging / name, text)
 
     def _hash_own_files(self, staging: Path) -> FileTable:
         names = sorted(path.name for path in staging.glob(f"__{self.ranks.rank}_*"))
@@ -100,14 +156,8 @@ class Writer:
             self.lock.require_held()
         self.folder.set_aside_from(snapshot.step, snapshot.name)
         self.folder.commit(staging, snapshot.name)
-        logger.info("saved %s (%.1f MB)", self.folder.root / snapshot.name, total_bytes(snapshot.table) / 1e6)
+        logger.info("saved %s (%.1f MB)", self.folder.root / snapshot.name, snapshot.stored_bytes() / 1e6)
         try:
-            self.folder.purge(self.keep_latest_k)
+            self.folder.purge(self.keep_latest_k, lambda path: not verify(path, hashes=False))
         except OSError as error:  # the new checkpoint is safe; the next save tries again
             logger.warning("cannot remove an old checkpoint: %s", error)
-
-
-def total_bytes(table: TensorTable) -> int:
-    """Bytes of all tensors together, each counted once whatever its sharding."""
-    sizes = (torch.Size(entry.shape).numel() * getattr(torch, entry.dtype).itemsize for entry in table.values())
-    return sum(sizes)

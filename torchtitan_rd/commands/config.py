@@ -63,6 +63,10 @@ the same config is stored in the dump folder and in each checkpoint. Names of th
 older torchtitan 0.1 schema load with a warning that says today's name (torchtitan_rd/old_keys.py). STREAM_HF_DATA=1 in
 the environment sets training.stream.
 
+Credentials are hidden in every config that is written or printed: the login and the query of an address
+(`https://***@host/path?***`) and texts under names such as `api_key`. Such a file still loads, with a warning for each
+key that had one; a run that needs the value must be given it again, as on the command line.
+
 Keys marked * cannot change between a checkpoint and the run that resumes from it.
 """
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from torchtitan_rd.config_loader import Section
+from torchtitan_rd.config_loader import OptionalUserPath, Section
 
 MUST_MATCH: dict[str, Any] = {"on_resume": "must_match"}
 
@@ -13,7 +13,7 @@ class DatasetKeys(Section):
     dataset: str = Field("pydoc", json_schema_extra=MUST_MATCH)
     """Name of the data set: a row of the table in `torchtitan_rd/data/__init__.py` (see docs/data.md)."""
 
-    dataset_path: str | None = None
+    dataset_path: OptionalUserPath = None
     """Where to read it instead: a `save_to_disk` folder, a folder, glob or file of .parquet, .arrow, .jsonl or .txt,
     or the name of a repository on the Hugging Face hub. Required for `text` and `packed`."""
 
@@ -31,7 +31,7 @@ class DatasetKeys(Section):
     -1: one microbatch of every rank, which changes with the number of ranks, so that only a fixed value lets a run
     resume on another number of ranks."""
 
-    shuffle_seed: int | None = Field(None, ge=0, json_schema_extra=MUST_MATCH)
+    shuffle_seed: int | None = Field(None, ge=0, lt=2**64, json_schema_extra=MUST_MATCH)
     """Seed of the order of the samples, another one in each epoch. Unset: the order of the files."""
 
     stream: bool = Field(False, json_schema_extra=MUST_MATCH)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from pydantic import Field
 
-from torchtitan_rd.config_loader import Section
+from torchtitan_rd.config_loader import Section, Subfolder
 from torchtitan_rd.log import logger
 from torchtitan_rd.metrics.console import Console
 from torchtitan_rd.metrics.devices import PeakMemory, peak_flops
@@ -29,8 +29,8 @@ class MetricsConfig(Section):
     enable_tensorboard: bool = False
     """Write TensorBoard event files."""
 
-    save_tb_folder: str = Field("tb", pattern=r"^\w[\w.-]*$")
-    """Folder inside the dump folder for TensorBoard: a plain name."""
+    save_tb_folder: Subfolder = "tb"
+    """Folder inside the dump folder for TensorBoard."""
 
     enable_wandb: bool = False
     """Log to Weights & Biases. A restart continues the same run."""

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from torchtitan_rd.config_loader import Section
+from torchtitan_rd.config_loader import Section, UserPath
 
 MUST_MATCH = {"on_resume": "must_match"}
 
@@ -25,7 +25,7 @@ class ModelConfig(Section):
     """Embedding and head have the next multiple of this many rows, for faster matrix products. The data may hold none
     of the padded ids; their logits count in the loss like all others, as in Huginn's training program (there: 4096)."""
 
-    tokenizer_path: str = Field("bytes", json_schema_extra=MUST_MATCH)
+    tokenizer_path: UserPath = Field("bytes", json_schema_extra=MUST_MATCH)
     """`bytes`, a folder with a tokenizer.json, a tiktoken file, or a hub name. Read by text data sets only."""
 
     attention_backend: Literal["auto", "sdpa", "fa3", "fa4", "flex"] = "auto"

@@ -1,0 +1,60 @@
+"""`load_step` and `exclude_from_loading` act once, however often the command that holds them is started again.
+
+Each checkpoint records what the command that wrote it had asked of loading. A later start with the same request has
+been served by such a checkpoint already, and goes on from it like any other run.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torchtitan_rd.checkpoint.folders import STATE
+from torchtitan_rd.checkpoint.manifest import check_file, read_manifest, second_look
+from torchtitan_rd.errors import CheckpointError
+
+BRANCH = "branch"  # the key in state.json; absent where nothing was asked
+
+
+def record(load_step: int, excluded: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint says of the request of the run that writes it: entries for state.json."""
+    asked: dict[str, Any] = {}
+    if load_step != -1:
+        asked["branched_from"] = load_step
+    if excluded:
+        asked["excluded"] = list(excluded)
+    return {BRANCH: asked} if asked else {}
+
+
+def still_to_exclude(excluded: Sequence[str], state: Mapping[str, Any]) -> list[str]:
+    """The names of `excluded` that did not start afresh on the way to the checkpoint with this `state` already."""
+    done = state.get(BRANCH, {}).get("excluded", [])
+    return [name for name in excluded if name not in done]
+
+
+def descendants(root: Path, newer: Sequence[int], load_step: int) -> list[int]:
+    """Those of the steps `newer` (newest first) that a run with this `load_step` wrote after it had gone back.
+
+    The newest step that can be read tells of which branch all of them are, since the first save of a branch sets the
+    other one aside. If it is this branch, steps above it that cannot be read count too: verification will say more.
+    """
+    for step in newer:
+        try:
+            branch = _branch_of(root / f"step-{step}")
+        except CheckpointError:
+            continue
+        return list(newer) if branch.get("branched_from") == load_step else []
+    return []
+
+
+def _branch_of(folder: Path) -> dict[str, Any]:
+    """The record of one checkpoint. Raises CheckpointError unless its state is what the manifest says."""
+    manifest = read_manifest(folder)
+    if STATE not in manifest.files:
+        return {}
+    if problems := check_file(folder, STATE, manifest.files[STATE], hashes=True):
+        raise CheckpointError("; ".join(problems))
+    try:
+        return json.loads(second_look(lambda: (folder / STATE).read_bytes())).get(BRANCH, {})
+    except OSError as error:
+        raise CheckpointError(str(error)) from None
