@@ -34,9 +34,10 @@ PLACES = {
     "draws": 3,
     "old_keys": 4,
     "config": 4,
-    "train": 5,
-    "commands": 6,
-    "__main__": 7,
+    "build_model": 5,
+    "train": 6,
+    "commands": 7,
+    "__main__": 8,
 }
 ALLOWED_NEIGHBOURS = {("config", "old_keys")}
 

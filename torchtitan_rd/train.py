@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_rd import job
+from torchtitan_rd.build_model import build_model
 from torchtitan_rd.checkpoint import Checkpointer, locked_run_folder
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
@@ -43,9 +42,8 @@ from torchtitan_rd.masking import mask_text
 from torchtitan_rd.metrics import Metrics, StepResult
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.models.attention import setup_attention
-from torchtitan_rd.models.spec import ModelSpec
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state, set_lr
-from torchtitan_rd.parallelism import ParallelDims, allocate, init_weights, parallelize
+from torchtitan_rd.parallelism import ParallelDims
 from torchtitan_rd.preflight import preflight
 from torchtitan_rd.profiling import Profiler, check_profiling
 from torchtitan_rd.signals import EXIT_STATUS, StopRequest, write_exit_status
@@ -378,30 +376,6 @@ class Trainer:
             with self.metrics.pause("checkpoint"):
                 own = {"rng": job.rng_state()}
                 self.checkpointer.save(self.step, self._tensors(), self._state(), own_state=own, last_step=last_step)
-
-
-def build_model(config: JobConfig, spec: ModelSpec, shape: Any, mesh: DeviceMesh, device: torch.device) -> nn.Module:
-    """The model, sharded over `mesh`, with its initial weights on `device` (or in host memory if offloaded)."""
-    with torch.device("meta"):
-        model = spec.build(shape)
-    inits = spec.inits(model)
-    parallelize(
-        model,
-        spec.wrap_plan(model),
-        mesh,
-        parallelism=config.parallelism,
-        activation_checkpoint=config.activation_checkpoint,
-        compile=config.compile,
-        sharding=config.training,
-        loop_grad_dtype=torch.float32 if config.recurrence.core_grad_dtype == "float32" else None,
-    )
-    allocate(model, device, config.training.enable_cpu_offload)
-    model.init_buffers(device)
-    init_weights(model, inits, config.training.seed)
-    model.train()
-    count = sum(parameter.numel() for parameter in model.parameters())
-    logger.info("%s %s: %s parameters, vocabulary %d", spec.name, config.model.flavor, f"{count:,}", shape.vocab_size)
-    return model
 
 
 if __name__ == "__main__":
