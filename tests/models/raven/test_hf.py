@@ -1,6 +1,7 @@
 """models/raven/hf.py: names, config.json and rotary table of the Hugging Face layout."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -182,4 +183,8 @@ def test_the_rotary_table_holds_cosines_and_sines_of_every_position():
 
 def test_the_remote_code_is_there_and_named_as_auto_map_says():
     modules = {value.split(".")[0] for value in config_fields(tiny_config())["auto_map"].values()}
-    assert {path.stem for path in HF.code} == modules and all(path.is_file() for path in HF.code)
+    names = {path.stem for path in HF.code}
+    imported = {
+        name for path in HF.code for name in re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE)
+    }
+    assert names == modules | imported and all(path.is_file() for path in HF.code)

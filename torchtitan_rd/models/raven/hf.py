@@ -145,5 +145,5 @@ HF = HuggingFaceLayout(
     shape=shape,
     buffers=buffers,
     derived="freqs_cis",
-    code=(_CODE / "configuration_raven.py", _CODE / "modeling_raven.py"),
+    code=tuple(_CODE / f"{name}_raven.py" for name in ("configuration", "blocks", "modeling")),
 )
