@@ -181,6 +181,13 @@ def test_the_rotary_table_holds_cosines_and_sines_of_every_position():
     assert set(buffers(config)) == {HF.derived}
 
 
+def test_our_model_turns_by_the_very_bits_of_the_exported_table():
+    config = tiny_config(max_seq_len=512, dim=192, n_heads=2)
+    (table,) = buffers(config).values()
+    ours = torch.view_as_real(Raven(config).rotary(512))
+    assert torch.equal(ours, table[0])
+
+
 def test_the_remote_code_is_there_and_named_as_auto_map_says():
     modules = {value.split(".")[0] for value in config_fields(tiny_config())["auto_map"].values()}
     names = {path.stem for path in HF.code}

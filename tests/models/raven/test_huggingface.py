@@ -90,6 +90,21 @@ def test_logits_equal_those_of_our_model(variant, tmp_path):
             assert (found - expected).abs().max() <= 1e-5
 
 
+@torch.no_grad()
+def test_a_chaotic_model_gives_the_same_bits_after_32_iterations(tmp_path):
+    """Here the last bit of one rotary angle moves the logits by 1e-3 and more."""
+    ours = tiny_raven(dim=64, n_heads=2)
+    for name, parameter in ours.named_parameters():
+        if "Wqkv" in name or "fc" in name:
+            parameter *= 8
+    theirs = load(export(ours, tmp_path / "export"))
+    tokens, state = some_tokens(length=64), some_state(length=64, dim=64)
+    expected = ours(tokens, num_steps=(32, 0), initial_state=state)
+    moved = ours(tokens, num_steps=(32, 0), initial_state=state * (1 + 1e-7))
+    assert (moved - expected).abs().max() > 1e-3
+    assert torch.equal(theirs(tokens, num_steps=32, input_states=state).logits, expected)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_of_a_pair_equal_those_of_our_model(checkpointing, tmp_path):
     ours, theirs = pair(tmp_path)
