@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from tests.conversion.common import script, tiny, weights_of
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.pipeline import to_dcp, to_hf
+from torchtitan_rd.errors import CheckpointError
 
 META = {
     "dim": 32,
@@ -237,9 +238,36 @@ def test_a_wrong_override(folders, capsys, pair):
     refuses(capsys, "dcp_to_hf", folders, "dcp", "--override", pair, match=pair.split("=")[0])
 
 
-def test_a_failed_verification_publishes_nothing(folders, capsys, monkeypatch):
+def test_a_failed_verification_publishes_nothing_and_keeps_the_work_under_another_name(folders, capsys, monkeypatch):
     from torchtitan_rd.conversion import verification
 
+    convert = script("dcp_to_hf")
+    assert convert("--input_dir", folders / "dcp", "--output_dir", folders / "good") == 0
     honest = verification.transformers_logits
     monkeypatch.setattr(verification, "transformers_logits", lambda *arguments: honest(*arguments) + 0.01)
-    refuses(capsys, "dcp_to_hf", folders, "dcp", match="verification failed, nothing was written: max |delta logit|")
+    for name in ("out.unverified", "out.unverified-2"):
+        assert convert("--input_dir", folders / "dcp", "--output_dir", folders / "out") == 1
+        errors = capsys.readouterr().err
+        assert "verification failed: max |delta logit|" in errors and not (folders / "out").exists()
+        assert f"kept as {folders / name}" in errors and "Traceback" not in errors
+        assert tree(folders / name) == tree(folders / "good")
+
+
+def test_a_result_that_transformers_cannot_load_is_kept_under_another_name_too(folders, capsys, monkeypatch):
+    from torchtitan_rd.conversion import verification
+
+    def fails(*arguments):
+        raise CheckpointError("transformers cannot load it: KeyError: 'x'")
+
+    monkeypatch.setattr(verification, "transformers_logits", fails)
+    arguments = ("--input_dir", folders / "dcp", "--output_dir", folders / "out", "--force")
+    (folders / "out").mkdir()
+    (folders / "out" / "config.json").write_text("of an earlier result")
+    assert script("dcp_to_hf")(*arguments) == 1
+    assert "verification failed: transformers cannot load it" in capsys.readouterr().err
+    assert (folders / "out" / "config.json").read_text() == "of an earlier result"
+    assert (folders / "out.unverified" / "model.safetensors").is_file()
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

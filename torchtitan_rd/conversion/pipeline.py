@@ -16,7 +16,7 @@ from torchtitan_rd.conversion.dcp import open_dcp, write_dcp
 from torchtitan_rd.conversion.huggingface import CONFIG_JSON, open_hf, require_complete, write_hf
 from torchtitan_rd.conversion.huginn import open_huginn
 from torchtitan_rd.conversion.meta import open_meta
-from torchtitan_rd.conversion.output import check_output, staged
+from torchtitan_rd.conversion.output import Refused, check_output, staged
 from torchtitan_rd.conversion.pth import open_pth, write_pth
 from torchtitan_rd.conversion.tokenizer_files import tokenizer_files
 from torchtitan_rd.conversion.weights import GENERATION_CONFIG, Weights, only, total_bytes
@@ -87,7 +87,8 @@ def to_dcp(
     force: replaces a folder that holds a converted model.
     verify: compare the logits of the result with those of transformers; None: if that is possible here.
     progress: show a bar on stderr.
-    Returns a sentence on the proof. Raises ConfigError, CheckpointError; then nothing is left of the output.
+    Returns a sentence on the proof. Raises ConfigError, CheckpointError; then nothing is left of the output, but if the
+    proof failed: then it is kept beside its place, as the message says.
     """
     obstacle = _check(weights, output, force, verify)
     with staged(output) as folder:
@@ -95,17 +96,17 @@ def to_dcp(
             write_dcp(counted, folder, output.name)
 
         def prove() -> verification.Comparison:
-            written, steps = open_dcp(folder), verification.verification_steps(weights)
+            written = open_dcp(folder)
             # What was left out (an embedding) is taken from the source, so that the rest can be compared.
             whole = replace(
                 weights, read=lambda name: (written if name in written.tensors else weights).read(name), hf_folder=None
             )
-            ours = verification.native_logits(whole, steps)
+            ours = verification.native(whole)
             if weights.hf_folder is not None:
-                theirs = verification.transformers_logits(weights.hf_folder, weights, steps)
+                theirs = verification.transformers_logits(weights.hf_folder, weights, ours.steps)
             else:
-                theirs = verification.transformers_logits_from(weights, steps)
-            return verification.compare(ours, theirs, steps)
+                theirs = verification.transformers_logits_from(weights, ours.steps)
+            return verification.compare(ours, theirs)
 
         return _proof(prove, verify, obstacle)
 
@@ -122,9 +123,8 @@ def to_hf(
             write_hf(counted, folder)
 
         def prove() -> verification.Comparison:
-            steps = verification.verification_steps(weights)
-            theirs = verification.transformers_logits(folder, weights, steps)
-            return verification.compare(verification.native_logits(weights, steps), theirs, steps)
+            ours = verification.native(weights)
+            return verification.compare(ours, verification.transformers_logits(folder, weights, ours.steps))
 
         return _proof(prove, verify, obstacle)
 
@@ -142,7 +142,7 @@ def to_pth(
         written = open_pth(folder / PTH)
         different = [name for name in weights.tensors if not torch.equal(written[name], weights.read(name))]
         if different or written.keys() != weights.tensors.keys():
-            raise CheckpointError(f"verification failed, nothing was written: {different} differ")
+            raise Refused(f"verification failed: {different} differ")
         return f"verified: all {len(written)} tensors are equal"
 
 
@@ -159,9 +159,12 @@ def _check(weights: Weights, output: Path, force: bool, verify: bool | None) -> 
 def _proof(prove: Callable[[], verification.Comparison], verify: bool | None, obstacle: str | None) -> str:
     if obstacle is not None:
         return f"not verified: {obstacle}"
-    comparison = prove()
+    try:
+        comparison = prove()
+    except CheckpointError as error:
+        raise Refused(f"verification failed: {error}") from error
     if not comparison.passed:
-        raise CheckpointError(f"verification failed, nothing was written: {comparison}")
+        raise Refused(f"verification failed: {comparison}")
     return f"verified: {comparison}"
 
 
