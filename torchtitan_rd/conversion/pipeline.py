@@ -12,20 +12,21 @@ from pathlib import Path
 import torch
 
 from torchtitan_rd.conversion import verification
-from torchtitan_rd.conversion.dcp import open_dcp, write_dcp
+from torchtitan_rd.conversion.dcp import job_config, open_dcp, write_dcp
 from torchtitan_rd.conversion.huggingface import CONFIG_JSON, open_hf, require_complete, write_hf
 from torchtitan_rd.conversion.huginn import open_huginn
 from torchtitan_rd.conversion.meta import open_meta
 from torchtitan_rd.conversion.output import Refused, check_output, staged
 from torchtitan_rd.conversion.pth import open_pth, write_pth
-from torchtitan_rd.conversion.tokenizer_files import tokenizer_files
+from torchtitan_rd.conversion.tokenizer_files import TOKENIZER_JSON, TOKENIZER_MODEL, same_ids, tokenizer_files
 from torchtitan_rd.conversion.weights import GENERATION_CONFIG, Weights, only, total_bytes
 from torchtitan_rd.data import DATASETS
-from torchtitan_rd.errors import CheckpointError, ConfigError
+from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.log import logger
 from torchtitan_rd.models import get_spec
 
 PTH = "checkpoint.pth"
+TOKENIZERS = (TOKENIZER_JSON, TOKENIZER_MODEL)
 
 
 def open_released(path: Path, *, model: str | None = None, flavor: str | None = None) -> Weights:
@@ -58,7 +59,7 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
     kind = DATASETS[training["dataset"]].kind if training.get("dataset") in DATASETS else None
     if tokenizer_path == "none":
         return replace(weights, files={name: kept[name] for name in kept if name == GENERATION_CONFIG})
-    if tokenizer_path is None and "tokenizer.json" not in kept and "tokenizer.model" not in kept:
+    if tokenizer_path is None and not any(name in kept for name in TOKENIZERS):
         if kind == "spikes":
             return replace(weights, token_ids={"bos_token_id": weights.shape.vocab_size - 1, "eos_token_id": None})
         if kind == "packed":
@@ -76,6 +77,31 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
             f"vocabulary of {weights.shape.vocab_size}: name the right one with --tokenizer_path, or none"
         )
     return replace(weights, files={**kept, **found.files}, token_ids={**weights.token_ids, **found.token_ids})
+
+
+def warn_of_another_tokenizer(folder: Path, tokenizer_path: str) -> None:
+    """For a run on text with `model.tokenizer_path` that starts from the weights in `folder`: logs a warning unless
+    these were made with a tokenizer that gives the same ids, or do not tell. Compared by content."""
+    config = job_config(folder) or {}
+    places = [place for place in (folder, folder / "original") if any((place / name).is_file() for name in TOKENIZERS)]
+    training = config.get("training", {})
+    if places:
+        theirs = str(places[0])
+    elif training.get("dataset") in DATASETS and DATASETS[training["dataset"]].kind == "text":
+        theirs = config.get("model", {}).get("tokenizer_path", "bytes")
+    else:
+        return
+    try:
+        if same_ids(theirs, tokenizer_path):
+            return
+        found = "which gives other ids than"
+    except TorchtitanRDError as error:
+        found = f"which cannot be compared ({error}) with"
+    logger.warning(
+        "the weights in %s were made with the tokenizer %s, %s model.tokenizer_path = %r of this run: set "
+        "model.tokenizer_path = %r, unless the embedding is to be learned anew",
+        *(folder, theirs, found, tokenizer_path, theirs),
+    )
 
 
 def to_dcp(
