@@ -136,6 +136,32 @@ def test_a_tensor_too_few_or_too_many(folders, capsys):
     )
 
 
+def test_a_field_of_a_wrong_type_names_the_file(folders, capsys):
+    path = folders / "hf" / "config.json"
+    edit(path, lambda fields: fields.update(hidden_size="32"))
+    message = f"{path}: hidden_size = '32' must be a whole number"
+    refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match=message)
+
+
+def test_a_gguf_file_is_named_as_such_with_a_remedy(folders, capsys):
+    (folders / "gguf").mkdir()
+    file = folders / "gguf" / "model-q4.gguf"
+    file.write_bytes(b"GGUF\x03\0\0\0" + bytes(600))
+    message = "GGUF files (model-q4.gguf), which are not read here; download the Hugging Face folder"
+    refuses(capsys, "llama_to_dcp", folders, "gguf", match=message)
+    (folders / "gguf" / "config.json").write_bytes((folders / "hf" / "config.json").read_bytes())
+    refuses(capsys, "hf_to_dcp", folders, "gguf", "--model", "llama3", match=message)
+    refuses(capsys, "hf_to_dcp", folders, "gguf/model-q4.gguf", "--model", "raven", match="is a GGUF file")
+
+
+def test_a_flipped_bit_in_metas_files_is_found(folders, capsys):
+    path = folders / "meta" / "consolidated.01.pth"
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.load(path)["norm.weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    refuses(capsys, "llama_to_dcp", folders, "meta", match=f"{path}: the bytes of")
+
+
 def test_a_model_that_is_not_ours(folders, capsys):
     edit(folders / "hf" / "config.json", lambda fields: fields.update(model_type="mistral"))
     refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="model_type = 'mistral' is none of ours")

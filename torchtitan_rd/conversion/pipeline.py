@@ -17,7 +17,7 @@ from torchtitan_rd.conversion.huggingface import CONFIG_JSON, open_hf, require_c
 from torchtitan_rd.conversion.huginn import open_huginn
 from torchtitan_rd.conversion.meta import open_meta
 from torchtitan_rd.conversion.output import Refused, check_output, staged
-from torchtitan_rd.conversion.pth import open_pth, write_pth
+from torchtitan_rd.conversion.pth import GGUF_REMEDY, open_pth, write_pth
 from torchtitan_rd.conversion.tokenizer_files import TOKENIZER_JSON, TOKENIZER_MODEL, same_ids, tokenizer_files
 from torchtitan_rd.conversion.weights import GENERATION_CONFIG, Weights, only, total_bytes
 from torchtitan_rd.data import DATASETS
@@ -35,10 +35,13 @@ def open_released(path: Path, *, model: str | None = None, flavor: str | None = 
     model: the family that they must be of. flavor: the shape, where a training file does not tell it. Reads names and
     shapes only. Raises ConfigError, CheckpointError.
     """
+    ggufs = sorted(path.glob("*.gguf"))
     if path.is_file():
         weights = open_huginn(path, flavor)
     elif not path.is_dir():
         raise CheckpointError(f"{path} does not exist")
+    elif ggufs and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise CheckpointError(f"{path} holds only GGUF files ({ggufs[0].name}), which are not read here; {GGUF_REMEDY}")
     elif (path / CONFIG_JSON).exists():
         weights = open_hf(path, model=model)
     else:

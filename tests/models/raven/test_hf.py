@@ -141,6 +141,33 @@ def test_what_our_model_does_not_compute_is_refused_by_name(change):
         shape({**RELEASED, **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_embd": "5280"}, "n_embd = '5280' must be a whole number"),
+        ({"mean_recurrence": 32.0}, "mean_recurrence = 32.0 must be a whole number"),
+        ({"num_attention_heads": [55]}, r"n_heads = \[55\] must be a whole number"),
+        ({"qk_bias": "no"}, "qk_bias = 'no' must be true or false"),
+        ({"norm_eps": "1e-6"}, "norm_eps = '1e-6' must be a finite number"),
+        ({"rope_settings": 3}, "rope_settings = 3 must be a table"),
+        ({"rope_settings": {"rope_base": "x"}}, "rope_settings.rope_base = 'x' must be a finite number"),
+        ({"sampling_scheme": 3}, "sampling_scheme = 3 must be a text"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = "),
+        ({"sliding_window": 128}, "sliding_window = 128 is not supported"),
+    ],
+    ids=str,
+)
+def test_a_value_of_a_wrong_type_or_an_unknown_effect_is_one_line_that_names_the_field(change, message):
+    with pytest.raises(ConfigError, match=f"^config.json: {message}"):
+        shape({**RELEASED, **change})
+
+
+def test_a_released_config_has_no_unknown_field(caplog):
+    shape(RELEASED)
+    shape({**RELEASED, "num_key_value_heads": None, "rope_settings": None})
+    assert not caplog.text
+
+
 def test_stretched_rotary_is_refused():
     with pytest.raises(ConfigError, match="rope_condense_ratio = 2 is not supported, only 1"):
         shape({**RELEASED, "rope_settings": {"rope_condense_ratio": 2}})

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.models.hf_fields import Fields
 from torchtitan_rd.models.raven.config import INJECTIONS, STATE_INITS, RavenConfig
 from torchtitan_rd.models.raven.model import Raven
 from torchtitan_rd.models.spec import HuggingFaceLayout
@@ -58,6 +58,12 @@ _COMPUTED = {  # what our model computes, the default first; the released family
     "test_time_noise": (0,),
     "mup_model_scaling_factor": (1,),
 }
+# What else the released class and transformers write: it says nothing about one forward, or follows from the others.
+_UNUSED = (
+    *("auto_map", "rope_settings", "n_layers", "num_hidden_layers", "hidden_size", "max_position_embeddings"),
+    *("num_attention_heads", "head_dim", "tie_word_embeddings", "padding_multiple", "padded_vocab_size"),
+    *("activation_checkpoint_impl", "init_values", "effective_expected_depth", "test_time_noise_type"),
+)
 _ROTARY = {"use_rope": (True,), "rope_condense_ratio": (1,)}
 
 
@@ -95,31 +101,30 @@ def shape(fields: Mapping[str, Any]) -> RavenConfig:
 
     Raises ConfigError for a missing field and for what our model does not compute.
     """
-    rotary = fields.get("rope_settings") or {}
-    for table, given in ((_COMPUTED, fields), (_ROTARY, rotary)):
+    rotary = Fields(fields).table("rope_settings")
+    read = Fields(
+        {  # three that have other names in configs of the training program and of other transformers classes
+            "n_heads": fields.get("num_attention_heads"),
+            "rope_base": rotary.number("rope_base", None),
+            "tie_embeddings": fields.get("tie_word_embeddings"),
+            **{key: value for key, value in fields.items() if value is not None},
+        }
+    )
+    for table, given in ((_COMPUTED, read), (_ROTARY, rotary)):
         for key, known in table.items():
-            if given.get(key, known[0]) not in known:
-                listed = ", ".join(map(repr, known))
-                raise ConfigError(f"config.json: {key} = {given[key]!r} is not supported, only {listed}")
-    heads = fields.get("n_heads", fields.get("num_attention_heads"))
-    missing = [key for key in _FIELDS.values() if key not in fields] + (["n_heads"] if heads is None else [])
-    if missing:
-        raise ConfigError(f"config.json: {missing[0]} is missing")
-    fields = {  # two that have other names in configs of the training program and of other transformers classes
-        "rope_base": rotary.get("rope_base", 50_000.0),
-        "tie_embeddings": fields.get("tie_word_embeddings", True),
-        **fields,
-    }
-    kv_heads = fields.get("num_key_value_heads")
-    values = {ours: fields.get(theirs, default) for ours, (theirs, default) in _WITH_DEFAULT.items()}
-    values |= {name: float(values[name]) for name in ("norm_eps", "rope_theta")}
-    return RavenConfig(
+            given.only(key, *known)
+    kinds = {bool: read.boolean, float: read.number, int: read.whole, str: read.text}
+    heads = read.whole("n_heads")
+    kv_heads = read.whole("num_key_value_heads", heads)
+    config = RavenConfig(
         n_heads=heads,
         n_kv_heads=None if kv_heads == heads else kv_heads,
-        block={theirs: ours for ours, theirs in _BLOCKS.items()}[fields.get("block_class_name", "SandwichBlock")],
-        **{ours: fields[theirs] for ours, theirs in _FIELDS.items()},
-        **values,
+        block={theirs: ours for ours, theirs in _BLOCKS.items()}[read.text("block_class_name", "SandwichBlock")],
+        **{ours: read.whole(theirs) for ours, theirs in _FIELDS.items()},
+        **{ours: kinds[type(default)](theirs, default) for ours, (theirs, default) in _WITH_DEFAULT.items()},
     )
+    read.refuse_what_changes_the_computation(*_COMPUTED, *_UNUSED)
+    return config
 
 
 def buffers(config: RavenConfig) -> dict[str, torch.Tensor]:
