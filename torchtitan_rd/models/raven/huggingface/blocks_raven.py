@@ -53,6 +53,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: RavenConfig):
         super().__init__()
+        self.config = config
         heads, kv_heads, self.head_dim = config.n_heads, config.num_key_value_heads, config.n_embd // config.n_heads
         self.heads = (heads, kv_heads, kv_heads)
         self.Wqkv = linear(config.n_embd, *(number * self.head_dim for number in self.heads))
@@ -69,8 +70,25 @@ class Attention(nn.Module):
             k, v = context.cache.update(k, v, slot)
         causal = context.mask is None and q.shape[2] > 1
         gqa = self.heads[0] != self.heads[1]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=gqa)
+        if self.config._attn_implementation == "eager":
+            y = attend(q, k, v, context.mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=gqa)
         return self.proj(y.transpose(1, 2).flatten(-2))
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v of (B, H, S, D), (B, H_kv, K, D) twice -> (B, H, S, D), with the softmax in float32.
+
+    The "eager" implementation, which shows each step; mask is that of Context.
+    """
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    scores = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
+    if mask is None and q.shape[2] > 1:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1).type_as(v) @ v
 
 
 class GatedMLP(nn.Module):
@@ -129,7 +147,10 @@ def positions_and_mask(
     if position_ids is None:
         counted = keys[None] if attention_mask is None else attention_mask.long().cumsum(-1) - 1
         position_ids = counted[:, past:].clamp(min=0)
-    padded = attention_mask is not None and not bool(attention_mask.all())
+    padded = attention_mask is not None
+    if padded and length > 1 and not torch.compiler.is_compiling():
+        # The causal kernels are faster and need no mask. Neither compiled code nor each new token waits for the answer.
+        padded = not bool(attention_mask.all())
     if not padded and (past == 0 or length == 1):
         return position_ids, None
     queries = keys[past:, None]

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .blocks_raven import (
     Attention,
@@ -29,6 +29,13 @@ from .blocks_raven import (
     positions_and_mask,
 )
 from .configuration_raven import RavenConfig
+
+logger = logging.get_logger(__name__)
+OF_RELEASED_CLASS = ("input_embeds", "output_details")  # arguments of huginn-0125's own forward
+DETAILS = ("return_logits", "return_latents", "return_head")
+OF_LOSS = ("num_items_in_batch", "ignore_index")
+# What transformers and its tokenizers pass to each model, and what follows from the other arguments here.
+WITHOUT_MEANING = ("cache_position", "token_type_ids", "return_dict")
 
 
 @dataclass
@@ -48,7 +55,7 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"^freqs_cis$"]  # noqa: RUF012 (rotary table of released files)
-    _supports_sdpa = True
+    _supports_sdpa = True  # and "eager"; transformers refuses the others by name
     _supports_cache_class = True
     _supports_static_cache = False
     _supports_quantized_cache = False
@@ -107,6 +114,7 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: DynamicCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_steps: int | tuple[int, int] | None = None,
         input_states: torch.Tensor | None = None,
@@ -119,7 +127,9 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         """Tokens (B, S), or inputs_embeds (B, S, E) before they are scaled -> logits (B, S, V) in float32.
 
         attention_mask: (B, K), 0 at padding. position_ids: (B, S); by default tokens count from 0 after left padding.
-        labels: (B, S), the input_ids themselves: they are shifted here; -100 is ignored.
+        labels: (B, S), the input_ids themselves: they are shifted here, as in all classes of transformers; -100 is
+            ignored. Not so in the class released with huginn-0125: labels made for it are to be given as shift_labels.
+        shift_labels: (B, S), the token that follows each input token, in place of labels.
         use_cache: off unless asked for, as a cache holds num_steps times the keys and values of the core.
         num_steps: iterations, all without gradient; or a pair, without gradient and then with. By default
             config.mean_recurrence in evaluation; in training it is drawn from torch's global CPU generator.
@@ -127,13 +137,17 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         init_scale: factor on the noise that is the first state otherwise.
         state_seed: makes this noise a function of (state_seed, position) alone: cached equals uncached generation,
             and padding changes nothing. By default it is drawn from the global generator of the device.
+        kwargs: num_items_in_batch and ignore_index go to the loss function; input_embeds and output_details are those
+            of the released class. What is not known is refused.
         """
+        released, loss_arguments = self._split(kwargs)
+        if "input_embeds" in released:
+            input_ids, inputs_embeds = None, released["input_embeds"]
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.transformer.wte(input_ids)
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
+        past_key_values = self._cache(past_key_values, use_cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         position_ids, mask = positions_and_mask(inputs_embeds, attention_mask, position_ids, past)
         if input_states is None:
@@ -162,10 +176,54 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, kept]).float()
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, logits.shape[-1], kwargs.get("num_items_in_batch"))
-        hidden = (*states, x) if keep_states else None
-        return RavenOutput(loss, logits, past_key_values, hidden, latent_states=latent.detach())
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(logits, labels, logits.shape[-1], shift_labels=shift_labels, **loss_arguments)
+        details = released.get("output_details", {})
+        hidden = (*states, x) if keep_states else x if details.get("return_head") else None
+        return RavenOutput(
+            loss,
+            logits if details.get("return_logits", True) else None,
+            past_key_values,
+            hidden,
+            latent_states=latent.detach() if details.get("return_latents", True) else None,
+        )
+
+    def _split(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Further arguments of forward -> (those of the released class, those of the loss function)."""
+        given = {name: value for name, value in given.items() if value is not None and name not in WITHOUT_MEANING}
+        if given.pop("output_attentions", False) or self.config.output_attentions:
+            raise ValueError("output_attentions is not supported: attention weights are not kept")
+        if self.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(f"attn_implementation = {self.config._attn_implementation!r}: only 'sdpa' and 'eager'")
+        if unknown := sorted(given.keys() - {*OF_RELEASED_CLASS, *OF_LOSS}):
+            raise TypeError(f"forward() takes no argument {', '.join(unknown)}: it would have no effect")
+        released = {name: given[name] for name in OF_RELEASED_CLASS if name in given}
+        for name, wanted in released.get("output_details", {}).items():
+            if wanted and name not in DETAILS:
+                raise ValueError(f"output_details: {name!r} is not supported, only {', '.join(DETAILS)}")
+        return released, {name: given[name] for name in OF_LOSS if name in given}
+
+    def _cache(self, given: DynamicCache | None, use_cache: bool | None) -> DynamicCache | None:
+        wanted = given is not None or use_cache
+        if wanted and self._recomputes():
+            if given is not None and given.get_seq_length():
+                raise ValueError(
+                    "gradient checkpointing runs blocks twice and would fill a cache twice: use one of them"
+                )
+            logger.warning_once("use_cache is incompatible with gradient checkpointing: no cache is used")
+            return None
+        return DynamicCache() if wanted and given is None else given
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Also in training mode, in which a Trainer leaves a model, all tokens have one depth:
+        num_steps, by default that of evaluation."""
+        if self.training:
+            kwargs.setdefault("num_steps", self.config.mean_recurrence)
+        return super().generate(*args, **kwargs)
+
+    def _recomputes(self) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def iterate(
         self, s: torch.Tensor, e: torch.Tensor, context: Context, steps: tuple[int, int], keep_states: bool = False
@@ -195,7 +253,7 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         return s
 
     def _run(self, function: Any, *args: Any) -> torch.Tensor:
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+        if self._recomputes():
             # Never the reentrant form, transformers 4's default: it loses gradients where no input has one.
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return function(*args)
@@ -259,12 +317,15 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         """One slot a layer application: prelude, coda, then the core layers of each iteration."""
         if not isinstance(cache, DynamicCache):
             raise ValueError(f"past_key_values must be a DynamicCache, not a {type(cache).__name__}")
-        if self.gradient_checkpointing and self.training:
-            raise ValueError("gradient checkpointing runs blocks twice and would fill a cache twice: use one of them")
         slots = self.config.n_layers + (depth - 1) * len(self.transformer.core_block)
         if len(cache) not in (0, slots):
             remedy = "pass the num_steps that it was made with; make new ones with DynamicCache(), without a config"
             raise ValueError(f"the cache has {len(cache)} layers, but {depth} iterations need {slots}: {remedy}")
+
+    def _get_key_renaming_mapping(self, checkpoint_keys: list[str], *args: Any, **kwargs: Any) -> Any:
+        # Of transformers 4, which looks for the device of each tensor of a file, also of those that are not loaded.
+        wanted = [key for key in checkpoint_keys if key != "freqs_cis"]
+        return super()._get_key_renaming_mapping(wanted, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
