@@ -162,6 +162,12 @@ def test_a_value_of_a_wrong_type_or_an_unknown_effect_is_one_line_that_names_the
         shape({**RELEASED, **change})
 
 
+@pytest.mark.parametrize("scheme", ["poisson-lognormal", "bptt", "non-uniform", "gupta", "negative-binomial", "sobol"])
+def test_every_scheme_of_the_reference_survives_a_conversion(scheme):
+    for name in (scheme, f"{scheme}-curriculum-100"):
+        assert config_fields(shape({**RELEASED, "sampling_scheme": name}))["sampling_scheme"] == name
+
+
 def test_a_released_config_has_no_unknown_field(caplog):
     shape(RELEASED)
     shape({**RELEASED, "num_key_value_heads": None, "rope_settings": None})
