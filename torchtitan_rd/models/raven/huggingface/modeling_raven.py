@@ -153,10 +153,7 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         if input_states is None:
             s = self.initial_state(inputs_embeds, position_ids, init_scale, state_seed)
         else:
-            length = inputs_embeds.shape[1]
-            s = input_states if input_states.shape[1] == length else input_states[:, past : past + length]
-            if s.shape != inputs_embeds.shape:
-                raise ValueError(f"input_states ends early: {tuple(s.shape)} of {tuple(inputs_embeds.shape)} is there")
+            s = _part_of(input_states, past, inputs_embeds.shape)
         steps = self._num_steps(num_steps)
         if past_key_values is not None:
             self._check_cache(past_key_values, sum(steps))
@@ -336,3 +333,13 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise ValueError(f"cache_implementation = {generation_config.cache_implementation!r}: only 'dynamic' works")
         model_kwargs["past_key_values"] = DynamicCache()
+
+
+def _part_of(states: torch.Tensor, past: int, shape: torch.Size) -> torch.Tensor:
+    """First states of the tokens at hand, whose `shape` is (B, S, E); `states` may be those of all since the cache's
+    first."""
+    length = shape[1]
+    part = states if states.shape[1] == length else states[:, past : past + length]
+    if part.shape != shape:
+        raise ValueError(f"input_states ends early: {tuple(part.shape)} of {tuple(shape)} is there")
+    return part
