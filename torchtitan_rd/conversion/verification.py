@@ -246,9 +246,10 @@ def parameter_count(weights: Weights) -> int:
 
 
 def _bytes_needed(weights: Weights) -> int:
-    """One float32 model with what loading and a forward take beside it, and three tensors of logits."""
+    """One float32 model with what loading and a forward take beside it, two tensors of logits, and their difference in
+    float32 and twice in float64."""
     logits = _tokens(weights).numel() * weights.shape.vocab_size
-    return int(4 * 1.3 * parameter_count(weights)) + 3 * 4 * logits
+    return int(4 * 1.3 * parameter_count(weights)) + (3 * 4 + 2 * 8) * logits
 
 
 def _bytes_available() -> int:
