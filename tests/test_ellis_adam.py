@@ -148,6 +148,28 @@ def test_kahan_compensation_keeps_updates_and_decay_that_bfloat16_would_lose():
     assert results[True] == pytest.approx(0.81, abs=0.01)  # p' = -1e-4 (1 + p)
 
 
+def test_bfloat16_parameters_are_updated_with_the_betas_and_rates_that_were_given():
+    """On CPU torch rounds the factor of a bfloat16 tensor: 0.95 would be 0.9492, and 0.0123 be 0.01233."""
+    start = torch.randn(4000, generator=torch.Generator().manual_seed(0)).bfloat16()
+    gradients = [torch.randn(4000, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (1, 2)]
+    beta1, beta2, rate, decay = 0.9, 0.95, 0.0123, 0.3
+    parameter = nn.Parameter(start.clone())
+    options = {"lr": rate, "betas": (beta1, beta2), "eps": 1e-6, "weight_decay": decay}
+    optimizer = ELLISAdam([parameter], **options, keys=EllisKeys(atan_adam=True, buffer_dtype="bfloat16"))
+    p, m, v = start, torch.zeros_like(start), torch.zeros_like(start)
+    for step, g in enumerate(gradients, 1):
+        update(optimizer, [parameter], [g], rate)
+        m = (m.float() + (1 - beta1) * (g.float() - m.float())).bfloat16()
+        v = (v.float() * beta2).bfloat16()
+        v = (v.float() + (1 - beta2) * g.float() ** 2).bfloat16()
+        u = torch.atan2(m, (v.sqrt().float() / math.sqrt(1 - beta2**step)).bfloat16())
+        p = (p.float() * (1 - decay)).bfloat16()
+        p = (p.float() - rate / (1 - beta1**step) * u.float()).bfloat16()
+    state = optimizer.state[parameter]
+    assert (state["exp_avg_sq"] == v).float().mean() > 0.999
+    assert (parameter.detach() == p).float().mean() > 0.999
+
+
 def test_moments_kept_in_bfloat16_halve_the_state_and_stay_close():
     start, *gradients = draws([(8, 4)])
     finals = {}

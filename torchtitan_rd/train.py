@@ -21,7 +21,7 @@ from torchtitan_rd.checkpoint import Checkpointer, locked_run_folder
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
 from torchtitan_rd.conversion.dcp import open_dcp
-from torchtitan_rd.conversion.pipeline import open_released, to_hf, with_tokenizer
+from torchtitan_rd.conversion.pipeline import open_released, to_hf, warn_of_another_tokenizer, with_tokenizer
 from torchtitan_rd.conversion.reader import WeightsReader
 from torchtitan_rd.conversion.weights import cast
 from torchtitan_rd.data import (
@@ -290,7 +290,10 @@ class Trainer:
         tensors = self._tensors()
         state = self.checkpointer.load(tensors)
         if state is None:
-            self.checkpointer.load_initial(tensors["model"])
+            loaded = self.checkpointer.load_initial(tensors["model"])
+            on_text = check_dataset(self.config.training).kind == "text"
+            if loaded is not None and on_text and self.environment.rank == 0:
+                warn_of_another_tokenizer(loaded, self.config.model.tokenizer_path)
             logger.info("starting at step 1")
             return
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from tests.conversion.common import script, tiny, weights_of
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.pipeline import to_dcp, to_hf
+from torchtitan_rd.errors import CheckpointError
 
 META = {
     "dim": 32,
@@ -135,6 +136,32 @@ def test_a_tensor_too_few_or_too_many(folders, capsys):
     )
 
 
+def test_a_field_of_a_wrong_type_names_the_file(folders, capsys):
+    path = folders / "hf" / "config.json"
+    edit(path, lambda fields: fields.update(hidden_size="32"))
+    message = f"{path}: hidden_size = '32' must be a whole number"
+    refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match=message)
+
+
+def test_a_gguf_file_is_named_as_such_with_a_remedy(folders, capsys):
+    (folders / "gguf").mkdir()
+    file = folders / "gguf" / "model-q4.gguf"
+    file.write_bytes(b"GGUF\x03\0\0\0" + bytes(600))
+    message = "GGUF files (model-q4.gguf), which are not read here; download the Hugging Face folder"
+    refuses(capsys, "llama_to_dcp", folders, "gguf", match=message)
+    (folders / "gguf" / "config.json").write_bytes((folders / "hf" / "config.json").read_bytes())
+    refuses(capsys, "hf_to_dcp", folders, "gguf", "--model", "llama3", match=message)
+    refuses(capsys, "hf_to_dcp", folders, "gguf/model-q4.gguf", "--model", "raven", match="is a GGUF file")
+
+
+def test_a_flipped_bit_in_metas_files_is_found(folders, capsys):
+    path = folders / "meta" / "consolidated.01.pth"
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.load(path)["norm.weight"].numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    refuses(capsys, "llama_to_dcp", folders, "meta", match=f"{path}: the bytes of")
+
+
 def test_a_model_that_is_not_ours(folders, capsys):
     edit(folders / "hf" / "config.json", lambda fields: fields.update(model_type="mistral"))
     refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="model_type = 'mistral' is none of ours")
@@ -237,9 +264,36 @@ def test_a_wrong_override(folders, capsys, pair):
     refuses(capsys, "dcp_to_hf", folders, "dcp", "--override", pair, match=pair.split("=")[0])
 
 
-def test_a_failed_verification_publishes_nothing(folders, capsys, monkeypatch):
+def test_a_failed_verification_publishes_nothing_and_keeps_the_work_under_another_name(folders, capsys, monkeypatch):
     from torchtitan_rd.conversion import verification
 
+    convert = script("dcp_to_hf")
+    assert convert("--input_dir", folders / "dcp", "--output_dir", folders / "good") == 0
     honest = verification.transformers_logits
     monkeypatch.setattr(verification, "transformers_logits", lambda *arguments: honest(*arguments) + 0.01)
-    refuses(capsys, "dcp_to_hf", folders, "dcp", match="verification failed, nothing was written: max |delta logit|")
+    for name in ("out.unverified", "out.unverified-2"):
+        assert convert("--input_dir", folders / "dcp", "--output_dir", folders / "out") == 1
+        errors = capsys.readouterr().err
+        assert "verification failed: max |delta logit|" in errors and not (folders / "out").exists()
+        assert f"kept as {folders / name}" in errors and "Traceback" not in errors
+        assert tree(folders / name) == tree(folders / "good")
+
+
+def test_a_result_that_transformers_cannot_load_is_kept_under_another_name_too(folders, capsys, monkeypatch):
+    from torchtitan_rd.conversion import verification
+
+    def fails(*arguments):
+        raise CheckpointError("transformers cannot load it: KeyError: 'x'")
+
+    monkeypatch.setattr(verification, "transformers_logits", fails)
+    arguments = ("--input_dir", folders / "dcp", "--output_dir", folders / "out", "--force")
+    (folders / "out").mkdir()
+    (folders / "out" / "config.json").write_text("of an earlier result")
+    assert script("dcp_to_hf")(*arguments) == 1
+    assert "verification failed: transformers cannot load it" in capsys.readouterr().err
+    assert (folders / "out" / "config.json").read_text() == "of an earlier result"
+    assert (folders / "out.unverified" / "model.safetensors").is_file()
+
+
+def tree(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

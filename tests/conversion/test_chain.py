@@ -2,16 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli
 import torch
 
 from tests.conversion.common import same_bits, script, tensors_in, tiny, weights_of
 from tests.launch import launch, rows
 from torchtitan_rd.checkpoint import SafeReader
-from torchtitan_rd.conversion.pipeline import to_hf
+from torchtitan_rd.conversion.cli import model_section
+from torchtitan_rd.conversion.pipeline import to_hf, warn_of_another_tokenizer, with_tokenizer
+from torchtitan_rd.conversion.tokenizer_files import tokenizer_files
 
 CONFIG = """
 [job]
@@ -181,3 +185,86 @@ def initial_body(rank, world_size, folder, dump):
     checkpoints.load_initial(tensors)
     checkpoints.close()
     return {name: tensor.full_tensor() for name, tensor in tensors.items()}
+
+
+TEXT = """
+[lr_scheduler]
+warmup_steps = 0
+[training]
+dataset = "pydoc"
+seq_len = 32
+local_batch_size = 2
+global_batch_size = 2
+steps = 1
+mixed_precision_param = "float32"
+[comm]
+heartbeat_seconds = 0
+"""
+
+
+@pytest.fixture
+def other_tokenizer(tmp_path):
+    """A folder with a tokenizer of 259 ids that are not the bytes."""
+    folder = tmp_path / "other-tokenizer"
+    folder.mkdir()
+    described = json.loads(tokenizer_files("bytes").files["tokenizer.json"])
+    vocabulary = described["model"]["vocab"]
+    described["model"]["vocab"] = {name: (id_ + 1) % 256 for name, id_ in vocabulary.items()}
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    return folder
+
+
+def test_the_printed_toml_trains_with_the_tokenizer_of_the_weights(tmp_path, other_tokenizer, capsys):
+    weights = with_tokenizer(weights_of(tiny("llama3", vocab_size=258)), str(other_tokenizer))
+    to_hf(weights, tmp_path / "hf", verify=False)
+    arguments = ("--input_dir", tmp_path / "hf", "--output_dir", tmp_path / "seed", "--no-verify")
+    assert script("hf_to_dcp")(*arguments, "--model", "llama3") == 0
+    toml = tmp_path / "run.toml"
+    toml.write_text(capsys.readouterr().out.partition("start a run from it:")[2] + TEXT)
+    assert tomli.loads(toml.read_text())["model"]["tokenizer_path"] == str(tmp_path / "seed")
+    run = ["--job.config_file", str(toml), f"--job.dump_folder={tmp_path / 'dump'}", "--checkpoint.interval=1"]
+    done = launch(1, run)
+    assert done.codes == [0] and "initial weights: 21 of 21 tensors" in done.errors[0], done.errors
+    assert "which gives other ids" not in done.errors[0]
+
+    hf = weights_of(tiny("llama3"))
+    assert model_section(hf, tmp_path / "seed").startswith("# No tokenizer came with the weights")
+    assert "tokenizer_path" not in tomli.loads(model_section(hf, tmp_path / "seed"))["model"]
+
+
+def test_a_start_from_weights_of_another_tokenizer_is_warned_of_by_content(tmp_path, other_tokenizer, caplog):
+    (tmp_path / "same").mkdir()
+    (tmp_path / "same" / "tokenizer.json").write_bytes(
+        json.dumps(json.loads((other_tokenizer / "tokenizer.json").read_text()), indent=3).encode()
+    )
+
+    def warned(folder, path):
+        caplog.clear()
+        warn_of_another_tokenizer(folder, str(path))
+        return caplog.text
+
+    weights = weights_of(tiny("llama3", vocab_size=258))
+    to_hf(with_tokenizer(weights, str(other_tokenizer)), tmp_path / "hf", verify=False)
+    to_hf(with_tokenizer(weights, "bytes"), tmp_path / "bytes", verify=False)
+    to_hf(weights, tmp_path / "none", verify=False)
+    assert not warned(tmp_path / "hf", tmp_path / "same") and not warned(tmp_path / "bytes", "bytes")
+    assert not warned(tmp_path / "none", "bytes")
+    text = warned(tmp_path / "hf", "bytes")
+    assert f"made with the tokenizer {tmp_path / 'hf'}, which gives other ids than model.tokenizer_path = 'by" in text
+    assert f"set model.tokenizer_path = '{tmp_path / 'hf'}'" in text
+    # A checkpoint of a run names its tokenizer in its config.
+    own = tmp_path / "step-3"
+    own.mkdir()
+    (own / "config.toml").write_text('[model]\ntokenizer_path = "bytes"\n[training]\ndataset = "pydoc"\n')
+    assert not warned(own, "bytes") and "made with the tokenizer bytes" in warned(own, other_tokenizer)
+    (own / "config.toml").write_text('[training]\ndataset = "rodent"\n')
+    assert not warned(own, other_tokenizer)
+
+
+def test_a_run_says_so_when_it_starts(tmp_path, other_tokenizer):
+    weights = with_tokenizer(weights_of(tiny("llama3", vocab_size=258)), str(other_tokenizer))
+    to_hf(weights, tmp_path / "hf", verify=False)
+    toml = tmp_path / "run.toml"
+    toml.write_text(model_section(replace(weights, files={}), tmp_path / "hf") + TEXT)
+    done = launch(1, ["--job.config_file", str(toml), f"--job.dump_folder={tmp_path / 'dump'}"])
+    assert done.codes == [0] and f"made with the tokenizer {tmp_path / 'hf'}, which gives other" in done.errors[0]

@@ -79,6 +79,31 @@ def test_what_was_written_is_read_back_and_its_checksums_hold(tmp_path):
         assert archive.testzip() is None
 
 
+def test_every_flipped_bit_of_the_data_is_found(tmp_path):
+    tensors = {"a": torch.arange(400.0), "b": torch.arange(10)}
+    torch.save(tensors, tmp_path / "a.pth")
+    whole = (tmp_path / "a.pth").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        place = whole.index(tensors["a"].numpy().tobytes())
+        assert any(member.filename.endswith("data/0") for member in archive.infolist())
+    for offset in (0, 799, 1599):
+        damaged = bytearray(whole)
+        damaged[place + offset] ^= 4
+        (tmp_path / "b.pth").write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"b\.pth: the bytes of a/data/0 do not match their checksum"):
+            open_pth(tmp_path / "b.pth")
+
+
+def test_a_file_that_was_saved_without_checksums_is_read_and_it_is_said(tmp_path, caplog):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(400.0)}, tmp_path / "a.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(open_pth(tmp_path / "a.pth")["a"], torch.arange(400.0))
+    assert "have no checksum: damage to them would not be seen" in caplog.text
+
+
 def test_a_tensor_that_does_not_lie_in_one_piece_is_written_as_it_reads(tmp_path):
     tensor = torch.randn(4, 6).T
     write(tmp_path / "a.pth", {"a": tensor})

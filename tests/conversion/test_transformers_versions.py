@@ -29,6 +29,14 @@ with torch.no_grad():
     logits = model(ids, **extra).logits
     given = dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False, **extra)
     outputs = [model.generate(ids, use_cache=cache, pad_token_id=0, **given).tolist() for cache in (True, False)]
+if extra:  # a raven, as a Trainer leaves it
+    model.train()
+    model.gradient_checkpointing_enable()
+    following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    ways = ({"labels": ids}, {"shift_labels": following})
+    labelled = [model(ids, use_cache=True, **way, **extra).loss for way in ways]
+    assert torch.equal(*labelled), labelled
+    assert model.generate(ids, max_new_tokens=2, min_new_tokens=2, pad_token_id=0).shape == (2, 14)
 text = AutoTokenizer.from_pretrained(folder, trust_remote_code=True).encode("Hi \\u00e9", add_special_tokens=False)
 print(json.dumps([transformers.__version__, logits.tolist(), outputs, text, tied]))
 """

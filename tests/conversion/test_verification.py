@@ -16,8 +16,10 @@ from torchtitan_rd.checkpoint import TensorInfo
 from torchtitan_rd.conversion import verification
 from torchtitan_rd.conversion.verification import (
     Comparison,
+    Native,
     compare,
     fixed_tokens,
+    native,
     native_logits,
     transformers_logits,
     transformers_logits_from,
@@ -70,8 +72,8 @@ def export(weights: Weights, folder, **changed_fields):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equal_models_pass_from_a_folder_and_from_memory(shape, tmp_path):
     weights = random_weights(tiny_config(**SHAPES[shape]))
-    ours = native_logits(weights)
-    assert ours.shape == (1, SHAPES[shape].get("max_seq_len", 128), 61) and ours.std() > 0.1
+    ours = native(weights)
+    assert ours.logits.shape == (1, SHAPES[shape].get("max_seq_len", 128), 61) and ours.logits.std() > 0.1
     for theirs in (transformers_logits(export(weights, tmp_path), weights), transformers_logits_from(weights)):
         found = compare(ours, theirs)
         assert found.passed and found.max_difference <= 1e-5 and abs(found.kl) < 1e-9, str(found)
@@ -79,7 +81,7 @@ def test_equal_models_pass_from_a_folder_and_from_memory(shape, tmp_path):
 
 def test_bfloat16_weights_are_compared_in_float32(tmp_path):
     weights = random_weights(tiny_config(), dtype=torch.bfloat16)
-    ours = native_logits(weights)
+    ours = native(weights)
     folder = export(weights, tmp_path, torch_dtype="bfloat16")
     for theirs in (transformers_logits(folder, weights), transformers_logits_from(weights)):
         assert theirs.dtype == torch.float32 and compare(ours, theirs).passed
@@ -98,7 +100,7 @@ TENSORS = {
 def test_a_wrong_field_of_config_json_is_found(field, tmp_path):
     weights = random_weights(tiny_config(**SHAPES["scaled"]))
     folder = export(weights, tmp_path, **{field: FIELDS[field]})
-    found = compare(native_logits(weights), transformers_logits(folder, weights))
+    found = compare(native(weights), transformers_logits(folder, weights))
     assert not found.passed and str(found).endswith("DIFFERENT")
 
 
@@ -115,7 +117,7 @@ def test_a_wrongly_converted_weight_is_found(mistake, tmp_path):
         return weights.read(second if name == first else first)  # the permuted one: as it is
 
     broken = replace(weights, spec=replace(weights.spec, hf=replace(weights.spec.hf, to_hf=wrong)))
-    ours = native_logits(weights)
+    ours = native(weights)
     for theirs in (transformers_logits(export(broken, tmp_path), weights), transformers_logits_from(broken)):
         assert not compare(ours, theirs).passed
 
@@ -182,9 +184,9 @@ def test_equal_recurrent_models_pass_at_each_depth_and_others_do_not(fields, ste
     weights = random_weights(
         get_flavor(spec, "debug", {"tie_word_embeddings": True, "mean_recurrence": 6, **fields}), spec
     )
-    ours, folder = native_logits(weights, steps), export(weights, tmp_path)
+    ours, folder = native(weights, steps), export(weights, tmp_path)
     for theirs in (transformers_logits(folder, weights, steps), transformers_logits_from(weights, steps)):
-        assert compare(ours, theirs, steps).passed, str(compare(ours, theirs, steps))
+        assert compare(ours, theirs).passed, str(compare(ours, theirs))
     assert not compare(ours, transformers_logits(folder, weights, 2)).passed
     wrong = replace(weights, shape=replace(weights.shape, rope_theta=100.0))
     assert not compare(ours, transformers_logits(export(wrong, tmp_path), weights, steps)).passed
@@ -208,7 +210,7 @@ def test_only_the_code_of_this_package_is_run_and_each_change_of_it_counts(tmp_p
         plain.spec.hf, code=(code,), config_fields=lambda shape: {**plain.spec.hf.config_fields(shape), **fields}
     )
     weights = replace(plain, spec=replace(plain.spec, hf=layout))
-    ours = native_logits(weights)
+    ours = native(weights)
     for shift in (0, 1):
         code.write_text(source.replace("SHIFT", str(shift)))
         folder = export(weights, tmp_path / "exported")
@@ -218,24 +220,29 @@ def test_only_the_code_of_this_package_is_run_and_each_change_of_it_counts(tmp_p
             assert found.passed == (shift == 0) and found.max_difference == pytest.approx(shift, abs=1e-5)
 
 
-def test_the_tolerance_grows_with_the_logits_and_the_result_is_one_line():
-    small = torch.linspace(-1, 1, 40).view(1, 8, 5)
-    assert compare(small, small) == Comparison(0.0, 0.0, 1e-5, 8)
-    assert not compare(small, small + torch.tensor([2e-5, 0, 0, 0, 0])).passed
-    large = small * 100
-    assert compare(large, large + 5e-4).passed and not compare(large, large + 2e-3).passed
-    assert (
-        str(Comparison(3.1e-6, 1.2e-12, 1e-5, 64))
-        == "max |delta logit| 3.1e-06, KL 1.2e-12 nats over 64 tokens (tolerance 1.0e-05): equal"
-    )
-    assert "64 tokens and 4 iterations (tolerance 1.0e-05): DIFFERENT" in str(Comparison(1.0, 0.1, 1e-5, 64, 4))
+def given(logits: torch.Tensor, noise: float = 1e-5) -> Native:
+    return Native(logits, noise, 0.0, None)
+
+
+def test_five_times_the_noise_or_a_divergence_of_1e_6_nats_is_too_much_and_the_result_is_one_line():
+    logits = torch.linspace(-1, 1, 40).view(1, 8, 5)
+    assert compare(given(logits), logits) == Comparison(0.0, 1e-5, 0.0, 0.0, 8)
+    for shift, passes in ((4.9e-5, True), (5.2e-5, False)):
+        found = compare(given(logits), logits + shift)
+        assert found.passed == passes and found.error == pytest.approx(shift, rel=0.01), str(found)
+    diverging = logits + torch.tensor([5e-3, 0, 0, 0, 0])
+    assert not compare(given(logits, 1.0), diverging).passed and compare(given(logits, 1.0), logits + 1e-3).passed
+    text = "max |delta logit| 3.1e-06, rms 1.0e-06 (at most 5 times the rounding noise of 2.0e-06), KL 1.2e-12 nats "
+    assert str(Comparison(1e-6, 2e-6, 1.2e-12, 3.1e-6, 64)) == f"{text}(at most 1e-06) over 64 tokens: equal"
+    assert "64 tokens and 4 iterations: DIFFERENT" in str(Comparison(1.0, 0.1, 0.1, 1.0, 64, 4))
 
 
 def test_the_divergence_is_that_of_ours_from_theirs_per_token():
     p, q = torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75])
     expected = float((p * (p / q).log()).sum())
-    logits = [x.log().expand(2, 20, 2) for x in (p, q)]
-    assert compare(*logits).kl == pytest.approx(expected) and compare(*logits).tokens == 40
+    ours, theirs = (x.log().expand(2, 20, 2) for x in (p, q))
+    found = compare(given(ours), theirs)
+    assert found.kl == pytest.approx(expected) and found.tokens == 40
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -243,12 +250,12 @@ def test_the_divergence_is_that_of_ours_from_theirs_per_token():
 def test_a_logit_that_is_not_finite_never_passes(value, side):
     logits = [torch.zeros(1, 4, 5), torch.zeros(1, 4, 5)]
     logits[side][0, 2, 1] = value
-    found = compare(*logits)
+    found = compare(given(logits[0]), logits[1])
     assert not found.passed and "1 logits" in str(found) and ("here", "in transformers")[side] in str(found)
 
 
 def test_other_shapes_never_pass():
-    found = compare(torch.zeros(1, 4, 5), torch.zeros(1, 4, 6))
+    found = compare(given(torch.zeros(1, 4, 5)), torch.zeros(1, 4, 6))
     assert not found.passed and str(found) == "logits are (1, 4, 5) here and (1, 4, 6) in transformers: DIFFERENT"
 
 

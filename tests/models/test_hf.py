@@ -104,3 +104,103 @@ def test_a_missing_field_is_named():
 def test_layernorm_has_no_export():
     with pytest.raises(ConfigError, match="norm_type = 'layernorm' has no counterpart"):
         hf_config(tiny_config(norm_type="layernorm"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "32"}, r"hidden_size = '32' must be a whole number"),
+        ({"hidden_size": 32.0}, r"hidden_size = 32\.0 must be a whole number"),
+        ({"num_attention_heads": [4]}, r"num_attention_heads = \[4\] must be a whole number"),
+        ({"num_hidden_layers": True}, r"num_hidden_layers = True must be a whole number"),
+        ({"rms_norm_eps": "1e-5"}, r"rms_norm_eps = '1e-5' must be a finite number"),
+        ({"rms_norm_eps": float("nan")}, r"rms_norm_eps = nan must be a finite number"),
+        ({"tie_word_embeddings": "yes"}, r"tie_word_embeddings = 'yes' must be true or false"),
+        ({"rope_scaling": "llama3"}, r"rope_scaling = 'llama3' must be a table"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": "8"}}, r"rope_scaling\.factor = '8' must be a finite"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, r"rope_scaling\.factor is missing"),
+        ({"layer_types": "full_attention"}, r"layer_types = 'full_attention' must be a list"),
+        ({"attention_bias": 0}, r"attention_bias = 0 is not supported, only False"),
+    ],
+    ids=str,
+)
+def test_a_value_of_a_wrong_type_is_one_line_that_names_the_field(change, message):
+    with pytest.raises(ConfigError, match=f"^config.json: {message}") as raised:
+        from_hf_config({**hf_config(tiny_config()), **change})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"partial_rotary_factor": 0.5},
+        {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        {"sliding_window": 4096},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"attention_chunk_size": 8192},
+        {"residual_multiplier": 0.22},
+        {"embedding_multiplier": 12.0},
+        {"attention_multiplier": 0.0078125},
+        {"logits_scaling": 8.0},
+        {"logit_scale": 0.0625},
+        {"scale_depth": 1.4},
+        {"final_logit_softcapping": 30.0},
+        {"attn_logit_softcapping": 50.0},
+        {"query_pre_attn_scalar": 256},
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"pruned_heads": {"0": [1]}},
+        {"is_causal": False},
+        {"no_rope_layers": [1, 0]},
+        {"qk_norm": True},
+        {"num_local_experts": 8},
+        {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnLlama"}},
+    ],
+    ids=str,
+)
+def test_a_field_that_would_change_the_computation_is_refused_and_named(change):
+    (key,) = change
+    with pytest.raises(ConfigError, match=f"config.json: {key}"):
+        from_hf_config({**hf_config(tiny_config()), **change})
+
+
+def test_the_same_fields_with_values_that_change_nothing_are_taken(caplog):
+    fields = hf_config(tiny_config())
+    config = from_hf_config(fields)
+    neutral = {"partial_rotary_factor": 1.0, "sliding_window": 4096, "use_sliding_window": False, "pruned_heads": {}}
+    neutral |= {"residual_multiplier": 1, "logits_scaling": 1.0, "quantization_config": None, "hidden_act": "swish"}
+    neutral |= {"layer_types": ["full_attention"] * 2, "is_causal": True}
+    assert from_hf_config({**fields, **neutral}) == config and not caplog.text
+    assert from_hf_config({**fields, "tempo": 3, "mood": "calm"}) == config
+    assert "config.json: mood, tempo: not known here, and ignored" in caplog.text
+
+
+def test_both_keys_of_the_rotary_settings_are_taken_if_they_agree_and_refused_if_not():
+    fields = hf_config(tiny_config(**SHAPES["scaled"]))
+    config, scaling = from_hf_config(fields), fields["rope_scaling"]
+    assert from_hf_config({**fields, "rope_parameters": {**scaling, "rope_theta": 100.0}}) == config
+    assert from_hf_config({**fields, "rope_scaling": {**scaling, "type": "llama3"}}) == config
+    for change, named in (
+        ({"rope_parameters": {**scaling, "factor": 8.0}}, "rope_parameters and rope_scaling"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters and rope_scaling"),
+        ({"rope_parameters": {**scaling, "rope_theta": 200.0}}, r"rope_parameters\.rope_theta and rope_theta"),
+        ({"rope_scaling": {**scaling, "type": "linear"}}, r"rope_scaling\.type = 'linear', but rope_type = 'llama3'"),
+    ):
+        with pytest.raises(ConfigError, match=f"config.json: {named}.*leave only"):
+            from_hf_config({**fields, **change})
+
+
+def test_what_transformers_has_a_default_for_may_be_left_out():
+    transformers = pytest.importorskip("transformers")
+    fields, theirs = hf_config(tiny_config()), transformers.LlamaConfig()
+    del fields["rms_norm_eps"], fields["max_position_embeddings"], fields["rope_theta"], fields["head_dim"]
+    found = from_hf_config(fields)
+    assert (found.norm_eps, found.max_seq_len) == (theirs.rms_norm_eps, theirs.max_position_embeddings)
+    assert found.rope_theta == 10_000.0
+
+
+def test_every_field_that_transformers_itself_writes_is_known(caplog):
+    transformers = pytest.importorskip("transformers")
+    for config in (transformers.LlamaConfig(), transformers.LlamaConfig(**hf_config(tiny_config(**SHAPES["scaled"])))):
+        from_hf_config(config.to_dict())
+    assert not caplog.text

@@ -96,7 +96,10 @@ def _usage(weights: Weights, has_code: bool) -> str:
     if has_code:
         text += (
             "\n\nThe transformers library lacks this class: the Python files of this folder are run. `num_steps` is "
-            "the number of iterations of the recurrent part."
+            "the number of iterations of the recurrent part.\n\n"
+            "To finetune: `labels` are the input ids themselves and are shifted inside, as in every class of "
+            "transformers. The class released with huginn-0125 takes them shifted; labels made for it are to be given "
+            "as `shift_labels`."
         )
     return text
 

@@ -14,7 +14,7 @@ import torch
 
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.hub import check_push, push_folder
-from torchtitan_rd.conversion.pipeline import to_dcp, to_hf, to_pth, with_tokenizer
+from torchtitan_rd.conversion.pipeline import TOKENIZERS, to_dcp, to_hf, to_pth, with_tokenizer
 from torchtitan_rd.conversion.weights import Weights, cast
 from torchtitan_rd.errors import ConfigError, TorchtitanRDError
 from torchtitan_rd.log import init_logging
@@ -101,7 +101,7 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
 
 
 def model_section(weights: Weights, folder: Path) -> str:
-    """The TOML that trains this shape from `folder`."""
+    """The TOML that trains this shape from `folder`, with the tokenizer that lies there."""
     shape = dataclasses.asdict(weights.shape)
     choices = {name: dataclasses.asdict(flavor) for name, flavor in weights.spec.flavors.items()}
     given = {"vocab_size", "max_seq_len"}  # model.vocab_size, and what training.seq_len raises
@@ -119,5 +119,10 @@ def model_section(weights: Weights, folder: Path) -> str:
     section = {"name": weights.spec.name, "flavor": flavor, "vocab_size": weights.shape.vocab_size}
     if overrides:
         section["overrides"] = overrides
+    note = ""
+    if any(name in weights.files for name in TOKENIZERS):
+        section["tokenizer_path"] = str(folder.absolute())
+    else:
+        note = "# No tokenizer came with the weights: to train on text, set model.tokenizer_path to theirs.\n"
     start = {"enable": True, "initial_load_path": str(folder.absolute())}
-    return tomli_w.dumps({"model": section, "checkpoint": start})
+    return note + tomli_w.dumps({"model": section, "checkpoint": start})

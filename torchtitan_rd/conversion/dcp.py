@@ -61,7 +61,7 @@ def open_dcp(folder: Path, *, model: str | None = None, flavor: str | None = Non
         step=step,
         token_ids=travelling.token_ids,
         files=travelling.files,
-        job_config=_job_config(folder),
+        job_config=job_config(folder),
     )
 
 
@@ -133,7 +133,8 @@ def _stored_shape(
     return spec, shape, stored_flavor
 
 
-def _job_config(folder: Path) -> Mapping[str, Any] | None:
+def job_config(folder: Path) -> Mapping[str, Any] | None:
+    """{section: {key: value}} of the run that saved a checkpoint, if it was one of ours. Raises CheckpointError."""
     path = folder / CONFIG
     if not path.exists():
         return None

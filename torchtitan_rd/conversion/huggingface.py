@@ -43,7 +43,10 @@ def open_hf(folder: Path, *, model: str | None = None) -> Weights:
     """
     fields = _read_json(folder / CONFIG_JSON)
     spec = _family(fields, model, folder)
-    shape = spec.hf.shape(fields)
+    try:
+        shape = spec.hf.shape(fields)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG_JSON}: {str(error).removeprefix(f'{CONFIG_JSON}: ')}") from None
     stored = _stored_tensors(folder)
     wanted, tied = model_tensors(spec, shape)
     names = spec.hf.key_map(shape)  # ours -> theirs

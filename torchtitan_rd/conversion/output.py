@@ -1,5 +1,6 @@
-"""Where a conversion is written: all of it, under its name, or nothing."""
+"""Where a conversion is written: all of it, under its name, or nothing; under another name if its proof fails."""
 
+import itertools
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -11,6 +12,10 @@ from torchtitan_rd.errors import CheckpointError
 
 # One of these is in every folder that a conversion has written.
 _MARKS = (".metadata", "config.json", "checkpoint.pth")
+
+
+class Refused(CheckpointError):
+    """The output is complete, but was not proven to be right."""
 
 
 def check_output(output: Path, source: Path, needed: int, *, force: bool) -> None:
@@ -40,7 +45,8 @@ def check_output(output: Path, source: Path, needed: int, *, force: bool) -> Non
 def staged(output: Path) -> Iterator[Path]:
     """An empty folder beside `output` that takes its place when the block ends well, and is removed otherwise.
 
-    What `check_output` allowed to be replaced stays until then.
+    What `check_output` allowed to be replaced stays until then. If the block raises Refused, which ends it as another
+    CheckpointError, the folder is kept as NAME.unverified, or NAME.unverified-2, ... where that is taken.
     """
     output = output.absolute()
     new_parents = [folder for folder in output.parents if not folder.is_dir()]
@@ -53,6 +59,10 @@ def staged(output: Path) -> Iterator[Path]:
             fsync(path)
         fsync(staging)
         _replace(output, staging)
+    except Refused as error:
+        kept = _unverified(output)
+        staging.rename(kept)
+        raise CheckpointError(f"{error}. {output} was not written; what was converted is kept as {kept}") from error
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         with suppress(OSError):  # one that somebody else has put something into
@@ -61,6 +71,15 @@ def staged(output: Path) -> Iterator[Path]:
         if isinstance(error, OSError):
             raise CheckpointError(f"{output} was not written: {error}") from error
         raise
+
+
+def _unverified(output: Path) -> Path:
+    """A name that is free."""
+    numbers = itertools.count(2)
+    kept = output.with_name(f"{output.name}.unverified")
+    while kept.exists():
+        kept = output.with_name(f"{output.name}.unverified-{next(numbers)}")
+    return kept
 
 
 def _replace(output: Path, staging: Path) -> None:

@@ -12,21 +12,22 @@ from pathlib import Path
 import torch
 
 from torchtitan_rd.conversion import verification
-from torchtitan_rd.conversion.dcp import open_dcp, write_dcp
+from torchtitan_rd.conversion.dcp import job_config, open_dcp, write_dcp
 from torchtitan_rd.conversion.huggingface import CONFIG_JSON, open_hf, require_complete, write_hf
 from torchtitan_rd.conversion.huginn import open_huginn
 from torchtitan_rd.conversion.meta import open_meta
-from torchtitan_rd.conversion.output import check_output, staged
-from torchtitan_rd.conversion.pth import open_pth, write_pth
-from torchtitan_rd.conversion.tokenizer_files import tokenizer_files
+from torchtitan_rd.conversion.output import Refused, check_output, staged
+from torchtitan_rd.conversion.pth import GGUF_REMEDY, open_pth, write_pth
+from torchtitan_rd.conversion.tokenizer_files import TOKENIZER_JSON, TOKENIZER_MODEL, same_ids, tokenizer_files
 from torchtitan_rd.conversion.weights import GENERATION_CONFIG, Weights, only, total_bytes
 from torchtitan_rd.data import DATASETS
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE
-from torchtitan_rd.errors import CheckpointError, ConfigError
+from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.log import logger
 from torchtitan_rd.models import get_spec
 
 PTH = "checkpoint.pth"
+TOKENIZERS = (TOKENIZER_JSON, TOKENIZER_MODEL)
 
 
 def open_released(path: Path, *, model: str | None = None, flavor: str | None = None) -> Weights:
@@ -35,10 +36,13 @@ def open_released(path: Path, *, model: str | None = None, flavor: str | None = 
     model: the family that they must be of. flavor: the shape, where a training file does not tell it. Reads names and
     shapes only. Raises ConfigError, CheckpointError.
     """
+    ggufs = sorted(path.glob("*.gguf"))
     if path.is_file():
         weights = open_huginn(path, flavor)
     elif not path.is_dir():
         raise CheckpointError(f"{path} does not exist")
+    elif ggufs and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
+        raise CheckpointError(f"{path} holds only GGUF files ({ggufs[0].name}), which are not read here; {GGUF_REMEDY}")
     elif (path / CONFIG_JSON).exists():
         weights = open_hf(path, model=model)
     else:
@@ -59,7 +63,7 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
     kind = DATASETS[training["dataset"]].kind if training.get("dataset") in DATASETS else None
     if tokenizer_path == "none":
         return replace(weights, files={name: kept[name] for name in kept if name == GENERATION_CONFIG})
-    if tokenizer_path is None and "tokenizer.json" not in kept and "tokenizer.model" not in kept:
+    if tokenizer_path is None and not any(name in kept for name in TOKENIZERS):
         if kind == "spikes":
             ids = config.get("model", {}).get("vocab_size", SPIKE_VOCAB_SIZE)  # the model may have padded rows beyond
             return replace(weights, token_ids={"bos_token_id": ids - 1, "eos_token_id": None})
@@ -80,6 +84,31 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
     return replace(weights, files={**kept, **found.files}, token_ids={**weights.token_ids, **found.token_ids})
 
 
+def warn_of_another_tokenizer(folder: Path, tokenizer_path: str) -> None:
+    """For a run on text with `model.tokenizer_path` that starts from the weights in `folder`: logs a warning unless
+    these were made with a tokenizer that gives the same ids, or do not tell. Compared by content."""
+    config = job_config(folder) or {}
+    places = [place for place in (folder, folder / "original") if any((place / name).is_file() for name in TOKENIZERS)]
+    training = config.get("training", {})
+    if places:
+        theirs = str(places[0])
+    elif training.get("dataset") in DATASETS and DATASETS[training["dataset"]].kind == "text":
+        theirs = config.get("model", {}).get("tokenizer_path", "bytes")
+    else:
+        return
+    try:
+        if same_ids(theirs, tokenizer_path):
+            return
+        found = "which gives other ids than"
+    except TorchtitanRDError as error:
+        found = f"which cannot be compared ({error}) with"
+    logger.warning(
+        "the weights in %s were made with the tokenizer %s, %s model.tokenizer_path = %r of this run: set "
+        "model.tokenizer_path = %r, unless the embedding is to be learned anew",
+        *(folder, theirs, found, tokenizer_path, theirs),
+    )
+
+
 def to_dcp(
     weights: Weights, output: Path, *, force: bool = False, verify: bool | None = None, progress: bool = False
 ) -> str:
@@ -89,7 +118,8 @@ def to_dcp(
     force: replaces a folder that holds a converted model.
     verify: compare the logits of the result with those of transformers; None: if that is possible here.
     progress: show a bar on stderr.
-    Returns a sentence on the proof. Raises ConfigError, CheckpointError; then nothing is left of the output.
+    Returns a sentence on the proof. Raises ConfigError, CheckpointError; then nothing is left of the output, but if the
+    proof failed: then it is kept beside its place, as the message says.
     """
     obstacle = _check(weights, output, force, verify)
     with staged(output) as folder:
@@ -97,17 +127,17 @@ def to_dcp(
             write_dcp(counted, folder, output.name)
 
         def prove() -> verification.Comparison:
-            written, steps = open_dcp(folder), verification.verification_steps(weights)
+            written = open_dcp(folder)
             # What was left out (an embedding) is taken from the source, so that the rest can be compared.
             whole = replace(
                 weights, read=lambda name: (written if name in written.tensors else weights).read(name), hf_folder=None
             )
-            ours = verification.native_logits(whole, steps)
+            ours = verification.native(whole)
             if weights.hf_folder is not None:
-                theirs = verification.transformers_logits(weights.hf_folder, weights, steps)
+                theirs = verification.transformers_logits(weights.hf_folder, weights, ours.steps)
             else:
-                theirs = verification.transformers_logits_from(weights, steps)
-            return verification.compare(ours, theirs, steps)
+                theirs = verification.transformers_logits_from(weights, ours.steps)
+            return verification.compare(ours, theirs)
 
         return _proof(prove, verify, obstacle)
 
@@ -124,9 +154,8 @@ def to_hf(
             write_hf(counted, folder)
 
         def prove() -> verification.Comparison:
-            steps = verification.verification_steps(weights)
-            theirs = verification.transformers_logits(folder, weights, steps)
-            return verification.compare(verification.native_logits(weights, steps), theirs, steps)
+            ours = verification.native(weights)
+            return verification.compare(ours, verification.transformers_logits(folder, weights, ours.steps))
 
         return _proof(prove, verify, obstacle)
 
@@ -144,7 +173,7 @@ def to_pth(
         written = open_pth(folder / PTH)
         different = [name for name in weights.tensors if not torch.equal(written[name], weights.read(name))]
         if different or written.keys() != weights.tensors.keys():
-            raise CheckpointError(f"verification failed, nothing was written: {different} differ")
+            raise Refused(f"verification failed: {different} differ")
         return f"verified: all {len(written)} tensors are equal"
 
 
@@ -161,9 +190,12 @@ def _check(weights: Weights, output: Path, force: bool, verify: bool | None) -> 
 def _proof(prove: Callable[[], verification.Comparison], verify: bool | None, obstacle: str | None) -> str:
     if obstacle is not None:
         return f"not verified: {obstacle}"
-    comparison = prove()
+    try:
+        comparison = prove()
+    except CheckpointError as error:
+        raise Refused(f"verification failed: {error}") from error
     if not comparison.passed:
-        raise CheckpointError(f"verification failed, nothing was written: {comparison}")
+        raise Refused(f"verification failed: {comparison}")
     return f"verified: {comparison}"
 
 

@@ -20,6 +20,7 @@ import torch
 
 from torchtitan_rd.checkpoint import TensorInfo
 from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.log import logger
 
 STORAGES = {
     "FloatStorage": torch.float32,
@@ -33,6 +34,10 @@ STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+GGUF_REMEDY = (
+    "download the Hugging Face folder that it was made from, or let transformers write one: AutoModelForCausalLM"
+    ".from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(OUTPUT), which cannot undo its quantization"
+)
 _ALIGNMENT = 64  # of each storage in the file, as torch.save has it
 _LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: the lengths of its name and of its extra field come last
 _ZIP64_BYTES = 20  # the extra field in which zipfile keeps sizes beyond 4 GiB
@@ -67,7 +72,8 @@ def open_pth(path: Path) -> Any:
     """The object in a file of torch.save; its tensors are views of the mapped file (private: changes stay in memory).
 
     Dictionaries of every kind become dict, sizes tuples; other foreign objects become `Inert`. Raises CheckpointError
-    for a file that is missing, damaged or of another format. Not checked: the checksums, since that reads all data.
+    for a file that is missing, damaged or of another format. The checksums of all its parts are checked, which reads
+    the whole file once, a piece at a time.
     """
     try:
         with path.open("rb") as file:
@@ -75,6 +81,7 @@ def open_pth(path: Path) -> Any:
             if not zipfile.is_zipfile(file):
                 raise CheckpointError(f"{path} {_what_else(head)}")
             with zipfile.ZipFile(file) as archive:
+                _check_checksums(archive, path)
                 records = _Records(file, archive)
         return _Unpickler(records).load()
     except OSError as error:
@@ -87,10 +94,30 @@ def open_pth(path: Path) -> Any:
         ) from None
 
 
+def _check_checksums(archive: zipfile.ZipFile, path: Path) -> None:
+    unknown = 0
+    for member in archive.infolist():
+        if member.CRC == 0:  # torch.serialization.set_crc32_options(False) writes so
+            unknown += member.file_size
+        elif member.compress_type == zipfile.ZIP_STORED:
+            try:
+                with archive.open(member) as part:
+                    while part.read(1 << 20):
+                        pass
+            except zipfile.BadZipFile:
+                raise CheckpointError(
+                    f"{path}: the bytes of {member.filename} do not match their checksum: download it again"
+                ) from None
+    if unknown:
+        logger.warning("%s: %d bytes in it have no checksum: damage to them would not be seen", path, unknown)
+
+
 def _what_else(head: bytes) -> str:
     """What a file is that is no zip archive, and what to do."""
     if head.startswith(b"version https://git-lfs"):
         return "is only a pointer of git LFS: download the file itself (git lfs pull)"
+    if head.startswith(b"GGUF"):
+        return f"is a GGUF file, which is not read here; {GGUF_REMEDY}"
     if head.lstrip()[:1] == b"<":
         return "is a web page, not a file of torch.save: download it again, with access rights if it asks for them"
     if head.startswith(b"PK"):

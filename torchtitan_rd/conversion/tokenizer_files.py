@@ -22,6 +22,13 @@ _TOKENS = ("bos_token", "eos_token", "pad_token")
 _PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 
 
+# Words, figures, blanks, line ends, composed and foreign characters: tokenizers differ in how they cut these.
+_PROBE = (
+    "The tokenizer's ids, as they'd be: 12345 and 3.14e-10;\tif (x == y) { return f(x); }\r\n\n    indented  twice\n"
+    "\u00fcn\u00efc\u00f6d\u00e9 e\u0301 \u4f60\u597d\u4e16\u754c \u3053\u3093 \u041f\u0440\u0438 \U0001f600 "
+)
+
+
 @dataclass(frozen=True)
 class TokenizerFiles:
     """files: name -> content. token_ids: bos_token_id, eos_token_id, pad_token_id, those that are known."""
@@ -70,6 +77,20 @@ def files_in(folder: Path) -> TokenizerFiles:
         fields = _table(file.read_bytes(), file) if file.is_file() else {}
         ids |= {f"{name}_id": fields[f"{name}_id"] for name in _TOKENS if fields.get(f"{name}_id") is not None}
     return TokenizerFiles(files, ids)
+
+
+def same_ids(path: str, other: str) -> bool:
+    """Whether two values of `model.tokenizer_path` mean one tokenizer, wherever its files lie and whatever their form.
+
+    Compared are the number of ids, the text of each, bos, eos, and the ids of a text of many scripts. Raises
+    ConfigError, DataError as `load_tokenizer` does.
+    """
+    a, b = ours.load_tokenizer(path), ours.load_tokenizer(other)
+    if any(getattr(a, name) != getattr(b, name) for name in ("vocab_size", "bos_id", "eos_id")):
+        return False
+    if a.encode(_PROBE).tolist() != b.encode(_PROBE).tolist():
+        return False
+    return all(a.decode([id_]) == b.decode([id_]) for id_ in range(a.vocab_size))
 
 
 def _bytes() -> TokenizerFiles:

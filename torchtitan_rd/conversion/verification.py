@@ -19,6 +19,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan_rd.conversion.weights import Weights, model_tensors
@@ -28,52 +29,80 @@ from torchtitan_rd.models.spec import Microbatch
 
 LENGTH = 128  # tokens
 MAX_STEPS = 4  # iterations of a recurrent model: an error shows in a few, and each costs time
+MAX_KL = 1e-6  # nats: wrong conversions have 1e-4 and far more, right ones of trained models 1e-9 and less
+MAX_NOISES = 5.0  # times the rounding noise: right implementations differ by about 1, wrong ones by 13 and far more
+# Where each sum over features is cut in two for a measurement of the noise, as a share of its length.
+_CUTS = (1 / 2, 1 / 3, 3 / 4)
+
+
+@dataclass(frozen=True)
+class Native:
+    """What our model computes for the fixed tokens. logits: (1, S, V). noise, noise_kl: how far rounding alone moves
+    them (see `native`). steps: iterations of a recurrent model."""
+
+    logits: torch.Tensor
+    noise: float
+    noise_kl: float
+    steps: int | None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """max_difference: of any logit. tolerance: the largest that passes. kl: KL(ours || theirs), nats, mean over tokens.
-    steps: iterations of a recurrent model. problem: why the logits cannot be compared, if so."""
+    """error: root mean square of the differences of all logits. noise: the same between right implementations, as
+    measured. kl: KL(ours || theirs), nats, mean over tokens. max_difference: of any logit, for people. steps:
+    iterations of a recurrent model. problem: why the logits cannot be compared, if so."""
 
-    max_difference: float
+    error: float
+    noise: float
     kl: float
-    tolerance: float
+    max_difference: float
     tokens: int
     steps: int | None = None
     problem: str | None = None
 
     @property
     def passed(self) -> bool:
-        return self.problem is None and self.max_difference <= self.tolerance
+        return self.problem is None and self.kl <= MAX_KL and self.error <= MAX_NOISES * self.noise
 
     def __str__(self) -> str:
         if self.problem is not None:
             return f"{self.problem}: DIFFERENT"
         over = f"{self.tokens} tokens" + (f" and {self.steps} iterations" if self.steps is not None else "")
         return (
-            f"max |delta logit| {self.max_difference:.1e}, KL {self.kl:.1e} nats over {over} "
-            f"(tolerance {self.tolerance:.1e}): {'equal' if self.passed else 'DIFFERENT'}"
+            f"max |delta logit| {self.max_difference:.1e}, rms {self.error:.1e} (at most {MAX_NOISES:.0f} times the "
+            f"rounding noise of {self.noise:.1e}), KL {self.kl:.1e} nats (at most {MAX_KL:.0e}) over {over}: "
+            f"{'equal' if self.passed else 'DIFFERENT'}"
         )
 
 
-def compare(ours: torch.Tensor, theirs: torch.Tensor, steps: int | None = None) -> Comparison:
-    """Compares logits (B, S, V) of the same tokens. Tolerance: 1e-5 of our largest logit, and at least 1e-5."""
-    tokens = ours[..., 0].numel()
+def compare(ours: Native, theirs: torch.Tensor) -> Comparison:
+    """Compares with logits (1, S, V) of the same tokens that another implementation has computed."""
+    tokens = ours.logits[..., 0].numel()
 
     def incomparable(problem: str) -> Comparison:
-        return Comparison(math.nan, math.nan, math.nan, tokens, steps, problem)
+        return Comparison(math.nan, math.nan, math.nan, math.nan, tokens, ours.steps, problem)
 
-    if ours.shape != theirs.shape:
-        return incomparable(f"logits are {tuple(ours.shape)} here and {tuple(theirs.shape)} in transformers")
-    for where, logits in (("here", ours), ("in transformers", theirs)):
+    if ours.logits.shape != theirs.shape:
+        return incomparable(f"logits are {tuple(ours.logits.shape)} here and {tuple(theirs.shape)} in transformers")
+    for where, logits in (("here", ours.logits), ("in transformers", theirs)):
         if broken := int((~logits.isfinite()).sum()):
             return incomparable(f"{broken} logits {where} are nan or infinite")
-    kl = 0.0
-    for p, q in zip(ours.flatten(0, -2).split(16), theirs.flatten(0, -2).split(16), strict=True):  # to save memory
-        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
-        kl += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
-    difference = float((ours - theirs).abs().max())
-    return Comparison(difference, kl / tokens, 1e-5 * max(1.0, float(ours.abs().max())), tokens, steps)
+    difference = float((ours.logits - theirs).abs().max())
+    kl = divergence(ours.logits, theirs)
+    return Comparison(_distance(ours.logits, theirs), ours.noise, kl, difference, tokens, ours.steps)
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
+    """KL(p || q) of logits (B, S, V): nats, mean over tokens."""
+    total = 0.0
+    for some_p, some_q in zip(p.flatten(0, -2).split(16), q.flatten(0, -2).split(16), strict=True):  # to save memory
+        log_p, log_q = some_p.double().log_softmax(-1), some_q.double().log_softmax(-1)
+        total += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
+    return total / p[..., 0].numel()
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).double().square().mean().sqrt())
 
 
 def fixed_tokens(vocab_size: int, length: int = LENGTH) -> torch.Tensor:
@@ -88,11 +117,39 @@ def verification_steps(weights: Weights) -> int | None:
 
 
 @torch.no_grad()
-def native_logits(weights: Weights, num_steps: int | None = None) -> torch.Tensor:
-    """-> (1, S, V): what our model with these weights computes for the fixed tokens.
+def native(weights: Weights, num_steps: int | None = None) -> Native:
+    """What our model computes, and how far rounding moves it: the model is run again with the terms of every sum over
+    features (matrix products, attention scores, means of norms) added in another order.
 
-    num_steps: iterations of a recurrent model. Raises CheckpointError for a tensor of another shape than the model's.
+        noise = max over orders o of rms(logits - logits_o), and at least 2^-23 rms(logits)
+
+    num_steps: iterations of a recurrent model. By default `verification_steps`, halved while rounding alone moves the
+    logits by more than MAX_KL / 100: a chaotic recurrence multiplies it with each iteration, until nothing can be told.
+    Raises CheckpointError for a tensor of another shape than the model's.
     """
+    model = _native_model(weights)
+    steps = verification_steps(weights) if num_steps is None else num_steps
+    while True:
+        inputs = _forward_inputs(weights, steps)
+        logits, noise, noise_kl = model(_tokens(weights), **inputs), 0.0, 0.0
+        for cut in _CUTS:
+            with _OtherOrder(cut):
+                moved = model(_tokens(weights), **inputs)
+            noise, noise_kl = max(noise, _distance(logits, moved)), max(noise_kl, divergence(logits, moved))
+        if num_steps is not None or steps in (None, 1) or noise_kl <= MAX_KL / 100:
+            rounding = torch.finfo(torch.float32).eps * float(logits.double().square().mean().sqrt())
+            return Native(logits, max(noise, rounding), noise_kl, steps)
+        steps //= 2
+
+
+@torch.no_grad()
+def native_logits(weights: Weights, num_steps: int | None = None) -> torch.Tensor:
+    """-> (1, S, V): what our model with these weights computes for the fixed tokens. See `native`."""
+    return _native_model(weights)(_tokens(weights), **_forward_inputs(weights, num_steps))
+
+
+@torch.no_grad()
+def _native_model(weights: Weights) -> nn.Module:
     _, tied = model_tensors(weights.spec, weights.shape)
     with torch.device("meta"):
         model = weights.spec.build(weights.shape)
@@ -105,7 +162,31 @@ def native_logits(weights: Weights, num_steps: int | None = None) -> torch.Tenso
             setattr(model.get_submodule(owner), leaf, parameters[tied[name]])
         else:
             _fill(parameter, weights.read(name), f"{weights.origin}: {name}")
-    return model(_tokens(weights), **_forward_inputs(weights, num_steps))
+    return model
+
+
+class _OtherOrder(TorchFunctionMode):
+    """Computes the same with the terms of each sum over features added in another order.
+
+    Matrix products are cut in two at the share `cut` of the features, which needs no copy of a weight.
+    """
+
+    def __init__(self, cut: float):
+        super().__init__()
+        self.cut = cut
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear and args[1].shape[1] > 1:
+            x, weight, bias = (*args, None)[:3]
+            at = max(1, int(self.cut * weight.shape[1]))
+            return func(x[..., at:], weight[:, at:], bias) + func(x[..., :at], weight[:, :at])
+        if func is F.scaled_dot_product_attention:
+            query, key, *rest = args
+            return func(query.flip(-1), key.flip(-1), *rest, **kwargs)
+        if func is torch.Tensor.mean and args[1:2] == (-1,):
+            return func(args[0].roll(int(self.cut * args[0].shape[-1]), -1), *args[1:], **kwargs)
+        return func(*args, **kwargs)
 
 
 def transformers_logits(folder: Path, weights: Weights, num_steps: int | None = None) -> torch.Tensor:
@@ -165,9 +246,10 @@ def parameter_count(weights: Weights) -> int:
 
 
 def _bytes_needed(weights: Weights) -> int:
-    """One float32 model with what loading and a forward take beside it, and three tensors of logits."""
+    """One float32 model with what loading and a forward take beside it, two tensors of logits, and their difference in
+    float32 and twice in float64."""
     logits = _tokens(weights).numel() * weights.shape.vocab_size
-    return int(4 * 1.3 * parameter_count(weights)) + 3 * 4 * logits
+    return int(4 * 1.3 * parameter_count(weights)) + (3 * 4 + 2 * 8) * logits
 
 
 def _bytes_available() -> int:

@@ -128,7 +128,8 @@ class Rotary(nn.Module):
         """
         positions = torch.arange(seq_len, dtype=torch.float32, device=self.inv_freq.device)
         angles = torch.outer(positions, self.inv_freq).unsqueeze(1)
-        return torch.polar(torch.ones_like(angles), angles)
+        # Not torch.polar, whose sines and cosines are rounded unlike those of every other implementation.
+        return torch.complex(angles.cos(), angles.sin())
 
 
 def apply_rotary(pairs: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

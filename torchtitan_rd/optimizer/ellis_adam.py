@@ -187,7 +187,7 @@ class ELLISAdam(Optimizer):
             torch._foreach_copy_(exp_avgs, grads)
             torch._foreach_copy_(exp_avg_sqs, torch._foreach_mul(grads, grads))
         torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-        torch._foreach_mul_(exp_avg_sqs, beta2)
+        _scale(exp_avg_sqs, beta2)
         torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
         if self.keys.update_clipping:
             torch._foreach_clamp_min_(exp_avg_sqs, self.eps**2)
@@ -224,14 +224,14 @@ class ELLISAdam(Optimizer):
         decay = batch.weight_decay * (batch.lr / self.initial_lr if self.keys.decouple_wd else batch.lr)
         params = self._writable(batch.params)
         if not self.keys.kahan_sum_compensation:
-            torch._foreach_mul_(params, 1 - decay)
-            torch._foreach_add_(params, directions, alpha=-rate)
+            _scale(params, 1 - decay)
+            _add(params, directions, -rate)
             self._replace(batch.params, params)
             return
         kept = [local(self.state[owner]["kahan_compensation"]) for owner in batch.owners]
         compensations = self._writable(kept)
-        torch._foreach_add_(compensations, params, alpha=-decay)
-        torch._foreach_add_(compensations, directions, alpha=-rate)
+        _add(compensations, params, -decay)
+        _add(compensations, directions, -rate)
         before = [param.clone() for param in params]
         torch._foreach_add_(params, compensations)
         torch._foreach_sub_(before, params)
@@ -247,6 +247,29 @@ class ELLISAdam(Optimizer):
         if self.found_inf is not None:
             for before, after in zip(old, new, strict=True):
                 replace_unless(self.found_inf, before, after)
+
+
+def _rounds_factors(tensors: Sequence[Tensor]) -> bool:
+    """Whether torch would round a factor to the tensors' type first, as it does on CPU: 0.999 to 1 in bfloat16."""
+    return tensors[0].is_cpu and tensors[0].dtype.itemsize < 4
+
+
+def _scale(tensors: Sequence[Tensor], factor: float) -> None:
+    """tensors *= factor."""
+    if not _rounds_factors(tensors):
+        torch._foreach_mul_(tensors, factor)
+        return
+    for tensor in tensors:
+        tensor.mul_(factor)
+
+
+def _add(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: float) -> None:
+    """tensors += factor * others."""
+    if not _rounds_factors(tensors):
+        torch._foreach_add_(tensors, others, alpha=factor)
+        return
+    for tensor, other in zip(tensors, others, strict=True):
+        tensor.copy_(tensor.float().add_(other, alpha=factor))
 
 
 def _mean_square_ratios(batch: _Batch) -> Sequence[Tensor]:

@@ -1,6 +1,7 @@
 """models/raven/hf.py: names, config.json and rotary table of the Hugging Face layout."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -153,6 +154,39 @@ def test_what_our_model_does_not_compute_is_refused_by_name(change):
         shape({**RELEASED, **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_embd": "5280"}, "n_embd = '5280' must be a whole number"),
+        ({"mean_recurrence": 32.0}, "mean_recurrence = 32.0 must be a whole number"),
+        ({"num_attention_heads": [55]}, r"n_heads = \[55\] must be a whole number"),
+        ({"qk_bias": "no"}, "qk_bias = 'no' must be true or false"),
+        ({"norm_eps": "1e-6"}, "norm_eps = '1e-6' must be a finite number"),
+        ({"rope_settings": 3}, "rope_settings = 3 must be a table"),
+        ({"rope_settings": {"rope_base": "x"}}, "rope_settings.rope_base = 'x' must be a finite number"),
+        ({"sampling_scheme": 3}, "sampling_scheme = 3 must be a text"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = "),
+        ({"sliding_window": 128}, "sliding_window = 128 is not supported"),
+    ],
+    ids=str,
+)
+def test_a_value_of_a_wrong_type_or_an_unknown_effect_is_one_line_that_names_the_field(change, message):
+    with pytest.raises(ConfigError, match=f"^config.json: {message}"):
+        shape({**RELEASED, **change})
+
+
+@pytest.mark.parametrize("scheme", ["poisson-lognormal", "bptt", "non-uniform", "gupta", "negative-binomial", "sobol"])
+def test_every_scheme_of_the_reference_survives_a_conversion(scheme):
+    for name in (scheme, f"{scheme}-curriculum-100"):
+        assert config_fields(shape({**RELEASED, "sampling_scheme": name}))["sampling_scheme"] == name
+
+
+def test_a_released_config_has_no_unknown_field(caplog):
+    shape(RELEASED)
+    shape({**RELEASED, "num_key_value_heads": None, "rope_settings": None})
+    assert not caplog.text
+
+
 def test_stretched_rotary_is_refused():
     with pytest.raises(ConfigError, match="rope_condense_ratio = 2 is not supported, only 1"):
         shape({**RELEASED, "rope_settings": {"rope_condense_ratio": 2}})
@@ -193,7 +227,18 @@ def test_the_rotary_table_holds_cosines_and_sines_of_every_position():
     assert set(buffers(config)) == {HF.derived}
 
 
+def test_our_model_turns_by_the_very_bits_of_the_exported_table():
+    config = tiny_config(max_seq_len=512, dim=192, n_heads=2)
+    (table,) = buffers(config).values()
+    ours = torch.view_as_real(Raven(config).rotary(512))
+    assert torch.equal(ours, table[0])
+
+
 def test_the_remote_code_is_there_and_named_as_auto_map_says():
     modules = {value.split(".")[0] for value in config_fields(tiny_config())["auto_map"].values()}
-    assert {path.stem for path in HF.code} == modules | {"masks_raven"} and all(path.is_file() for path in HF.code)
+    names = {path.stem for path in HF.code}
+    imported = {
+        name for path in HF.code for name in re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE)
+    }
+    assert names == modules | imported and all(path.is_file() for path in HF.code)
     assert set(HF.code) == set(HF.code[0].parent.glob("*.py"))

@@ -93,6 +93,21 @@ def test_logits_equal_those_of_our_model(variant, tmp_path):
             assert (found - expected).abs().max() <= 1e-5
 
 
+@torch.no_grad()
+def test_a_chaotic_model_gives_the_same_bits_after_32_iterations(tmp_path):
+    """Here the last bit of one rotary angle moves the logits by 1e-3 and more."""
+    ours = tiny_raven(dim=64, n_heads=2)
+    for name, parameter in ours.named_parameters():
+        if "Wqkv" in name or "fc" in name:
+            parameter *= 8
+    theirs = load(export(ours, tmp_path / "export"))
+    tokens, state = some_tokens(length=64), some_state(length=64, dim=64)
+    expected = ours(tokens, num_steps=(32, 0), initial_state=state)
+    moved = ours(tokens, num_steps=(32, 0), initial_state=state * (1 + 1e-7))
+    assert (moved - expected).abs().max() > 1e-3
+    assert torch.equal(theirs(tokens, num_steps=32, input_states=state).logits, expected)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_of_a_pair_equal_those_of_our_model(checkpointing, tmp_path):
     ours, theirs = pair(tmp_path)
@@ -127,14 +142,131 @@ def test_checkpointing_changes_no_gradient_and_keeps_fewer_tensors(injection, tm
         gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
     assert saved[1] < saved[0] / 4
     assert len(gradients[0]) > 20 and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    with pytest.raises(ValueError, match="gradient checkpointing"):
-        model(some_tokens(), use_cache=True)
+    assert model(some_tokens(), use_cache=True, num_steps=2).past_key_values is None
+    with torch.no_grad():
+        cache = model(some_tokens(), use_cache=True, num_steps=2).past_key_values
+    with pytest.raises(ValueError, match="gradient checkpointing runs blocks twice"):
+        model(some_tokens(length=1), past_key_values=cache, num_steps=2)
 
 
-def test_num_items_in_batch_divides_the_sum_of_the_losses(model):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_generates_as_a_trainer_leaves_it(checkpointing, tmp_path):
+    """In training mode, perhaps with checkpointing; no depth was given."""
+    _, model = pair(tmp_path)
+    common = {"max_new_tokens": 6, "do_sample": False, **SEEDED}
+    expected = model.generate(some_tokens(), **common)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    for use_cache in (True, False):
+        assert torch.equal(model.generate(some_tokens(), use_cache=use_cache, **common), expected)
+    assert model.training
+
+
+def test_labels_are_shifted_here_and_shift_labels_are_not(model):
+    tokens, common = some_tokens(), {"num_steps": 2, **SEEDED}
+    logits = model(tokens, **common).logits
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+    assert model(tokens, labels=tokens, **common).loss.item() == pytest.approx(expected, abs=1e-6)
+    following = F.pad(tokens[:, 1:], (0, 1), value=-100)
+    assert model(tokens, shift_labels=following, **common).loss.item() == pytest.approx(expected, abs=1e-6)
+    assert model(tokens, labels=following, **common).loss.item() != pytest.approx(expected, abs=1e-2)
+
+
+def test_arguments_of_the_loss_reach_it(model):
     common = {"labels": some_tokens(), "num_steps": 2, **SEEDED}
     mean, half = (model(some_tokens(), **common, num_items_in_batch=items).loss.item() for items in (None, 44))
     assert half == pytest.approx(mean / 2)
+    ignored = int(some_tokens()[0, 5])
+    labels = some_tokens().where(some_tokens() != ignored, -100)
+    other = model(some_tokens(), **common, ignore_index=ignored).loss.item()
+    assert other == pytest.approx(model(some_tokens(), **{**common, "labels": labels}).loss.item()) != mean
+
+
+@torch.no_grad()
+def test_the_argument_names_of_the_released_class_have_their_meaning(model):
+    common = {"num_steps": 2, **SEEDED}
+    plain = model(some_tokens(), output_hidden_states=True, **common)
+    embeds = model.transformer.wte(some_tokens(seed=7))
+    other = model(some_tokens(seed=7), **common)
+    assert torch.equal(model(some_tokens(), input_embeds=embeds, **common).logits, other.logits)
+    details = {"return_logits": False, "return_latents": False, "return_head": True, "return_stats": False}
+    asked = model(some_tokens(), output_details=details, labels=some_tokens(), **common)
+    assert asked.logits is None and asked.latent_states is None and asked.loss is not None
+    assert torch.equal(asked.hidden_states, plain.hidden_states[-1])
+    with pytest.raises(ValueError, match="output_details: 'return_stats' is not supported"):
+        model(some_tokens(), output_details={"return_stats": True})
+
+
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "init_values", "inputs_embed", "temperature"])
+def test_an_unknown_argument_is_refused_by_name(name, model):
+    with pytest.raises(TypeError, match=f"takes no argument {name}"):
+        model(some_tokens(), **{name: 1})
+    model(some_tokens(), num_steps=1, token_type_ids=torch.zeros(2, 12), cache_position=None)  # of tokenizers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["huginn", "grouped keys"])
+def test_eager_attention_is_what_it_says_and_gives_the_same_logits(variant, tmp_path, monkeypatch):
+    ours = tiny_raven(**VARIANTS[variant])
+    folder = export(ours, tmp_path / "export")
+    fused, eager = load(folder), load(folder, attn_implementation="eager")
+    tokens, mask, _ = ragged("left")
+    common = {"num_steps": 3, **SEEDED}
+    expected = [fused(tokens, attention_mask=given, **common).logits for given in (None, mask)]
+    generated = fused.generate(tokens, attention_mask=mask, max_new_tokens=5, do_sample=False, **common)
+
+    def never(*args, **kwargs):
+        raise AssertionError("the fused kernel was called")
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", never)
+    for given, logits in zip((None, mask), expected, strict=True):
+        torch.testing.assert_close(eager(tokens, attention_mask=given, **common).logits, logits, atol=2e-5, rtol=0)
+    found = eager.generate(tokens, attention_mask=mask, max_new_tokens=5, do_sample=False, **common)
+    assert torch.equal(found, generated)
+    with pytest.raises(AssertionError, match="the fused kernel was called"):
+        fused(tokens, **common)
+
+
+def test_what_attention_cannot_do_is_refused(model, tmp_path):
+    with pytest.raises(ValueError, match="output_attentions is not supported"):
+        model(some_tokens(), output_attentions=True)
+    folder = export(tiny_raven(), tmp_path / "export")
+    for name in ("flash_attention_2", "flex_attention"):
+        with pytest.raises((ValueError, ImportError), match=r"(?i)flash|flex"):
+            load(folder, attn_implementation=name)
+
+
+@torch.no_grad()
+def test_a_forward_with_a_mask_compiles_into_one_graph(model):
+    tokens, mask, _ = ragged("left")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for given in (mask, torch.ones_like(mask)):
+        arguments = {"attention_mask": given, "num_steps": 2, "input_states": some_state()}
+        expected = model(tokens, **arguments).logits
+        torch.testing.assert_close(compiled(tokens, **arguments).logits, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_new_token_asks_the_device_nothing(model, monkeypatch):
+    asked, all_ = [], torch.Tensor.all
+    cache = model(some_tokens(), use_cache=True, num_steps=2, **SEEDED).past_key_values
+    monkeypatch.setattr(torch.Tensor, "all", lambda tensor, *args: asked.append(tensor.shape) or all_(tensor, *args))
+    common = {"attention_mask": torch.ones(2, 13), "num_steps": 2, "input_states": some_state(length=13)}
+    model(some_tokens(length=1), past_key_values=cache, **common)
+    assert not asked
+
+
+def test_parts_may_be_left_on_disk(tmp_path):
+    pytest.importorskip("accelerate")
+    ours = tiny_raven()
+    folder = export(ours, tmp_path / "export")
+    places = {f"transformer.{name}": "cpu" for name in ("wte", "prelude", "coda", "ln_f", "adapter")}
+    places |= {"transformer.core_block": "disk", "lm_head": "cpu"}
+    model = load(folder, device_map=places, offload_folder=tmp_path / "offload")
+    found = model(some_tokens(), num_steps=3, input_states=some_state()).logits
+    expected = ours(some_tokens(), num_steps=(3, 0), initial_state=some_state())
+    assert (found - expected).abs().max() <= 1e-5
 
 
 CACHED = [(depth, state) for depth in (1, 4, 16) for state in STATES]

@@ -77,7 +77,7 @@ def test_the_first_state_is_float32_unless_it_shall_be_of_the_type_of_the_parame
     assert torch.equal(state(in_bfloat16), state())
     assert torch.equal(state(in_bfloat16, state_dtype="as_param"), state().bfloat16())
     for keys, dtype in (({}, torch.float32), ({"state_dtype": "as_param"}, torch.bfloat16)):
-        kwargs = inputs(**keys).at_depth(3, in_bfloat16).kwargs
+        kwargs = inputs(**keys).at_depths([3], in_bfloat16).kwargs
         assert kwargs["state_dtype"] == kwargs["initial_state"].dtype == dtype
 
 

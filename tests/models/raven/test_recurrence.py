@@ -29,12 +29,21 @@ N_OF_12_STEPS = {
     "poisson-unbounded": [15, 25, 20, 18, 16, 26, 19, 28, 23, 26, 18, 28],
     "poisson-fill": [15, 25, 20, 18, 16, 26, 19, 28, 23, 26, 18, 28],
     "poisson-bounded": [15, 25, 20, 18, 16, 26, 19, 28, 23, 26, 18, 28],
+    "poisson-lognormal": [20, 22, 24, 37, 29, 11, 26, 21, 13, 12, 38, 14],
+    "bptt": [26, 8, 40, 32, 17, 6, 35, 5, 22, 35, 11, 37],
+    "non-uniform": [13, 0, 29, 20, 9, 0, 29, 0, 20, 31, 0, 29],
+    "gupta": [26, 8, 40, 32, 17, 6, 35, 5, 22, 35, 11, 37],
+    "sobol": [19, 25, 21, 47, 36, 15, 21, 43, 23, 29, 46, 0],
     "fixed": [24] * 12,
     "full": [0] * 12,
     "non-recurrent": [0] * 12,
 }
 K_OF_12_STEPS = {
     **dict.fromkeys(("poisson-unbounded", "poisson-bounded", "simple", "geometric", "full"), UNIFORM_K),
+    **dict.fromkeys(("poisson-lognormal", "non-uniform", "negative-binomial"), UNIFORM_K),
+    "bptt": [13, 9, 3, 12, 8, 10, 11, 6, 2, 12, 13, 10],
+    "gupta": [1] * 12,  # the ancestor's third, fourth and seventh are 0
+    "sobol": [4, 3, 5, 10, 7, 3, 4, 14, 4, 8, 1, 9],
     **dict.fromkeys((FILLING, "poisson-lognormal-fill", "poisson-fill", "fixed"), [8] * 12),
     "non-recurrent": [1] * 12,
 }
@@ -56,6 +65,12 @@ def test_schemes_without_a_vector_have_their_mean_and_range(scheme, mean_n):
     assert {k for _, k in draws} == set(range(1, 17))
     if scheme == "simple":
         assert {n for n, _ in draws} == set(range(48))
+
+
+def test_a_negative_binomial_has_its_mean_and_twice_its_variance():
+    draws = [sampler("negative-binomial").draw(step)[0] for step in range(1, 5001)]
+    assert statistics.mean(draws) == pytest.approx(24.0, rel=0.02)
+    assert statistics.variance(draws) == pytest.approx(48.0, rel=0.06)
 
 
 def test_bounded_draws_stop_at_2t_minus_1():

@@ -4,13 +4,14 @@ Both sides hold the same numbers. Ours (as Meta's release) turns the rotary pair
 the pairs (i, D/2 + i), so the rows of wq and wk change places within each head.
 """
 
+import dataclasses
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.models.hf_fields import Fields
 from torchtitan_rd.models.layers import RopeScaling
 from torchtitan_rd.models.llama.config import LlamaConfig
 from torchtitan_rd.models.spec import HuggingFaceLayout
@@ -69,7 +70,7 @@ def hf_config(config: LlamaConfig) -> dict[str, Any]:
         raise ConfigError(
             f"norm_type = {config.norm_type!r} has no counterpart in Hugging Face's Llama, only 'rmsnorm'"
         )
-    scaling = {"rope_type": "llama3", **asdict(config.rope_scaling)} if config.rope_scaling else None
+    scaling = {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)} if config.rope_scaling else None
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -95,39 +96,72 @@ def hf_config(config: LlamaConfig) -> dict[str, Any]:
 def from_hf_config(fields: Mapping[str, Any]) -> LlamaConfig:
     """The shape that a config.json describes (of transformers 4, or 5 with its `rope_parameters`).
 
-    Raises ConfigError for what our Llama does not compute.
+    What may be left out has the default of transformers' LlamaConfig. Raises ConfigError for what our Llama does not
+    compute, and for values of a wrong type.
     """
-    for key, only in {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
-        if fields.get(key, only) != only:
-            raise ConfigError(f"config.json: {key} = {fields[key]!r} is not supported, only {only!r}")
-    try:
-        rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-        return LlamaConfig(
-            dim=fields["hidden_size"],
-            n_layers=fields["num_hidden_layers"],
-            n_heads=fields["num_attention_heads"],
-            n_kv_heads=fields.get("num_key_value_heads") or fields["num_attention_heads"],
-            vocab_size=fields["vocab_size"],
-            head_dim=fields.get("head_dim"),
-            ffn_dim=fields["intermediate_size"],
-            norm_eps=fields["rms_norm_eps"],
-            rope_theta=float(rope.get("rope_theta") or fields.get("rope_theta") or 10_000.0),
-            rope_scaling=_scaling(rope),
-            tie_word_embeddings=fields.get("tie_word_embeddings", False),
-            max_seq_len=fields["max_position_embeddings"],
+    read = Fields(fields)
+    read.only("model_type", "llama")
+    read.only("hidden_act", "silu", "swish")  # two names of one function
+    read.only("attention_bias", False)
+    read.only("mlp_bias", False)
+    if "AutoModelForCausalLM" in read.table("auto_map").given:
+        raise ConfigError(
+            "config.json: auto_map names a class of its own in place of Hugging Face's Llama: not supported"
         )
-    except KeyError as error:
-        raise ConfigError(f"config.json: {error.args[0]} is missing") from None
+    for kind in read.listed("layer_types"):
+        if kind != "full_attention":
+            raise ConfigError(f"config.json: layer_types has {kind!r}, which is not supported, only 'full_attention'")
+    heads = read.whole("num_attention_heads")
+    theta, scaling = _rotary(read)
+    config = LlamaConfig(
+        dim=read.whole("hidden_size"),
+        n_layers=read.whole("num_hidden_layers"),
+        n_heads=heads,
+        n_kv_heads=read.whole("num_key_value_heads", heads),
+        vocab_size=read.whole("vocab_size"),
+        head_dim=read.whole("head_dim", None),
+        ffn_dim=read.whole("intermediate_size"),
+        norm_eps=read.number("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        tie_word_embeddings=read.boolean("tie_word_embeddings", False),
+        max_seq_len=read.whole("max_position_embeddings", 2048),
+    )
+    windowless = read.boolean("use_sliding_window", None) is False
+    read.refuse_what_changes_the_computation(*(["sliding_window"] if windowless else []))
+    return config
 
 
-def _scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise ConfigError(f"config.json: rope_type = {kind!r} is not supported, only 'default' and 'llama3'")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return RopeScaling(**{name: rope[name] for name in names})
+def _rotary(read: Fields) -> tuple[float, RopeScaling | None]:
+    """-> (theta, scaling). Of `rope_parameters` and `rope_scaling` some versions of transformers take the one, others
+    the other, so they must agree if both are there; and so must all that state theta."""
+    tables = {key: read.table(key) for key in ("rope_parameters", "rope_scaling") if key in read.given}
+    thetas = {f"{key}.rope_theta": table.number("rope_theta", None) for key, table in tables.items()}
+    thetas["rope_theta"] = read.number("rope_theta", None)
+    scalings = {key: _scaling(table) for key, table in tables.items()}
+    for stated in ({key: theta for key, theta in thetas.items() if theta is not None}, scalings):
+        (first, value), *others = stated.items() or [(None, None)]
+        for key, other in others:
+            if other != value:
+                raise ConfigError(
+                    f"config.json: {first} and {key} say different things ({value} and {other}), and it depends on the "
+                    f"version of transformers which one counts: leave only the right one"
+                )
+    theta = next((theta for theta in thetas.values() if theta is not None), 10_000.0)
+    return theta, next(iter(scalings.values()), None)
+
+
+def _scaling(rope: Fields) -> RopeScaling | None:
+    kind = rope.only("rope_type" if "rope_type" in rope.given else "type", "default", "llama3")
+    names = [field.name for field in dataclasses.fields(RopeScaling)] if kind == "llama3" else []
+    values = {
+        name: rope.whole(name) if name == "original_max_position_embeddings" else rope.number(name) for name in names
+    }
+    for key in rope.given.keys() - {"type", "rope_type", "rope_theta", *names}:
+        rope.only(key, *([1] if key == "partial_rotary_factor" else [None]))
+    if rope.given.get("type", kind) != kind:
+        raise ConfigError(f"{rope.where}type = {rope.given['type']!r}, but rope_type = {kind!r}: leave only one")
+    return RopeScaling(**values) if names else None
 
 
 HF = HuggingFaceLayout(

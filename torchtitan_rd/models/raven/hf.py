@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.models.hf_fields import Fields
 from torchtitan_rd.models.raven.config import INJECTIONS, NOT_BUILT, STATE_INITS, RavenConfig
 from torchtitan_rd.models.raven.model import Raven
 from torchtitan_rd.models.spec import HuggingFaceLayout
@@ -51,6 +51,12 @@ _COMPUTED = {  # what our model computes, the default first; the released family
     "qk_norm": (False, True),
     **NOT_BUILT,
 }
+# What else the released class and transformers write: it says nothing about one forward, or follows from the others.
+_UNUSED = (
+    *("auto_map", "rope_settings", "n_layers", "num_hidden_layers", "hidden_size", "max_position_embeddings"),
+    *("num_attention_heads", "head_dim", "tie_word_embeddings", "padding_multiple", "padded_vocab_size"),
+    *("activation_checkpoint_impl", "init_values", "effective_expected_depth", "test_time_noise_type"),
+)
 _ROTARY = {"use_rope": (True,), "rope_condense_ratio": (1,)}
 
 FOREIGN = {
@@ -102,32 +108,30 @@ def shape(fields: Mapping[str, Any]) -> RavenConfig:
 
     Raises ConfigError for a missing field and for what our model does not compute.
     """
-    rotary = fields.get("rope_settings") or {}
-    for table, given in ((_COMPUTED, fields), (_ROTARY, rotary)):
+    rotary = Fields(fields).table("rope_settings")
+    read = Fields(
+        {  # three that have other names in configs of the training program and of other transformers classes
+            "n_heads": fields.get("num_attention_heads"),
+            "rope_base": rotary.number("rope_base", None),
+            "tie_embeddings": fields.get("tie_word_embeddings"),
+            **{key: value for key, value in fields.items() if value is not None},
+        }
+    )
+    for table, given in ((_COMPUTED, read), (_ROTARY, rotary)):
         for key, known in table.items():
-            if given.get(key, known[0]) not in known:
-                listed = ", ".join(map(repr, known))
-                raise ConfigError(f"config.json: {key} = {given[key]!r} is not supported, only {listed}")
-    heads = fields.get("n_heads", fields.get("num_attention_heads"))
-    missing = [key for key in _FIELDS.values() if key not in fields] + (["n_heads"] if heads is None else [])
-    if missing:
-        raise ConfigError(f"config.json: {missing[0]} is missing")
-    fields = {  # two that have other names in configs of the training program and of other transformers classes
-        "rope_base": rotary.get("rope_base", 50_000.0),
-        "tie_embeddings": fields.get("tie_word_embeddings", True),
-        **fields,
-    }
-    kv_heads = fields.get("num_key_value_heads")
-    values = {ours: fields.get(theirs, default) for ours, (theirs, default) in _WITH_DEFAULT.items()}
-    floats = ("norm_eps", "rope_theta", "clip_qkv")
-    values |= {name: float(values[name]) for name in floats if values[name] is not None}
-    return RavenConfig(
+            given.only(key, *known)
+    kinds = {bool: read.boolean, float: read.number, int: read.whole, str: read.text, type(None): read.number}
+    heads = read.whole("n_heads")
+    kv_heads = read.whole("num_key_value_heads", heads)
+    config = RavenConfig(
         n_heads=heads,
         n_kv_heads=None if kv_heads == heads else kv_heads,
-        block={theirs: ours for ours, theirs in BLOCKS.items()}[fields.get("block_class_name", "SandwichBlock")],
-        **{ours: fields[theirs] for ours, theirs in _FIELDS.items()},
-        **values,
+        block={theirs: ours for ours, theirs in BLOCKS.items()}[read.text("block_class_name", "SandwichBlock")],
+        **{ours: read.whole(theirs) for ours, theirs in _FIELDS.items()},
+        **{ours: kinds[type(default)](theirs, default) for ours, (theirs, default) in _WITH_DEFAULT.items()},
     )
+    read.refuse_what_changes_the_computation(*_COMPUTED, *_UNUSED, "clip_qkv")
+    return config
 
 
 def buffers(config: RavenConfig) -> dict[str, torch.Tensor]:
@@ -153,5 +157,5 @@ HF = HuggingFaceLayout(
     shape=shape,
     buffers=buffers,
     derived="freqs_cis",
-    code=tuple(_CODE / f"{name}_raven.py" for name in ("configuration", "masks", "modeling")),
+    code=tuple(_CODE / f"{name}_raven.py" for name in ("configuration", "blocks", "modeling")),
 )

@@ -10,139 +10,33 @@ Shapes: B batch, S sequence, K keys (cached ones and S), E n_embd, H heads, D he
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
+from .blocks_raven import (
+    Attention,
+    Context,
+    RMSNorm,
+    SandwichBlock,
+    TransformerPostNormBlock,
+    TransformerPreNormBlock,
+    linear,
+    positions_and_mask,
+)
 from .configuration_raven import RavenConfig
-from .masks_raven import positions_and_mask
 
-
-class Context(NamedTuple):
-    """Of one forward. mask: (B, 1, S, K) or (S, K), True where a query may look. None: causal, or one new token."""
-
-    cos: torch.Tensor  # (B or 1, S, 1, D/2) float32
-    sin: torch.Tensor
-    mask: torch.Tensor | None
-    cache: DynamicCache | None
-
-
-class RMSNorm(nn.Module):
-    """In float32, cast back to the input's type before the weight is applied."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
-
-
-def linear(fan_in: int, *rows: int, ends_branch: bool = False) -> nn.Linear:
-    """One matrix for several outputs of `rows` features. rows and ends_branch matter to `_init_weights` alone."""
-    layer = nn.Linear(fan_in, sum(rows), bias=False)
-    layer.rows, layer.ends_branch = rows, ends_branch
-    return layer
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (2i, 2i + 1) of (B, S, H, D) by their angles, in float32."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
-
-
-class Attention(nn.Module):
-    """Causal self-attention: one matrix for queries, keys and values, then, as configured: all three clamped, biases on
-    queries and keys (one a query head: grouped keys are copied), rotary positions, queries and keys normalised."""
-
-    def __init__(self, config: RavenConfig):
-        super().__init__()
-        heads, kv_heads, self.head_dim = config.n_heads, config.num_key_value_heads, config.n_embd // config.n_heads
-        self.heads, self.clip_qkv, self.qk_norm = (heads, kv_heads, kv_heads), config.clip_qkv, config.qk_norm
-        self.Wqkv = linear(config.n_embd, *(number * self.head_dim for number in self.heads))
-        self.qk_bias = nn.Parameter(torch.zeros(2, 1, heads, self.head_dim)) if config.qk_bias else None
-        self.proj = linear(config.n_embd, config.n_embd, ends_branch=True)
-
-    def forward(self, x: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
-        qkv = self.Wqkv(x)
-        if self.clip_qkv is not None:
-            qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
-        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-        if self.qk_bias is not None:
-            k, v = (t.repeat_interleave(self.heads[0] // self.heads[1], dim=2) for t in (k, v))
-            q, k = q + self.qk_bias[0], k + self.qk_bias[1]
-        q, k = (rotate(t, context.cos, context.sin).type_as(v) for t in (q, k))
-        if self.qk_norm:
-            q, k = (F.rms_norm(t, (self.head_dim,), eps=torch.finfo(torch.float32).eps) for t in (q, k))
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S, D)
-        if context.cache is not None:
-            k, v = context.cache.update(k, v, slot)
-        causal = context.mask is None and q.shape[2] > 1
-        gqa = q.shape[1] != k.shape[1]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=gqa)
-        return self.proj(y.transpose(1, 2).flatten(-2))
-
-
-class GatedMLP(nn.Module):
-    """proj(silu(gate) * up), gate and up from one matrix."""
-
-    def __init__(self, config: RavenConfig):
-        super().__init__()
-        self.fc = linear(config.n_embd, config.intermediate_size, config.intermediate_size)
-        self.proj = linear(config.intermediate_size, config.n_embd, ends_branch=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.fc(x).chunk(2, dim=-1)
-        return self.proj(F.silu(gate) * up)
-
-
-class SandwichBlock(nn.Module):
-    """x = norm_2(x + attn(norm_1(x))); x = norm_4(x + mlp(norm_3(x)))."""
-
-    def __init__(self, config: RavenConfig):
-        super().__init__()
-        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = Attention(config)
-        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
-        self.norm_3 = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = GatedMLP(config)
-        self.norm_4 = RMSNorm(config.n_embd, config.norm_eps)
-
-    def forward(self, x: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
-        x = self.norm_2(x + self.attn(self.norm_1(x), context, slot))
-        return self.norm_4(x + self.mlp(self.norm_3(x)))
-
-
-class TransformerPostNormBlock(nn.Module):
-    """x = norm_1(x + attn(x)); x = norm_2(x + mlp(x))."""
-
-    def __init__(self, config: RavenConfig):
-        super().__init__()
-        self.attn = Attention(config)
-        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = GatedMLP(config)
-        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
-
-    def forward(self, x: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
-        x = self.norm_1(x + self.attn(x, context, slot))
-        return self.norm_2(x + self.mlp(x))
-
-
-class TransformerPreNormBlock(TransformerPostNormBlock):
-    """x = x + attn(norm_1(x)); x = x + mlp(norm_2(x))."""
-
-    def forward(self, x: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
-        x = x + self.attn(self.norm_1(x), context, slot)
-        return x + self.mlp(self.norm_2(x))
-
+logger = logging.get_logger(__name__)
+OF_RELEASED_CLASS = ("input_embeds", "output_details")  # arguments of huginn-0125's own forward
+DETAILS = ("return_logits", "return_latents", "return_head")
+OF_LOSS = ("num_items_in_batch", "ignore_index")
+# What transformers and its tokenizers pass to each model, and what follows from the other arguments here.
+WITHOUT_MEANING = ("cache_position", "token_type_ids", "return_dict")
 
 BLOCKS = {block.__name__: block for block in (SandwichBlock, TransformerPostNormBlock, TransformerPreNormBlock)}
 
@@ -164,7 +58,7 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"^freqs_cis$"]  # noqa: RUF012 (rotary table of released files)
-    _supports_sdpa = True
+    _supports_sdpa = True  # and "eager"; transformers refuses the others by name
     _supports_cache_class = True
     _supports_static_cache = False
     _supports_quantized_cache = False
@@ -223,6 +117,7 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: DynamicCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_steps: int | tuple[int, int] | None = None,
         input_states: torch.Tensor | None = None,
@@ -235,7 +130,9 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         """Tokens (B, S), or inputs_embeds (B, S, E) before they are scaled -> logits (B, S, V) in float32.
 
         attention_mask: (B, K), 0 at padding. position_ids: (B, S); by default tokens count from 0 after left padding.
-        labels: (B, S), the input_ids themselves: they are shifted here; -100 is ignored.
+        labels: (B, S), the input_ids themselves: they are shifted here, as in all classes of transformers; -100 is
+            ignored. Not so in the class released with huginn-0125: labels made for it are to be given as shift_labels.
+        shift_labels: (B, S), the token that follows each input token, in place of labels.
         use_cache: off unless asked for, as a cache holds num_steps times the keys and values of the core.
         num_steps: iterations, all without gradient; or a pair, without gradient and then with. By default
             config.mean_recurrence in evaluation; in training it is drawn from torch's global CPU generator.
@@ -243,22 +140,23 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         init_scale: factor on the noise that is the first state otherwise.
         state_seed: makes this noise a function of (state_seed, position) alone: cached equals uncached generation,
             and padding changes nothing. By default it is drawn from the global generator of the device.
+        kwargs: num_items_in_batch and ignore_index go to the loss function; input_embeds and output_details are those
+            of the released class. What is not known is refused.
         """
+        released, loss_arguments = self._split(kwargs)
+        if "input_embeds" in released:
+            input_ids, inputs_embeds = None, released["input_embeds"]
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.transformer.wte(input_ids)
-        if past_key_values is None and use_cache:
-            past_key_values = DynamicCache()
+        past_key_values = self._cache(past_key_values, use_cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         position_ids, mask = positions_and_mask(inputs_embeds, attention_mask, position_ids, past)
         if input_states is None:
             s = self.initial_state(inputs_embeds, position_ids, init_scale, state_seed)
         else:
-            length = inputs_embeds.shape[1]
-            s = input_states if input_states.shape[1] == length else input_states[:, past : past + length]
-            if s.shape != inputs_embeds.shape:
-                raise ValueError(f"input_states ends early: {tuple(s.shape)} of {tuple(inputs_embeds.shape)} is there")
+            s = _part_of(input_states, past, inputs_embeds.shape)
         steps = self._num_steps(num_steps)
         if past_key_values is not None:
             self._check_cache(past_key_values, sum(steps))
@@ -278,10 +176,54 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, kept]).float()
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits, labels, logits.shape[-1], kwargs.get("num_items_in_batch"))
-        hidden = (*states, x) if keep_states else None
-        return RavenOutput(loss, logits, past_key_values, hidden, latent_states=latent.detach())
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(logits, labels, logits.shape[-1], shift_labels=shift_labels, **loss_arguments)
+        details = released.get("output_details", {})
+        hidden = (*states, x) if keep_states else x if details.get("return_head") else None
+        return RavenOutput(
+            loss,
+            logits if details.get("return_logits", True) else None,
+            past_key_values,
+            hidden,
+            latent_states=latent.detach() if details.get("return_latents", True) else None,
+        )
+
+    def _split(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Further arguments of forward -> (those of the released class, those of the loss function)."""
+        given = {name: value for name, value in given.items() if value is not None and name not in WITHOUT_MEANING}
+        if given.pop("output_attentions", False) or self.config.output_attentions:
+            raise ValueError("output_attentions is not supported: attention weights are not kept")
+        if self.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(f"attn_implementation = {self.config._attn_implementation!r}: only 'sdpa' and 'eager'")
+        if unknown := sorted(given.keys() - {*OF_RELEASED_CLASS, *OF_LOSS}):
+            raise TypeError(f"forward() takes no argument {', '.join(unknown)}: it would have no effect")
+        released = {name: given[name] for name in OF_RELEASED_CLASS if name in given}
+        for name, wanted in released.get("output_details", {}).items():
+            if wanted and name not in DETAILS:
+                raise ValueError(f"output_details: {name!r} is not supported, only {', '.join(DETAILS)}")
+        return released, {name: given[name] for name in OF_LOSS if name in given}
+
+    def _cache(self, given: DynamicCache | None, use_cache: bool | None) -> DynamicCache | None:
+        wanted = given is not None or use_cache
+        if wanted and self._recomputes():
+            if given is not None and given.get_seq_length():
+                raise ValueError(
+                    "gradient checkpointing runs blocks twice and would fill a cache twice: use one of them"
+                )
+            logger.warning_once("use_cache is incompatible with gradient checkpointing: no cache is used")
+            return None
+        return DynamicCache() if wanted and given is None else given
+
+    @torch.no_grad()
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Also in training mode, in which a Trainer leaves a model, all tokens have one depth:
+        num_steps, by default that of evaluation."""
+        if self.training:
+            kwargs.setdefault("num_steps", self.config.mean_recurrence)
+        return super().generate(*args, **kwargs)
+
+    def _recomputes(self) -> bool:
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def iterate(
         self, s: torch.Tensor, e: torch.Tensor, context: Context, steps: tuple[int, int], keep_states: bool = False
@@ -311,7 +253,7 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         return s
 
     def _run(self, function: Any, *args: Any) -> torch.Tensor:
-        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+        if self._recomputes():
             # Never the reentrant form, transformers 4's default: it loses gradients where no input has one.
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return function(*args)
@@ -375,12 +317,15 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         """One slot a layer application: prelude, coda, then the core layers of each iteration."""
         if not isinstance(cache, DynamicCache):
             raise ValueError(f"past_key_values must be a DynamicCache, not a {type(cache).__name__}")
-        if self.gradient_checkpointing and self.training:
-            raise ValueError("gradient checkpointing runs blocks twice and would fill a cache twice: use one of them")
         slots = self.config.n_layers + (depth - 1) * len(self.transformer.core_block)
         if len(cache) not in (0, slots):
             remedy = "pass the num_steps that it was made with; make new ones with DynamicCache(), without a config"
             raise ValueError(f"the cache has {len(cache)} layers, but {depth} iterations need {slots}: {remedy}")
+
+    def _get_key_renaming_mapping(self, checkpoint_keys: list[str], *args: Any, **kwargs: Any) -> Any:
+        # Of transformers 4, which looks for the device of each tensor of a file, also of those that are not loaded.
+        wanted = [key for key in checkpoint_keys if key != "freqs_cis"]
+        return super()._get_key_renaming_mapping(wanted, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -391,3 +336,13 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
             raise ValueError(f"cache_implementation = {generation_config.cache_implementation!r}: only 'dynamic' works")
         model_kwargs["past_key_values"] = DynamicCache()
+
+
+def _part_of(states: torch.Tensor, past: int, shape: torch.Size) -> torch.Tensor:
+    """First states of the tokens at hand, whose `shape` is (B, S, E); `states` may be those of all since the cache's
+    first."""
+    length = shape[1]
+    part = states if states.shape[1] == length else states[:, past : past + length]
+    if part.shape != shape:
+        raise ValueError(f"input_states ends early: {tuple(part.shape)} of {tuple(shape)} is there")
+    return part
