@@ -5,6 +5,7 @@ python -m torchtitan_rd.train --job.config_file train_configs/debug.toml      # 
 """
 
 import dataclasses
+import json
 import sys
 import traceback
 from contextlib import ExitStack, nullcontext
@@ -29,6 +30,7 @@ from torchtitan_rd.data import (
     accumulation_steps,
     build_dataloader,
     check_dataset,
+    check_same_data,
     dataset_vocab_size,
     merge_states,
 )
@@ -170,6 +172,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         closing.callback(loader.close)
+        check_same_data(job.gather(loader.fingerprint))
         self.loader = loader
         self.held_out = self._read_held_out()
         self.model = build_model(config, self.spec, self.shape, mesh, self.device)
@@ -181,6 +184,7 @@ class Trainer:
         )
         if rank == 0:
             config.write(self.dump_folder / "config.toml")
+            (self.dump_folder / "data.json").write_text(json.dumps(loader.record, indent=1), encoding="utf-8")
         self.train_step = TrainStep(
             self.model,
             self.optimizer,

@@ -21,8 +21,9 @@ class ModelConfig(Section):
     vocab_size: int | None = Field(None, ge=1, json_schema_extra=MUST_MATCH)
     """Number of token ids; by default as many as the data set (or its tokenizer) has."""
 
-    tokenizer_path: str = Field("bytes", json_schema_extra=MUST_MATCH)
-    """`bytes`, a folder with a tokenizer.json, a tiktoken file, or a hub name. Read by text data sets only."""
+    tokenizer_path: str = "bytes"
+    """`bytes`, a folder with a tokenizer.json, a tiktoken file, or a hub name. Read by text data sets only.
+    A resumed run may read it from another place; its content must be the same."""
 
     attention_backend: Literal["auto", "sdpa", "fa3", "fa4", "flex"] = "auto"
     """Kernel of the attention; `auto` takes the fastest that this machine has, and logs why. See docs/attention.md."""
