@@ -127,6 +127,7 @@ def open_table(
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # in a log file each update is a line
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # opening a local file would ask the hub, once a rank
     found = found or check_path(path, split)
     try:
         if found.saved:
