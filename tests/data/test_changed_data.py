@@ -80,6 +80,29 @@ def test_rows_that_were_added_are_refused_with_both_numbers(tmp_path):
         resume(write(tmp_path / "a.jsonl", ["a", "b", "c"]), state)
 
 
+def test_of_data_beyond_the_limit_lengths_count_and_times_are_warned_about(tmp_path, monkeypatch, caplog):
+    import datasets
+
+    monkeypatch.setattr(content, "WHOLE_BYTES", 1000)
+    monkeypatch.setattr(content, "SAMPLE_BYTES", 500)
+    path = tmp_path / "saved"
+
+    def save(rows):
+        datasets.Dataset.from_dict({"text": rows}).save_to_disk(str(path))
+        return keys(path)
+
+    rows = ["x" * 1000] * 100
+    state = build(save(rows)).state_dict()
+    assert state["fingerprint"]["rows"]["whole"] is False
+    logger.propagate = True
+    with caplog.at_level(logging.WARNING, logger=logger.name):
+        resume(save(rows), state)
+    assert "data-00000-of-00001.arrow was written since" in caplog.text
+    rows[50:52] = ["x" * 999, "x" * 1001]
+    with pytest.raises(DataError, match=r"among rows 50\.\.5\d of 100"):
+        resume(save(rows), state)
+
+
 def test_data_that_moved_is_continued(tmp_path):
     config = write(tmp_path / "a.jsonl", ["first", "second"])
     with Ranks(config) as run:

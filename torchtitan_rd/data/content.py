@@ -128,8 +128,10 @@ def changed_files(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
             lines.append(f"{name} is {'new' if before is None else 'gone'}")
         elif before["size"] != now["size"]:
             lines.append(f"{name} had {before['size']:,} bytes and has {now['size']:,}")
-        elif before != now:
+        elif before.get("digest") != now.get("digest"):
             lines.append(f"{name} has other content")
+        elif before != now:
+            lines.append(f"{name} was written since")
     return lines
 
 

@@ -33,6 +33,9 @@ def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
         raise DataError(
             f"the position in the data cannot be continued: what changed is {describe(key, saved, present)}; {remedy}"
         )
+    if not present.get("rows", {"whole": True})["whole"] and "files" in saved:
+        for line in changed_files(saved["files"], present["files"]):
+            logger.warning("data: %s; of data of this size only a sample is compared, and that is the same", line)
     if (was := saved.get("skip_ranges", [])) != present.get("skip_ranges", []):
         logger.warning(
             "data: training.skip_ranges was %s and is now %s: all other rows keep their place",
