@@ -1,23 +1,33 @@
-"""How fast one core turns stored spike counts into tokens, beside what numpy copies on the same core in the same run.
+"""How fast one core turns stored spike counts into tokens, beside what numpy copies on the same core in the same run;
+and what one large document costs, beside the same text in short rows.
 
     python benchmarks/data.py [--seconds 2]
+    python benchmarks/data.py --document [--megabytes 5] [--batches 8 32] [--steps 20]
 
 Writes a made-up table (as the Neural Pile: `spike_counts`, lists of lists of uint8) with `save_to_disk` into a
 temporary folder, then times, in CPU seconds (the best of several rounds, one thread):
   encode   counts in memory -> ids
   source   memory-mapped arrow rows -> ids (what a lane does)
   windows  memory-mapped arrow rows -> windows of 131072 + 1 ids
+
+With --document, a .txt of English words and a .jsonl of the same text in rows of about 1 kB, a BPE tokenizer of 4096
+ids trained on it, windows of 512 + 1 ids: CPU seconds of one encode and of building the loader (from an empty cache,
+and again), and tokens per CPU second of the first steps that follow.
 """
 
 import argparse
+import json
+import random
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 from datasets import Dataset, Features, Sequence, Value
 
+from torchtitan_rd.data import DatasetKeys, build_dataloader, load_tokenizer
 from torchtitan_rd.data.arrow import TableSource, open_table
 from torchtitan_rd.data.cursor import Cursor, LaneReader
 from torchtitan_rd.data.spikes import SpikeEncoder, SyntheticRecordings
@@ -45,10 +55,77 @@ def write_table(folder: str, samples: int) -> None:
     Dataset.from_dict({"spike_counts": counts}, features=features).save_to_disk(folder)
 
 
+def write_document(folder: Path, megabytes: float) -> str:
+    """`book.txt`, the same lines as `rows.jsonl`, and a tokenizer; returns the text."""
+    from pydoc_data.topics import topics
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    words = " ".join(topics.values()).split()
+    draw = random.Random(0)
+    rows, size = [], 0
+    while size < megabytes * 1e6:
+        rows.append(" ".join(draw.choices(words, k=150)) + "\n")
+        size += len(rows[-1])
+    (folder / "book.txt").write_text("".join(rows), encoding="utf-8")
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=4096, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(rows[:500], trainer)
+    (folder / "tokenizer").mkdir()
+    tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
+    return "".join(rows)
+
+
+def measure_document(megabytes: float, batches: list[int], steps: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text = write_document(folder, megabytes)
+        tokenizer = str(folder / "tokenizer")
+        began = time.process_time()
+        count = len(load_tokenizer(tokenizer).encode(text))
+        print(f"one encode of {len(text) / 1e6:.1f} MB: {time.process_time() - began:.1f} s, {count} ids")
+        print("file        batch   build s  again s  tokens/CPU s")
+        for batch in batches:
+            datasets.config.HF_DATASETS_CACHE = folder / f"cache{batch}"
+            for file in ("book.txt", "rows.jsonl"):
+                path = str(folder / file)
+                keys = DatasetKeys(dataset="text", dataset_path=path, seq_len=512, local_batch_size=batch)
+                times = []
+                for _ in range(2):
+                    began = time.process_time()
+                    loader = build_dataloader(
+                        keys,
+                        tokenizer_path=tokenizer,
+                        vocab_size=4096,
+                        data_rank=0,
+                        data_degree=1,
+                        seed=0,
+                        pin_memory=False,
+                    )
+                    times.append(time.process_time() - began)
+                began = time.process_time()
+                for _ in range(steps):
+                    loader.next_step()
+                rate_ = steps * batch * 512 / (time.process_time() - began)
+                loader.close()
+                print(f"{file:11s} {batch:5d} {times[0]:9.1f} {times[1]:8.1f} {rate_:9.0f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="CPU seconds per figure")
-    seconds = parser.parse_args().seconds
+    parser.add_argument("--document", action="store_true", help="one large document instead of spikes")
+    parser.add_argument("--megabytes", type=float, default=5.0, help="of the document")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--steps", type=int, default=20)
+    arguments = parser.parse_args()
+    if arguments.document:
+        measure_document(arguments.megabytes, arguments.batches, arguments.steps)
+        return
+    seconds = arguments.seconds
 
     block = np.zeros(64 << 20, np.uint8)
     target = np.empty_like(block)

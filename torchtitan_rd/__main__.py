@@ -10,6 +10,7 @@ from torchtitan_rd.masking import mask_text
 COMMANDS = {
     "train": ("torchtitan_rd.train", "train from a TOML file (torchrun starts torchtitan_rd.train itself)"),
     "config": ("torchtitan_rd.commands.config", "print the resolved config with the origin of every value"),
+    "data": ("torchtitan_rd.commands.data", "read every row of a run's data for what would stop the run"),
     "verify": ("torchtitan_rd.commands.verify", "check a checkpoint's files against its manifest"),
 }
 

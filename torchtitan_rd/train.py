@@ -6,6 +6,7 @@ python -m torchtitan_rd.train --job.config_file train_configs/debug.toml      # 
 
 import dataclasses
 import errno
+import json
 import sys
 import traceback
 from contextlib import ExitStack
@@ -29,6 +30,7 @@ from torchtitan_rd.data import (
     accumulation_steps,
     build_dataloader,
     check_dataset,
+    check_same_data,
     dataset_vocab_size,
     merge_states,
 )
@@ -188,6 +190,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
         )
         closing.callback(loader.close)
+        check_same_data(job.gather(loader.fingerprint))
         self.loader = loader
         self.held_out = self._read_held_out()
         self.model = build_model(config, self.spec, self.shape, mesh, self.device)
@@ -211,6 +214,8 @@ class Trainer:
         self.metrics.start(self.step, self.tokens_seen)  # makes the folder
         if rank == 0:
             config.write(self.dump_folder / "config.toml")
+            record = mask_text(json.dumps(loader.record, indent=1))
+            (self.dump_folder / "data.json").write_text(record, encoding="utf-8")
         self.profiler = closing.enter_context(profiler)
 
     def _read_held_out(self) -> list[Batch]:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from torchtitan_rd.data.cursor import Cursor, LaneReader, permuted
+from torchtitan_rd.data.cursor import Cursor, LaneReader, permuted, piece_of
 from torchtitan_rd.errors import DataError
 
 
@@ -21,6 +21,9 @@ class Counted:
     def tokens(self, index):
         self.reads += 1
         return np.asarray(self.samples[index])
+
+    def piece(self, index, part, parts):
+        return piece_of(self.tokens(index), part, parts)
 
 
 class Endless:

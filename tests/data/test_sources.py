@@ -81,7 +81,7 @@ def test_arrow_files_are_mapped_and_not_copied_into_the_cache(tmp_path):
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "./nowhere", "nowhere/*.parquet", "nowhere", "a/b/c"])
 def test_a_path_that_does_not_exist_is_refused_before_any_library_is_loaded(path, monkeypatch):
-    monkeypatch.setattr("torchtitan_rd.data.open_table", None)
+    monkeypatch.setattr("torchtitan_rd.data.sources.open_table", None)
     with pytest.raises(DataError, match=r"training\.dataset_path = .*: no such file or folder"):
         build(DatasetKeys(dataset="primate", dataset_path=path), vocab_size=256)
 
@@ -111,9 +111,10 @@ def test_the_table_names_repositories_and_subsets_as_the_hub_does(monkeypatch):
         return datasets.Dataset.from_dict({"text": ["a"]})
 
     monkeypatch.setattr(datasets, "load_dataset", record)
-    build(DatasetKeys(dataset="fineweb-edu"))
-    build(DatasetKeys(dataset="wikitext"))
-    build(DatasetKeys(dataset="text", dataset_path="someone/something"))
+    tiny = {"seq_len": 4, "local_batch_size": 1}
+    build(DatasetKeys(dataset="fineweb-edu", **tiny))
+    build(DatasetKeys(dataset="wikitext", **tiny))
+    build(DatasetKeys(dataset="text", dataset_path="someone/something", **tiny))
     options = {"split": "train", "streaming": False}
     assert asked == [
         ("HuggingFaceFW/fineweb-edu", "sample-100BT", options),

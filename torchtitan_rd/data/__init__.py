@@ -5,25 +5,30 @@ loader = build_dataloader(config.training, tokenizer_path="bytes", vocab_size=25
 for batch in loader.next_step(): ...        # the microbatches of this rank's share of one global batch
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
-
-import numpy as np
+from typing import Any
 
 from torchtitan_rd.config_loader import nearest
-from torchtitan_rd.data.arrow import Encoder, SampleSource, TableSource, check_path, open_table
+from torchtitan_rd.data.arrow import check_path
 from torchtitan_rd.data.config import DatasetKeys
-from torchtitan_rd.data.cursor import Cursor, LaneReader, Source
+from torchtitan_rd.data.cursor import Cursor, LaneReader
+from torchtitan_rd.data.fingerprint import check_same_data
 from torchtitan_rd.data.loader import Batch, DataLoader, merge_states
-from torchtitan_rd.data.packed import PackedEncoder
-from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE, SpikeEncoder, SyntheticRecordings
+from torchtitan_rd.data.sources import (
+    Cutting,
+    Dataset,
+    build_encoder,
+    open_rows,
+    open_source,
+    prepare,
+    source_fingerprint,
+    stream_fingerprint,
+)
+from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE, SyntheticRecordings
 from torchtitan_rd.data.stream import STREAM_START, StreamReader
-from torchtitan_rd.data.text import TextEncoder, pydoc_topics
+from torchtitan_rd.data.text import pydoc_topics
 from torchtitan_rd.data.tokenizer import Tokenizer, load_tokenizer
-from torchtitan_rd.errors import ConfigError, DataError
+from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 
 __all__ = [
@@ -36,25 +41,11 @@ __all__ = [
     "accumulation_steps",
     "build_dataloader",
     "check_dataset",
+    "check_same_data",
     "dataset_vocab_size",
     "load_tokenizer",
     "merge_states",
 ]
-
-# Data sets of any size have far more samples than this; small ones are cut into so many pieces for each row of a batch.
-_UNITS_PER_LANE = 16
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """kind: how a sample becomes ids. Where samples come from: `hub` (and `subset`) on the Hugging Face hub unless
-    training.dataset_path names another place, or `samples(seed)`, made here; neither: dataset_path is required."""
-
-    kind: Literal["spikes", "text", "packed"]
-    hub: str | None = None
-    subset: str | None = None
-    samples: Callable[[int], Sequence[Any]] | None = None
-
 
 DATASETS: dict[str, Dataset] = {
     "primate": Dataset("spikes", hub="eminorhan/neural-pile-primate"),
@@ -85,6 +76,7 @@ def check_dataset(config: DatasetKeys) -> Dataset:
         (row.samples and config.dataset_path, "is made here: training.dataset_path has no effect on it"),
         (row.samples and config.stream, "is made here: set training.stream (STREAM_HF_DATA) = false"),
         (not (row.samples or row.hub or config.dataset_path), "needs training.dataset_path"),
+        (config.stream and config.skip_ranges, "is streamed, so its rows have no numbers: unset training.skip_ranges"),
         (config.stream and shuffled, "is streamed in order: unset training.shuffle_seed or training.stream"),
         (row.kind != "packed" and packed_keys, "is not packed: unset training.pad_id and training.eos_id"),
         (needs_eos and config.eos_id is None, "needs training.eos_id for training.pad_id or document_mask"),
@@ -137,7 +129,7 @@ def build_dataloader(
     """
     row = check_dataset(config)
     accumulation = accumulation_steps(config, data_degree)
-    encoder = _encoder(config, row, tokenizer_path, vocab_size)
+    encoder = build_encoder(config, row.kind, tokenizer_path, vocab_size)
     rows = config.local_batch_size * accumulation
     fingerprint = {
         "dataset": config.dataset,
@@ -148,18 +140,23 @@ def build_dataloader(
     }
     readers: list[LaneReader] | list[StreamReader]
     if config.stream:
-        table = open_table(config.dataset, *_place(config, row), stream=True, split=split)
+        table, found = open_rows(config, row, split)
+        fingerprint |= stream_fingerprint(encoder, found)
         mask = config.document_mask
         readers = [StreamReader(config.dataset, table, encoder, config.seq_len, data_rank, data_degree, mask)]
         start: list[Any] = [STREAM_START]
         logger.info("data: streaming; the position can be continued on %d data ranks only", data_degree)
     else:
-        source = _source(config, row, encoder, seed, split)
-        fingerprint |= {"num_samples": len(source), "content": _digest(source)}
-        readers = _lane_readers(config, source, range(data_rank * rows, (data_rank + 1) * rows), rows * data_degree)
+        source, found = open_source(config, row, encoder, seed, split)
+        lanes = range(data_rank * rows, (data_rank + 1) * rows)
+        cutting = Cutting(config, row.kind, len(source), num_lanes=rows * data_degree)
+        fingerprint |= source_fingerprint(config, source, found, cutting)
+        source = prepare(config, source, cutting, fingerprint)
+        readers = cutting.readers(source, lanes)
         start = [Cursor()] * rows
         for reader in readers:
             reader.read(Cursor())
+    found.log(config.dataset, fingerprint.get("num_samples"))
     return DataLoader(
         readers,
         start,
@@ -172,52 +169,5 @@ def build_dataloader(
         pin_memory=pin_memory,
         fill_id=config.eos_id,
         restart_on_rank_change=config.on_rank_change == "restart",
+        record={"dataset": config.dataset, **found.record(fingerprint.get("num_samples"))},
     )
-
-
-def _place(config: DatasetKeys, row: Dataset) -> tuple[str, str | None]:
-    """Path or hub name, and subset."""
-    return (config.dataset_path, None) if config.dataset_path else (row.hub, row.subset)
-
-
-def _encoder(config: DatasetKeys, row: Dataset, tokenizer_path: str, vocab_size: int) -> Encoder:
-    column = {} if config.column is None else {"column": config.column}
-    if row.kind == "spikes":
-        return SpikeEncoder(vocab_size, **column)
-    if row.kind == "packed":
-        if config.eos_id is not None and config.eos_id >= vocab_size:
-            raise ConfigError(f"training.eos_id = {config.eos_id} is not below model.vocab_size = {vocab_size}")
-        return PackedEncoder(config.seq_len, vocab_size, config.pad_id, config.eos_id, **column)
-    tokenizer = load_tokenizer(tokenizer_path)
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError(
-            f"the tokenizer {tokenizer_path!r} has ids up to {tokenizer.vocab_size - 1}, but model.vocab_size = "
-            f"{vocab_size}: set it to {tokenizer.vocab_size} or more"
-        )
-    return TextEncoder(tokenizer, vocab_size, **column)
-
-
-def _source(config: DatasetKeys, row: Dataset, encoder: Encoder, seed: int, split: str) -> Source:
-    if row.samples:
-        return SampleSource(config.dataset, row.samples(seed), encoder)
-    table = open_table(config.dataset, *_place(config, row), stream=False, split=split)
-    return TableSource(config.dataset, table, encoder)
-
-
-def _lane_readers(config: DatasetKeys, source: Source, lanes: range, num_lanes: int) -> list[LaneReader]:
-    if config.dataset == "packed" and len(source) < num_lanes:
-        raise DataError(
-            f"packed: holds {len(source)} rows, fewer than the {num_lanes} of one global batch; "
-            f"lower training.global_batch_size"
-        )
-    seq_len, shuffle_seed, mask = config.seq_len, config.shuffle_seed, config.document_mask
-    units = 1 if config.dataset == "packed" else _UNITS_PER_LANE  # a packed row is a window and never cut
-    return [LaneReader(source, lane, num_lanes, seq_len, shuffle_seed, mask, units) for lane in lanes]
-
-
-def _digest(source: Source) -> str:
-    """Tells data and tokenizer apart from others by the first ids of the first and the last sample."""
-    digest = hashlib.sha256()
-    for index in (0, len(source) - 1):
-        digest.update(source.tokens(index)[:4096].astype(np.int64).tobytes())
-    return digest.hexdigest()[:16]

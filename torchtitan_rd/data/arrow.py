@@ -3,24 +3,25 @@
 `datasets` is imported where it is used: importing this package must stay light.
 """
 
+import errno
 import glob
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from torchtitan_rd.data.content import digest_of
+from torchtitan_rd.data.files import FileList, find_files
 from torchtitan_rd.errors import DataError
-from torchtitan_rd.log import logger
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".txt": "text"}
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_SPLIT_NAMES = {"train": "train(ing)?", "validation": "val(id|idation)?|dev", "test": "test(ing)?"}
 
 
 class Encoder(Protocol):
@@ -29,9 +30,15 @@ class Encoder(Protocol):
     column: str
     border_id: int | None
 
+    def check_type(self, column: "pa.ChunkedArray", name: str) -> None: ...
+
     def read(self, cell: "pa.Array", where: str) -> Any: ...
 
+    def check(self, value: Any, where: str) -> int: ...
+
     def encode(self, value: Any, where: str) -> np.ndarray: ...
+
+    def piece(self, value: Any, where: str, part: int, parts: int) -> np.ndarray: ...
 
 
 class TableSource:
@@ -41,14 +48,23 @@ class TableSource:
         if not len(table):
             raise DataError(f"{name}: holds no rows")
         check_column(table.column_names, encoder.column, name)
+        encoder.check_type(table.data.column(encoder.column), name)
         self.name, self.encoder, self.border_id = name, encoder, encoder.border_id
-        self._table = table.with_format("arrow", columns=[encoder.column])
+        self.table = table.with_format("arrow", columns=[encoder.column])
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.table)
 
     def tokens(self, index: int) -> np.ndarray:
-        return encode_row(self._table[index], self.encoder, f"{self.name}: row {index}")
+        return encode_row(self.table[index], self.encoder, self.where(index))
+
+    def piece(self, index: int, part: int, parts: int) -> np.ndarray:
+        where = self.where(index)
+        return self.encoder.piece(read_row(self.table[index], self.encoder, where), where, part, parts)
+
+    def where(self, index: int) -> str:
+        """What messages call a row."""
+        return f"{self.name}: row {index}"
 
 
 class SampleSource:
@@ -61,13 +77,24 @@ class SampleSource:
         return len(self.samples)
 
     def tokens(self, index: int) -> np.ndarray:
-        return self.encoder.encode(self.samples[index], f"{self.name}: sample {index}")
+        return self.encoder.encode(self.samples[index], self.where(index))
+
+    def piece(self, index: int, part: int, parts: int) -> np.ndarray:
+        return self.encoder.piece(self.samples[index], self.where(index), part, parts)
+
+    def where(self, index: int) -> str:
+        """What messages call a row."""
+        return f"{self.name}: sample {index}"
+
+
+def read_row(table: "pa.Table", encoder: Encoder, where: str) -> Any:
+    """The value of a table of one row."""
+    return encoder.read(table.column(encoder.column).combine_chunks(), where)
 
 
 def encode_row(table: "pa.Table", encoder: Encoder, where: str) -> np.ndarray:
     """The ids of a table of one row."""
-    cell = table.column(encoder.column).combine_chunks()
-    return encoder.encode(encoder.read(cell, where), where)
+    return encoder.encode(read_row(table, encoder, where), where)
 
 
 def check_column(columns: list[str], column: str, name: str) -> None:
@@ -75,83 +102,136 @@ def check_column(columns: list[str], column: str, name: str) -> None:
         raise DataError(f"{name}: has no column {column!r}, only {', '.join(columns)}; set training.column")
 
 
-def check_path(path: str) -> None:
-    """Raises DataError for a path that neither exists nor can be the name of a repository on the hub. Cheap."""
-    if not local_files(path) and not _HUB_NAME.fullmatch(path):
+def check_path(path: str, split: str = "train") -> FileList:
+    """What `path` names here; no files where it can be the name of a repository on the hub. Cheap.
+
+    Raises DataError for a path that neither exists nor can be such a name.
+    """
+    found = find_files(path, split)
+    if not found.files and not found.saved and not _HUB_NAME.fullmatch(path):
         raise DataError(
             f"training.dataset_path = {path!r}: no such file or folder, and nothing matches it as a pattern"
         )
+    return found
 
 
 def open_table(
-    name: str, path: str, subset: str | None, stream: bool, split: str = "train"
+    name: str, path: str, subset: str | None, stream: bool, split: str = "train", found: FileList | None = None
 ) -> "datasets.Dataset | datasets.IterableDataset":
     """One split of a local path or of a repository on the hub; only columns and rows, no format.
 
+    found: what `check_path` says of the path and split, if that is known.
     Raises DataError with the remedy if it cannot be had.
     """
     import datasets
 
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()  # in a log file each update is a line
-    check_path(path)
-    local = local_files(path, split)
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # opening a local file would ask the hub, once a rank
+    found = found or check_path(path, split)
     try:
-        if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
+        if found.saved:
             table = _split_of(datasets.load_from_disk(path), path, split)
             return table.to_iterable_dataset() if stream else table
-        if local:
-            return _open_files(path, local, stream)
-        return datasets.load_dataset(path, subset, split=split, streaming=stream)
+        if found.files:
+            return _open_files(found, stream)
+        return _load(path, subset, split=split, streaming=stream)
     except DataError:
         raise
     except Exception as error:  # of the hub, the network, the file system and arrow: a library boundary
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        looked_for = (
-            path if local else f"{path!r} (subset {subset or 'default'}, split {split}) on the hub or in its cache"
+        raise DataError(f"{name}: cannot read {_complaint(error, found, subset)}") from error
+
+
+def _complaint(error: Exception, found: FileList, subset: str | None) -> str:
+    """What was looked for, what is wrong with it, in one line, and the remedy."""
+    if _read_only(error):
+        return (
+            f"{found.path}: {_first_line(error)}; the cache of the datasets library cannot be written and holds no "
+            f"converted copy: set HF_DATASETS_CACHE to a folder that can be written, or name a save_to_disk folder or "
+            f".arrow files with training.dataset_path, which are mapped where they lie"
         )
-        remedy = (
-            "is the file damaged or of another format?"
-            if local
-            else "download it where the hub can be reached, or name an existing local copy with training.dataset_path; "
-            "with HF_HUB_OFFLINE=1 only the cache is looked at"
-        )
-        raise DataError(f"{name}: cannot read {looked_for}: {reason}; {remedy}") from error
+    reasons, file, shown = [], None, error
+    while shown is not None:
+        if _first_line(shown) not in reasons:
+            reasons.append(_first_line(shown))
+        file = _file_being_read(shown) or file
+        shown = shown.__cause__
+    reason = ", caused by ".join(reasons)
+    if found.files or found.saved:
+        return f"{file or found.path}: {reason}; is the file damaged or of another format?"
+    return (
+        f"{found.path!r} (subset {subset or 'default'}, split {found.split}) on the hub or in its cache: {reason}; "
+        f"download it where the hub can be reached, or name an existing local copy with training.dataset_path; "
+        f"with HF_HUB_OFFLINE=1 only the cache is looked at"
+    )
 
 
-def local_files(path: str, split: str = "train") -> list[Path]:
-    """The data files that a file, folder or glob names, sorted; of a folder, those named after the split.
-
-    A folder in which no file is named after it is read whole to train on. Raises DataError for any other split.
-    """
-    root = Path(path)
-    if not root.is_dir():
-        return [root] if root.is_file() else sorted(Path(p) for p in glob.glob(path, recursive=True))  # noqa: PTH207 (absolute patterns too)
-    files = sorted(p for p in root.rglob("*") if p.suffix in BUILDERS and p.is_file())
-    name = re.compile(rf"(^|[^a-z])({_SPLIT_NAMES.get(split, re.escape(split))})([^a-z]|$)", re.IGNORECASE)
-    named = [p for p in files if name.search(str(p.relative_to(root)))]
-    if files and not named and split != "train":
-        raise DataError(f"{path}: none of its {len(files)} data files is named after the split {split!r}")
-    return named or files or [root]
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def _open_files(path: str, files: list[Path], stream: bool) -> "datasets.Dataset | datasets.IterableDataset":
+def _file_being_read(error: BaseException) -> str | None:
+    """The file that a reader of `datasets` had open when it failed; the library says so only in its own log."""
+    trace, file = error.__traceback__, None
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == "_generate_tables":
+            file = trace.tb_frame.f_locals.get("file", file)
+        trace = trace.tb_next
+    return None if file is None else str(getattr(file, "name", file))
+
+
+def _open_files(found: FileList, stream: bool) -> "datasets.Dataset | datasets.IterableDataset":
     import datasets
 
-    kinds = {BUILDERS.get(p.suffix) for p in files}
-    if len(kinds) > 1 or None in kinds:
-        found = ", ".join(sorted({p.suffix or p.name for p in files}))
-        raise DataError(
-            f"training.dataset_path = {path!r}: expected files of one kind of {', '.join(BUILDERS)}, found {found}"
-        )
-    builder = kinds.pop()
+    builder = found.builder()
     if builder == "arrow" and not stream:  # mapped where they lie; load_dataset would copy them first
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(p)) for p in files])
-    options = {"sample_by": "document"} if builder == "text" else {}
-    logger.info("data: %d %s files in %s", len(files), builder, path)
-    return datasets.load_dataset(
-        builder, data_files=[str(p) for p in files], split="train", streaming=stream, **options
-    )
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(p)) for p in found.files])
+    options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+    if not stream:
+        # The library keys its converted copies (and what it unpacked) by path and time of change; a file that changed
+        # under the same time would be served from the old copy.
+        options["download_config"] = datasets.DownloadConfig(force_extract=True)
+        options["name"] = f"content-{digest_of(*((name, c['digest']) for name, c in found.contents.items()))}"
+    files = [glob.escape(str(p)) for p in found.files]  # the library takes names for patterns
+    return _load(builder, data_files=files, split="train", streaming=stream, **options)
+
+
+def _load(*arguments: Any, split: str, streaming: bool, **options: Any) -> Any:
+    """`datasets.load_dataset`, also where its cache holds what is asked for and cannot be written."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(*arguments, split=split, streaming=streaming, **options)
+    except OSError as error:
+        if streaming or not _read_only(error):
+            raise
+        return _load_prepared(*arguments, split=split, **options) or _raise(error)
+
+
+def _load_prepared(*arguments: Any, split: str, **options: Any) -> "datasets.Dataset | None":
+    """What a cache that cannot be written holds already, or None.
+
+    The library takes locks beside what it reads, so it is shown the cache through links in a temporary folder.
+    """
+    import datasets
+
+    with tempfile.TemporaryDirectory() as folder:
+        for entry in Path(datasets.config.HF_DATASETS_CACHE).iterdir():
+            if not entry.name.endswith(".lock"):
+                Path(folder, entry.name).symlink_to(entry.resolve())
+        builder = datasets.load_dataset_builder(*arguments, cache_dir=folder, **options)
+        if not Path(builder.cache_dir, "dataset_info.json").is_file():
+            return None
+        files = [entry["filename"] for entry in builder.as_dataset(split=split).cache_files]
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(Path(f).resolve())) for f in files])
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _read_only(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _split_of(loaded: Any, path: str, split: str) -> "datasets.Dataset":

@@ -50,6 +50,15 @@ class DatasetKeys(Section):
     eos_id: int | None = Field(None, ge=0, json_schema_extra=MUST_MATCH)
     """Packed rows only: the id that ends a document. Needed by `pad_id` and by `document_mask`."""
 
+    skip_ranges: list[list[int]] = Field(default_factory=list)
+    """Rows that are known to be bad, as pairs of the first and the last one: `[[41, 41], [100, 120]]`. The numbers are
+    those of error messages and of `torchtitan-rd data check`: from 0, over all files in order, before shuffling. Such a
+    row is never read and counts as empty, so all others keep their place, and a resumed run may change this key."""
+
+    cache_folder: OptionalUserPath = None
+    """Where the ids of long documents are kept, which are encoded once and mapped by all ranks of a node.
+    Unset: in the cache of the datasets library (HF_DATASETS_CACHE)."""
+
     on_rank_change: Literal["refuse", "restart"] = "refuse"
     """What to do when a stream resumes on another number of ranks, where its position has no meaning:
     stop with an error, or begin the data anew."""
@@ -60,3 +69,11 @@ class DatasetKeys(Section):
         if value != -1 and value < 1:
             raise ValueError("must be at least 1, or -1 for local_batch_size * the number of data ranks")
         return value
+
+    @field_validator("skip_ranges")
+    @classmethod
+    def _pairs(cls, ranges: list[list[int]]) -> list[list[int]]:
+        for pair in ranges:
+            if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
+                raise ValueError(f"{pair} is not a pair of the first and the last row to skip")
+        return ranges

@@ -13,6 +13,7 @@ import numpy as np
 from torchtitan_rd.errors import DataError
 
 _MASK = (1 << 64) - 1
+_NOTHING = np.empty(0, np.uint8)
 
 
 class Cursor(NamedTuple):
@@ -42,6 +43,10 @@ class Source(Protocol):
 
     def tokens(self, index: int) -> np.ndarray: ...
 
+    def piece(self, index: int, part: int, parts: int) -> np.ndarray:
+        """Piece number `part` of `parts` nearly equal ones, which together are `tokens(index)`."""
+        ...
+
 
 class LaneReader:
     """Cuts windows of `seq_len + 1` ids for one lane; a pure function of the cursor but for the cached last unit.
@@ -65,9 +70,9 @@ class LaneReader:
     ):
         self.source, self.lane, self.num_lanes = source, lane, num_lanes
         self.seq_len, self.shuffle_seed, self.document_mask = seq_len, shuffle_seed, document_mask
-        self.pieces = -(-units_per_lane * num_lanes // len(source))
+        self.pieces = pieces_per_sample(len(source), num_lanes, units_per_lane)
         self.num_units = len(source) * self.pieces
-        self._cached: tuple[tuple[int, int] | None, np.ndarray] = (None, np.empty(0, np.uint8))
+        self._cached: tuple[tuple[int, int] | None, np.ndarray] = (None, _NOTHING)
 
     def read(self, position) -> Row:
         """The window that begins at `position` (a Cursor, or its JSON form). Raises DataError."""
@@ -84,7 +89,7 @@ class LaneReader:
             if empty > self.num_units:
                 self._require_tokens()
                 empty = 0
-            if offset == len(unit):
+            if offset >= len(unit):  # more only where the unit is skipped now and was not when the position was saved
                 index, offset = index + 1, 0
                 if index == self._units_in(epoch):
                     epoch, index = epoch + 1, 0
@@ -92,7 +97,7 @@ class LaneReader:
 
     def close(self) -> None:
         """Lets go of the cached unit."""
-        self._cached = (None, np.empty(0, np.uint8))
+        self._cached = (None, _NOTHING)
 
     def _require_tokens(self) -> None:
         """Bad luck of the shuffling ends by itself; data without any token would be searched for ever."""
@@ -112,12 +117,44 @@ class LaneReader:
             if self.shuffle_seed is not None:
                 at = permuted(at, self.num_units, self.shuffle_seed, epoch)
             sample, piece = divmod(at, self.pieces)
-            unit = self.source.tokens(sample)
-            if self.pieces > 1:
-                begin, end = (len(unit) * p // self.pieces for p in (piece, piece + 1))
-                unit = unit[begin:end].copy()  # a view would keep the whole sample in memory
+            whole = self.pieces == 1
+            unit = self.source.tokens(sample) if whole else self.source.piece(sample, piece, self.pieces)
             self._cached = ((epoch, index), unit)
         return unit
+
+
+def pieces_per_sample(samples: int, num_lanes: int, units_per_lane: int) -> int:
+    """Into how many pieces each sample is cut, so that every lane has `units_per_lane`; 1: not at all."""
+    return -(-units_per_lane * num_lanes // samples)
+
+
+def piece_of(items: np.ndarray, part: int, parts: int) -> np.ndarray:
+    """Piece number `part` of `parts` nearly equal ones, along the first axis; a view."""
+    begin, end = (len(items) * p // parts for p in (part, part + 1))
+    return items[begin:end]
+
+
+class SkippingSource:
+    """A source in which some samples are as if they were empty, and are never read; all others keep their numbers.
+
+    ranges: pairs of the first and the last number to skip.
+    """
+
+    def __init__(self, source: Source, ranges: list[list[int]]):
+        self.source, self.ranges = source, ranges
+        self.name, self.border_id = source.name, source.border_id
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def tokens(self, index: int) -> np.ndarray:
+        return _NOTHING if self._skips(index) else self.source.tokens(index)
+
+    def piece(self, index: int, part: int, parts: int) -> np.ndarray:
+        return _NOTHING if self._skips(index) else self.source.piece(index, part, parts)
+
+    def _skips(self, index: int) -> bool:
+        return any(first <= index <= last for first, last in self.ranges)
 
 
 def join_parts(parts: list[np.ndarray], position: object, document_mask: bool, border_id: int | None) -> Row:

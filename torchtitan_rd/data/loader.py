@@ -18,6 +18,7 @@ from torch import Tensor
 from torchdata.nodes import Batcher, IterableWrapper, Mapper, PinMemory, Prefetcher
 
 from torchtitan_rd.data.cursor import Row
+from torchtitan_rd.data.fingerprint import check_fingerprint, check_same_data
 from torchtitan_rd.data.packed import IGNORE_ID
 from torchtitan_rd.errors import DataError, TorchtitanRDError
 from torchtitan_rd.log import logger
@@ -66,6 +67,7 @@ class DataLoader:
     readers: one a row of this rank's share of the global batch, or one for all of them (a stream).
     start: the position at which each reader begins.
     fingerprint: what the position depends on; compared on resume.
+    record: what is read and what is not, for the folder of the run.
     fill_id: what stands in the inputs where the data is padding.
     """
 
@@ -83,7 +85,9 @@ class DataLoader:
         pin_memory: bool = False,
         fill_id: int | None = None,
         restart_on_rank_change: bool = False,
+        record: dict[str, Any] | None = None,
     ):
+        self.record = record or {}
         self.fingerprint, self.data_rank, self.data_degree = fingerprint, data_rank, data_degree
         self.num_workers = _workers_for(len(readers), num_workers)
         self._readers, self._start, self._positions = list(readers), list(start), list(start)
@@ -119,7 +123,7 @@ class DataLoader:
         Raises DataError if the position has no meaning here.
         """
         self.close()
-        _check_fingerprint(merged["fingerprint"], self.fingerprint)
+        check_fingerprint(merged["fingerprint"], self.fingerprint)
         positions, readers = merged["positions"], len(self._readers)
         if len(positions) == readers * self.data_degree:
             self._positions = positions[self.data_rank * readers : (self.data_rank + 1) * readers]
@@ -259,32 +263,11 @@ class _Rows(torch.utils.data.IterableDataset):
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The states of all data ranks, in rank order -> the one state of the run, for `DataLoader.load_state_dict`."""
-    for rank, state in enumerate(states):
-        differing = [k for k, v in states[0]["fingerprint"].items() if state["fingerprint"].get(k) != v]
-        if differing:
-            raise DataError(
-                f"data rank {rank} reads other data than data rank 0: they differ in {', '.join(differing)}"
-            )
+    check_same_data([state["fingerprint"] for state in states])
     return {
         "fingerprint": states[0]["fingerprint"],
         "positions": [position for state in states for position in state["positions"]],
     }
-
-
-def _check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
-    changed = [key for key, value in present.items() if saved.get(key) != value]
-    if not changed:
-        return
-    key = changed[0]
-    was, now = saved.get(key), present[key]
-    if key == "global_batch_size":
-        remedy = f"set training.global_batch_size = {was}, which any number of ranks that divides it can continue"
-    elif key in ("num_samples", "content"):
-        remedy = "put the former data (and tokenizer) back, or begin a new run from the checkpoint's weights"
-    else:
-        remedy = f"set training.{key} = {was!r} as before, or begin a new run from the checkpoint's weights"
-    what = "the first and last samples of the data" if key == "content" else f"{key} (was {was!r}, now {now!r})"
-    raise DataError(f"the position in the data cannot be continued: what changed is {what}; {remedy}")
 
 
 def _latest_epoch(positions: Sequence[Any]) -> int:

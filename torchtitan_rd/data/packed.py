@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from torchtitan_rd.data.spikes import is_list
+from torchtitan_rd.data.cursor import piece_of
+from torchtitan_rd.data.spikes import is_integer, is_list
 from torchtitan_rd.data.text import check_ids
 from torchtitan_rd.errors import DataError
 
@@ -28,12 +29,23 @@ class PackedEncoder:
 
     def read(self, cell: "pa.Array", where: str) -> np.ndarray:
         """One row's ids from an arrow array of length 1: a list of integers."""
-        import pyarrow as pa
-
         values = cell.flatten() if is_list(cell.type) else cell
-        if values is cell or not pa.types.is_integer(values.type) or values.null_count or cell.null_count:
+        if values is cell or not is_integer(values.type) or values.null_count or cell.null_count:
             raise DataError(f"{where}: column {self.column!r} holds {cell.type}; expected a list of integers, no nulls")
         return values.to_numpy()
+
+    def check_type(self, column: "pa.ChunkedArray", name: str) -> None:
+        """Raises DataError unless the column can hold lists of ids. Reads no row."""
+        if not is_list(column.type) or not is_integer(column.type.value_type):
+            raise DataError(f"{name}: column {self.column!r} holds {column.type}; expected lists of integers")
+
+    def check(self, row: np.ndarray, where: str) -> int:
+        """The number of ids. Raises DataError unless they are as many as a window has, and in the vocabulary."""
+        return len(self.encode(row, where))
+
+    def piece(self, row: np.ndarray, where: str, part: int, parts: int) -> np.ndarray:
+        """One of `parts` pieces of a row."""
+        return piece_of(self.encode(row, where), part, parts)
 
     def encode(self, row: np.ndarray, where: str) -> np.ndarray:
         """A row of `seq_len + 1` ids, padding marked."""

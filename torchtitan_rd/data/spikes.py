@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from torchtitan_rd.data.cursor import piece_of
 from torchtitan_rd.errors import DataError
 
 if TYPE_CHECKING:
@@ -31,9 +32,18 @@ class SpikeEncoder:
         """One row's counts (N, T), without a copy, from an arrow array of length 1: lists of lists of integers."""
         return read_matrix(cell, where)
 
-    def encode(self, counts: np.ndarray, where: str) -> np.ndarray:
-        """Counts (N, T) -> ids (T * (N + 1),), in the smallest unsigned type that holds the separator."""
-        neurons, bins = counts.shape
+    def check_type(self, column: "pa.ChunkedArray", name: str) -> None:
+        """Raises DataError unless the column can hold counts. Reads no row."""
+        outer = getattr(column.type, "storage_type", column.type)  # Array2D of `datasets` is an extension type
+        inner = outer.value_type if is_list(outer) else None
+        if inner is None or not is_list(inner) or not is_integer(inner.value_type):
+            raise DataError(
+                f"{name}: column {self.column!r} holds {column.type}; expected lists (neurons) of lists (time bins) "
+                f"of integers"
+            )
+
+    def check(self, counts: np.ndarray, where: str) -> int:
+        """The number of counts (N, T). Raises DataError if one is out of range."""
         separator = self.vocab_size - 1
         if counts.size and (counts.max() >= separator or counts.min() < 0):
             neuron, bin_ = np.argwhere((counts >= separator) | (counts < 0))[0]
@@ -42,6 +52,18 @@ class SpikeEncoder:
                 f"0..{separator - 1} ({separator} separates the time bins): clip the counts, use shorter bins, "
                 f"or raise model.vocab_size"
             )
+        return counts.size
+
+    def encode(self, counts: np.ndarray, where: str) -> np.ndarray:
+        """Counts (N, T) -> ids (T * (N + 1),), in the smallest unsigned type that holds the separator."""
+        return self.piece(counts, where, 0, 1)
+
+    def piece(self, counts: np.ndarray, where: str, part: int, parts: int) -> np.ndarray:
+        """The ids of one of `parts` pieces of a recording. A piece is whole time bins, and no other bin is encoded."""
+        self.check(counts, where)
+        counts = piece_of(counts.T, part, parts).T
+        neurons, bins = counts.shape
+        separator = self.vocab_size - 1
         if not neurons:
             return np.empty(0, np.min_scalar_type(separator))
         ids = np.empty((bins, neurons + 1), np.min_scalar_type(separator))
@@ -52,13 +74,12 @@ class SpikeEncoder:
 
 def read_matrix(cell: "pa.Array", where: str) -> np.ndarray:
     """An arrow array of length 1 that holds a list of equally long lists of integers -> (rows, columns), no copy."""
-    import pyarrow as pa
     import pyarrow.compute as pc
 
     outer = getattr(cell, "storage", cell)  # Array2D of `datasets` is an extension type
     rows = outer.flatten() if is_list(outer.type) else outer
     values = rows.flatten() if is_list(rows.type) else rows
-    if outer is rows or rows is values or not pa.types.is_integer(values.type):
+    if outer is rows or rows is values or not is_integer(values.type):
         raise DataError(f"{where}: expected lists (neurons) of lists (time bins) of integers, found {cell.type}")
     if outer.null_count or rows.null_count or values.null_count:
         raise DataError(f"{where}: holds missing values (nulls)")
@@ -69,6 +90,12 @@ def read_matrix(cell: "pa.Array", where: str) -> np.ndarray:
         neuron = int(np.argmax(lengths != lengths[0]))
         raise DataError(f"{where}: neuron {neuron} has {lengths[neuron]} time bins, but neuron 0 has {lengths[0]}")
     return values.to_numpy().reshape(len(lengths), lengths[0])
+
+
+def is_integer(type_: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_integer(type_)
 
 
 def is_list(type_: "pa.DataType") -> bool:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from torchtitan_rd.data.cursor import piece_of
 from torchtitan_rd.data.tokenizer import Tokenizer
 from torchtitan_rd.errors import DataError
 
@@ -23,10 +24,35 @@ class TextEncoder:
 
     def read(self, cell: "pa.Array", where: str) -> str:
         """One row's text from an arrow array of length 1."""
-        text = cell[0].as_py()
-        if not isinstance(text, str):
-            raise DataError(f"{where}: column {self.column!r} holds {cell.type} {text!r:.40}; expected text")
-        return text
+        if not is_text(cell.type) or not cell[0].is_valid:
+            raise DataError(f"{where}: column {self.column!r} holds {cell.type} {cell[0].as_py()!r:.40}; expected text")
+        try:
+            return cell[0].as_py()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}: column {self.column!r} is not UTF-8: {error}") from None
+
+    def check_type(self, column: "pa.ChunkedArray", name: str) -> None:
+        """Raises DataError unless the column is declared as text; where JSON mixes types, it names the first culprit.
+
+        `datasets` gives such a column the type JSON, in which every text is stored in quotes and with escapes.
+        """
+        if is_text(column.type):
+            return
+        culprit = f"column {self.column!r} holds {column.type}"
+        if getattr(column.type, "extension_name", "") == "arrow.json":
+            for row, value in enumerate(column):
+                if value.is_valid and not value.value.as_py().startswith('"'):
+                    culprit = f"row {row}: column {self.column!r} holds {value.value.as_py():.40}"
+                    break
+        raise DataError(f"{name}: {culprit}; expected text in every row")
+
+    def check(self, text: str, where: str) -> int:
+        """The number of characters. A tokenizer that fits the vocabulary makes no id that does not."""
+        return len(text)
+
+    def piece(self, text: str, where: str, part: int, parts: int) -> np.ndarray:
+        """One of `parts` pieces of the ids; costs as much as all of them."""
+        return piece_of(self.encode(text, where), part, parts)
 
     def encode(self, text: str, where: str) -> np.ndarray:
         """Text -> ids. An empty text has none: no bos, no eos."""
@@ -36,6 +62,12 @@ class TextEncoder:
         ids = np.concatenate([np.atleast_1d(part) for part in parts if part is not None], dtype=np.int32)
         check_ids(ids, self.vocab_size, where)
         return ids
+
+
+def is_text(type_: "pa.DataType") -> bool:
+    import pyarrow as pa
+
+    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:

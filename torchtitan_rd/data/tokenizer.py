@@ -13,17 +13,20 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from torchtitan_rd.data.content import digest_of
 from torchtitan_rd.errors import ConfigError, DataError
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class Tokenizer(Protocol):
-    """vocab_size: the largest id plus one. bos_id, eos_id: None where the tokenizer has no such token."""
+    """vocab_size: the largest id plus one. bos_id, eos_id: None where the tokenizer has no such token.
+    digest: of all that decides the ids, wherever the files lie."""
 
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    digest: str
 
     def encode(self, text: str) -> np.ndarray:
         """1-D integer ids of the text, without bos and eos. Names of special tokens in the text are plain text."""
@@ -76,6 +79,7 @@ class ByteTokenizer:
     vocab_size: int = 258
     bos_id: int = 256
     eos_id: int = 257
+    digest: str = "bytes"
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8)
@@ -100,6 +104,9 @@ class JsonTokenizer:
         self._backend.encode_special_tokens = True
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id = (self._special_id(file.parent, name) for name in ("bos_token", "eos_token"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
+        self.digest = digest_of(json.dumps(content, sort_keys=True), self.bos_id, self.eos_id)
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
@@ -149,6 +156,7 @@ class TiktokenTokenizer:
         )
         self.vocab_size = self._backend.n_vocab
         self.bos_id, self.eos_id = specials["<|begin_of_text|>"], specials["<|end_of_text|>"]
+        self.digest = digest_of("llama3", sorted(ranks.items()))
 
     def encode(self, text: str) -> np.ndarray:
         ids: list[int] = []

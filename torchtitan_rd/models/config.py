@@ -25,8 +25,9 @@ class ModelConfig(Section):
     """Embedding and head have the next multiple of this many rows, for faster matrix products. The data may hold none
     of the padded ids; their logits count in the loss like all others, as in Huginn's training program (there: 4096)."""
 
-    tokenizer_path: UserPath = Field("bytes", json_schema_extra=MUST_MATCH)
-    """`bytes`, a folder with a tokenizer.json, a tiktoken file, or a hub name. Read by text data sets only."""
+    tokenizer_path: UserPath = "bytes"
+    """`bytes`, a folder with a tokenizer.json, a tiktoken file, or a hub name. Read by text data sets only.
+    A resumed run may read it from another place; its content must be the same."""
 
     attention_backend: Literal["auto", "sdpa", "fa3", "fa4", "flex"] = "auto"
     """Kernel of the attention; `auto` takes the fastest that this machine has, and logs why. See docs/attention.md."""

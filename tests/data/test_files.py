@@ -1,0 +1,218 @@
+"""Which files become training data, and what is said of those that do not."""
+
+import errno
+import gzip
+import json
+import logging
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data.helpers import build
+from torchtitan_rd.data import DATASETS, DatasetKeys
+from torchtitan_rd.data.arrow import TableSource, open_table
+from torchtitan_rd.data.files import find_files
+from torchtitan_rd.data.sources import Dataset
+from torchtitan_rd.data.text import TextEncoder
+from torchtitan_rd.data.tokenizer import ByteTokenizer
+from torchtitan_rd.errors import DataError
+from torchtitan_rd.log import logger
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    import datasets
+
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", folder / "downloads")
+    monkeypatch.setattr(datasets.config, "EXTRACTED_DATASETS_PATH", folder / "downloads" / "extracted")
+    return folder
+
+
+def write(path, *texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opener = gzip.open if path.suffix.lower() == ".gz" else open
+    with opener(path, "wt") as file:
+        file.write("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def texts(path, split="train") -> list[str]:
+    table = open_table("text", str(path), None, stream=False, split=split)
+    source = TableSource("text", table, TextEncoder(ByteTokenizer(), 258))
+    return [bytes(source.tokens(i)[1:-1].tolist()).decode() for i in range(len(source))]
+
+
+def keys(path, **others):
+    return DatasetKeys(dataset="text", dataset_path=str(path), seq_len=4, local_batch_size=1, **others)
+
+
+def test_files_of_other_splits_never_train_and_the_log_and_the_record_say_what_does(tmp_path, caplog):
+    write(tmp_path / "b.jsonl", "b")
+    write(tmp_path / "a.JSONL", "a")
+    write(tmp_path / "c.jsonl.gz", "c")
+    write(tmp_path / "test.jsonl", "secret")
+    write(tmp_path / "validation" / "x.jsonl", "secret")
+    write(tmp_path / ".ipynb_checkpoints" / "a-checkpoint.jsonl", "copy")
+    (tmp_path / "._a.jsonl").write_bytes(b"\x00\x05\x16\x07")
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "README.md").write_text("text")
+    write(tmp_path.parent / "elsewhere" / "d.jsonl", "d")
+    (tmp_path / "linked").symlink_to(tmp_path.parent / "elsewhere")
+    (tmp_path / "linked" / "above").symlink_to(tmp_path)
+
+    logger.propagate = True
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        loader = build(keys(tmp_path))
+    assert texts(tmp_path) == ["a", "b", "c", "d"]
+    assert texts(tmp_path, "test") == ["secret"]
+    assert loader.record == {
+        "dataset": "text",
+        "path": str(tmp_path),
+        "split": "train",
+        "rows": 4,
+        "number_of_files": 4,
+        "files": ["a.JSONL", "b.jsonl", "c.jsonl.gz", "linked/d.jsonl"],
+        "left_out": {
+            "hidden": ["._a.jsonl", ".ipynb_checkpoints"],
+            "not a data file": ["README.md"],
+            "metadata of the datasets library": ["dataset_info.json"],
+            "a link to a folder that is read already": ["linked/above"],
+            "named after another split": ["test.jsonl", "validation/x.jsonl"],
+        },
+    }
+    assert "4 rows, 4 files: a.JSONL, b.jsonl, c.jsonl.gz, linked/d.jsonl" in caplog.text
+    assert "does not read 2 files (named after another split): test.jsonl, validation/x.jsonl" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names,split,expected",
+    [
+        (["train.jsonl", "a.jsonl", "test.jsonl"], "train", ["train.jsonl"]),
+        (["train/a.jsonl", "test/a.jsonl"], "train", ["train/a.jsonl"]),
+        (["a.jsonl", "contest.jsonl", "latest.jsonl"], "train", ["a.jsonl", "contest.jsonl", "latest.jsonl"]),
+        (["a.jsonl", "dev.jsonl"], "train", ["a.jsonl"]),
+        (["a.jsonl", "dev.jsonl"], "validation", ["dev.jsonl"]),
+        (["train-test.jsonl", "a.jsonl"], "train", ["a.jsonl"]),
+        (["train/test.jsonl", "train/b.jsonl"], "train", ["train/b.jsonl"]),
+        (["a.jsonl", "heldout.jsonl"], "heldout", ["heldout.jsonl"]),
+    ],
+)
+@pytest.mark.parametrize("pattern", ["", "/**/*.jsonl"])
+def test_the_split_of_a_file_is_told_by_its_name_or_its_folder(names, split, expected, pattern, tmp_path):
+    for name in names:
+        write(tmp_path / name, "x")
+    found = find_files(f"{tmp_path}{pattern}", split)
+    assert [found.name(file) for file in found.files] == expected
+
+
+def test_a_folder_with_nothing_for_the_split_is_refused_and_files_that_are_written_out_are_read(tmp_path):
+    write(tmp_path / "test.jsonl", "x")
+    with pytest.raises(DataError, match=r"each of its 1 data files is named after another split than 'train' \(test"):
+        find_files(str(tmp_path))
+    for path in (tmp_path / "test.jsonl", tmp_path / "test*.jsonl"):
+        assert texts(path) == ["x"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: a folder without data files"):
+        find_files(str(tmp_path / "empty"))
+
+
+def test_compressed_files_that_are_not_read_are_refused_by_name(tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", "a")
+    (tmp_path / "b.jsonl.bz2").write_bytes(b"BZh9")
+    with pytest.raises(DataError, match=r"b\.jsonl\.bz2: \.bz2 files are not read: unpack it"):
+        find_files(str(tmp_path))
+    (tmp_path / "b.jsonl.bz2").rename(tmp_path / "b.jsonl.zst")
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    with pytest.raises(DataError, match=r"b\.jsonl\.zst: reading \.zst needs the package zstandard"):
+        find_files(str(tmp_path))
+
+
+def test_brackets_in_the_name_of_a_folder_are_no_pattern(tmp_path):
+    write(tmp_path / "run[1]" / "a.jsonl", "a")
+    assert texts(tmp_path / "run[1]") == texts(tmp_path / "run[1]" / "a.jsonl") == ["a"]
+
+
+def test_a_gz_file_that_changes_is_unpacked_anew_and_a_change_under_the_same_time_is_seen(tmp_path):
+    for path in (tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"):
+        write(path, "old")
+        time = path.stat().st_mtime_ns
+        assert texts(path) == ["old"]
+        write(path, "new")
+        os.utime(path, ns=(time, time))
+        assert texts(path) == ["new"]
+
+
+@pytest.mark.parametrize("bad,shown", [(5, "5"), ({"a": 1}, '{"a":1}'), ([1], r"\[1\]")])
+def test_a_file_of_mixed_types_is_refused_with_the_row(bad, shown, tmp_path):
+    rows = [{"text": 'She said "hi".\nNew line'}] * 50
+    lines = [*rows[:30], {"text": bad}, *rows[30:]]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError, match=rf"^text: row 30: column 'text' holds {shown}; expected text in every row$"):
+        build(keys(tmp_path))
+    with pytest.raises(DataError, match="expected text"):
+        build(keys(tmp_path, stream=True)).next_step()
+
+
+@pytest.mark.parametrize("kind,expected", [("text", "expected text"), ("spikes", "lists"), ("packed", "lists of int")])
+def test_a_column_of_another_type_is_refused_when_it_is_opened(kind, expected, tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setitem(DATASETS, "mine", Dataset(kind))
+    datasets.Dataset.from_dict({"x": [0.5, 1.5]}).save_to_disk(str(tmp_path / "saved"))
+    config = DatasetKeys(dataset="mine", dataset_path=str(tmp_path / "saved"), column="x", seq_len=4)
+    with pytest.raises(DataError, match=rf"mine: column 'x' holds double; .*{expected}"):
+        build(config)
+
+
+@pytest.mark.parametrize(
+    "suffix,content,cause",
+    [
+        (".jsonl", '{"text": "a"}\n'.encode("utf-16"), "Error"),
+        (".jsonl", b'{"text": "a', "JSON parse error"),
+        (".txt", b"caf\xe9", "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9 in position 3"),
+        (".parquet", b"PAR1 nothing", "Parquet"),
+    ],
+)
+def test_an_error_of_the_library_names_the_file_of_many_and_the_cause(suffix, content, cause, tmp_path):
+    for name in ("a", "c"):
+        file = tmp_path / f"{name}{suffix}"
+        if suffix == ".parquet":
+            pq.write_table(pa.table({"text": ["a"]}), file)
+        else:
+            write(file, "a")
+    bad = tmp_path / f"b{suffix}"
+    bad.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        build(keys(tmp_path))
+    message = str(caught.value)
+    assert message.startswith(f"text: cannot read {bad}: ")
+    assert ", caused by " in message and cause in message and "\n" not in message
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_holds(tmp_path, own_cache, monkeypatch):
+    import datasets.builder
+
+    write(tmp_path / "a.jsonl", "a")
+    write(tmp_path / "b.jsonl", "b")
+    assert texts(tmp_path / "a.jsonl") == ["a"]
+
+    class ReadOnly(datasets.builder.FileLock):
+        def __init__(self, path, *args, **kwargs):
+            if os.path.realpath(path).startswith(str(own_cache)):
+                raise OSError(errno.EROFS, "Read-only file system", str(path))
+            super().__init__(path, *args, **kwargs)
+
+    monkeypatch.setattr(datasets.builder, "FileLock", ReadOnly)
+    assert texts(tmp_path / "a.jsonl") == ["a"]
+    with pytest.raises(DataError, match=r"cannot be written and holds no converted copy: set HF_DATASETS_CACHE"):
+        texts(tmp_path / "b.jsonl")
+
+
+def test_text_that_is_not_utf_8_inside_a_table_is_refused_with_its_row(tmp_path):
+    write(tmp_path / "a.jsonl", "a")
+    (tmp_path / "b.jsonl").write_bytes(b'{"text":"\xe9"}\n')
+    with pytest.raises(DataError, match="text: row 1: column 'text' is not UTF-8"):
+        build(keys(tmp_path))

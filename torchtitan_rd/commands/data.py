@@ -1,0 +1,61 @@
+"""Reads every row of a run's data and lists those that would stop the run.
+
+torchtitan-rd data check X.toml [--section.key value ...]
+
+Status 0: every row can be trained on. Status 1: some cannot; each is printed with the reason, and the value of
+training.skip_ranges that leaves them out.
+"""
+
+import sys
+
+from torchtitan_rd.config import load
+from torchtitan_rd.data import DatasetKeys, dataset_vocab_size
+from torchtitan_rd.data.check import Report, scan
+from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.job import Environment
+from torchtitan_rd.log import logger
+from torchtitan_rd.validation import validation_keys
+
+_SHOWN = 50
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or "-h" in arguments or "--help" in arguments:
+        print(__doc__)
+        return 0
+    if arguments[0] != "check":
+        raise ConfigError(f"torchtitan-rd data: unknown action {arguments[0]!r}; there is `check`")
+    arguments = arguments[1:]
+    if arguments and not arguments[0].startswith("--"):
+        arguments = ["--job.config_file", *arguments]
+    loaded = load(arguments, Environment.read())
+    for warning in loaded.warnings:
+        logger.warning("%s", warning)
+    config = loaded.config
+    parts: list[tuple[str, DatasetKeys, str]] = [("training", config.training, "train")]
+    if config.validation.enable:
+        held_out = validation_keys(config.validation, config.training, data_degree=1)
+        parts.append(("validation", held_out, config.validation.split))
+    tokenizer_path = config.model.tokenizer_path
+    vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, tokenizer_path)
+    bad = 0
+    for section, keys, split in parts:
+        report = scan(
+            keys, tokenizer_path=tokenizer_path, vocab_size=vocab_size, seed=config.training.seed, split=split
+        )
+        bad += len(report.problems)
+        _print(section, report)
+    return int(bad > 0)
+
+
+def _print(section: str, report: Report) -> None:
+    for problem in list(report.problems.values())[:_SHOWN]:
+        print(problem)
+    if len(report.problems) > _SHOWN:
+        print(f"... and {len(report.problems) - _SHOWN} more")
+    sys.stdout.write(
+        f"{section}: {report.rows:,} rows, {report.size:,} {report.unit}; {report.empty:,} empty, {report.skipped:,} "
+        f"skipped by training.skip_ranges, {len(report.problems):,} that would stop a run\n"
+    )
+    if report.problems:
+        print(f"to leave these out: skip_ranges = {report.skip_ranges}")

@@ -1,0 +1,231 @@
+"""Which files a path names: those that are read, those that are not and why, and what tells their contents apart."""
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torchtitan_rd.data.content import digest_of_file, stride_of
+from torchtitan_rd.errors import DataError
+from torchtitan_rd.log import logger
+
+BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".txt": "text"}
+_COMPRESSIONS, _COMPRESSIBLE = (".gz", ".zst"), ("json", "text")
+_OTHER_COMPRESSIONS = (".bz2", ".xz", ".lz4", ".zip", ".7z", ".rar")
+# What the `datasets` library writes beside its data. A folder with one of the last two is read as a whole.
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_SAVED = ("dataset_dict.json", "state.json")
+_SPLITS = {"train": "train(?:ing)?", "validation": "val(?:id|idation)?|dev", "test": "test(?:ing)?"}
+_LISTED = 1000  # names that a record holds at most
+
+
+@dataclass
+class FileList:
+    """What `path` holds for one split. files: sorted; left_out: reason -> names, relative to `path`.
+
+    saved: a folder of `save_to_disk`, whose files the `datasets` library knows. No files and not saved: not here.
+    """
+
+    path: str
+    split: str
+    root: Path
+    files: list[Path] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    saved: bool = False
+
+    def builder(self) -> str:
+        """The one kind of all files, as `datasets` calls it. Raises DataError unless there is one."""
+        kinds = {BUILDERS.get(_data_suffix(p)) for p in self.files}
+        if len(kinds) > 1 or None in kinds:
+            found = ", ".join(sorted({_data_suffix(p) or p.name for p in self.files}))
+            raise DataError(
+                f"training.dataset_path = {self.path!r}: expected files of one kind of {', '.join(BUILDERS)} "
+                f"(.jsonl and .txt also as .gz or .zst), found {found}"
+            )
+        return kinds.pop()
+
+    def name(self, file: Path) -> str:
+        """A file's name relative to the folder, if it lies below it."""
+        return str(file.relative_to(self.root)) if file.is_relative_to(self.root) else str(file)
+
+    @cached_property
+    def contents(self) -> dict[str, dict[str, Any]]:
+        """Name -> size in bytes and digest of the content, of every file."""
+        sizes = {p: p.stat().st_size for p in self.files}
+        stride = stride_of(sum(sizes.values()))
+        return {self.name(p): {"size": size, "digest": digest_of_file(p, stride)} for p, size in sizes.items()}
+
+    def sizes(self, times: bool) -> dict[str, dict[str, int]]:
+        """Name -> size in bytes, and with `times` the time of the last change in ns, of every file."""
+        facts = {self.name(p): p.stat() for p in self.files}
+        return {name: {"size": f.st_size} | ({"time": f.st_mtime_ns} if times else {}) for name, f in facts.items()}
+
+    def log(self, name: str, rows: int | None) -> None:
+        """Says what is read and what is not."""
+        count = "streamed" if rows is None else f"{rows} rows"
+        listed = f", {len(self.files)} files: {_some([self.name(p) for p in self.files])}" if self.files else ""
+        logger.info("data: %s reads split %s of %s: %s%s", name, self.split, self.path, count, listed)
+        for reason, names in self.left_out.items():
+            logger.info("data: %s does not read %d files (%s): %s", name, len(names), reason, _some(names))
+
+    def record(self, rows: int | None) -> dict[str, Any]:
+        """The same as plain values, for the folder of the run."""
+        names = [self.name(p) for p in self.files]
+        left_out = {reason: names[:_LISTED] for reason, names in self.left_out.items()}
+        return {
+            "path": self.path,
+            "split": self.split,
+            "rows": rows,
+            "number_of_files": len(names),
+            "files": names[:_LISTED],
+            "left_out": left_out,
+        }
+
+
+def find_files(path: str, split: str = "train") -> FileList:
+    """The data files that a file, folder or glob names.
+
+    Of a folder, those named after the split; a folder in which no file is named after `train` is read whole to train
+    on, less the files that are named after other splits. Raises DataError where that leaves nothing, or for data that
+    is compressed in a way that is not read.
+    """
+    root = Path(path)
+    if root.is_file():
+        found = FileList(path, split, root.parent, [root])
+    elif root.is_dir():
+        found = FileList(path, split, root, saved=any((root / name).is_file() for name in _SAVED))
+        if found.saved:
+            return found
+        for file in sorted(_walk(root)):
+            if reason := _not_data(file):
+                found.left_out.setdefault(reason, []).append(found.name(file))
+            else:
+                found.files.append(file)
+        if not found.files:
+            raise DataError(f"{path}: a folder without data files (looked for {', '.join(BUILDERS)})")
+        _keep_split(found)
+    else:
+        matches = sorted(Path(p) for p in glob.glob(path, recursive=True))  # noqa: PTH207 (absolute patterns too)
+        found = FileList(path, split, Path(_plain_part(path)), [p for p in matches if p.is_file()])
+        _keep_split(found)
+    _refuse_compressed(found)
+    return found
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Every file below `root`, through links to folders too, none of them twice.
+
+    Hidden folders, and those that were entered by another name, are not entered and stand for themselves.
+    """
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            yield Path(folder)
+            continue
+        seen.add(real)
+        yield from (Path(folder, name) for name in names)
+        yield from (Path(folder, name) for name in folders if name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+
+def _not_data(file: Path) -> str | None:
+    """Why a file of a folder is not read."""
+    if file.name.startswith("."):
+        return "hidden"
+    if file.name in _METADATA:
+        return "metadata of the datasets library"
+    if file.is_dir():
+        return "a link to a folder that is read already"
+    if not file.is_file():
+        return "not a file"
+    return None if _data_suffix(file) in BUILDERS or _is_refused(file) else "not a data file"
+
+
+def _keep_split(found: FileList) -> None:
+    """Leaves only the files of the split. A glob of which none is named after it is read whole: it was written out."""
+    owner = {p: _split_of(found.name(p), found.split) for p in found.files}
+    named = [p for p in found.files if owner[p] == found.split]
+    unnamed = [p for p in found.files if owner[p] is None]
+    is_folder = Path(found.path).is_dir()
+    if not found.files:
+        return
+    if named:
+        kept = named
+    elif is_folder and found.split != "train":
+        count = len(found.files)
+        raise DataError(f"{found.path}: none of its {count} data files is named after the split {found.split!r}")
+    else:
+        kept = unnamed
+    if not kept and is_folder:
+        raise DataError(
+            f"{found.path}: each of its {len(found.files)} data files is named after another split than "
+            f"{found.split!r} ({_some([found.name(p) for p in found.files])}); name them with a pattern to read them"
+        )
+    kept = kept or found.files
+    for file in found.files:
+        if file not in set(kept):
+            reason = "named after another split" if owner[file] else f"not named {found.split!r} as others are"
+            found.left_out.setdefault(reason, []).append(found.name(file))
+    found.files = kept
+
+
+def _split_of(name: str, wanted: str) -> str | None:
+    """The split that a name belongs to, decided by the innermost folder or file that names one.
+
+    Where that names several splits, it is one of the others: better too little to train on than a test set.
+    """
+    patterns = {**_SPLITS, wanted: _SPLITS.get(wanted, re.escape(wanted))}
+    for part in reversed(Path(name).parts):
+        splits = [
+            split
+            for split, pattern in patterns.items()
+            if re.search(rf"(?:^|[^a-z])(?:{pattern})(?:[^a-z]|$)", part, re.IGNORECASE)
+        ]
+        if splits:
+            return next((split for split in splits if split != wanted), wanted)
+    return None
+
+
+def _data_suffix(file: Path) -> str:
+    """The suffix that says what a file holds, in lower case: the one before .gz or .zst of a compressed file."""
+    suffix = file.suffix.lower()
+    inner = Path(file.stem).suffix.lower()
+    return inner if suffix in _COMPRESSIONS and BUILDERS.get(inner) in _COMPRESSIBLE else suffix
+
+
+def _is_refused(file: Path) -> bool:
+    """Whether a file holds data, compressed in a way that is not read."""
+    return file.suffix.lower() in _OTHER_COMPRESSIONS and Path(file.stem).suffix.lower() in BUILDERS
+
+
+def _refuse_compressed(found: FileList) -> None:
+    for file in found.files:
+        suffix = file.suffix.lower()
+        if _is_refused(file):
+            raise DataError(f"{file}: {suffix} files are not read: unpack it, or compress it with gzip or zstd")
+        if suffix == ".zst":
+            try:
+                import zstandard  # noqa: F401
+            except ImportError:
+                raise DataError(f"{file}: reading .zst needs the package zstandard: install or unpack it") from None
+
+
+def _plain_part(pattern: str) -> str:
+    """The folders of a glob before its first wildcard."""
+    plain = []
+    for part in Path(pattern).parts[:-1]:
+        if glob.has_magic(part):
+            break
+        plain.append(part)
+    return str(Path(*plain)) if plain else "."
+
+
+def _some(names: list[str]) -> str:
+    """`a, b, ... y, z`."""
+    return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])

@@ -1,0 +1,171 @@
+"""From a row of the table of data sets to samples that lanes can read, and what tells these samples apart."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from torchtitan_rd.data.arrow import Encoder, SampleSource, TableSource, check_path, open_table
+from torchtitan_rd.data.config import DatasetKeys
+from torchtitan_rd.data.content import digest_of, digest_of_samples, digest_of_table
+from torchtitan_rd.data.cursor import LaneReader, SkippingSource, Source, pieces_per_sample
+from torchtitan_rd.data.files import FileList
+from torchtitan_rd.data.ids import encode_in_memory, encode_once
+from torchtitan_rd.data.packed import PackedEncoder
+from torchtitan_rd.data.spikes import SpikeEncoder
+from torchtitan_rd.data.text import TextEncoder
+from torchtitan_rd.data.tokenizer import load_tokenizer
+from torchtitan_rd.errors import ConfigError, DataError
+
+Kind = Literal["spikes", "text", "packed"]
+
+# Data sets of any size have far more samples than this; small ones are cut into so many pieces for each row of a batch.
+_UNITS_PER_LANE = 16
+_FILES_NOTED = 1000  # of more files a checkpoint holds no names
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """kind: how a sample becomes ids. Where samples come from: `hub` (and `subset`) on the Hugging Face hub unless
+    training.dataset_path names another place, or `samples(seed)`, made here; neither: dataset_path is required."""
+
+    kind: Kind
+    hub: str | None = None
+    subset: str | None = None
+    samples: Callable[[int], Sequence[Any]] | None = None
+
+
+def build_encoder(config: DatasetKeys, kind: Kind, tokenizer_path: str, vocab_size: int) -> Encoder:
+    """Raises ConfigError where the tokenizer or eos_id does not fit the model's vocabulary."""
+    column = {} if config.column is None else {"column": config.column}
+    if kind == "spikes":
+        return SpikeEncoder(vocab_size, **column)
+    if kind == "packed":
+        if config.eos_id is not None and config.eos_id >= vocab_size:
+            raise ConfigError(f"training.eos_id = {config.eos_id} is not below model.vocab_size = {vocab_size}")
+        return PackedEncoder(config.seq_len, vocab_size, config.pad_id, config.eos_id, **column)
+    tokenizer = load_tokenizer(tokenizer_path)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"the tokenizer {tokenizer_path!r} has ids up to {tokenizer.vocab_size - 1}, but model.vocab_size = "
+            f"{vocab_size}: set it to {tokenizer.vocab_size} or more"
+        )
+    return TextEncoder(tokenizer, vocab_size, **column)
+
+
+def open_rows(config: DatasetKeys, row: Dataset, split: str) -> tuple[Any, FileList]:
+    """The table (or stream) of a data set that has files, and these files. Raises DataError."""
+    path = config.dataset_path or row.hub
+    subset = None if config.dataset_path else row.subset
+    found = check_path(path, split) if config.dataset_path else FileList(path, split, Path(path))
+    table = open_table(config.dataset, path, subset, config.stream, split, found)
+    if found.saved and not config.stream:
+        found.files = sorted(Path(entry["filename"]) for entry in table.cache_files)
+    return table, found
+
+
+def open_source(
+    config: DatasetKeys, row: Dataset, encoder: Encoder, seed: int, split: str
+) -> tuple[TableSource | SampleSource, FileList]:
+    """All samples, and the files they come from. Raises DataError."""
+    if row.samples:
+        return SampleSource(config.dataset, row.samples(seed), encoder), FileList("this program", split, Path())
+    table, found = open_rows(config, row, split)
+    return TableSource(config.dataset, table, encoder), found
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """How the samples of a data set are shared out to lanes. Raises DataError for too few packed rows."""
+
+    config: DatasetKeys
+    kind: Kind
+    num_samples: int
+    num_lanes: int
+
+    def __post_init__(self):
+        if self.kind == "packed" and self.num_samples < self.num_lanes:
+            raise DataError(
+                f"{self.config.dataset}: holds {self.num_samples} rows, fewer than the {self.num_lanes} of one global "
+                f"batch; lower training.global_batch_size"
+            )
+
+    @property
+    def units_per_lane(self) -> int:
+        return 1 if self.kind == "packed" else _UNITS_PER_LANE  # a packed row is a window and never cut
+
+    @property
+    def unit(self) -> str | None:
+        """Where samples are cut: anywhere between `tokens`, or between `time bins`; None: not at all."""
+        if pieces_per_sample(self.num_samples, self.num_lanes, self.units_per_lane) == 1:
+            return None
+        return "time bins" if self.kind == "spikes" else "tokens"
+
+    def readers(self, source: Source, lanes: range) -> list[LaneReader]:
+        """One reader a lane."""
+        c = self.config
+        common = (self.num_lanes, c.seq_len, c.shuffle_seed, c.document_mask, self.units_per_lane)
+        return [LaneReader(source, lane, *common) for lane in lanes]
+
+
+def source_fingerprint(
+    config: DatasetKeys, source: TableSource | SampleSource, found: FileList, cutting: Cutting
+) -> dict[str, Any]:
+    """What the samples are; see fingerprint.py."""
+    if isinstance(source, SampleSource):
+        rows, files = digest_of_samples(source.samples), {}
+    else:
+        rows = digest_of_table(source.table, source.encoder.column)
+        converted = found.files and not found.saved and found.builder() != "arrow"
+        files = found.contents if converted else found.sizes(times=not rows["whole"])
+    return {
+        "num_samples": len(source),
+        "rows": rows,
+        "cut": cutting.unit,
+        "skip_ranges": config.skip_ranges,
+        "files": files if len(files) <= _FILES_NOTED else {},
+        **_tokenizer(source.encoder),
+    }
+
+
+def stream_fingerprint(encoder: Encoder, found: FileList) -> dict[str, Any]:
+    """The same of a stream: the contents of its files; of the hub, nothing."""
+    files = {} if found.saved else found.contents
+    content = {"content": digest_of(sorted(files.items()))} if files else {}
+    return {**content, "cut": None, "files": files if len(files) <= _FILES_NOTED else {}, **_tokenizer(encoder)}
+
+
+def _tokenizer(encoder: Encoder) -> dict[str, str]:
+    return {"tokenizer": encoder.tokenizer.digest} if isinstance(encoder, TextEncoder) else {}
+
+
+def prepare(
+    config: DatasetKeys, source: TableSource | SampleSource, cutting: Cutting, fingerprint: dict[str, Any]
+) -> Source:
+    """The samples without those to skip; documents that lanes share are encoded. Raises DataError."""
+    encoder, is_table = source.encoder, isinstance(source, TableSource)
+    if config.skip_ranges:
+        last = max(last for _, last in config.skip_ranges)
+        if last >= len(source):
+            raise DataError(f"training.skip_ranges: {source.name} has no row {last}, its last is {len(source) - 1}")
+        source = SkippingSource(source, config.skip_ranges)
+    if cutting.unit != "tokens":
+        return source
+    dtype = np.min_scalar_type(encoder.vocab_size - 1)
+    if not is_table:
+        return encode_in_memory(source, dtype)
+    facts = (
+        ("rows", "skip_ranges", "tokenizer")
+        if fingerprint["rows"]["whole"]
+        else ("rows", "skip_ranges", "tokenizer", "files")
+    )
+    key = digest_of(str(dtype), encoder.column, *(fingerprint[fact] for fact in facts))
+    return encode_once(source, dtype, _cache_folder(config) / "encoded_documents", key)
+
+
+def _cache_folder(config: DatasetKeys) -> Path:
+    import datasets
+
+    return Path(config.cache_folder or datasets.config.HF_DATASETS_CACHE)
