@@ -181,6 +181,9 @@ def runs_that_reach_every_key(tmp_path):
     recurrent += ["--recurrence.mean_backprop_depth_start=2", "--training.mixed_precision_param=float32"]
     llama = ["--model.overrides.n_layers=1", "--training.mixed_precision_param=float32"]
     seconds = ["--checkpoint.interval_type=seconds", "--compile.enable", "--compile.backend=eager"]
+    (tmp_path / "one.txt").write_text("a document that is cut\n" * 40)
+    cut = ["--training.dataset=text", f"--training.dataset_path={tmp_path / 'one.txt'}"]
+    cut += [f"--training.cache_folder={tmp_path / 'cache'}"]
     for folder, *variant in (
         (
             "a",
@@ -196,7 +199,14 @@ def runs_that_reach_every_key(tmp_path):
         ("c", "--checkpoint.create_seed_checkpoint"),
         ("d", "--training.steps=2", *recurrent, *held_out, "--optimizer.name=ELLISAdam", "--optimizer.atan_adam"),
         ("e", "--training.steps=1", *llama, "--optimizer.name=Muon", "--training.goldfish_strategy=static"),
-        ("f", "--training.steps=1", *llama, "--training.goldfish_strategy=hash-table", "--training.loss_guard=99"),
+        (
+            "f",
+            "--training.steps=1",
+            *llama,
+            *cut,
+            "--training.goldfish_strategy=hash-table",
+            "--training.loss_guard=99",
+        ),
         ("g", "--training.steps=2", *llama, "--training.batch_ramp_steps=2", "--training.global_batch_size=8"),
     ):
         arguments = [*common, *variant, f"--job.dump_folder={tmp_path / folder}"]
