@@ -210,6 +210,7 @@ class Trainer:
             beat=self.heartbeat.beat,
             inputs=self.draws.training,
             asked_to_stop=self.stop.received,
+            has_saved=self.checkpointer.has_saved,
         )
         self.metrics.start(self.step, self.tokens_seen)  # makes the folder
         if rank == 0:
@@ -360,6 +361,7 @@ class Trainer:
             self._save_if_due(stopping)
             self.profiler.step()
             if stopping and self.step < total_steps:
+                self.train_step.settle()  # a last update that must not be ends the run as such
                 self.stop.announce()
                 return False
             if self.step == started_at + 1:
@@ -377,13 +379,16 @@ class Trainer:
     def _save_if_due(self, stopping: bool) -> None:
         last_step = self.step == self.config.training.steps
         self.heartbeat.beat(self.step, "checkpoint")
-        self.checkpointer.raise_errors()
+        if self.train_step.saved:
+            self.checkpointer.wait()  # for nothing, by then: raises what went wrong, on all ranks at the same step
+            self.train_step.saved = False
         if self.checkpointer.should_save(self.step, last_step=last_step or stopping):
             self.train_step.settle()  # counts on the host must be right, and a run that must stop saves nothing
             self.heartbeat.beat(self.step, "saving")
             with self.metrics.pause("checkpoint"):
                 own = {"rng": job.rng_state()}
                 self.checkpointer.save(self.step, self._tensors(), self._state(), own_state=own, last_step=last_step)
+            self.train_step.saved = False  # that was of the save before
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class TrainingConfig(DatasetKeys, BatchRampKeys, ObjectiveKeys, ShardingKeys):
     """Weight of logsumexp(logits)^2 in the objective (PaLM used 1e-4)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What a NaN or infinite loss or gradient does, on all ranks alike, before it reaches the parameters. stop: no
-    update happens any more, and the error that names the step comes at once, on a GPU while the next step runs. skip:
+    update happens any more, and the error that names the step comes at once, on a GPU one step later. skip:
     that update is left out, without a trace in parameters, moments and counts."""
     max_consecutive_skips: int = Field(10, ge=1)
     """on_nonfinite = "skip": more skipped updates in a row than this stop the run, as on_nonfinite = "stop" does."""
@@ -130,20 +130,24 @@ class TrainStep:
         beat: Callable[[int, str], None] = lambda step, phase: None,
         inputs: Callable[[int, int, Batch], ForwardInputs] = lambda step, number, batch: NO_INPUTS,
         asked_to_stop: Callable[[], bool] = lambda: False,
+        has_saved: Callable[[], bool] = lambda: False,
         late: bool | None = None,
     ):
         """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
 
         inputs: (step, microbatch from 0, batch) -> what forward takes beside tokens (a recurrent model's draws).
-        asked_to_stop: whether a signal told this rank to stop (signals.py). late: see above; by default as it says.
+        asked_to_stop: whether a signal told this rank to stop (signals.py). has_saved: whether this rank has written
+        its share of the checkpoint that is written in the background. late: see above; by default as it says.
         """
         self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
-        self.beat, self.inputs, self.asked_to_stop = beat, inputs, asked_to_stop
+        self.beat, self.inputs = beat, inputs
+        self.asked_to_stop, self.has_saved = asked_to_stop, has_saved
         self.late = (device.type == "cuda" and takes_flag(optimizer, device)) if late is None else late
         self.sums = StepSums([p for group in optimizer.param_groups for p in group["params"]], device)
         self.verdict = Verdict(config, device)
         self.readback = Readback(len(fields(StepNumbers)), device)
         self.stop_requested = False
+        self.saved = False
         self._unread: StepResult | None = None
 
     def __call__(self, step: int, batches: Sequence[Batch], tokens_seen: int = 0) -> StepResult:
@@ -167,7 +171,8 @@ class TrainStep:
             depths.append(extra.num_steps)
 
         self.beat(step, "update")
-        totals = self.sums(local_sum, local_sum / valid.local.clamp(min=1), self.asked_to_stop())
+        mean_loss = local_sum / valid.local.clamp(min=1)
+        totals = self.sums(local_sum, mean_loss, stop=self.asked_to_stop(), saved=self.has_saved())
         loss = totals.loss_sum / valid.total()
         self.sums.scale_gradients(totals.grad_norm, self.config.max_norm)
         skip = self.verdict(loss, totals.grad_norm, tokens_seen)
@@ -194,7 +199,7 @@ class TrainStep:
             return
         result, self._unread = self._unread, None
         numbers = result.numbers
-        self.stop_requested = numbers.stop_requested
+        self.stop_requested, self.saved = numbers.stop_requested, numbers.saved
         if not numbers.skipped:
             return
         if self.late:
@@ -239,13 +244,14 @@ class TrainStep:
                 self.verdict.consecutive_skips,
                 self.verdict.must_stop.float(),
                 totals.stops,
+                (totals.saved == len(totals.rank_losses)).float(),
             ]
         )
 
 
 def _parse(values: Sequence[float]) -> StepNumbers:
-    loss, loss_max, rank, grad_norm, skipped, in_a_row, must_stop, stops = values
-    return StepNumbers(loss, loss_max, int(rank), grad_norm, bool(skipped), int(in_a_row), bool(must_stop), bool(stops))
+    loss, loss_max, rank, grad_norm, skipped, in_a_row, *flags = values
+    return StepNumbers(loss, loss_max, int(rank), grad_norm, bool(skipped), int(in_a_row), *map(bool, flags))
 
 
 def hash_ids(batches: Sequence[Batch], stages: int = 1) -> str | None:

@@ -123,10 +123,9 @@ class Checkpointer:
             self._in_flight = self._executor.submit(self._writer.write, self._staged(snapshot))
         self._saved_step = -1 if export else step
 
-    def raise_errors(self) -> None:
-        """At every step boundary: raises CheckpointError on all ranks at the same step if an async save failed."""
-        if self._in_flight is not None and self._world.all_true(self._in_flight.done()):
-            self.wait()
+    def has_saved(self) -> bool:
+        """Whether this rank's share of the save in flight is written, or has failed; False if none is in flight."""
+        return self._in_flight is not None and self._in_flight.done()
 
     def wait(self) -> None:
         """Waits for the save in flight. Raises CheckpointError on every rank if it failed."""

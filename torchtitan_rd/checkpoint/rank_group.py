@@ -4,7 +4,6 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
-import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -63,14 +62,6 @@ class RankGroup:
         if merged:
             raise _as_checkpoint_error(merged) from cause
         return [value for value, _ in gathered]
-
-    def all_true(self, flag: bool) -> bool:
-        """Whether `flag` is true on every rank."""
-        if self.group is None:
-            return flag
-        count = torch.tensor(int(flag))
-        dist.all_reduce(count, op=dist.ReduceOp.MIN, group=self.group)
-        return bool(count)
 
     def close(self) -> None:
         """Leaves the group. Not a collective."""

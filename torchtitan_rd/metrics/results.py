@@ -15,6 +15,7 @@ class StepNumbers:
     skipped: whether the update did not happen. consecutive_skips: with this step, how many in a row did not.
     must_stop: whether no update may happen any more (training.on_nonfinite, training.loss_guard).
     stop_requested: whether any rank was asked by a signal to save and stop.
+    saved: whether every rank has written its share of the checkpoint that is written in the background.
     """
 
     loss: float
@@ -25,6 +26,7 @@ class StepNumbers:
     consecutive_skips: int
     must_stop: bool
     stop_requested: bool
+    saved: bool
 
 
 class StepResult:

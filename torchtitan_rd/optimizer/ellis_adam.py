@@ -151,19 +151,19 @@ class ELLISAdam(Optimizer):
             norms = _norms(grads, [p for _, p in rated])
             grads = torch._foreach_div(grads, norms.clamp(min=torch.finfo(norms.dtype).tiny).unbind())
         self._counted = [self.state[parameter]["step"] for _, parameter in rated]
-        may_skip = self.found_inf is not None
-        batches: dict[tuple[int, float, float], _Batch] = {}
-        for (group, parameter), grad in zip(rated, grads, strict=True):
+        batches: dict[tuple, _Batch] = {}
+        for number, ((group, parameter), grad) in enumerate(zip(rated, grads, strict=True)):
             state = self.state[parameter]
             state["step"] += 1
             alike = int(state["step"].item()), group["lr"], group["weight_decay"]
-            batch = batches.setdefault(alike, _Batch(*alike))
+            # An update that may be taken back works on copies: one tensor at a time, so that few are alive at once.
+            key = alike if self.found_inf is None else (*alike, number)
+            batch = batches.setdefault(key, _Batch(*alike))
             batch.owners.append(parameter)
             batch.params.append(local(parameter))
             batch.grads.append(grad)
-            # Without a flag these are copies only if the types differ.
-            batch.exp_avgs.append(local(state["exp_avg"]).to(parameter.dtype, copy=may_skip))
-            batch.exp_avg_sqs.append(local(state["exp_avg_sq"]).to(parameter.dtype, copy=may_skip))
+            batch.exp_avgs.append(local(state["exp_avg"]).to(parameter.dtype))  # a copy only if the types differ
+            batch.exp_avg_sqs.append(local(state["exp_avg_sq"]).to(parameter.dtype))
         return list(batches.values())
 
     def _betas(self, step: int) -> tuple[float, float]:
@@ -182,7 +182,8 @@ class ELLISAdam(Optimizer):
 
     def _update_moments(self, batch: _Batch) -> None:
         beta1, beta2 = self._betas(batch.step)
-        grads, exp_avgs, exp_avg_sqs = batch.grads, batch.exp_avgs, batch.exp_avg_sqs
+        grads = batch.grads
+        exp_avgs, exp_avg_sqs = self._writable(batch.exp_avgs), self._writable(batch.exp_avg_sqs)
         if self.keys.running_init and batch.step == 1:
             torch._foreach_copy_(exp_avgs, grads)
             torch._foreach_copy_(exp_avg_sqs, torch._foreach_mul(grads, grads))
@@ -191,10 +192,12 @@ class ELLISAdam(Optimizer):
         torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
         if self.keys.update_clipping:
             torch._foreach_clamp_min_(exp_avg_sqs, self.eps**2)
-        for owner, exp_avg, exp_avg_sq in zip(batch.owners, exp_avgs, exp_avg_sqs, strict=True):
-            if self.found_inf is not None or owner.dtype != self.buffer_dtype:
-                replace_unless(self.found_inf, local(self.state[owner]["exp_avg"]), exp_avg)
-                replace_unless(self.found_inf, local(self.state[owner]["exp_avg_sq"]), exp_avg_sq)
+        self._replace(batch.exp_avgs, exp_avgs)
+        self._replace(batch.exp_avg_sqs, exp_avg_sqs)
+        for owner, exp_avg, exp_avg_sq in zip(batch.owners, batch.exp_avgs, batch.exp_avg_sqs, strict=True):
+            if owner.dtype != self.buffer_dtype:
+                local(self.state[owner]["exp_avg"]).copy_(exp_avg)
+                local(self.state[owner]["exp_avg_sq"]).copy_(exp_avg_sq)
 
     def _directions(self, batch: _Batch) -> list[Tensor]:
         """What is subtracted, per unit of the rate."""

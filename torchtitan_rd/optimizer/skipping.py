@@ -17,7 +17,9 @@ def takes_flag(optimizer: Optimizer, device: torch.device) -> bool:
         return all(takes_flag(part, device) for part in optimizer.parts)
     if any(p.device.type != device.type for group in optimizer.param_groups for p in group["params"]):
         return False
-    return isinstance(optimizer, ELLISAdam | Muon) or bool(optimizer.defaults.get("fused"))
+    if isinstance(optimizer, ELLISAdam):
+        return not optimizer.keys.tensor_wise_finite_check  # which reads what it finds
+    return isinstance(optimizer, Muon) or bool(optimizer.defaults.get("fused"))
 
 
 def update_unless(skip: Tensor, optimizer: Optimizer) -> None:

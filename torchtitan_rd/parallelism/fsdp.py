@@ -24,7 +24,7 @@ class ShardingKeys(Section):
     mixed_precision_reduce: Literal["float32", "bfloat16"] = Field(
         "float32", json_schema_extra={"on_resume": "must_match"}
     )
-    """Type in which gradients are summed over the ranks."""
+    """Type in which gradients are summed over the ranks, and with copies of the model (HSDP) over microbatches too."""
     enable_cpu_offload: bool = False
     """Keep the sharded parameters, gradients and optimizer state in host memory; the optimizer then runs there."""
 
@@ -126,8 +126,8 @@ def prepare_microbatch(model: nn.Module, *, is_last: bool) -> None:
     """To be called before each microbatch of a step: copies of the model (HSDP) exchange gradients in the last alone.
 
     Until then each shard keeps the sum over its own microbatches, in the type of the reduction and at no more than one
-    sharded gradient of memory. Every unit must get a gradient in the last microbatch, as every one does that a forward
-    runs with gradients. No effect where there is one copy.
+    sharded gradient of memory. A unit without a gradient in the last microbatch would keep it for a later step: which
+    units have one must not differ between the microbatches of a step. No effect where there is one copy.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(is_last)

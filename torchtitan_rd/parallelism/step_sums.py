@@ -19,6 +19,8 @@ class StepTotals(NamedTuple):
     """L2 norm of all gradients."""
     stops: Tensor
     """How many ranks ask to stop."""
+    saved: Tensor
+    """How many ranks have written their share of the checkpoint that is written in the background."""
 
 
 class StepSums:
@@ -39,13 +41,14 @@ class StepSums:
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
     @torch.no_grad()
-    def __call__(self, loss_sum: Tensor, mean_loss: Tensor, stop: bool) -> StepTotals:
-        """loss_sum, mean_loss: this rank's, 0-dim float32. stop: whether this rank asks to stop. Collective."""
+    def __call__(self, loss_sum: Tensor, mean_loss: Tensor, *, stop: bool, saved: bool) -> StepTotals:
+        """loss_sum, mean_loss: this rank's, 0-dim float32. stop, saved: this rank's, see StepTotals. Collective."""
         whole = [p.grad for p in self._whole if p.grad is not None]
-        numbers = torch.zeros(2 + self._world_size, device=self._device)
+        numbers = torch.zeros(3 + self._world_size, device=self._device)
         numbers[0] = loss_sum
         numbers[1].fill_(float(stop))
-        numbers[2 + self._rank] = mean_loss
+        numbers[2].fill_(float(saved))
+        numbers[3 + self._rank] = mean_loss
         # As DTensor has it: of each tensor the norm of this part, squared, summed over the parts, and the root of that.
         squares = self._norms(self._sharded) ** 2
         if not self._counts:
@@ -59,7 +62,8 @@ class StepSums:
         if whole:
             _fill(whole, flat)
             norms = torch.cat([norms, self._norms(self._whole)])
-        return StepTotals(numbers[0], numbers[2:], torch.linalg.vector_norm(norms), numbers[1])
+        grad_norm = torch.linalg.vector_norm(norms)
+        return StepTotals(numbers[0], numbers[3:], grad_norm, stops=numbers[1], saved=numbers[2])
 
     @torch.no_grad()
     def scale_gradients(self, norm: Tensor, max_norm: float) -> None:

@@ -99,3 +99,5 @@ def test_settings_that_cannot_go_together_are_refused():
         inputs().at_depths([0, 3], WHOLE)
     with pytest.raises(ConfigError, match=r"recurrence\.lockstep = false needs an injection"):
         RavenInputs(tiny_config(injection="none"), RecurrenceConfig(lockstep=False), seed=0, total_steps=1)
+    with pytest.raises(ConfigError, match=r'draw_per = "microbatch" needs an injection'):
+        RavenInputs(tiny_config(injection="none"), RecurrenceConfig(draw_per="microbatch"), seed=0, total_steps=1)

@@ -23,6 +23,9 @@ class RavenInputs:
         if config.injection == "none" and not recurrence.lockstep:
             # Without injection, embedding and prelude have a gradient only at n = 0: ranks would not reduce alike.
             raise ConfigError('recurrence.lockstep = false needs an injection: it is "none" in this model')
+        if config.injection == "none" and recurrence.draw_per == "microbatch":
+            # The same from one microbatch to the next: what copies of the model (HSDP) hold back would come too late.
+            raise ConfigError('recurrence.draw_per = "microbatch" needs an injection: it is "none" in this model')
         self.config, self.seed = config, seed
         self.float32_state = recurrence.state_dtype == "float32"
         self.mean_depth = config.mean_recurrence
