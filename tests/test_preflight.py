@@ -63,6 +63,25 @@ def test_a_slow_group_is_a_warning_that_says_where_to_look():
         assert "all ranks (2 ranks) is slow" in warning and "NCCL_SOCKET_IFNAME" in warning
 
 
+def test_a_group_whose_first_message_takes_long_is_slow_however_fast_it_is_then():
+    for records in run_on_ranks(2, slow_to_connect):
+        (warning,) = [text for level, text in records if level == "WARNING"]
+        assert "all ranks (2 ranks) is slow" in warning
+
+
+def slow_to_connect(rank, world_size):
+    """As if any time were long; every bandwidth will do."""
+    patience, module.SLOW_START = module.SLOW_START, 0.0
+    try:
+        return checked(rank, world_size, 1, 0.0)
+    finally:
+        module.SLOW_START = patience
+
+
+def test_a_lone_rank_has_no_network_to_be_slow():
+    assert {level for level, _ in run_on_ranks(1, checked, 1, 1e15)[0]} == {"INFO"}
+
+
 def lose_one(message, rank):
     if rank == 1:
         message[7] += 1

@@ -200,3 +200,11 @@ def test_once_training_must_stop_the_device_lets_no_later_update_happen():
     verdict = Verdict(TrainingConfig(), torch.device("cpu"))
     good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
     assert [verdict(loss, good, 0).item() for loss in (good, bad, good, good)] == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_an_infinite_loss_is_skipped_where_skipping_is_allowed_even_with_a_guard():
+    """Infinity exceeds any guard; that the loss has gone up for good is for finite losses to show."""
+    config = TrainingConfig(on_nonfinite="skip", loss_guard=6.0, loss_guard_after_tokens=0)
+    verdict = Verdict(config, torch.device("cpu"))
+    norm, losses = torch.tensor(1.0), [float("inf"), 5.0, 7.0, 5.0]
+    assert [verdict(torch.tensor(loss), norm, 1).item() for loss in losses] == [1.0, 0.0, 1.0, 1.0]
