@@ -178,6 +178,21 @@ def collectives(rank, world_size, case):
     return counts
 
 
+@pytest.mark.parametrize(
+    ("reshard", "tied", "gathers"),
+    # Units: prelude, loop, coda and root; where the head is not tied, embedding and head too. By default backward
+    # gathers all of them again but for loop, head and root; with `always` those too.
+    [
+        *(("default", True, 6), ("always", True, 8), ("never", True, 4)),
+        *(("default", False, 9), ("always", False, 12), ("never", False, 6)),
+    ],
+)
+def test_how_often_units_are_gathered_follows_the_key(reshard, tied, gathers):
+    case = Case(reshard=reshard, fields={"tie_word_embeddings": tied})
+    for counts in run_on_ranks(2, collectives, case):
+        assert sum(n for name, n in counts[0].items() if "gather" in name) == gathers
+
+
 @pytest.mark.parametrize("ac", ["none", "iteration", "block"])
 def test_one_set_of_graphs_serves_sixteen_draws(ac):
     """Blocks are compiled, not the loop (T13): a new depth must not compile anything."""
