@@ -1,10 +1,12 @@
 """How the trainer joins its parts: what is settled before anything outlives a step, and what each part is told."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.launch import rows
@@ -12,7 +14,7 @@ from tests.ranks import run_on_ranks
 from tests.test_job import master_port
 from torchtitan_rd import job, train, train_step
 from torchtitan_rd.config import load
-from torchtitan_rd.errors import TrainingError
+from torchtitan_rd.errors import ConfigError, TrainingError
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.models.raven.config import count_flops
 from torchtitan_rd.train import Trainer
@@ -121,6 +123,18 @@ def test_the_heartbeat_is_told_the_rank_s_place_in_its_node_and_how_long_start_u
     run.run()
     (options,) = told
     assert (options["local_rank"], options["local_world_size"], options["first_time"]) == (3, 4, 250.0)
+
+
+@pytest.mark.parametrize(("arguments", "made"), [([], True), (["--model.vocab_size=100"], False)])
+def test_the_traces_folder_is_made_with_the_outputs_and_not_for_a_mistake_in_the_input(
+    arguments, made, tmp_path, monkeypatch
+):
+    """As on a GPU; on a CPU there is nothing to trace."""
+    make = job.make_traces_folder
+    monkeypatch.setattr(job, "make_traces_folder", lambda device, *rest: make(torch.device("cuda"), *rest))
+    with nullcontext() if made else pytest.raises(ConfigError):
+        trainer(tmp_path / "dump", "--training.steps=1", *arguments).run()
+    assert (tmp_path / "dump" / "comm_traces").is_dir() is made is (tmp_path / "dump").exists()
 
 
 def test_the_rates_of_a_run_in_which_ranks_draw_their_own_depths_count_the_deepest_draw(tmp_path):
