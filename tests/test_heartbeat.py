@@ -234,6 +234,31 @@ def test_a_rank_that_closes_after_its_node_s_first_one_says_nothing(tmp_path, mo
     assert not log.records and not (tmp_path / "memory").exists()
 
 
+def test_what_a_killed_run_left_in_the_node_s_memory_is_no_beat_of_this_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_node_folder", lambda folder: tmp_path / "memory")
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "rank_3.json").write_text(json.dumps([{"rank": 3, "step": 99}]))
+    node_of(tmp_path, 0).close()
+    assert [beat["rank"] for beat in json.loads((tmp_path / "shared" / "rank_2.json").read_text())] == [2]
+
+
+@pytest.mark.parametrize(("world_size", "names"), [(256, ["rank_5.json"]), (260, [])])
+def test_above_256_ranks_only_the_first_of_a_node_writes_to_the_shared_folder(world_size, names, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_node_folder", lambda folder: tmp_path / "memory")
+    place = {"rank": 5, "world_size": world_size, "local_rank": 1, "local_world_size": 4}
+    Heartbeat(tmp_path / "shared", interval=60, warn_after=60, **place).close()
+    assert files(tmp_path / "shared") == names
+
+
+def test_a_rank_whose_file_is_seen_late_is_not_called_dead_in_a_slow_run(tmp_path):
+    """Of a silence of 40 s where 30 s are healthy: beats 10 s old are late, those 20 s old have stopped."""
+    heartbeat = Heartbeat(tmp_path, rank=0, world_size=2, interval=0.0, warn_after=30)
+    for age, expected in ((10.0, "behind the others: rank 1"), (20.0, "no sign of life from rank 1")):
+        beats = [{"host": "h", "pid": 1, "step": step, "index": 0, "phase": "data"} for step in (8, 7)]
+        heartbeat._seen = [module._Seen(beats[0], 60.0, 100.0), module._Seen(beats[1], 60.0, 100.0 - age)]
+        assert expected in heartbeat._report(40.0, 100.0)
+
+
 def test_in_a_large_run_rank_0_still_names_the_rank_that_lags(tmp_path, monkeypatch):
     folders = {}
     monkeypatch.setattr(module, "_node_folder", lambda folder: folders["now"])
@@ -337,8 +362,9 @@ def test_the_watch_follows_the_pace(tmp_path):
             heartbeat.beat(step, "forward")
             time.sleep(0.4)
         heartbeat.beat(5, "forward")
-        assert log.warnings() == []
+        assert log.warnings() == [] and files(tmp_path) == ["rank_0.json"], "nor stacks"
         wait_until(log.warnings)
         heartbeat.close()
+    assert "rank_0.stacks" in files(tmp_path)
     silence = float(log.warnings()[0].split("for ")[1].split(" s;")[0])
     assert silence >= 1, "three times 0.4 s, printed without decimals"

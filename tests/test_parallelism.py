@@ -1,17 +1,23 @@
 """Sharding, activation checkpointing and compile change where and when things are computed, never what."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.models.tiny import some_tokens, tiny_llama
 from tests.ranks import run_on_ranks
 from tests.small_run import Setup, train
 from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
-from torchtitan_rd.parallelism import ParallelDims, ParallelismConfig
+from torchtitan_rd.models import get_spec
+from torchtitan_rd.parallelism import ActivationCheckpointConfig, ParallelDims, ParallelismConfig, fsdp
+from torchtitan_rd.parallelism.activation_checkpoint import _SAVED_OPS, apply_activation_checkpointing
 from torchtitan_rd.parallelism.init import parameter_seed
 
 CHECKPOINTING = {
@@ -116,6 +122,72 @@ def test_bfloat16_compute_keeps_float32_parameters_and_stays_close(plain):
         assert all(gradient.dtype == torch.float32 for gradient in result["gradients"].values())
         assert result["losses"] == pytest.approx(plain["losses"], rel=0.02)
         assert result["losses"] != plain["losses"]
+
+
+@pytest.mark.parametrize("reduce", ["float32", "bfloat16"])
+def test_gradients_are_summed_over_the_ranks_in_the_type_of_the_key(reduce):
+    """A sum in bfloat16 is a number of bfloat16, whatever it is stored in."""
+    training = {"mixed_precision_reduce": reduce, "max_norm": 1e6}
+    for result in run_on_ranks(2, train, Setup(sections={"training": training}, steps=1)):
+        rounded = [torch.equal(g, g.bfloat16().float()) for g in result["gradients"].values()]
+        assert all(rounded) if reduce == "bfloat16" else not any(rounded)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_key_for_offload_reaches_every_unit(offload, monkeypatch):
+    """What FSDP is asked for: it offloads from a GPU alone."""
+    asked = []
+    monkeypatch.setattr(fsdp, "fully_shard", lambda modules, **options: asked.append(options["offload_policy"]))
+    model = tiny_llama()
+    plan = get_spec("llama3").wrap_plan(model)
+    fsdp.apply_fsdp(model, plan, None, fsdp.ShardingKeys(enable_cpu_offload=offload), "default")
+    assert len(asked) == len(model.layers) + 3  # embedding, norm with head, root
+    assert {isinstance(policy, CPUOffloadPolicy) for policy in asked} == {offload}
+
+
+class CountForwards(TorchDispatchMode):
+    """Attention and matrix products, those of backward's recomputation included."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.counts["attention"] += name == "_scaled_dot_product_flash_attention_for_cpu"
+        self.counts["matmul"] += name == "mm"
+        return function(*args, **(kwargs or {}))
+
+
+# Each of 2 layers has 7 matrices; backward has 2 products for each of those and of the head.
+PLAIN = (1 + 2) * (2 * 7 + 1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "attention", "matmuls"),
+    # The last product of a block is never recomputed: nothing in backward needs what it gives.
+    [("none", 2, PLAIN), ("full", 4, PLAIN + 2 * 6), ("by op", 2, PLAIN + 2 * 3), ("every second block", 3, PLAIN + 6)],
+)
+def test_what_is_recomputed_in_backward_follows_the_mode(mode, attention, matmuls):
+    model, tokens = tiny_llama(), some_tokens()
+    apply_activation_checkpointing(list(model.layers), ActivationCheckpointConfig(**CHECKPOINTING[mode]))
+    with CountForwards() as watch:
+        model(tokens).square().mean().backward()
+    assert (watch.counts["attention"], watch.counts["matmul"]) == (attention, matmuls)
+
+
+def test_every_fused_attention_of_torch_is_kept_by_op():
+    """Those of GPUs too, which a CPU cannot run."""
+    names = {name.removeprefix("aten::").partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    fused = {
+        name
+        for name in names
+        if name.startswith("_scaled_dot_product")
+        and not name.endswith("_backward")
+        and not any(kind in name for kind in ("_math", "overrideable"))  # neither is one kernel of CUDA or CPU
+    }
+    assert len(fused) == 4
+    assert {getattr(torch.ops.aten, name).default for name in fused} <= _SAVED_OPS
 
 
 @pytest.mark.slow

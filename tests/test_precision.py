@@ -110,6 +110,8 @@ KINDS = {
     "norm": ("norm_", "ln_f"),
     "matmul": ("Wqkv", "proj", "fc", "adapter"),
     "state": ("iteration", "recurrence"),
+    "embedding": ("wte",),
+    "head": ("lm_head",),
 }
 WHOLE = {"norm_1.weight", "norm_2.weight", "norm_3.weight", "norm_4.weight", "ln_f.weight", "attn.qk_bias"}
 HSDP = {"parallelism": {"data_parallel_replicate_degree": 2}}
@@ -164,6 +166,8 @@ def test_a_raven_in_bfloat16_trains_as_in_float32_with_norms_and_state_in_float3
                 "state output": {FP32},
                 "matmul weight": {BF16},
                 "matmul output": {BF16},
+                "embedding output": {FP32},
+                "head output": {BF16},
             }
 
 
@@ -190,6 +194,13 @@ def test_a_state_of_the_type_of_the_parameters_is_bfloat16_throughout():
     types = run_on_ranks(1, train, setup)[0]["types"]
     assert types["state output"] == types["norm output"] == types["matmul output"] == {BF16}
     assert types["norm weight"] == {FP32}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_embedding_is_looked_up_in_float32_and_the_head_multiplies_in_bfloat16(tied):
+    setup = Setup(sections=sections(), overrides={"tie_word_embeddings": tied}, steps=1)
+    for result in run_on_ranks(2, train, setup):
+        assert (result["types"]["embedding output"], result["types"]["head output"]) == ({FP32}, {BF16})
 
 
 def test_without_injection_the_state_starts_at_a_float32_embedding():

@@ -6,6 +6,8 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.ranks import run_on_ranks
 from tests.test_bad_input import GOOD
@@ -61,6 +63,38 @@ def test_a_slow_group_is_a_warning_that_says_where_to_look():
     for records in run_on_ranks(2, checked, 1, 1e15):
         (warning,) = [text for level, text in records if level == "WARNING"]
         assert "all ranks (2 ranks) is slow" in warning and "NCCL_SOCKET_IFNAME" in warning
+
+
+def test_a_group_whose_first_message_takes_long_is_slow_however_fast_it_is_then():
+    for records in run_on_ranks(2, slow_to_connect):
+        (warning,) = [text for level, text in records if level == "WARNING"]
+        assert "all ranks (2 ranks) is slow" in warning
+
+
+def slow_to_connect(rank, world_size):
+    """As if any time were long; every bandwidth will do."""
+    patience, module.SLOW_START = module.SLOW_START, 0.0
+    try:
+        return checked(rank, world_size, 1, 0.0)
+    finally:
+        module.SLOW_START = patience
+
+
+def test_the_bandwidth_is_what_passes_the_link_of_a_rank_in_a_ring(monkeypatch, caplog):
+    """Of 4 ranks, each sends and receives 3 quarters of the message twice."""
+    message = module.MESSAGE_BYTES["cpu"][-1]
+    monkeypatch.setattr(module, "_all_reduce", lambda *arguments: 2 * 0.75 * message / 5e9)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        with caplog.at_level(logging.INFO, "torchtitan_rd"):
+            module.preflight(init_device_mesh("cpu", (4,), mesh_dim_names=("dp_shard",)), torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+    assert "(5.00 GB/s)" in caplog.messages[-1]
+
+
+def test_a_lone_rank_has_no_network_to_be_slow():
+    assert {level for level, _ in run_on_ranks(1, checked, 1, 1e15)[0]} == {"INFO"}
 
 
 def lose_one(message, rank):

@@ -225,6 +225,16 @@ def test_the_limit_of_open_files_is_raised_to_what_is_allowed():
     assert environment["open files"] == "900" and said == ""
 
 
+@pytest.mark.parametrize("hard", ["unlimited", "1073741816"])
+def test_no_process_is_allowed_more_than_a_million_open_files(hard):
+    pretended = f"""
+ulimit() {{
+    if [ $# = 2 ]; then echo "raised to $2" >&2; elif [ "$1" = -Hn ]; then echo {hard}; else echo 1024; fi
+}}"""
+    _, said = launched_with(pretended)
+    assert said == "raised to 1048576\n"
+
+
 def test_a_limit_of_open_files_that_the_ranks_exceed_is_said_beforehand():
     environment, said = launched_with("ulimit -Sn 1024; ulimit -Hn 1024", nodes=1024)
     assert environment["open files"] == "1024"

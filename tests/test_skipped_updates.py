@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from tests.models.tiny import tiny_llama
 from tests.ranks import run_on_ranks
 from tests.small_run import Setup, all_equal, batches_of, hash_of, make
 from torchtitan_rd.errors import TrainingError
-from torchtitan_rd.optimizer import optimizer_state, takes_flag
+from torchtitan_rd.optimizer import OptimizerConfig, build_optimizer, optimizer_state, takes_flag, update_unless
 from torchtitan_rd.train_step import TrainingConfig, Verdict
 
 OPTIMIZERS = {
@@ -75,6 +76,36 @@ def no_trace(rank, world_size, optimizer, late):
         and all(torch.equal(tensor, expected_state[key]) for key, tensor in state.items())
         and counts in ({3.0}, set())
     )
+
+
+@pytest.mark.parametrize("name", [name for name, late in CASES if late])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_update_that_awaits_its_flag_is_bit_for_bit_the_one_that_does_not(world_size, name):
+    for (weights, state), (expected, expected_state) in run_on_ranks(world_size, with_and_without_flag, name):
+        assert weights == expected and state.keys() == expected_state.keys()
+        for key, tensor in expected_state.items():
+            assert torch.equal(state[key], tensor), key
+
+
+def with_and_without_flag(rank, world_size, name):
+    runs = [Run(rank, world_size, OPTIMIZERS[name], late) for late in (True, False)]
+    for run in runs:
+        for number in (1, 2, 3):
+            run.do(number)
+    return [run.state() for run in runs]
+
+
+@pytest.mark.parametrize("name", [name for name, late in CASES if late])
+def test_a_flag_is_for_one_update(name):
+    model = tiny_llama()
+    optimizer = build_optimizer(model, OptimizerConfig(**OPTIMIZERS[name]))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    update_unless(torch.tensor(1.0), optimizer)
+    assert all(map(torch.equal, model.parameters(), before))
+    optimizer.step()
+    assert not any(map(torch.equal, model.parameters(), before))
 
 
 @pytest.mark.parametrize(("name", "late"), CASES)
@@ -200,3 +231,11 @@ def test_once_training_must_stop_the_device_lets_no_later_update_happen():
     verdict = Verdict(TrainingConfig(), torch.device("cpu"))
     good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
     assert [verdict(loss, good, 0).item() for loss in (good, bad, good, good)] == [0.0, 1.0, 1.0, 1.0]
+
+
+def test_an_infinite_loss_is_skipped_where_skipping_is_allowed_even_with_a_guard():
+    """Infinity exceeds any guard; that the loss has gone up for good is for finite losses to show."""
+    config = TrainingConfig(on_nonfinite="skip", loss_guard=6.0, loss_guard_after_tokens=0)
+    verdict = Verdict(config, torch.device("cpu"))
+    norm, losses = torch.tensor(1.0), [float("inf"), 5.0, 7.0, 5.0]
+    assert [verdict(torch.tensor(loss), norm, 1).item() for loss in losses] == [1.0, 0.0, 1.0, 1.0]

@@ -192,6 +192,24 @@ def test_a_broken_flash_attention_that_is_asked_for_by_name_is_refused(kind, ins
         setup_attention("fa3", SHAPE, CPU, torch.float32, document_mask=False)
 
 
+def always_wrong(q, k, v, mask):
+    return 1.1 * F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def test_what_auto_falls_back_to_is_probed_too(install, monkeypatch):
+    install(Installed(ImportError("undefined symbol")))
+    monkeypatch.setattr(attention, "attend", always_wrong)
+    with pytest.raises(ConfigError, match=r"sdpa on cpu.* is wrong"):
+        setup_attention("auto", SHAPE, CPU, torch.float32, document_mask=False)
+
+
+def test_there_is_nothing_to_fall_back_to_from_sdpa(monkeypatch, caplog):
+    monkeypatch.setattr(attention, "attend", always_wrong)
+    with pytest.raises(ConfigError, match=r"sdpa on cpu.* is wrong"):
+        setup_attention("auto", SHAPE, CPU, torch.float32, document_mask=False)
+    assert not caplog.records
+
+
 def test_auto_stays_with_an_installed_flash_attention_that_works(install, caplog):
     installed = install(Installed())
     assert setup_attention("auto", SHAPE, CPU, torch.float32, document_mask=False).name == "fa3"

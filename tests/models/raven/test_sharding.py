@@ -178,6 +178,21 @@ def collectives(rank, world_size, case):
     return counts
 
 
+@pytest.mark.parametrize(
+    ("reshard", "tied", "gathers"),
+    # Units: prelude, loop, coda and root; where the head is not tied, embedding and head too. By default backward
+    # gathers all of them again but for loop, head and root; with `always` those too.
+    [
+        *(("default", True, 6), ("always", True, 8), ("never", True, 4)),
+        *(("default", False, 9), ("always", False, 12), ("never", False, 6)),
+    ],
+)
+def test_how_often_units_are_gathered_follows_the_key(reshard, tied, gathers):
+    case = Case(reshard=reshard, fields={"tie_word_embeddings": tied})
+    for counts in run_on_ranks(2, collectives, case):
+        assert sum(n for name, n in counts[0].items() if "gather" in name) == gathers
+
+
 @pytest.mark.parametrize("ac", ["none", "iteration", "block"])
 def test_one_set_of_graphs_serves_sixteen_draws(ac):
     """Blocks are compiled, not the loop (T13): a new depth must not compile anything."""
@@ -238,14 +253,18 @@ def state_names(rank, world_size, case):
 
 
 def test_the_loop_is_gathered_again_where_its_parameters_are_too_large_to_hold_or_the_user_says_so():
-    assert run_on_ranks(2, gathers_of_the_loop) == [{"default": 1, "too large": 2, "always": 2, "never": 1}] * 2
+    assert (
+        run_on_ranks(2, gathers_of_the_loop)
+        == [{"default": 1, "too large": 2, "always": 2, "never": 1, "never, too large": 1}] * 2
+    )
 
 
 def gathers_of_the_loop(rank, world_size):
     found, bound = {}, fsdp.KEPT_LOOP_BYTES
-    for name, reshard in (("default", "default"), ("too large", "default"), ("always", "always"), ("never", "never")):
+    reshards = {"default": "default", "too large": "default", "always": "always"}
+    for name, reshard in {**reshards, "never": "never", "never, too large": "never"}.items():
         size = fsdp.gathered_bytes(Raven(tiny_config()).transformer.recurrence, torch.float32)
-        fsdp.KEPT_LOOP_BYTES = size - (name == "too large")
+        fsdp.KEPT_LOOP_BYTES = size - ("too large" in name)
         model = build(world_size, Case(reshard=reshard))
         fsdp.KEPT_LOOP_BYTES = bound
         with Order() as order:

@@ -1,0 +1,177 @@
+"""How the trainer joins its parts: what is settled before anything outlives a step, and what each part is told."""
+
+import os
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.launch import rows
+from tests.ranks import run_on_ranks
+from tests.test_job import master_port
+from torchtitan_rd import job, train, train_step
+from torchtitan_rd.config import load
+from torchtitan_rd.errors import ConfigError, TrainingError
+from torchtitan_rd.heartbeat import Heartbeat
+from torchtitan_rd.models.raven.config import count_flops
+from torchtitan_rd.train import Trainer
+from torchtitan_rd.train_step import TrainStep
+
+ALONE = job.Environment(rank=0, local_rank=0, world_size=1, local_world_size=1, log_level="WARNING")
+SMALL = [
+    *("--training.seq_len=16", "--training.local_batch_size=2", "--training.steps=6", "--comm.heartbeat_seconds=0"),
+    *("--model.overrides.dim=32", "--model.overrides.n_layers=1", "--training.mixed_precision_param=float32"),
+]
+VALIDATION = ["--validation.enable", "--validation.dataset=pydoc-validation", "--validation.sequences=2"]
+CHECKPOINTS = ["--checkpoint.enable", "--checkpoint.async_mode=disabled"]
+
+
+def trainer(tmp_path, *arguments, environment=ALONE) -> Trainer:
+    return Trainer(load([*SMALL, *arguments, f"--job.dump_folder={tmp_path}"], environment), environment)
+
+
+@pytest.fixture(autouse=True)
+def no_group_is_left():
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def a_late_nan(monkeypatch):
+    """Steps whose numbers the host reads late, as on a GPU, of which the second has a NaN for its loss."""
+    plain, backward, now = TrainStep.__init__, TrainStep._backward, {}
+    monkeypatch.setattr(train_step, "takes_flag", lambda optimizer, device: True)
+    monkeypatch.setattr(TrainStep, "__init__", lambda self, *a, **k: plain(self, *a, **k, late=True))
+
+    def beat(self, step, phase):
+        now["step"] = step
+
+    def poisoned(self, *arguments):
+        return backward(self, *arguments) * (float("nan") if now["step"] == 2 else 1.0)
+
+    monkeypatch.setattr(Heartbeat, "beat", beat)
+    monkeypatch.setattr(TrainStep, "_backward", poisoned)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        ["--metrics.log_freq=2"],
+        [*VALIDATION, "--validation.freq=2", "--metrics.log_freq=100"],
+        [*CHECKPOINTS, "--checkpoint.interval=2", "--metrics.log_freq=100"],
+        ["--metrics.log_freq=100"],
+    ],
+    ids=["row", "validation", "checkpoint", "nothing"],
+)
+def test_a_step_that_must_not_be_trained_on_is_neither_reported_nor_validated_nor_saved(
+    what, a_late_nan, tmp_path, monkeypatch
+):
+    validated = []
+    monkeypatch.setattr(train, "validate", lambda *arguments: validated.append(arguments) or {})
+    run = trainer(tmp_path, *what)
+    with pytest.raises(TrainingError, match="step 2: loss nan"):
+        run.run()
+    # Where nothing asks, the numbers of step 2 are read in step 3.
+    assert run.step == (3 if what == ["--metrics.log_freq=100"] else 2)
+    assert [row["step"] for row in rows(tmp_path)] == [1]
+    assert not validated and not list(tmp_path.glob("checkpoint/step-*"))
+
+
+def test_validation_and_checkpoint_stand_in_their_rows_and_not_in_the_rates(tmp_path, monkeypatch):
+    """On a clock that goes one second a look, 100 in a validation and 1000 in a save."""
+    clock = {"now": 0.0}
+
+    def perf_counter():
+        clock["now"] += 1.0
+        return clock["now"]
+
+    def slow(seconds, function):
+        def slowed(*arguments, **options):
+            clock["now"] += seconds
+            return function(*arguments, **options)
+
+        return slowed
+
+    monkeypatch.setattr("torchtitan_rd.metrics.metrics.time.perf_counter", perf_counter)
+    monkeypatch.setattr(train, "validate", slow(100.0, train.validate))
+    monkeypatch.setattr(train.Checkpointer, "save", slow(1000.0, train.Checkpointer.save))
+    what = [*VALIDATION, "--validation.freq=2", *CHECKPOINTS, "--checkpoint.interval=2"]
+    trainer(tmp_path, *what, "--metrics.log_freq=1", "--training.steps=3").run()
+    first, second, third = rows(tmp_path)
+    # The last step is validated too.
+    assert ["validation_seconds" in row for row in (first, second, third)] == [False, True, True]
+    assert ["checkpoint_seconds" in row for row in (first, second, third)] == [False, False, True]
+    assert 100 < second["validation_seconds"] < 150 and 1000 < third["checkpoint_seconds"] < 1050
+    assert all(row["step_seconds"] < 50 for row in (first, second, third))
+
+
+def test_the_heartbeat_is_told_the_rank_s_place_in_its_node_and_how_long_start_up_may_take(tmp_path, monkeypatch):
+    told = []
+
+    class Told(Heartbeat):
+        def __init__(self, folder, **options):
+            told.append(options)
+            super().__init__(folder, **options)
+
+    monkeypatch.setattr(train, "Heartbeat", Told)
+    environment = replace(ALONE, local_rank=3, local_world_size=4)
+    run = trainer(tmp_path, "--training.steps=1", "--comm.init_timeout_seconds=500", environment=environment)
+    run.run()
+    (options,) = told
+    assert (options["local_rank"], options["local_world_size"], options["first_time"]) == (3, 4, 250.0)
+
+
+@pytest.mark.parametrize(("arguments", "made"), [([], True), (["--model.vocab_size=100"], False)])
+def test_the_traces_folder_is_made_with_the_outputs_and_not_for_a_mistake_in_the_input(
+    arguments, made, tmp_path, monkeypatch
+):
+    """As on a GPU; on a CPU there is nothing to trace."""
+    make = job.make_traces_folder
+    monkeypatch.setattr(job, "make_traces_folder", lambda device, *rest: make(torch.device("cuda"), *rest))
+    with nullcontext() if made else pytest.raises(ConfigError):
+        trainer(tmp_path / "dump", "--training.steps=1", *arguments).run()
+    assert (tmp_path / "dump" / "comm_traces").is_dir() is made is (tmp_path / "dump").exists()
+
+
+def test_the_rates_of_a_run_in_which_ranks_draw_their_own_depths_count_the_deepest_draw(tmp_path):
+    ratios, draws, shape = run_on_ranks(2, run_of_own_depths, str(tmp_path))[0]
+    assert any(mine != other for mine, other in draws)
+    assert any(sum(other) > sum(mine) for mine, other in draws), "rank 0 does not know it by itself"
+
+    def full(num_steps):
+        count = count_flops(shape, 16, num_steps)
+        return count.matmul + count.attention_full
+
+    usual = count_flops(shape, 16)
+    expected = [max(full(mine), full(other)) / (usual.matmul + usual.attention_full) for mine, other in draws]
+    assert ratios == pytest.approx(expected, rel=1e-9)
+
+
+def run_of_own_depths(rank, world_size, folder):
+    """-> the rows' rates at the mean depth over the plain ones; each step's draws of the two ranks; the shape."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(master_port()))
+    dist.destroy_process_group()  # the harness's; this one is made as a run makes it
+    environment = replace(ALONE, rank=rank, local_rank=rank, world_size=2, local_world_size=2)
+    raven = ["--model.name=raven", "--model.flavor=debug-demo", "--model.overrides.n_heads=2"]
+    arguments = [
+        *(key for key in SMALL if "n_layers" not in key),
+        *(*raven, "--no-recurrence.lockstep", "--metrics.log_freq=1", f"--job.dump_folder={folder}"),
+    ]
+    try:
+        run = Trainer(load(arguments, environment), environment)
+        run.run()
+    finally:
+        del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the harness ends one
+    if rank:
+        return None
+    found = rows(Path(folder))
+    key = "tokens_per_second_per_device"
+    ratios = [row[f"{key}_at_mean_depth"] / row[key] for row in found]
+    sampler = run.draws.family.sampler
+    draws = [[tuple(sampler.draw(s, microbatch=s, rank=r)) for r in range(2)] for s in range(1, len(found) + 1)]
+    return ratios, draws, run.shape
