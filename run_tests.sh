@@ -1,5 +1,6 @@
 #!/bin/bash
-# Runs the tests (2 CPU cores: under 12 minutes). `--all` adds the slow ones; other arguments go to pytest.
+# Runs the tests, a file at a time in each of 2 processes (2 CPU cores: about 10 minutes). `--all` adds the slow ones;
+# other arguments go to pytest (`-n 0`: one process, as a debugger needs it).
 # `--newest` runs them in .venv-newest with the newest version of every dependency that pyproject.toml allows, which it
 # installs or upgrades first: some gigabytes and minutes.
 cd "$(dirname "$0")" || exit 1
@@ -14,4 +15,4 @@ export EXTRAS=dev
 source scripts/env.sh
 selection=(-m "not slow")
 [ "${1:-}" != "--all" ] || { selection=(); shift; }
-exec python -m pytest "${selection[@]}" "$@"
+exec python -m pytest -n 2 --dist loadfile "${selection[@]}" "$@"

@@ -11,7 +11,7 @@ _is_installed() {  # -I: the repository's own folder must not count as an instal
 import importlib.metadata, sys
 importlib.metadata.distribution("torchtitan_rd")
 if sys.argv[1] == "dev":
-    for name in ("pytest", "pytest-timeout", "ruff", "transformers"):
+    for name in ("pytest", "pytest-timeout", "pytest-xdist", "ruff", "transformers"):
         importlib.metadata.distribution(name)
 PY
 }
