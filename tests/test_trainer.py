@@ -25,6 +25,10 @@ SMALL = [
     *("--training.seq_len=16", "--training.local_batch_size=2", "--training.steps=6", "--comm.heartbeat_seconds=0"),
     *("--model.overrides.dim=32", "--model.overrides.n_layers=1", "--training.mixed_precision_param=float32"),
 ]
+RAVEN = [
+    *(key for key in SMALL if "n_layers" not in key),
+    *("--model.name=raven", "--model.flavor=debug-demo", "--model.overrides.n_heads=2", "--no-recurrence.lockstep"),
+]
 VALIDATION = ["--validation.enable", "--validation.dataset=pydoc-validation", "--validation.sequences=2"]
 CHECKPOINTS = ["--checkpoint.enable", "--checkpoint.async_mode=disabled"]
 
@@ -151,16 +155,20 @@ def test_the_rates_of_a_run_in_which_ranks_draw_their_own_depths_count_the_deepe
     assert ratios == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_pace_is_set_by_the_costliest_draw_and_not_by_the_longest(tmp_path):
+    """An iteration with gradient costs as much as three without."""
+    small = [key for key in RAVEN if "lockstep" not in key]
+    run = Trainer(load([*small, f"--job.dump_folder={tmp_path}"], ALONE), ALONE)
+    found = run.draws.flops([[(10, 1), (0, 1)], [(5, 4), (3, 1)]])
+    assert found == count_flops(run.shape, 16, (4, 2.5))  # the mean of (5, 4) and (3, 1)
+
+
 def run_of_own_depths(rank, world_size, folder):
     """-> the rows' rates at the mean depth over the plain ones; each step's draws of the two ranks; the shape."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(master_port()))
     dist.destroy_process_group()  # the harness's; this one is made as a run makes it
     environment = replace(ALONE, rank=rank, local_rank=rank, world_size=2, local_world_size=2)
-    raven = ["--model.name=raven", "--model.flavor=debug-demo", "--model.overrides.n_heads=2"]
-    arguments = [
-        *(key for key in SMALL if "n_layers" not in key),
-        *(*raven, "--no-recurrence.lockstep", "--metrics.log_freq=1", f"--job.dump_folder={folder}"),
-    ]
+    arguments = [*RAVEN, "--metrics.log_freq=1", f"--job.dump_folder={folder}"]
     try:
         run = Trainer(load(arguments, environment), environment)
         run.run()
