@@ -1,6 +1,8 @@
 """How the trainer joins its parts: what is settled before anything outlives a step, and what each part is told."""
 
+import json
 import os
+import signal
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +129,30 @@ def test_the_heartbeat_is_told_the_rank_s_place_in_its_node_and_how_long_start_u
     run.run()
     (options,) = told
     assert (options["local_rank"], options["local_world_size"], options["first_time"]) == (3, 4, 250.0)
+
+
+def test_the_heartbeat_passes_every_phase_in_which_a_rank_may_hang(tmp_path, monkeypatch):
+    beats = []
+    monkeypatch.setattr(Heartbeat, "beat", lambda self, step, phase: beats.append((step, phase)))
+    what = [*VALIDATION, *CHECKPOINTS, "--training.global_batch_size=4", "--training.steps=2", "--validation.freq=2"]
+    trainer(tmp_path, *what).run()
+    step = ["data", "microbatch 1 of 2", "microbatch 2 of 2", "update"]
+    first, second = [*step, "checkpoint"], [*step, "validation", "checkpoint", "saving"]
+    assert beats == [*((1, phase) for phase in first), *((2, phase) for phase in second)]
+
+
+def test_a_signal_stops_the_run_with_a_checkpoint_and_says_so(tmp_path, monkeypatch, caplog):
+    def beat(self, step, phase):
+        if (step, phase) == (2, "data"):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(Heartbeat, "beat", beat)
+    before = signal.getsignal(signal.SIGUSR1)
+    trainer(tmp_path, *CHECKPOINTS).run()
+    assert json.loads((tmp_path / "exit_status.json").read_text())["status"] == "preempted"
+    assert [path.name for path in tmp_path.glob("checkpoint/step-*")] == ["step-2"]
+    assert "received SIGUSR1: saving a checkpoint and stopping" in caplog.messages
+    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 @pytest.mark.parametrize(("arguments", "made"), [([], True), (["--model.vocab_size=100"], False)])
