@@ -1,6 +1,8 @@
 """How the trainer joins its parts: what is settled before anything outlives a step, and what each part is told."""
 
+import json
 import os
+import signal
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,10 @@ ALONE = job.Environment(rank=0, local_rank=0, world_size=1, local_world_size=1, 
 SMALL = [
     *("--training.seq_len=16", "--training.local_batch_size=2", "--training.steps=6", "--comm.heartbeat_seconds=0"),
     *("--model.overrides.dim=32", "--model.overrides.n_layers=1", "--training.mixed_precision_param=float32"),
+]
+RAVEN = [
+    *(key for key in SMALL if "n_layers" not in key),
+    *("--model.name=raven", "--model.flavor=debug-demo", "--model.overrides.n_heads=2", "--no-recurrence.lockstep"),
 ]
 VALIDATION = ["--validation.enable", "--validation.dataset=pydoc-validation", "--validation.sequences=2"]
 CHECKPOINTS = ["--checkpoint.enable", "--checkpoint.async_mode=disabled"]
@@ -125,6 +131,30 @@ def test_the_heartbeat_is_told_the_rank_s_place_in_its_node_and_how_long_start_u
     assert (options["local_rank"], options["local_world_size"], options["first_time"]) == (3, 4, 250.0)
 
 
+def test_the_heartbeat_passes_every_phase_in_which_a_rank_may_hang(tmp_path, monkeypatch):
+    beats = []
+    monkeypatch.setattr(Heartbeat, "beat", lambda self, step, phase: beats.append((step, phase)))
+    what = [*VALIDATION, *CHECKPOINTS, "--training.global_batch_size=4", "--training.steps=2", "--validation.freq=2"]
+    trainer(tmp_path, *what).run()
+    step = ["data", "microbatch 1 of 2", "microbatch 2 of 2", "update"]
+    first, second = [*step, "checkpoint"], [*step, "validation", "checkpoint", "saving"]
+    assert beats == [*((1, phase) for phase in first), *((2, phase) for phase in second)]
+
+
+def test_a_signal_stops_the_run_with_a_checkpoint_and_says_so(tmp_path, monkeypatch, caplog):
+    def beat(self, step, phase):
+        if (step, phase) == (2, "data"):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(Heartbeat, "beat", beat)
+    before = signal.getsignal(signal.SIGUSR1)
+    trainer(tmp_path, *CHECKPOINTS).run()
+    assert json.loads((tmp_path / "exit_status.json").read_text())["status"] == "preempted"
+    assert [path.name for path in tmp_path.glob("checkpoint/step-*")] == ["step-2"]
+    assert "received SIGUSR1: saving a checkpoint and stopping" in caplog.messages
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
 @pytest.mark.parametrize(("arguments", "made"), [([], True), (["--model.vocab_size=100"], False)])
 def test_the_traces_folder_is_made_with_the_outputs_and_not_for_a_mistake_in_the_input(
     arguments, made, tmp_path, monkeypatch
@@ -151,16 +181,20 @@ def test_the_rates_of_a_run_in_which_ranks_draw_their_own_depths_count_the_deepe
     assert ratios == pytest.approx(expected, rel=1e-9)
 
 
+def test_the_pace_is_set_by_the_costliest_draw_and_not_by_the_longest(tmp_path):
+    """An iteration with gradient costs as much as three without."""
+    small = [key for key in RAVEN if "lockstep" not in key]
+    run = Trainer(load([*small, f"--job.dump_folder={tmp_path}"], ALONE), ALONE)
+    found = run.draws.flops([[(10, 1), (0, 1)], [(5, 4), (3, 1)]])
+    assert found == count_flops(run.shape, 16, (4, 2.5))  # the mean of (5, 4) and (3, 1)
+
+
 def run_of_own_depths(rank, world_size, folder):
     """-> the rows' rates at the mean depth over the plain ones; each step's draws of the two ranks; the shape."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(master_port()))
     dist.destroy_process_group()  # the harness's; this one is made as a run makes it
     environment = replace(ALONE, rank=rank, local_rank=rank, world_size=2, local_world_size=2)
-    raven = ["--model.name=raven", "--model.flavor=debug-demo", "--model.overrides.n_heads=2"]
-    arguments = [
-        *(key for key in SMALL if "n_layers" not in key),
-        *(*raven, "--no-recurrence.lockstep", "--metrics.log_freq=1", f"--job.dump_folder={folder}"),
-    ]
+    arguments = [*RAVEN, "--metrics.log_freq=1", f"--job.dump_folder={folder}"]
     try:
         run = Trainer(load(arguments, environment), environment)
         run.run()

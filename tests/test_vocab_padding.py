@@ -98,21 +98,27 @@ def test_the_loss_of_a_step_is_over_all_rows(tmp_path):
     assert row["loss"] == pytest.approx(over_all, abs=1e-5) and over_all - over_true > 0.05
 
 
-def packed(tmp_path, largest):
+def packed(tmp_path, name, largest):
+    """Two rows of ids, of which the first begins with `largest`; -> the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = [[largest, *range(16)], [*range(17)]]
-    pq.write_table(pa.table({"input_ids": pa.array(table, pa.list_(pa.int32()))}), tmp_path / "rows.parquet")
-    place = f"--training.dataset_path={tmp_path / 'rows.parquet'}"
-    return ["--training.dataset=packed", place, "--model.vocab_size=100", "--training.local_batch_size=1"]
+    pq.write_table(pa.table({"input_ids": pa.array(table, pa.list_(pa.int32()))}), tmp_path / name)
+    return tmp_path / name
 
 
-def test_data_may_not_hold_a_padded_id(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("trained", "held_out"), [(101, 99), (99, 101)])
+def test_data_may_not_hold_a_padded_id(trained, held_out, tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    run = trainer(tmp_path, *packed(tmp_path, largest=101))
+    run = trainer(
+        tmp_path,
+        *("--training.dataset=packed", f"--training.dataset_path={packed(tmp_path, 'train.parquet', trained)}"),
+        *("--validation.enable", f"--validation.dataset_path={packed(tmp_path, 'validation.parquet', held_out)}"),
+        *("--model.vocab_size=100", "--training.local_batch_size=1", "--validation.sequences=2"),
+    )
     assert run.shape.vocab_size == 128
     with pytest.raises(DataError, match=r"id 101, but the model's vocabulary is 0\.\.99"):
         run.run()

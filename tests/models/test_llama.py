@@ -97,6 +97,22 @@ def test_rmsnorm_on_cpu_equals_torchs_in_value_and_gradients(dtype):
         assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_norm_with_a_wider_weight_rounds_once_after_it(compiled):
+    """On CPU in eager mode, and as torch has it elsewhere."""
+    norm = RMSNorm(32, eps=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    norm.weight.data += 0.2 * torch.randn(32, generator=generator)
+    x = torch.randn(64, 32, generator=generator).bfloat16()
+    wide = x.double()
+    wide = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.double()
+    torch._dynamo.reset()
+    found = (torch.compile(norm, backend="eager") if compiled else norm)(x)
+    assert found.dtype == torch.bfloat16
+    # A rounding before the weight would move about a third of them.
+    assert (found != wide.bfloat16()).double().mean() < 0.01
+
+
 @pytest.mark.parametrize("norm_type", ["rmsnorm", "layernorm", "np_layernorm"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_unique_parameter_has_one_initialiser_that_fills_it(norm_type, tied):
