@@ -2,12 +2,21 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
     """Two busy threads on two busy cores collapse; tests compare numbers, not speed."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_is_left():
+    """A run that fails leaves its group to the end of the process; here the next test needs a new one."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def pytest_collection_modifyitems(items):

@@ -85,11 +85,8 @@ def test_the_bandwidth_is_what_passes_the_link_of_a_rank_in_a_ring(monkeypatch, 
     message = module.MESSAGE_BYTES["cpu"][-1]
     monkeypatch.setattr(module, "_all_reduce", lambda *arguments: 2 * 0.75 * message / 5e9)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
-    try:
-        with caplog.at_level(logging.INFO, "torchtitan_rd"):
-            module.preflight(init_device_mesh("cpu", (4,), mesh_dim_names=("dp_shard",)), torch.device("cpu"))
-    finally:
-        dist.destroy_process_group()
+    with caplog.at_level(logging.INFO, "torchtitan_rd"):
+        module.preflight(init_device_mesh("cpu", (4,), mesh_dim_names=("dp_shard",)), torch.device("cpu"))
     assert "(5.00 GB/s)" in caplog.messages[-1]
 
 
@@ -127,9 +124,6 @@ def test_a_run_whose_ranks_cannot_add_ends_before_anything_is_built_or_written(t
 
     monkeypatch.setattr(dist, "all_reduce", spoiled)
     monkeypatch.setattr(train, "build_model", None)  # never reached
-    try:
-        assert train.main([*GOOD, f"--job.dump_folder={tmp_path / 'dump'}"]) == 1
-    finally:
-        dist.destroy_process_group()
+    assert train.main([*GOOD, f"--job.dump_folder={tmp_path / 'dump'}"]) == 1
     assert "ClusterError: pre-flight all-reduce over all ranks (1 ranks) gave a wrong sum" in capfd.readouterr().err
     assert not (tmp_path / "dump").exists()

@@ -39,13 +39,6 @@ def trainer(tmp_path, *arguments, environment=ALONE) -> Trainer:
     return Trainer(load([*SMALL, *arguments, f"--job.dump_folder={tmp_path}"], environment), environment)
 
 
-@pytest.fixture(autouse=True)
-def no_group_is_left():
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 @pytest.fixture
 def a_late_nan(monkeypatch):
     """Steps whose numbers the host reads late, as on a GPU, of which the second has a NaN for its loss."""

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from tests.launch import rows
 from torchtitan_rd.config import load
@@ -29,14 +28,6 @@ SMALL = {
         "--model.overrides.n_heads=2",
     ],
 }
-
-
-@pytest.fixture(autouse=True)
-def no_group_is_left():
-    """A run that fails leaves its process group to the end of the process."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def trainer(tmp_path, *arguments, family="llama3"):
