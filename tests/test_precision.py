@@ -272,6 +272,18 @@ def test_states_of_whole_parameters_are_whole():
         assert (kind == "DTensor") is not whole, key
 
 
+def test_no_group_of_the_optimizer_mixes_whole_and_sharded_parameters():
+    """torch's kernels for many tensors take one sort."""
+    sorts = run_on_ranks(2, sorts_of_groups)[0]
+    assert all(len(found) == 1 for found in sorts) and set().union(*sorts) == {True, False}
+
+
+def sorts_of_groups(rank: int, world_size: int) -> list[set[bool]]:
+    config, *_, model = build(Setup(sections=sections()), world_size)
+    groups = build_optimizer(model, config.optimizer).param_groups
+    return [{isinstance(parameter, DTensor) for parameter in group["params"]} for group in groups]
+
+
 def test_under_offload_only_what_is_sharded_stands_in_host_memory():
     assert run_on_ranks(2, places) == [({"cpu"}, {"meta"})] * 2
 

@@ -6,6 +6,7 @@ import torch
 from tests.models.tiny import tiny_llama
 from tests.ranks import run_on_ranks
 from tests.small_run import Setup, all_equal, batches_of, hash_of, make
+from torchtitan_rd import train_step
 from torchtitan_rd.errors import TrainingError
 from torchtitan_rd.optimizer import OptimizerConfig, build_optimizer, optimizer_state, takes_flag, update_unless
 from torchtitan_rd.train_step import TrainingConfig, Verdict
@@ -224,6 +225,25 @@ def flagged(rank, world_size, keys):
     run = Run(rank, world_size, keys, False)
     optimizer = run.step.optimizer
     return None, None, (takes_flag(optimizer, torch.device("cpu")), takes_flag(optimizer, torch.device("cuda")))
+
+
+def test_the_host_reads_late_on_a_gpu_alone_and_only_where_the_optimizer_takes_the_flag():
+    assert run_on_ranks(1, late_by_default) == [{("cuda", True): True, ("cuda", False): False, ("cpu", True): False}]
+
+
+def late_by_default(rank, world_size):
+    """By (device, whether the optimizer takes a flag there), without what would be made on a GPU."""
+    run = Run(rank, world_size, OPTIMIZERS["AdamW"], None)
+    found, real = {}, (train_step.Verdict, train_step.Readback, train_step.takes_flag)
+    train_step.Verdict = train_step.Readback = lambda *arguments: None
+    try:
+        for device, takes in (("cuda", True), ("cuda", False), ("cpu", True)):
+            train_step.takes_flag = lambda optimizer, device, takes=takes: takes
+            made = train_step.TrainStep(run.model, run.step.optimizer, run.config.training, torch.device(device))
+            found[device, takes] = made.late
+    finally:
+        train_step.Verdict, train_step.Readback, train_step.takes_flag = real
+    return found
 
 
 def test_once_training_must_stop_the_device_lets_no_later_update_happen():

@@ -16,6 +16,7 @@ from tests.ranks import run_on_ranks
 from tests.test_job import master_port
 from torchtitan_rd import job, train, train_step
 from torchtitan_rd.config import load
+from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError, TrainingError
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.models.raven.config import count_flops
@@ -132,6 +133,21 @@ def test_the_heartbeat_passes_every_phase_in_which_a_rank_may_hang(tmp_path, mon
     step = ["data", "microbatch 1 of 2", "microbatch 2 of 2", "update"]
     first, second = [*step, "checkpoint"], [*step, "validation", "checkpoint", "saving"]
     assert beats == [*((1, phase) for phase in first), *((2, phase) for phase in second)]
+
+
+def test_a_recurrent_state_is_described_in_logged_steps_alone(tmp_path, monkeypatch):
+    """It costs operations in every iteration."""
+    watched, watch = [], Draws.watch
+
+    def recorded(self, model, *, watching):
+        context = watch(self, model, watching=watching)
+        watched.append(not isinstance(context, nullcontext))
+        return context
+
+    monkeypatch.setattr(Draws, "watch", recorded)
+    Trainer(load([*RAVEN, "--metrics.log_freq=3", f"--job.dump_folder={tmp_path}"], ALONE), ALONE).run()
+    assert watched == [True, False, True, False, False, True]
+    assert all("recurrent_residual" in row for row in rows(tmp_path))
 
 
 def test_a_signal_stops_the_run_with_a_checkpoint_and_says_so(tmp_path, monkeypatch, caplog):
