@@ -3,8 +3,9 @@
     python benchmarks/train_step.py [--rounds 5] [--runs 1]
 
 One thread, float32, 10 490 112 parameters, 4 sequences of 512 tokens: forward, loss, backward, clip to norm 1, fused
-AdamW. A peer is a bare model with torch's own loss and clipping; `TrainStep` is what a run does, under FSDP on one
-gloo rank: counts, reductions, checks and all. Shared machines move wall time twofold, so each peer's figure in a run is
+AdamW. The bare models have torch's own clipping, and the loss that each trains with: ours from torchtitan_rd.loss, the
+peers' torch's. `TrainStep` is what a run does, under FSDP on one gloo rank: copies of all parameters and gradients,
+counts, reductions, checks. Shared machines move wall time twofold, so each peer's figure in a run is
 its least CPU time of all rounds, the peers taking turns, and what is printed is the median of the runs with their
 range; call +-7 % equal. Ops and FLOPs repeat exactly; the FLOPs lack the attention of a peer that insists on its own
 kernel (torchtitan), for which torch has no formula on CPU.
@@ -41,6 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from torchtitan_rd.config import JobConfig  # noqa: E402
 from torchtitan_rd.data import Batch  # noqa: E402
+from torchtitan_rd.loss import cross_entropy_sums  # noqa: E402
 from torchtitan_rd.models import get_spec  # noqa: E402
 from torchtitan_rd.models.llama.config import LlamaConfig, count_flops  # noqa: E402
 from torchtitan_rd.models.raven.config import RavenConfig  # noqa: E402
@@ -137,14 +139,22 @@ def text() -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
 
-def bare_step(model: nn.Module) -> Callable[[], float]:
+def our_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return cross_entropy_sums(logits, labels).objective / labels.numel()
+
+
+def torch_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def bare_step(name: str, model: nn.Module) -> Callable[[], float]:
     """-> a function that makes one update and returns the loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens, labels = text()
-    labels = labels.flatten()
+    loss_of = our_loss if name in ("torchtitan_rd", "raven") else torch_loss
 
     def step() -> float:
-        loss = F.cross_entropy(model(tokens).flatten(0, 1), labels)
+        loss = loss_of(model(tokens), labels)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -186,7 +196,7 @@ def build_peers() -> dict[str, Callable[[], float]]:
     for name, build in PEERS.items():
         try:
             torch.manual_seed(0)
-            steps[name] = bare_step(build())
+            steps[name] = bare_step(name, build())
         except Exception as error:  # a peer may be absent, or need a GPU build to import
             print(f"{name}: not compared: {type(error).__name__}: {error}")
     return steps | {"llama, TrainStep": real_step("llama3"), "raven, TrainStep": real_step("raven")}
