@@ -34,11 +34,12 @@ PLACES = {
     "draws": 3,
     "old_keys": 4,
     "config": 4,
+    "build": 4,
     "train": 5,
     "commands": 6,
     "__main__": 7,
 }
-ALLOWED_NEIGHBOURS = {("config", "old_keys")}
+ALLOWED_NEIGHBOURS = {("config", "old_keys"), ("build", "config")}
 
 
 # Copied beside exported weights and run by the transformers library, which wants relative imports; nothing imports it.

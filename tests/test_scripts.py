@@ -181,6 +181,7 @@ def test_set_up_is_instant_where_the_package_is_installed():
 SHOW = """
 source scripts/launch.sh
 python() { if [ "$2" = torch.distributed.run ]; then env; echo "open files $(ulimit -Sn)"; else echo /nowhere; fi; }
+export -f python
 _ranks_per_node() { echo 4; }
 """
 

@@ -1,0 +1,36 @@
+"""The model as it is trained: built from its family, sharded, with its initial weights. Used by train.py alone."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from torchtitan_rd.config import JobConfig
+from torchtitan_rd.log import logger
+from torchtitan_rd.models.spec import ModelSpec
+from torchtitan_rd.parallelism import allocate, init_weights, parallelize
+
+
+def build_model(config: JobConfig, spec: ModelSpec, shape: Any, mesh: DeviceMesh, device: torch.device) -> nn.Module:
+    """The model, sharded over `mesh`, with its initial weights on `device` (or in host memory if offloaded)."""
+    with torch.device("meta"):
+        model = spec.build(shape)
+    inits = spec.inits(model)
+    parallelize(
+        model,
+        spec.wrap_plan(model),
+        mesh,
+        parallelism=config.parallelism,
+        activation_checkpoint=config.activation_checkpoint,
+        compile=config.compile,
+        sharding=config.training,
+        loop_grad_dtype=torch.float32 if config.recurrence.core_grad_dtype == "float32" else None,
+    )
+    allocate(model, device, config.training.enable_cpu_offload)
+    model.init_buffers(device)
+    init_weights(model, inits, config.training.seed)
+    model.train()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    logger.info("%s %s: %s parameters, vocabulary %d", spec.name, config.model.flavor, f"{count:,}", shape.vocab_size)
+    return model
