@@ -147,9 +147,8 @@ def test_two_signals_around_a_slow_save_in_the_background_keep_it(tmp_path, monk
     write = Writer.write
 
     def slowed(self, snapshot):
-        for _ in range(2):
-            time.sleep(0.3)
-            tell()
+        time.sleep(0.3)
+        tell()
         time.sleep(0.3)
         write(self, snapshot)
 
