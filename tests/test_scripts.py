@@ -104,12 +104,12 @@ def test_ctrl_c_in_a_terminal_saves_and_the_same_command_goes_on(tmp_path):
 
 # Where torchrun would be: it starts a rank in a session of its own, passes the first signal on, and dies of a second.
 FALSE_RANK = """
-import signal, time
+import signal, sys, time
 heard = []
 signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
-print("ready", flush=True)
+open(sys.argv[1], "w").close()
 deadline = time.monotonic() + 20
-while len(heard) < 3 and time.monotonic() < deadline:
+while len(heard) < int(sys.argv[2]) and time.monotonic() < deadline:
     time.sleep(0.02)
 print("a rank that heard", len(heard), flush=True)
 """
@@ -120,34 +120,51 @@ def on_term(number, frame):
     told.append(1)
     rank.send_signal(signal.SIGTERM) if len(told) == 1 else os._exit(99)
 signal.signal(signal.SIGTERM, on_term)
-rank = subprocess.Popen([sys.executable, sys.argv[1]], start_new_session=True)
+signal.signal(signal.SIGINT, on_term)
+rank = subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)
 rank.wait()
 print("torchrun was told", len(told), flush=True)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_torchrun_hears_one_signal_and_its_ranks_hear_all(number, tmp_path):
-    (tmp_path / "rank.py").write_text(FALSE_RANK)
-    (tmp_path / "torchrun.py").write_text(FALSE_TORCHRUN)
+def with_false_torchrun(folder: Path, signals: int) -> tuple[list[str], Path]:
+    """(a command that launches a rank which waits for so many signals, the file that it makes once it listens)."""
+    (folder / "rank.py").write_text(FALSE_RANK)
+    (folder / "torchrun.py").write_text(FALSE_TORCHRUN)
+    program = f"{sys.executable} {folder}/torchrun.py {folder}/rank.py {folder}/ready {signals}"
     script = f"""
         source scripts/launch.sh
         python() {{
-            [ "$2" != torch.distributed.run ] || exec {sys.executable} {tmp_path}/torchrun.py {tmp_path}/rank.py
-            [ "$2" != torchtitan_rd ] || echo {tmp_path}
+            [ "$2" != torch.distributed.run ] || exec {program}
+            [ "$2" != torchtitan_rd ] || echo {folder}
         }}
         _ranks_per_node() {{ echo 1; }}
         launch x.toml
     """
+    return ["bash", "-c", script], folder / "ready"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_torchrun_hears_one_signal_and_its_ranks_hear_all(number, tmp_path):
+    command, ready = with_false_torchrun(tmp_path, 3)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(["bash", "-c", script], cwd=ROOT, text=True, **pipes)
-    assert process.stdout.readline() == "ready\n"
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    deadline = time.monotonic() + 30
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     for _ in range(3):
         time.sleep(0.3)
         process.send_signal(number)
     output, error = process.communicate(timeout=40)
     assert output == "a rank that heard 3\ntorchrun was told 1\n"
     assert process.returncode == 130 and "stopped by a signal before the run began" in error
+
+
+def test_a_terminal_s_ctrl_c_comes_to_torchrun_once(tmp_path):
+    """Through the script alone: a second one, from the terminal itself, would end torchrun before its ranks."""
+    command, ready = with_false_torchrun(tmp_path, 1)
+    code, output = in_terminal(command, ready.exists, b"\x03", timeout=40)
+    assert "a rank that heard 1" in output and "torchrun was told 1" in output and code == 130, output
 
 
 @pytest.fixture
