@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan_rd.build_model import build_model
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.data import Batch
 from torchtitan_rd.models import get_spec
@@ -31,7 +32,6 @@ from torchtitan_rd.models.raven.config import RavenConfig
 from torchtitan_rd.models.spec import ForwardInputs
 from torchtitan_rd.optimizer import build_optimizer
 from torchtitan_rd.parallelism import ParallelDims
-from torchtitan_rd.train import build_model
 from torchtitan_rd.train_step import TrainStep
 
 WORLD_SIZE = 8

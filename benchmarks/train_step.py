@@ -40,6 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
+from torchtitan_rd.build_model import build_model  # noqa: E402
 from torchtitan_rd.config import JobConfig  # noqa: E402
 from torchtitan_rd.data import Batch  # noqa: E402
 from torchtitan_rd.loss import cross_entropy_sums  # noqa: E402
@@ -50,7 +51,6 @@ from torchtitan_rd.models.raven.config import count_flops as raven_flops  # noqa
 from torchtitan_rd.models.spec import NO_INPUTS, ForwardInputs  # noqa: E402
 from torchtitan_rd.optimizer import build_optimizer  # noqa: E402
 from torchtitan_rd.parallelism import ParallelDims  # noqa: E402
-from torchtitan_rd.train import build_model  # noqa: E402
 from torchtitan_rd.train_step import TrainStep  # noqa: E402
 
 BATCH, SEQ_LEN = 4, 512

@@ -42,34 +42,79 @@ print(json.load(open(sys.argv[1]))["status"])
 PY
 }
 
+# torchrun on this node, with these arguments. It answers one signal: it passes it to its ranks and waits for them to save. A
+# second one would end it and leave them alone, so further ones go straight to the ranks, which know what they mean
+# (torchtitan_rd/signals.py).
+_torchrun() {
+    local torchrun code was_told=
+    set -m  # a process group of its own: a terminal's Ctrl-C comes to this shell alone, and from here once
+    python -m torch.distributed.run "$@" &
+    torchrun=$!
+    set +m
+    trap '_pass_on' TERM INT USR1 HUP
+    _wait_for "$torchrun"; code=$?
+    trap - TERM INT USR1 HUP
+    return "$code"
+}
+
+_pass_on() {
+    was_signalled=1
+    if [ -z "$was_told" ]; then
+        was_told=1
+        kill -TERM "$torchrun" 2>/dev/null
+    else
+        # shellcheck disable=SC2046
+        kill -TERM $(_children_of "$torchrun") 2>/dev/null
+    fi
+}
+
+_children_of() {  # not every kernel has the file, not every container the program
+    cat "/proc/$1/task/$1/children" 2>/dev/null || pgrep -P "$1"
+}
+
+_wait_for() {  # a trapped signal ends `wait` early
+    local code
+    wait "$1"; code=$?
+    while kill -0 "$1" 2>/dev/null; do wait "$1"; code=$?; done
+    return "$code"
+}
+
 launch() {
-    local config=${CONFIG_FILE:-$1} dump_folder code
+    local config=${CONFIG_FILE:-$1} dump_folder code was_signalled=
     shift
     _set_defaults
     # A mistake in the config is one line here, before torchrun or Slurm start anything.
     dump_folder=$(python -m torchtitan_rd config --print-key job.dump_folder --job.config_file "$config" "$@") || return 1
     rm -f "$dump_folder/exit_status.json"
-    local nodes=${SLURM_NNODES:-1} starter=() rendezvous=(--standalone) per_node
+    local nodes=${SLURM_NNODES:-1} rendezvous=(--standalone) per_node
     per_node=${NPROC:-$(_ranks_per_node)}
     _raise_open_files "$((nodes * per_node))"
     if [ "$nodes" -gt 1 ]; then
         local head
         head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-        starter=(srun --propagate=NOFILE)  # the limit that was raised here holds on every node
         rendezvous=(--rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))")
     fi
-    # torchrun passes SIGTERM on and then waits this long for the ranks to save their checkpoint.
+    # torchrun passes a signal on and then waits this long for the ranks to save their checkpoint.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
-    "${starter[@]}" python -m torch.distributed.run --nnodes "$nodes" --nproc_per_node "$per_node" \
+    set -- --nnodes "$nodes" --nproc_per_node "$per_node" \
         --max_restarts "${MAX_RESTARTS:-$([ -n "${SLURM_JOB_ID:-}" ] && echo 3 || echo 0)}" \
         --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-        "${rendezvous[@]}" -m torchtitan_rd.train --job.config_file "$config" "$@" &
-    local torchrun=$!
-    trap 'kill -TERM $torchrun 2>/dev/null' TERM INT USR1
-    wait "$torchrun"; code=$?
-    while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun"; code=$?; done  # a trapped signal ends `wait` early
-    trap - TERM INT USR1
-    case "$(_status_of "$dump_folder")" in
+        "${rendezvous[@]}" -m torchtitan_rd.train --job.config_file "$config" "$@"
+    if [ "$nodes" -gt 1 ]; then
+        # --propagate: the limit that was raised here holds on every node. srun passes every signal on to each node.
+        srun --propagate=NOFILE bash -c 'source "$0" && _torchrun "$@"' "${BASH_SOURCE[0]}" "$@" &
+        local srun=$!
+        trap 'was_signalled=1; kill -TERM "$srun" 2>/dev/null' TERM INT USR1 HUP
+        _wait_for "$srun"; code=$?
+        trap - TERM INT USR1 HUP
+    else
+        _torchrun "$@"; code=$?
+    fi
+    _end_of "$(_status_of "$dump_folder")" "$code"
+}
+
+_end_of() {  # $1: the status of the run, $2: the exit code of torchrun
+    case "$1" in
         finished) return 0 ;;
         preempted)
             if [ -n "${SLURM_JOB_ID:-}" ]; then
@@ -79,6 +124,15 @@ launch() {
                 echo "stopped by a signal with a checkpoint saved: the same command goes on from there" >&2
             fi
             return 0 ;;
-        *) [ "$code" -ne 0 ] || code=1; return "$code" ;;
+        stopped)
+            echo "stopped by a signal, and no checkpoint saved of that step: not requeued" >&2
+            return 130 ;;
+        "")
+            if [ -n "$was_signalled" ]; then
+                echo "stopped by a signal before the run began" >&2
+                return 130
+            fi ;;
     esac
+    [ "$2" -ne 0 ] || return 1
+    return "$2"
 }

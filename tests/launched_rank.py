@@ -1,7 +1,9 @@
 """One rank of a run that the tests launch: torchtitan_rd.train, made to die or to pause at a chosen place.
 
     python -m tests.launched_rank --die-at RANK STEP MICROBATCH -- --job.config_file X.toml ...
-    python -m tests.launched_rank --slow SECONDS -- ...             # each step takes at least so long
+    python -m tests.launched_rank --slow SECONDS [FROM] -- ...      # each step, from the FROMth on, is so much longer
+    python -m tests.launched_rank --slow-start SECONDS -- ...       # so does the reading of the data
+    python -m tests.launched_rank --fail-at RANK STEP -- ...        # an exception in a step
 
 The package itself has no such switches.
 """
@@ -33,14 +35,36 @@ def die_at(rank: int, step: int, microbatch: int) -> None:
     TrainStep.__call__, TrainStep._backward = watched_call, watched_backward
 
 
-def slow(seconds: float) -> None:
+def fail_at(rank: int, step: int) -> None:
+    """The other ranks find out by themselves."""
     call = TrainStep.__call__
 
-    def slowed(self, *arguments):
-        time.sleep(seconds)
-        return call(self, *arguments)
+    def failing(self, number, *arguments):
+        if (int(os.environ["RANK"]), number) == (rank, step):
+            raise ValueError("told to fail")
+        return call(self, number, *arguments)
+
+    TrainStep.__call__ = failing
+
+
+def slow(seconds: float, first: int = 1) -> None:
+    call = TrainStep.__call__
+
+    def slowed(self, number, *arguments):
+        time.sleep(seconds if number >= first else 0)
+        return call(self, number, *arguments)
 
     TrainStep.__call__ = slowed
+
+
+def slow_start(seconds: float) -> None:
+    build = train.build_dataloader
+
+    def slowed(*arguments, **options):
+        time.sleep(seconds)
+        return build(*arguments, **options)
+
+    train.build_dataloader = slowed
 
 
 if __name__ == "__main__":
@@ -49,5 +73,9 @@ if __name__ == "__main__":
     if options[:1] == ["--die-at"]:
         die_at(*map(int, options[1:]))
     elif options[:1] == ["--slow"]:
-        slow(float(options[1]))
+        slow(float(options[1]), *map(int, options[2:]))
+    elif options[:1] == ["--slow-start"]:
+        slow_start(float(options[1]))
+    elif options[:1] == ["--fail-at"]:
+        fail_at(*map(int, options[1:]))
     sys.exit(train.main(arguments))

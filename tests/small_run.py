@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from torchtitan_rd.build_model import build_model
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.data import Batch
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.optimizer import build_optimizer
 from torchtitan_rd.parallelism import ParallelDims
-from torchtitan_rd.train import build_model
 from torchtitan_rd.train_step import TrainStep
 
 VOCAB, SEQ_LEN, GLOBAL_BATCH = 64, 16, 8

@@ -133,7 +133,7 @@ def test_a_second_run_in_the_same_dump_folder_changes_nothing_of_the_first(tmp_p
         assert after["metrics.jsonl"].startswith(before["metrics.jsonl"])
         assert json.loads(after["heartbeat/rank_0.json"])[0]["pid"] == first.processes[0].pid
         first.signal(0, signal.SIGTERM)
-        assert first.wait().codes == [0]
+        assert first.wait().codes == [130]  # nothing is saved
     assert not (tmp_path / ".lock").exists()
 
 

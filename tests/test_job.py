@@ -77,14 +77,15 @@ def signalled(rank, world_size, late):
     import signal
 
     stop = StopRequest()
+    stop.ends_at_once = False
     config, _, step = make(Setup(), world_size, asked_to_stop=stop.received, late=late)
     agreed = []
-    for number in range(1, 5):
-        if number == 3 and rank == world_size - 1:
-            os.kill(os.getpid(), signal.SIGUSR1)
-        step(number, batches_of(number, rank, world_size, config, padded=False))
-        agreed.append(step.stop_requested)
-    stop.restore()
+    with stop:
+        for number in range(1, 5):
+            if number == 3 and rank == world_size - 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            step(number, batches_of(number, rank, world_size, config, padded=False))
+            agreed.append(step.stop_requested)
     return agreed
 
 

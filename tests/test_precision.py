@@ -13,13 +13,13 @@ from torch.distributed.tensor import DTensor
 from tests.checkpoint.common import checkpointer, digest
 from tests.ranks import run_on_ranks
 from tests.small_run import GLOBAL_BATCH, SEQ_LEN, VOCAB, Setup, all_equal, batches_of, config_of
+from torchtitan_rd.build_model import build_model
 from torchtitan_rd.checkpoint.manifest import verify
 from torchtitan_rd.data.batch_ramp import BatchRamp
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state
 from torchtitan_rd.parallelism import ParallelDims, allocate
-from torchtitan_rd.train import build_model
 from torchtitan_rd.train_step import TrainStep
 
 BF16, FP32 = torch.bfloat16, torch.float32

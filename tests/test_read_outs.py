@@ -14,12 +14,12 @@ from tests.models.raven.tiny import tiny_config
 from tests.models.tiny import some_tokens, tiny_llama
 from tests.ranks import run_on_ranks
 from tests.small_run import GLOBAL_BATCH, SEQ_LEN, VOCAB, Setup, batches_of, config_of
+from torchtitan_rd.build_model import build_model
 from torchtitan_rd.data.batch_ramp import BatchRamp
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.models import get_spec
 from torchtitan_rd.models.raven.inputs import VALIDATION_STEP, initial_state
 from torchtitan_rd.parallelism import ParallelDims
-from torchtitan_rd.train import build_model
 from torchtitan_rd.validation import ValidationConfig, validate
 
 CPU = torch.device("cpu")

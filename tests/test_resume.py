@@ -118,7 +118,7 @@ def compare_across_ranks(found: list[tuple], expected: list[tuple]) -> None:
     assert losses == pytest.approx([float.fromhex(row[1]) for row in expected], abs=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_of_that_step(number, uninterrupted, documents, tmp_path):
     arguments = arguments_for(tmp_path, documents)
     with Run(2, arguments, ("--slow", "0.2")) as run:

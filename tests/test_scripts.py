@@ -2,15 +2,16 @@
 
 import json
 import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-
-from tests.launch import wait_for_step
 
 ROOT = Path(__file__).parent.parent
 SLURM_SCRIPTS = sorted(ROOT.glob("train_*_8B_131k.sh"))
@@ -60,22 +61,110 @@ def test_a_131k_script_trains_a_small_model_on_a_folder_of_spikes(tmp_path):
     assert (tmp_path / "dump" / "checkpoint" / "step-2" / "manifest.json").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_the_script_saves_and_the_same_command_goes_on(number, tmp_path):
-    """Through bash, torchrun and both ranks."""
+def in_terminal(command: list[str], ready, key: bytes, timeout: float = 120) -> tuple[int, str]:
+    """(exit code, output) of a command that runs in a terminal of its own, in which `key` is typed once `ready()`."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        os.execvpe(command[0], command, {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"})
+    output, is_typed, deadline = b"", False, time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.05)[0]:
+            try:
+                output += os.read(terminal, 65536)
+            except OSError:  # the other end is closed
+                break
+        if not is_typed and ready():
+            os.write(terminal, key)
+            is_typed = True
+    else:
+        os.kill(pid, signal.SIGKILL)
+    os.close(terminal)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output.decode(errors="replace")
+
+
+def has_rows(folder: Path, count: int) -> bool:
+    path = folder / "metrics.jsonl"
+    return path.exists() and path.read_text().count("\n") >= count
+
+
+def test_ctrl_c_in_a_terminal_saves_and_the_same_command_goes_on(tmp_path):
+    """As a user types it: the terminal signals the whole foreground group, through bash, torchrun and both ranks."""
     command = ["bash", "train_debug.sh", *SMALL, f"--job.dump_folder={tmp_path}", "--training.steps=100000"]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, stdout=log)
-    wait_for_step(tmp_path, 3)
-    process.send_signal(number)
-    assert process.wait(timeout=60) == 0, (tmp_path / "log").read_text()
+    code, output = in_terminal(command, lambda: has_rows(tmp_path, 3), b"\x03")
+    assert code == 0, output
+    assert "finishing this step" in output and "the same command goes on from there" in output
     status = json.loads((tmp_path / "exit_status.json").read_text())
     assert status["status"] == "preempted"
     assert (tmp_path / "checkpoint" / f"step-{status['step']}" / "manifest.json").exists()
     again = run([*command, f"--training.steps={status['step'] + 1}"])
-    assert f"resuming after step {status['step']}" in again.stderr
+    assert again.returncode == 0 and f"resuming after step {status['step']}" in again.stderr
+
+
+# Where torchrun would be: it starts a rank in a session of its own, passes the first signal on, and dies of a second.
+FALSE_RANK = """
+import signal, sys, time
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+open(sys.argv[1], "w").close()
+deadline = time.monotonic() + 20
+while len(heard) < int(sys.argv[2]) and time.monotonic() < deadline:
+    time.sleep(0.02)
+print("a rank that heard", len(heard), flush=True)
+"""
+FALSE_TORCHRUN = """
+import os, signal, subprocess, sys
+told = []
+def on_term(number, frame):
+    told.append(1)
+    rank.send_signal(signal.SIGTERM) if len(told) == 1 else os._exit(99)
+signal.signal(signal.SIGTERM, on_term)
+signal.signal(signal.SIGINT, on_term)
+rank = subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)
+rank.wait()
+print("torchrun was told", len(told), flush=True)
+"""
+
+
+def with_false_torchrun(folder: Path, signals: int) -> tuple[list[str], Path]:
+    """(a command that launches a rank which waits for so many signals, the file that it makes once it listens)."""
+    (folder / "rank.py").write_text(FALSE_RANK)
+    (folder / "torchrun.py").write_text(FALSE_TORCHRUN)
+    program = f"{sys.executable} {folder}/torchrun.py {folder}/rank.py {folder}/ready {signals}"
+    script = f"""
+        source scripts/launch.sh
+        python() {{
+            [ "$2" != torch.distributed.run ] || exec {program}
+            [ "$2" != torchtitan_rd ] || echo {folder}
+        }}
+        _ranks_per_node() {{ echo 1; }}
+        launch x.toml
+    """
+    return ["bash", "-c", script], folder / "ready"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_torchrun_hears_one_signal_and_its_ranks_hear_all(number, tmp_path):
+    command, ready = with_false_torchrun(tmp_path, 3)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    deadline = time.monotonic() + 30
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for _ in range(3):
+        time.sleep(0.3)
+        process.send_signal(number)
+    output, error = process.communicate(timeout=40)
+    assert output == "a rank that heard 3\ntorchrun was told 1\n"
+    assert process.returncode == 130 and "stopped by a signal before the run began" in error
+
+
+def test_a_terminal_s_ctrl_c_comes_to_torchrun_once(tmp_path):
+    """Through the script alone: a second one, from the terminal itself, would end torchrun before its ranks."""
+    command, ready = with_false_torchrun(tmp_path, 1)
+    code, output = in_terminal(command, ready.exists, b"\x03", timeout=40)
+    assert "a rank that heard 1" in output and "torchrun was told 1" in output and code == 130, output
 
 
 @pytest.fixture
@@ -132,6 +221,11 @@ def test_only_a_preempted_job_is_requeued(cluster):
     assert code == 0 and "scontrol requeue 4711" in calls
 
 
+def test_a_job_that_was_stopped_without_a_checkpoint_is_not_requeued(cluster):
+    code, calls = cluster("stopped", 1)
+    assert code == 130 and "requeue" not in calls
+
+
 @pytest.mark.parametrize("code", [1, 9])
 def test_a_failed_job_is_not_requeued_and_its_exit_code_is_passed_on(cluster, code):
     returned, calls = cluster("failed", code)
@@ -181,6 +275,7 @@ def test_set_up_is_instant_where_the_package_is_installed():
 SHOW = """
 source scripts/launch.sh
 python() { if [ "$2" = torch.distributed.run ]; then env; echo "open files $(ulimit -Sn)"; else echo /nowhere; fi; }
+export -f python
 _ranks_per_node() { echo 4; }
 """
 

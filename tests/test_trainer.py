@@ -20,6 +20,7 @@ from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError, TrainingError
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.models.raven.config import count_flops
+from torchtitan_rd.signals import StopRequest
 from torchtitan_rd.train import Trainer
 from torchtitan_rd.train_step import TrainStep
 
@@ -36,8 +37,8 @@ VALIDATION = ["--validation.enable", "--validation.dataset=pydoc-validation", "-
 CHECKPOINTS = ["--checkpoint.enable", "--checkpoint.async_mode=disabled"]
 
 
-def trainer(tmp_path, *arguments, environment=ALONE) -> Trainer:
-    return Trainer(load([*SMALL, *arguments, f"--job.dump_folder={tmp_path}"], environment), environment)
+def trainer(tmp_path, *arguments, environment=ALONE, stop=None) -> Trainer:
+    return Trainer(load([*SMALL, *arguments, f"--job.dump_folder={tmp_path}"], environment), environment, stop)
 
 
 @pytest.fixture
@@ -157,10 +158,11 @@ def test_a_signal_stops_the_run_with_a_checkpoint_and_says_so(tmp_path, monkeypa
 
     monkeypatch.setattr(Heartbeat, "beat", beat)
     before = signal.getsignal(signal.SIGUSR1)
-    trainer(tmp_path, *CHECKPOINTS).run()
+    with StopRequest() as stop:
+        assert trainer(tmp_path, *CHECKPOINTS, stop=stop).run() == "preempted"
     assert json.loads((tmp_path / "exit_status.json").read_text())["status"] == "preempted"
     assert [path.name for path in tmp_path.glob("checkpoint/step-*")] == ["step-2"]
-    assert "received SIGUSR1: saving a checkpoint and stopping" in caplog.messages
+    assert "received SIGUSR1: finishing this step, then stopping" in caplog.messages
     assert signal.getsignal(signal.SIGUSR1) == before
 
 

@@ -1,5 +1,8 @@
 """The mistakes a user can make, one class a kind. Each message names the key, file or row and the remedy."""
 
+import errno
+import traceback
+
 
 class TorchtitanRDError(Exception):
     """Base of every error that the command line prints as one message, without a traceback."""
@@ -24,3 +27,12 @@ class ClusterError(TorchtitanRDError):
 class TrainingError(TorchtitanRDError):
     """Training itself must stop: a non-finite loss or gradient under `training.on_nonfinite = "stop"`, or a block that
     would be compiled again under `compile.fail_on_recompile`."""
+
+
+def report(error: BaseException, rank: int) -> str:
+    """What the command line says of `error`: a user's mistake is one message, any other a traceback naming the rank."""
+    if isinstance(error, TorchtitanRDError):
+        return f"{type(error).__name__}{f' on rank {rank}' if rank else ''}: {error}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"rank {rank}: {error}: free some space or move job.dump_folder"
+    return f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}"

@@ -5,10 +5,8 @@ python -m torchtitan_rd.train --job.config_file train_configs/debug.toml      # 
 """
 
 import dataclasses
-import errno
 import json
 import sys
-import traceback
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan_rd import job
-from torchtitan_rd.build_model import build_model
+from torchtitan_rd.build_model import build_model, resolve_shape
 from torchtitan_rd.checkpoint import Checkpointer, locked_run_folder
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
@@ -36,54 +34,63 @@ from torchtitan_rd.data import (
 )
 from torchtitan_rd.data.batch_ramp import BatchRamp
 from torchtitan_rd.draws import Draws
-from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
+from torchtitan_rd.errors import CheckpointError, ConfigError, report
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.log import init_logging, logger
 from torchtitan_rd.lr_scheduler import lr_factor
 from torchtitan_rd.masking import mask_text
 from torchtitan_rd.metrics import Metrics, StepResult
-from torchtitan_rd.models import get_flavor, get_spec
+from torchtitan_rd.models import get_spec
 from torchtitan_rd.models.attention import setup_attention
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state, set_lr
 from torchtitan_rd.parallelism import ParallelDims
 from torchtitan_rd.preflight import preflight
 from torchtitan_rd.profiling import Profiler, check_profiling
-from torchtitan_rd.signals import EXIT_STATUS, StopRequest, write_exit_status
+from torchtitan_rd.signals import (
+    EXIT_STATUS,
+    STOPPED,
+    Interrupted,
+    Status,
+    StopRequest,
+    remove_exit_status,
+    write_exit_status,
+)
 from torchtitan_rd.train_step import TrainStep, hash_ids
-from torchtitan_rd.validation import read_held_out, validate, validation_keys
+from torchtitan_rd.validation import held_out_set, validate
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains; returns the exit status. A user's mistake is one message, any other error a traceback naming the rank."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    # First of all and until all is closed: whatever this waits for, a signal must not end it in the midst.
+    with StopRequest() as stop:
+        return _main(sys.argv[1:] if arguments is None else arguments, stop)
+
+
+def _main(arguments: list[str], stop: StopRequest) -> int:
     rank = 0
     try:
         environment = job.Environment.read()
         rank = environment.rank
         init_logging(rank, environment.log_level)
         loaded = load(arguments, environment)
-        Trainer(loaded, environment).run()
-        return 0
-    except TorchtitanRDError as error:
-        # No collective here: the other ranks may be anywhere. torchrun ends them when this one exits.
-        report = f"{type(error).__name__}{f' on rank {rank}' if rank else ''}: {error}"
+        return STOPPED if Trainer(loaded, environment, stop).run() == "stopped" else 0
+    except Interrupted:
+        return STOPPED
+    except SystemExit:
+        raise
     except BaseException as error:  # torch's CheckpointException is not an Exception (T17)
-        if isinstance(error, SystemExit | KeyboardInterrupt):
-            raise
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            report = f"rank {rank}: {error}: free some space or move job.dump_folder"
-        else:
-            report = f"rank {rank} failed:\n{traceback.format_exc()}"
-    print(mask_text(report), file=sys.stderr, flush=True)
-    return 1
+        # No collective here: the other ranks may be anywhere. torchrun ends them when this one exits.
+        print(mask_text(report(error, rank)), file=sys.stderr, flush=True)
+        return 1
 
 
 class Trainer:
     """Everything of one run. `__init__` checks what can be checked without touching a disk or a peer; `run` trains."""
 
-    def __init__(self, loaded: Loaded[JobConfig], environment: job.Environment):
+    def __init__(self, loaded: Loaded[JobConfig], environment: job.Environment, stop: StopRequest | None = None):
+        """stop: the signals to answer; without it none are."""
         config = self.config = loaded.config
-        self.environment = environment
+        self.environment, self.stop = environment, stop or StopRequest()
         logger.info("%s", config.job.description or "torchtitan_rd")
         for warning in loaded.warnings:
             logger.warning("%s", warning)
@@ -101,15 +108,7 @@ class Trainer:
         self.spec = get_spec(config.model.name)
         # Ids that the data may hold; the model may have more rows.
         self.vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, config.model.tokenizer_path)
-        shape = get_flavor(self.spec, config.model.flavor, config.model.overrides)
-        # What an export states as its context must cover what was trained.
-        context = max(shape.max_seq_len, config.training.seq_len)
-        rows = config.model.padded(self.vocab_size)
-        self.shape = dataclasses.replace(shape, vocab_size=rows, max_seq_len=context)
-        if rows > self.vocab_size:
-            logger.info("vocabulary of %d ids, padded to %d", self.vocab_size, rows)
-        if config.checkpoint.last_save_in_hf:
-            self.spec.hf.config_fields(self.shape)  # raises ConfigError for a shape that cannot be exported
+        self.shape = resolve_shape(config, self.spec, self.vocab_size)
         self.dump_folder = Path(config.job.dump_folder)
         self.draws = Draws(
             self.spec,
@@ -132,39 +131,54 @@ class Trainer:
         self.step = 0
         self.tokens_seen = 0
         self.has_opened_outputs = False
+        self.checkpointer: Checkpointer | None = None
 
-    def run(self) -> None:
-        """Builds in order, trains to the last step or until all ranks agree to stop, and cleans up in any case."""
-        config, environment = self.config, self.environment
+    def run(self) -> Status:
+        """Builds in order, trains to the last step or until all ranks agree to stop; returns how it ended."""
+        config, rank = self.config, self.environment.rank
         job.set_determinism(config.training.seed, config.training.deterministic, self.device)
-        job.init_process_group(environment, self.device, config.comm, self.dump_folder)
+        job.init_process_group(self.environment, self.device, config.comm, self.dump_folder)
+        # An earlier run's status must not stand for this one's. Gathered: from here on any rank may write its own.
+        had_status = any(job.gather(rank == 0 and remove_exit_status(self.dump_folder)))
+        self.stop.record = lambda reason: write_exit_status(self.dump_folder, "stopped", self.step, reason, rank)
         with ExitStack() as holding:  # the dump folder, until this run's status stands in it
-            self._run(holding)
-        dist.barrier()
-        dist.destroy_process_group()
+            return self._run(holding, had_status)
 
-    def _run(self, holding: ExitStack) -> None:
-        config, environment = self.config, self.environment
+    def _run(self, holding: ExitStack, had_status: bool) -> Status:
+        rank = self.environment.rank
         try:
             with ExitStack() as closing:
                 self._build(closing, holding)
-                if config.checkpoint.create_seed_checkpoint:
-                    self._save_seed()
-                    status = "finished"
-                elif self._train():
-                    status = "finished"
-                    if config.checkpoint.last_save_in_hf:
-                        self.checkpointer.export(self.step, self._write_hf)
-                else:
-                    status = "preempted"
+                is_finished = self._work()
+            dist.barrier()  # all ranks have closed, so what rank 0 writes holds for each
         except BaseException as error:
-            # Nothing is written for a mistake in the input, but an earlier run's status must not stand for this one's.
-            status_file = self.dump_folder / EXIT_STATUS
-            if environment.rank == 0 and (self.has_opened_outputs or status_file.exists()):
-                write_exit_status(self.dump_folder, "failed", self.step, f"{type(error).__name__}: {error}")
+            if self.stop.explains_an_end():  # that of a peer too, which looks like an error of its own
+                status = "preempted" if self._is_saved() else "stopped"
+                write_exit_status(self.dump_folder, status, self.step, self.stop.reason(), rank)
+                return status
+            # Nothing is written for a mistake in the input.
+            if self.has_opened_outputs or had_status:
+                write_exit_status(self.dump_folder, "failed", self.step, f"{type(error).__name__}: {error}", rank)
             raise
-        if environment.rank == 0:
-            write_exit_status(self.dump_folder, status, self.step)
+        status = "finished" if is_finished else "preempted" if self._is_saved() else "stopped"
+        if rank == 0:
+            write_exit_status(self.dump_folder, status, self.step, "" if is_finished else self.stop.reason())
+        dist.destroy_process_group()
+        return status
+
+    def _work(self) -> bool:
+        """All between building and closing; returns False if a signal cut it short."""
+        if self.config.checkpoint.create_seed_checkpoint:
+            self._save_seed()
+            return True
+        is_finished = self._train()
+        if is_finished and self.config.checkpoint.last_save_in_hf:
+            with self.stop.at_once(self.device):
+                self.checkpointer.export(self.step, self._write_hf)
+        return is_finished
+
+    def _is_saved(self) -> bool:
+        return self.checkpointer is not None and self.checkpointer.is_committed(self.step)
 
     def _build(self, closing: ExitStack, holding: ExitStack) -> None:
         """Fills self; what must be closed goes to `closing`, which closes the last built first."""
@@ -180,19 +194,18 @@ class Trainer:
         mesh = self.mesh = self.dims.build_mesh(self.device.type)
         job.set_timeouts(mesh, config.comm.init_timeout_seconds)
         preflight(mesh, self.device)
-        loader = build_dataloader(
-            self.data_keys,
-            tokenizer_path=config.model.tokenizer_path,
-            vocab_size=self.vocab_size,
-            data_rank=rank,
-            data_degree=self.dims.data_degree,
-            seed=config.training.seed,
-            pin_memory=self.device.type == "cuda",
-        )
+        reading = {
+            "tokenizer_path": config.model.tokenizer_path,
+            "vocab_size": self.vocab_size,
+            "data_rank": rank,
+            "data_degree": self.dims.data_degree,
+            "seed": config.training.seed,
+        }
+        loader = build_dataloader(self.data_keys, **reading, pin_memory=self.device.type == "cuda")
         closing.callback(loader.close)
         check_same_data(job.gather(loader.fingerprint))
         self.loader = loader
-        self.held_out = self._read_held_out()
+        self.held_out = held_out_set(config.validation, config.training, **reading)
         self.model = build_model(config, self.spec, self.shape, mesh, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self._open_outputs(closing, holding)
@@ -200,8 +213,6 @@ class Trainer:
         profiler = Profiler(
             config.profiling, dump_folder=self.dump_folder, rank=rank, device=self.device, step=self.step
         )
-        self.stop = StopRequest()
-        closing.callback(self.stop.restore)
         self.train_step = TrainStep(
             self.model,
             self.optimizer,
@@ -219,27 +230,14 @@ class Trainer:
             (self.dump_folder / "data.json").write_text(record, encoding="utf-8")
         self.profiler = closing.enter_context(profiler)
 
-    def _read_held_out(self) -> list[Batch]:
-        config = self.config
-        if not config.validation.enable:
-            return []
-        return read_held_out(
-            validation_keys(config.validation, config.training, self.dims.data_degree),
-            config.validation.split,
-            tokenizer_path=config.model.tokenizer_path,
-            vocab_size=self.vocab_size,
-            data_rank=self.environment.rank,
-            data_degree=self.dims.data_degree,
-            seed=config.training.seed,
-        )
-
     def _validate(self) -> dict[str, float]:
-        """val_loss, and for a recurrent model val_loss_<depth>; the same on all ranks."""
+        """val_loss, and for a recurrent model val_loss_<depth>; the same on all ranks. Nothing if all agree to stop."""
         self.heartbeat.beat(self.step, "validation")
         read_outs = self.draws.validation(self.config.validation.partial_depth_eval, self.held_out)
         with self.metrics.pause("validation"):
-            losses = validate(self.model, self.held_out, self.device, read_outs)
-        logger.info("step %d: %s", self.step, "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+            losses = validate(self.model, self.held_out, self.device, read_outs, self.stop)
+        if losses:
+            logger.info("step %d: %s", self.step, "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
         return losses
 
     def _open_outputs(self, closing: ExitStack, holding: ExitStack) -> None:
@@ -284,6 +282,7 @@ class Trainer:
             run_lock=self.lock,
         )
         closing.callback(self.checkpointer.close)
+        self.stop.lost = lambda: self.checkpointer.lost_at(self.step)
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
         return {
@@ -337,6 +336,7 @@ class Trainer:
         started_at = self.step
         if started_at >= total_steps:
             logger.info("all %d steps are done: raise training.steps to train on", total_steps)
+        self.stop.ends_at_once = False
 
         while self.step < total_steps:
             self.step += 1
@@ -357,12 +357,13 @@ class Trainer:
                 self._log(result, batches, stages=stages, lr=lr, telemetry=telemetry)
 
             # On a GPU the flag is that of the step before, unless this step is logged: on all ranks alike.
-            stopping = self.train_step.stop_requested
+            stopping = self.train_step.stop_requested or self.stop.agreed
             self._save_if_due(stopping)
             self.profiler.step()
             if stopping and self.step < total_steps:
                 self.train_step.settle()  # a last update that must not be ends the run as such
-                self.stop.announce()
+                saving = "saving a checkpoint" if config.checkpoint.enable else "nothing is saved (checkpoint.enable)"
+                logger.info("stopping after step %d: %s", self.step, saving)
                 return False
             if self.step == started_at + 1:
                 job.shorten_timeouts(config.comm, self.mesh)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 from torchtitan_rd.config_loader import OptionalUserPath, Section
 from torchtitan_rd.data import Batch, DatasetKeys, build_dataloader
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.log import logger
 from torchtitan_rd.loss import count_valid, cross_entropy_sums
 from torchtitan_rd.models.spec import ReadOuts
+from torchtitan_rd.signals import StopRequest
 
 
 class ValidationConfig(Section):
@@ -69,6 +72,14 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
     )
 
 
+def held_out_set(config: ValidationConfig, training: DatasetKeys, *, data_degree: int, **reading: Any) -> list[Batch]:
+    """What `config` names, nothing if it is not enabled. reading: the other arguments of `read_held_out`."""
+    if not config.enable:
+        return []
+    keys = validation_keys(config, training, data_degree)
+    return read_held_out(keys, config.split, data_degree=data_degree, **reading)
+
+
 def read_held_out(
     keys: DatasetKeys, split: str, *, tokenizer_path: str, vocab_size: int, data_rank: int, data_degree: int, seed: int
 ) -> list[Batch]:
@@ -90,16 +101,28 @@ def read_held_out(
 
 
 @torch.no_grad()
-def validate(model: nn.Module, batches: Sequence[Batch], device: torch.device, read_outs: ReadOuts) -> dict[str, float]:
+def validate(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    device: torch.device,
+    read_outs: ReadOuts,
+    stop: StopRequest | None = None,
+) -> dict[str, float]:
     """Mean loss in nats per valid token of the held-out set, the same on all ranks, by the names of `read_outs`.
 
     Each batch is one forward, however many losses there are: logits are turned into a loss as soon as they are there.
+
+    stop: asked before each batch, by all ranks together; once a rank was told to stop there are no losses. 64 sequences
+    of 131072 tokens would otherwise take the time that a launcher leaves for the checkpoint.
     """
     was_training = model.training
     model.eval()
     results = max(read_outs.position.values()) + 1
     sums = torch.zeros(results + 1, dtype=torch.float64, device=device)  # of the losses, and of the valid tokens
     for number, batch in enumerate(batches):
+        # It waits for the batch before: the host would otherwise have asked for all of them before a GPU has begun.
+        if stop is not None and stop.agree(device):
+            break
         labels = batch.labels.to(device)
         documents = None if batch.document_ids is None else batch.document_ids.to(device)
         read_out = partial(_loss_sum, labels=labels)
@@ -110,6 +133,9 @@ def validate(model: nn.Module, batches: Sequence[Batch], device: torch.device, r
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # the next forward must gather anew; a kept copy would be of these parameters (T2)
+    if stop is not None and stop.agreed:
+        logger.warning("validation cut short by a signal: no losses of it")
+        return {}
     *totals, valid = sums.tolist()
     return {name: totals[at] / valid if valid else math.nan for name, at in read_outs.position.items()}
 

@@ -87,7 +87,6 @@ EXITS = {
 }
 
 
-@pytest.mark.slow
 def test_however_the_program_ends_the_save_in_flight_is_kept(tmp_path):
     program = textwrap.dedent("""
         import os, signal, sys, time

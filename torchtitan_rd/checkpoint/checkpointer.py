@@ -142,6 +142,17 @@ class Checkpointer:
         if waited > 1:
             logger.warning("waited %.1f s for the previous save; a larger checkpoint.interval avoids it", waited)
 
+    def is_committed(self, step: int) -> bool:
+        """Whether the run can go on from `step`. Not while its save is in flight."""
+        return self._in_flight is None and self._saved_step == step
+
+    def lost_at(self, step: int) -> str:
+        """What a run that ended now, at `step`, would lose; for any thread."""
+        newest = max(self._folder.steps(), default=0) if self.config.enable else 0
+        if newest >= step:
+            return "nothing is lost"
+        return f"the steps after {newest} are lost" if newest else f"all {step} steps are lost: there is no checkpoint"
+
     def load(self, tensors: Tensors) -> dict[str, Any] | None:
         """Resumes: fills `tensors` in place from the newest good checkpoint, and returns its state.
 
