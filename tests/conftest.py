@@ -1,8 +1,15 @@
 """Fixtures that every test may use."""
 
+import signal
+
 import pytest
 import torch
 import torch.distributed as dist
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that: the tests of signals
+# would see programs that nobody can interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

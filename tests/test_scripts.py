@@ -79,7 +79,7 @@ def in_terminal(command: list[str], ready, key: bytes, timeout: float = 120) -> 
             os.write(terminal, key)
             is_typed = True
     else:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGTERM)  # passed on to the ranks, which a SIGKILL would leave behind
     os.close(terminal)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), output.decode(errors="replace")
 

@@ -185,7 +185,7 @@ def test_ranks_with_other_data_are_named_on_every_rank_before_the_first_step(tmp
 
 def test_the_trainer_compares_the_ranks_before_it_builds_the_model(monkeypatch, tmp_path, capsys):
     def gather(value):
-        return [value, {**value, "num_samples": 5}]
+        return [value, {**value, "num_samples": 5} if isinstance(value, dict) else value]
 
     monkeypatch.setattr(job, "gather", gather)
     monkeypatch.setattr(train, "build_model", None)
