@@ -98,14 +98,26 @@ def test_tensorboard_has_the_ancestors_names_and_each_step_once_after_a_restart(
 
 
 class FakeWandb(types.ModuleType):
-    """A wandb whose server keeps, for each run id, the rows it was sent."""
+    """A wandb whose server keeps, for each run id, the rows it was sent, and the metadata that wandb adds itself.
 
-    def __init__(self):
+    meta_field: what the setting that turns off metadata is called in its version.
+    """
+
+    def __init__(self, meta_field="x_disable_meta"):
         super().__init__("wandb")
-        self.runs, self.calls = {}, []
+        self.runs, self.calls, self.metadata = {}, [], []
+
+        class Settings:
+            def __init__(self, **given):
+                assert set(given) <= {meta_field}, "wandb refuses settings that it does not know"
+                self.__dict__ |= {meta_field: False, **given}
+
+        self.Settings, self._meta_field = Settings, meta_field
 
     def init(self, **keys):
         self.calls.append(keys)
+        if not getattr(keys.get("settings", self.Settings()), self._meta_field):
+            self.metadata.append({"args": sys.argv[1:]})
         history = self.runs.setdefault(keys["id"], [])
         run = SimpleNamespace(step=history[-1][0] + 1 if history else 0, finish=lambda: None)
 
@@ -128,6 +140,20 @@ def test_wandb_continues_one_run_over_restarts_with_each_step_once(tmp_path, mon
     assert wandb.calls[0]["project"] == "rd" and wandb.calls[0]["config"] == {"training": {"steps": 12}}
     train(tmp_path, 0, 1, enable_wandb=True)  # a new run in the same folder
     assert len(wandb.runs) == 2
+
+
+@pytest.mark.parametrize("field", ["x_disable_meta", "_disable_meta", "of_a_later_version"])
+def test_wandb_does_not_upload_the_command_line_or_says_that_it_does(field, tmp_path, monkeypatch, caplog):
+    wandb = FakeWandb(field)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--job.description=https://name:password@host.org"])
+    monkeypatch.setattr(logger, "propagate", True)
+    train(tmp_path, 0, 1, enable_wandb=True)
+    if field == "of_a_later_version":
+        assert "no setting that keeps the command line out" in caplog.text
+        assert "password" in str(wandb.metadata)
+    else:
+        assert wandb.metadata == [] and "command line" not in caplog.text
 
 
 def test_wandb_enabled_and_not_installed_is_refused_with_the_remedy(tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from torchtitan_rd import job
 from torchtitan_rd.build_model import build_model, resolve_shape
-from torchtitan_rd.checkpoint import Checkpointer, locked_run_folder
+from torchtitan_rd.checkpoint import Checkpointer, locked_run_folder, saved_states
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
 from torchtitan_rd.conversion.dcp import open_dcp
@@ -31,6 +31,7 @@ from torchtitan_rd.data import (
     check_same_data,
     dataset_vocab_size,
     merge_states,
+    pinned,
 )
 from torchtitan_rd.data.batch_ramp import BatchRamp
 from torchtitan_rd.draws import Draws
@@ -201,11 +202,13 @@ class Trainer:
             "data_degree": self.dims.data_degree,
             "seed": config.training.seed,
         }
+        states = saved_states(config.checkpoint, self.dump_folder)
+        self.data_keys = job.gather(pinned(self.data_keys, states) if rank == 0 else None)[0]
         loader = build_dataloader(self.data_keys, **reading, pin_memory=self.device.type == "cuda")
         closing.callback(loader.close)
         check_same_data(job.gather(loader.fingerprint))
         self.loader = loader
-        self.held_out = held_out_set(config.validation, config.training, **reading)
+        self.held_out = held_out_set(config.validation, self.data_keys, **reading)
         self.model = build_model(config, self.spec, self.shape, mesh, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self._open_outputs(closing, holding)

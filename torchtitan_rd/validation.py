@@ -62,6 +62,7 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
     return DatasetKeys(
         dataset=config.dataset or training.dataset,
         dataset_path=config.dataset_path or (training.dataset_path if same else None),
+        dataset_revision=training.dataset_revision if same and config.dataset_path is None else None,
         column=training.column if same else None,
         seq_len=training.seq_len,
         local_batch_size=training.local_batch_size,

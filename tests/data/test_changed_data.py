@@ -64,6 +64,20 @@ def test_reordered_rows_are_refused_with_where_they_are(tmp_path):
         resume(config, state)
 
 
+def test_one_changed_sample_of_those_made_here_is_refused_with_where_it_is(monkeypatch):
+    from torchtitan_rd.data import DATASETS, Dataset
+
+    def of(samples):
+        monkeypatch.setitem(DATASETS, "pydoc", Dataset("text", samples=lambda seed: samples))
+        return DatasetKeys(seq_len=8, local_batch_size=2)
+
+    samples = [f"sample {i:03}" for i in range(100)]
+    state = build(of(samples)).state_dict()
+    resume(of(list(samples)), state)
+    with pytest.raises(DataError, match=r"what changed is the data: among rows 50 of 100"):
+        resume(of([*samples[:50], "Sample 050", *samples[51:]]), state)
+
+
 def test_a_file_that_grew_is_refused_with_its_sizes(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("x" * 10_000)
@@ -185,7 +199,7 @@ def test_ranks_with_other_data_are_named_on_every_rank_before_the_first_step(tmp
 
 def test_the_trainer_compares_the_ranks_before_it_builds_the_model(monkeypatch, tmp_path, capsys):
     def gather(value):
-        return [value, {**value, "num_samples": 5} if isinstance(value, dict) else value]
+        return [value, {**value, "num_samples": 5}] if isinstance(value, dict) else [value]
 
     monkeypatch.setattr(job, "gather", gather)
     monkeypatch.setattr(train, "build_model", None)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -140,3 +141,14 @@ def test_a_table_without_rows_or_without_the_column_is_refused(tmp_path):
     write_arrow(tmp_path / "empty.arrow", pa.array([], pa.string()))
     with pytest.raises(DataError, match="text: holds no rows"):
         texts(tmp_path / "empty.arrow")
+
+
+def test_the_first_window_of_every_row_of_the_batch_is_read_when_the_loader_is_built(tmp_path):
+    import datasets
+
+    counts = np.ones((64, 3, 5), np.uint8)
+    counts[17] = 255  # the only sample of lane 17, and a count that recordings do not have
+    datasets.Dataset.from_dict({"spike_counts": counts.tolist()}).save_to_disk(str(tmp_path / "spikes"))
+    config = DatasetKeys(dataset="primate", dataset_path=str(tmp_path / "spikes"), seq_len=4, local_batch_size=64)
+    with pytest.raises(DataError, match="row 17, neuron 0, time bin 0: spike count 255"):
+        build(config, vocab_size=256)

@@ -2,6 +2,7 @@
 
 from torchtitan_rd.checkpoint.checkpointer import Checkpointer
 from torchtitan_rd.checkpoint.config import CheckpointConfig
+from torchtitan_rd.checkpoint.folders import saved_states
 from torchtitan_rd.checkpoint.manifest import read_manifest, verify
 from torchtitan_rd.checkpoint.run_folder import locked_run_folder
 from torchtitan_rd.checkpoint.safe_reader import SafeReader, TensorInfo
@@ -13,5 +14,6 @@ __all__ = [
     "TensorInfo",
     "locked_run_folder",
     "read_manifest",
+    "saved_states",
     "verify",
 ]

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from torchtitan_rd.checkpoint.config import CheckpointConfig
 from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.log import logger
 
@@ -173,3 +174,10 @@ def _is_real_folder(path: Path) -> bool:
 
 def _is_checkpoint(path: Path) -> bool:
     return _is_real_folder(path) and (path / MANIFEST).is_file()
+
+
+def saved_states(config: CheckpointConfig, dump_folder: Path) -> list[Path]:
+    """The `state.json` that a run may resume from, the likeliest first; none of them is verified."""
+    checkpoints = CheckpointFolder(dump_folder / config.folder)
+    steps = checkpoints.steps() if config.enable else []
+    return [checkpoints.root / f"step-{n}" / STATE for n in sorted(steps, key=lambda n: n != config.load_step)]

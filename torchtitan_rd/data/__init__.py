@@ -5,7 +5,9 @@ loader = build_dataloader(config.training, tokenizer_path="bytes", vocab_size=25
 for batch in loader.next_step(): ...        # the microbatches of this rank's share of one global batch
 """
 
+from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torchtitan_rd.config_loader import nearest
@@ -13,6 +15,7 @@ from torchtitan_rd.data.arrow import check_path
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.cursor import Cursor, LaneReader
 from torchtitan_rd.data.fingerprint import check_same_data
+from torchtitan_rd.data.hub import pin_revision, repository
 from torchtitan_rd.data.loader import Batch, DataLoader, merge_states
 from torchtitan_rd.data.sources import (
     Cutting,
@@ -45,6 +48,7 @@ __all__ = [
     "dataset_vocab_size",
     "load_tokenizer",
     "merge_states",
+    "pinned",
 ]
 
 DATASETS: dict[str, Dataset] = {
@@ -85,7 +89,14 @@ def check_dataset(config: DatasetKeys) -> Dataset:
             raise ConfigError(f"training.dataset = {name!r} {problem}")
     if config.dataset_path:
         check_path(config.dataset_path)
+    if config.dataset_revision and repository(config, row.hub) is None:
+        raise ConfigError(f"training.dataset = {name!r} is not read from the hub here: unset training.dataset_revision")
     return row
+
+
+def pinned(config: DatasetKeys, states: Iterable[Path]) -> DatasetKeys:
+    """The keys with the commit to read, for data on the hub; see `pin_revision`. For one rank to call."""
+    return config.model_copy(update={"dataset_revision": pin_revision(config, check_dataset(config).hub, states)})
 
 
 def dataset_vocab_size(config: DatasetKeys, tokenizer_path: str) -> int:

@@ -116,11 +116,17 @@ def check_path(path: str, split: str = "train") -> FileList:
 
 
 def open_table(
-    name: str, path: str, subset: str | None, stream: bool, split: str = "train", found: FileList | None = None
+    name: str,
+    path: str,
+    subset: str | None,
+    stream: bool,
+    split: str = "train",
+    found: FileList | None = None,
+    revision: str | None = None,
 ) -> "datasets.Dataset | datasets.IterableDataset":
     """One split of a local path or of a repository on the hub; only columns and rows, no format.
 
-    found: what `check_path` says of the path and split, if that is known.
+    found: what `check_path` says of the path and split, if that is known. revision: of a repository on the hub.
     Raises DataError with the remedy if it cannot be had.
     """
     import datasets
@@ -135,7 +141,8 @@ def open_table(
             return table.to_iterable_dataset() if stream else table
         if found.files:
             return _open_files(found, stream)
-        return _load(path, subset, split=split, streaming=stream)
+        pinned = {} if revision is None else {"revision": revision}
+        return _load(path, subset, split=split, streaming=stream, **pinned)
     except DataError:
         raise
     except Exception as error:  # of the hub, the network, the file system and arrow: a library boundary

@@ -17,6 +17,10 @@ class DatasetKeys(Section):
     """Where to read it instead: a `save_to_disk` folder, a folder, glob or file of .parquet, .arrow, .jsonl or .txt,
     or the name of a repository on the Hugging Face hub. Required for `text` and `packed`."""
 
+    dataset_revision: str | None = None
+    """Branch, tag or commit of a data set on the hub. Unset: the commit that the run's checkpoints note, and in a new
+    run the newest one."""
+
     column: str | None = Field(None, json_schema_extra=MUST_MATCH)
     """Column to read. Unset: `spike_counts` for spikes, `text` for text, `input_ids` for packed rows."""
 

@@ -28,6 +28,7 @@ class FileList:
     """What `path` holds for one split. files: sorted; left_out: reason -> names, relative to `path`.
 
     saved: a folder of `save_to_disk`, whose files the `datasets` library knows. No files and not saved: not here.
+    commit: of a repository on the hub, once it is known.
     """
 
     path: str
@@ -36,6 +37,7 @@ class FileList:
     files: list[Path] = field(default_factory=list)
     left_out: dict[str, list[str]] = field(default_factory=dict)
     saved: bool = False
+    commit: str | None = None
 
     def builder(self) -> str:
         """The one kind of all files, as `datasets` calls it. Raises DataError unless there is one."""
@@ -80,6 +82,7 @@ class FileList:
             "path": self.path,
             "split": self.split,
             "rows": rows,
+            "commit": self.commit,
             "number_of_files": len(names),
             "files": names[:_LISTED],
             "left_out": left_out,

@@ -26,6 +26,8 @@ def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
             remedy = f"set training.global_batch_size = {was}, which any number of ranks that divides it can continue"
         elif key in _OF_DATA:
             remedy = "put the former data (and tokenizer) back, or begin a new run from the checkpoint's weights"
+        elif key == "revision":
+            remedy = f"set training.dataset_revision = {was['commit']!r}, or begin a new run"
         elif key == "cut":
             remedy = "begin a new run from the checkpoint's weights"
         else:
@@ -36,6 +38,10 @@ def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
     if not present.get("rows", {"whole": True})["whole"] and "files" in saved:
         for line in changed_files(saved["files"], present["files"]):
             logger.warning("data: %s; of data of this size only a sample is compared, and that is the same", line)
+    if "rows" in present and "revision" in saved and saved["revision"] != present.get("revision"):
+        logger.warning(
+            "data: was read at %s and is now %s: the rows are the same", saved["revision"], present.get("revision")
+        )
     if (was := saved.get("skip_ranges", [])) != present.get("skip_ranges", []):
         logger.warning(
             "data: training.skip_ranges was %s and is now %s: all other rows keep their place",
@@ -60,7 +66,14 @@ def check_same_data(fingerprints: Sequence[dict[str, Any]]) -> None:
 
 def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """The keys that refuse a position, in the order of the fingerprint."""
-    return [key for key, value in present.items() if key not in _EXPLAINING and saved.get(key) != value]
+    return [key for key, value in present.items() if _refuses(key, saved, present) and saved.get(key) != value]
+
+
+def _refuses(key: str, saved: dict[str, Any], present: dict[str, Any]) -> bool:
+    """Rows that were compared decide, whatever their commit; an older checkpoint notes none."""
+    if key == "revision":
+        return "rows" not in present and key in saved
+    return key not in _EXPLAINING
 
 
 def describe(key: str, saved: dict[str, Any], present: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.content import digest_of, digest_of_samples, digest_of_table
 from torchtitan_rd.data.cursor import LaneReader, SkippingSource, Source, pieces_per_sample
 from torchtitan_rd.data.files import FileList
+from torchtitan_rd.data.hub import check_revision
 from torchtitan_rd.data.ids import encode_in_memory, encode_once
 from torchtitan_rd.data.packed import PackedEncoder
 from torchtitan_rd.data.spikes import SpikeEncoder
@@ -60,7 +61,9 @@ def open_rows(config: DatasetKeys, row: Dataset, split: str) -> tuple[Any, FileL
     path = config.dataset_path or row.hub
     subset = None if config.dataset_path else row.subset
     found = check_path(path, split) if config.dataset_path else FileList(path, split, Path(path))
-    table = open_table(config.dataset, path, subset, config.stream, split, found)
+    table = open_table(config.dataset, path, subset, config.stream, split, found, config.dataset_revision)
+    if not found.files and not found.saved:
+        found.commit = check_revision(config.dataset, table, config.dataset_revision)
     if found.saved and not config.stream:
         found.files = sorted(Path(entry["filename"]) for entry in table.cache_files)
     return table, found
@@ -126,15 +129,26 @@ def source_fingerprint(
         "cut": cutting.unit,
         "skip_ranges": config.skip_ranges,
         "files": files if len(files) <= _FILES_NOTED else {},
+        **_revision(found),
         **_tokenizer(source.encoder),
     }
 
 
 def stream_fingerprint(encoder: Encoder, found: FileList) -> dict[str, Any]:
-    """The same of a stream: the contents of its files; of the hub, nothing."""
+    """The same of a stream: the contents of its files; of the hub, the commit."""
     files = {} if found.saved else found.contents
     content = {"content": digest_of(sorted(files.items()))} if files else {}
-    return {**content, "cut": None, "files": files if len(files) <= _FILES_NOTED else {}, **_tokenizer(encoder)}
+    return {
+        **content,
+        "cut": None,
+        "files": files if len(files) <= _FILES_NOTED else {},
+        **_revision(found),
+        **_tokenizer(encoder),
+    }
+
+
+def _revision(found: FileList) -> dict[str, dict[str, str]]:
+    return {"revision": {"repository": found.path, "commit": found.commit}} if found.commit else {}
 
 
 def _tokenizer(encoder: Encoder) -> dict[str, str]:

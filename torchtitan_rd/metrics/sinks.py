@@ -80,7 +80,12 @@ class WandbSink:
             id_file.write_text(uuid.uuid4().hex[:12])
         run_id = id_file.read_text()
         self._run = wandb.init(
-            project=project, id=run_id, resume="allow", dir=str(dump_folder), config=dict(job_config)
+            project=project,
+            id=run_id,
+            resume="allow",
+            dir=str(dump_folder),
+            config=dict(job_config),
+            settings=_without_command_line(wandb),
         )
 
     def log(self, row: Mapping[str, Any]) -> None:
@@ -91,3 +96,21 @@ class WandbSink:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _without_command_line(wandb: Any) -> Any:
+    """Settings with which wandb does not upload its own metadata, which holds sys.argv and so what is secret in it.
+
+    The field has had two names since wandb 0.17, the oldest version that is supported. It is no public API: a version
+    without either name is warned about.
+    """
+    known = wandb.Settings()
+    for name in ("x_disable_meta", "_disable_meta"):
+        if hasattr(known, name):
+            return wandb.Settings(**{name: True})
+    logger.warning(
+        "wandb %s has no setting that keeps the command line out of its metadata: pass no credential there, or set "
+        "metrics.enable_wandb = false",
+        getattr(wandb, "__version__", "(of unknown version)"),
+    )
+    return known
