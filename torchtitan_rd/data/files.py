@@ -82,7 +82,7 @@ class FileList:
             "path": self.path,
             "split": self.split,
             "rows": rows,
-            "commit": self.commit,
+            **({"commit": self.commit} if self.commit else {}),
             "number_of_files": len(names),
             "files": names[:_LISTED],
             "left_out": left_out,
