@@ -33,6 +33,7 @@ PLACES = {
     "validation": 3,
     "draws": 3,
     "old_keys": 4,
+    "inference": 4,
     "config": 4,
     "build_model": 5,
     "train": 6,

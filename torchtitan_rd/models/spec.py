@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -132,6 +132,51 @@ InitFn = Callable[[torch.Tensor, torch.Generator], None]
 
 
 @dataclass(frozen=True)
+class CacheLayout:
+    """What a token leaves for later tokens to attend to: keys and values (H_kv, D) of type dtype, of
+    each layer application.
+
+    before, core, after: layers ahead of the recurrence, in it, and behind it. Without a recurrence all are `before`.
+    """
+
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    before: int
+    core: int = 0
+    after: int = 0
+
+
+class Steps(Protocol):
+    """One forward in parts, for inference. `caches` are what blocks get in place of a mask (`attention.KeyValues`), one
+    a layer; `rotary` is that of the positions at hand: (S, 1, D/2), or (B, S, 1, D/2).
+
+    layout: of the cache. mean_depth: iterations unless told otherwise; None for a model without a recurrence, which has
+        neither `first_state` nor `iterate`, and of which `predict` reads what `embed` gives.
+    """
+
+    layout: CacheLayout
+    mean_depth: int | None
+
+    def rotary(self, length: int) -> torch.Tensor:
+        """The table of positions 0 .. length - 1: (length, 1, D/2) complex64."""
+
+    def embed(self, tokens_BS: torch.Tensor, rotary: torch.Tensor, caches: Sequence[Any]) -> torch.Tensor:
+        """-> (B, S, E): what the layers `before` make of the tokens."""
+
+    def first_state(self, seed: int, position: int, scale: float) -> torch.Tensor | None:
+        """-> (E,) float32 on the CPU, a function of its arguments alone; None where the state starts at `embed`'s."""
+
+    def iterate(
+        self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, rotary: torch.Tensor, caches: Sequence[Any]
+    ) -> torch.Tensor:
+        """One iteration from the state s with the embedded input e -> (B, S, E)."""
+
+    def predict(self, s_BSE: torch.Tensor, rotary: torch.Tensor, caches: Sequence[Any], keep: int) -> torch.Tensor:
+        """-> logits (B, keep, V) in float32 of the last `keep` positions."""
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """One model family.
 
@@ -151,6 +196,7 @@ class ModelSpec:
     hf: how it stands in a Hugging Face folder.
     telemetry: None, or module -> a context around forward passes whose `read() -> {name: number}` describes the last.
     foreign: field that the configs of other programs have and this family's lacks -> what to tell who overrides it.
+    steps: module -> its forward in parts, for inference (torchtitan_rd/inference).
     """
 
     name: str
@@ -163,3 +209,4 @@ class ModelSpec:
     inputs: Callable[..., Callable[[Microbatch], ForwardInputs]] | None = None
     telemetry: Callable[[nn.Module], Any] | None = None
     foreign: Mapping[str, str] = field(default_factory=dict)
+    steps: Callable[[Any], Steps] | None = None

@@ -11,11 +11,22 @@ from torchtitan_rd.models.raven.inputs import RavenInputs
 from torchtitan_rd.models.raven.model import Raven
 from torchtitan_rd.models.raven.plan import wrap_plan
 from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
+from torchtitan_rd.models.raven.steps import RavenSteps
 from torchtitan_rd.models.raven.telemetry import StateTelemetry
 from torchtitan_rd.models.spec import ModelSpec
 
 __all__ = ["RAVEN", "RecurrenceConfig"]
 
 RAVEN = ModelSpec(
-    "raven", RAVEN_FLAVORS, Raven, inits, wrap_plan, count_flops, HF, RavenInputs, StateTelemetry, FOREIGN
+    "raven",
+    RAVEN_FLAVORS,
+    Raven,
+    inits,
+    wrap_plan,
+    count_flops,
+    HF,
+    RavenInputs,
+    StateTelemetry,
+    FOREIGN,
+    steps=RavenSteps,
 )
