@@ -1,0 +1,107 @@
+"""Which slot of the cache each application of a core layer writes and reads (`--kv`).
+
+A slot holds keys and values of all positions. Iteration t (from 0) of core layer j, of c core layers, has the
+number i = t c + j among the applications, and by default the slot i. A strategy is a rule for positions that
+were left after fewer iterations than another position asks for, a compression, or both
+(`latest-m4-compress-s16`):
+
+    full, skip                such a position is not attended to in deeper iterations
+    latest-m4, available-m4   it shows its newest iteration's instead
+    always-last-m4            every earlier position always shows its last iteration's: one slot a core layer
+    compress-sN               slot i mod N: the last write counts
+    compress-rN               slot i div N: so it does of N applications that follow each other
+    compress-anchor           the first 8 iterations have their own, those after them share c slots
+
+Source: HuginnDynamicCache of the model that is released with arXiv 2502.05171, whose names these are; "m4"
+says that it has 4 core layers. There, `full` and `skip` differ in name alone, and so do `latest` and
+`available`; `always-last` there takes effect only where a position is missing.
+"""
+
+import re
+from dataclasses import dataclass
+
+from torchtitan_rd.config_loader import nearest
+from torchtitan_rd.errors import ConfigError
+
+LOOKUPS = ("full", "skip", "latest-m4", "available-m4", "always-last-m4")
+NAMES = (*LOOKUPS, "compress-s4", "compress-r4", "compress-anchor")
+_ANCHORED = 8
+_PATTERN = re.compile(rf"(?:({'|'.join(LOOKUPS)})-?)?(?:(?<![a-z0-9])compress-(?:([sr])(\d+)|anchor))?")
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """A strategy for a model with `core` layers in its recurrence and at most `depth` iterations.
+
+    name: as above. Raises ConfigError for an unknown name and for one that this model cannot have.
+    """
+
+    name: str
+    core: int
+    depth: int
+
+    def __post_init__(self) -> None:
+        match = _PATTERN.fullmatch(self.name)
+        if match is None or not self.name or self.name.endswith("-"):
+            raise ConfigError(
+                f"kv = {self.name!r} is no strategy{nearest(self.name, NAMES)}; there are {', '.join(LOOKUPS)}, "
+                f"compress-sN, compress-rN, compress-anchor, and a lookup and a compression joined by '-'"
+            )
+        lookup, kind, number = match.groups()
+        n = int(number) if number else 0
+        if kind and n == 0:
+            raise ConfigError(f"kv = {self.name!r}: N must be at least 1")
+        if self.core and kind == "s" and n % self.core:
+            raise ConfigError(f"kv = {self.name!r}: N must be a multiple of the model's {self.core} core layers")
+        if self.core and kind == "r" and n % self.core and self.core % n:
+            raise ConfigError(
+                f"kv = {self.name!r}: N must divide the model's {self.core} core layers, or be a multiple"
+            )
+        object.__setattr__(self, "compression", "anchor" if self.name.endswith("anchor") else kind)
+        object.__setattr__(self, "group", n)
+        object.__setattr__(self, "lookup", lookup or "full")
+
+    def slot(self, step: int, layer: int) -> int:
+        """The slot, from 0, of core layer `layer` in iteration `step`, from 0."""
+        i = step * self.core + layer
+        if self.lookup == "always-last-m4":
+            return layer
+        if self.compression == "s":
+            return i % self.group
+        if self.compression == "r":
+            return i // self.group
+        if self.compression == "anchor" and step >= _ANCHORED:
+            return _ANCHORED * self.core + layer
+        return i
+
+    @property
+    def slots(self) -> int:
+        """Slots of the core that `depth` iterations need."""
+        return max((self.slot(t, j) + 1 for t in range(self.depth) for j in range(self.core)), default=0)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every iteration reads what the same iteration of earlier positions wrote, if none of these was left
+        early: cached and uncached generation are then the same."""
+        return self.lookup != "always-last-m4" and self.compression is None
+
+    @property
+    def fills(self) -> bool:
+        """Whether a position that is left early shows older keys and values in deeper iterations."""
+        return self.lookup in ("latest-m4", "available-m4")
+
+    def written(self, steps: int) -> int:
+        """How many slots, which are the first ones, a position holds after `steps` iterations."""
+        return max((self.slot(t, j) + 1 for t in range(steps) for j in range(self.core)), default=0)
+
+    def shown(self, steps: int) -> list[int]:
+        """For each slot, the slot whose content a position shows there that was left after `steps`
+        iterations: the newest one that it holds of the same core layer. Of `compress-r` with N >= c, where a
+        slot has all layers: the newest."""
+        period = self.core
+        if self.compression == "r":
+            period = max(self.core // self.group, 1)
+        held = self.written(steps)
+        return [
+            slot if slot < held or not steps else held - 1 - (held - 1 - slot) % period for slot in range(self.slots)
+        ]
