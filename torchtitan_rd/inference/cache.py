@@ -120,13 +120,13 @@ class _Slot(KeyValues):
         cache = self.cache
         start, end, writers = cache.start, cache.length, cache.writers
         for kept, new in ((self.keys, k), (self.values, v)):
-            place = kept[:, :, start:end]
+            place = kept.narrow(2, start, end - start)
             place.copy_(new if writers is None else torch.where(writers, new, place))
         mask, causal = cache.visible(self.core)
-        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
-        if q.shape[2] == 1:
+        keys, values = self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
+        gqa = q.shape[1] != keys.shape[1]
+        if gqa and q.shape[2] == 1:
             # The query heads of a group are as many queries to one head: no copies of keys for them.
             grouped = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[3])
             return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(q.shape)
-        gqa = q.shape[1] != keys.shape[1]
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=gqa)

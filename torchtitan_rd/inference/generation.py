@@ -95,7 +95,7 @@ class Report:
     accepted: int = 0
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     loaded: Loaded,
     prompts: Sequence[Sequence[int]],

@@ -51,7 +51,6 @@ class Stepper:
         self._padding = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self._padded = False
         self._noise: torch.Tensor | None = None
-        self._drawn = 0
         self.real: torch.Tensor | None = None
 
     def embed(self, tokens_BS: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
@@ -84,14 +83,11 @@ class Stepper:
 
     def first_state(self) -> torch.Tensor | None:
         """-> (B, S, E) or (1, S, E) of the open positions: noise that depends on (seed, position) alone."""
-        for position in range(self._drawn, self.cache.length):
-            row = self.steps.first_state(self.seed, position, self.scale)
-            if row is None:
+        if self._noise is None:
+            rows = [self.steps.first_state(self.seed, position, self.scale) for position in range(len(self._table))]
+            if rows[0] is None:
                 return None
-            if self._noise is None:
-                self._noise = torch.empty(len(self._table), len(row), device=self.device)
-            self._noise[position] = row
-        self._drawn = max(self._drawn, self.cache.length)
+            self._noise = torch.stack(rows).to(self.device)
         state = self._noise[self._positions]
         return state if state.ndim == 3 else state[None]
 
