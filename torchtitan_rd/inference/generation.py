@@ -17,6 +17,7 @@ from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.exits import ExitPolicy
 from torchtitan_rd.inference.loading import Loaded
 from torchtitan_rd.inference.sampling import Sampling, choose, penalise, uniforms
+from torchtitan_rd.inference.sharing import Sharing
 from torchtitan_rd.inference.speculative import Drafting, speculate
 from torchtitan_rd.inference.stepper import Stepper, resolve_depth, think
 from torchtitan_rd.inference.text import TextRow
@@ -68,6 +69,35 @@ class Settings:
                 if wrong:
                     raise ConfigError(f"draft_steps: speculative decoding goes with {remedy} only")
 
+    def check(self, loaded: Loaded, prompts: Sequence[Sequence[int]]) -> None:
+        """Raises ConfigError if the model cannot do what is asked."""
+        steps = loaded.spec.steps(loaded.model)
+        depth = resolve_depth(loaded.spec, steps.mean_depth, self.depth)
+        sharing = Sharing(self.kv, steps.layout.core, depth)
+        if self.drafting is not None and depth:
+            self.drafting.check(depth, sharing)
+        if steps.mean_depth is None:
+            given = {"kv": self.kv != "full", "exit criterion": self.exits, "continuous": self.continuous}
+            for name, value in {**given, "draft_steps": self.drafting}.items():
+                if value:
+                    raise ConfigError(f"{name}: a {loaded.spec.name} has no recurrence; leave it out")
+        if self.stop and loaded.tokenizer is None:
+            raise ConfigError("stop: stop strings need a tokenizer, and this model has none")
+        vocab_size, context = loaded.shape.vocab_size, loaded.shape.max_seq_len
+        for number, prompt in enumerate(prompts):
+            if not len(prompt):
+                raise ConfigError(f"prompt {number} is empty: give at least one token")
+            if beyond := [id_ for id_ in prompt if not 0 <= id_ < vocab_size]:
+                raise ConfigError(
+                    f"prompt {number} has the id {beyond[0]}, but the model's vocabulary is 0..{vocab_size - 1}"
+                )
+        longest = max(map(len, prompts), default=0)
+        if longest + self.max_new_tokens > context:
+            raise ConfigError(
+                f"{longest} tokens of the prompt and max_new_tokens = {self.max_new_tokens} are more than the "
+                f"model's context of {context}: shorten one of them"
+            )
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -109,7 +139,7 @@ def generate(
     their draws.
     on_text: called with (row, new text) as the text comes. Raises ConfigError before anything is computed."""
     begun = time.perf_counter()
-    check(loaded, prompts, settings)
+    settings.check(loaded, prompts)
     rows = _Rows(loaded, prompts, settings, on_text)
     if not prompts:
         return Report([], 0, 0.0)
@@ -132,33 +162,6 @@ def generate(
         return Report(rows.answers(), stepper.cache.nbytes, time.perf_counter() - begun, drafted, accepted)
     _one_by_one(stepper, tokens, real, settings, rows, numbers or range(len(prompts)), constraint)
     return Report(rows.answers(), stepper.cache.nbytes, time.perf_counter() - begun)
-
-
-def check(loaded: Loaded, prompts: Sequence[Sequence[int]], settings: Settings) -> None:
-    """Raises ConfigError if the model cannot do what is asked."""
-    mean_depth = loaded.spec.steps(loaded.model).mean_depth
-    resolve_depth(loaded.spec, mean_depth, settings.depth)
-    if mean_depth is None:
-        given = {"kv": settings.kv != "full", "exit criterion": settings.exits, "continuous": settings.continuous}
-        for name, value in {**given, "draft_steps": settings.drafting}.items():
-            if value:
-                raise ConfigError(f"{name}: a {loaded.spec.name} has no recurrence; leave it out")
-    if settings.stop and loaded.tokenizer is None:
-        raise ConfigError("stop: stop strings need a tokenizer, and this model has none")
-    vocab_size, context = loaded.shape.vocab_size, loaded.shape.max_seq_len
-    for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ConfigError(f"prompt {number} is empty: give at least one token")
-        if beyond := [id_ for id_ in prompt if not 0 <= id_ < vocab_size]:
-            raise ConfigError(
-                f"prompt {number} has the id {beyond[0]}, but the model's vocabulary is 0..{vocab_size - 1}"
-            )
-    longest = max(map(len, prompts), default=0)
-    if longest + settings.max_new_tokens > context:
-        raise ConfigError(
-            f"{longest} tokens of the prompt and max_new_tokens = {settings.max_new_tokens} are more than the "
-            f"model's context of {context}: shorten one of them"
-        )
 
 
 def _one_by_one(

@@ -81,7 +81,8 @@ class Sharing:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every iteration reads what the same iteration of earlier positions wrote, if none of these was left
+        """Whether every iteration reads what the same iteration of earlier positions wrote, if none of these was
+        left
         early: cached and uncached generation are then the same."""
         return self.lookup != "always-last-m4" and self.compression is None
 

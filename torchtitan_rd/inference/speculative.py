@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.inference.sharing import Sharing
 from torchtitan_rd.inference.stepper import Stepper, think
 
 
@@ -33,6 +34,14 @@ class Drafting:
         if not 0 < self.threshold <= 1:
             raise ConfigError(f"verification_threshold = {self.threshold} must be above 0 and at most 1")
 
+    def check(self, depth: int, sharing: Sharing) -> None:
+        """Raises ConfigError if this cannot go with the full depth or with the way that positions share the
+        cache."""
+        if self.steps >= depth:
+            raise ConfigError(f"draft_steps = {self.steps} must be below the depth of {depth}")
+        if not sharing.is_exact:
+            raise ConfigError(f"draft_steps: kv = {sharing.name!r} mixes iterations; use 'full'")
+
 
 class Rows(Protocol):
     """Takes the tokens that are sure."""
@@ -51,10 +60,7 @@ def speculate(
 ) -> tuple[int, int]:
     """-> tokens that were drafted, and of these accepted. Rows keep step: what one rejects is lost for
     all."""
-    if drafting.steps >= stepper.depth:
-        raise ConfigError(f"draft_steps = {drafting.steps} must be below the depth of {stepper.depth}")
-    if not stepper.cache.sharing.is_exact:
-        raise ConfigError(f"draft_steps: kv = {stepper.cache.sharing.name!r} mixes iterations; use 'full'")
+    drafting.check(stepper.depth, stepper.cache.sharing)
     full = [stepper.depth] * len(tokens_BS)
     allowed = constraint or (lambda number, logits: logits)
     last = allowed(0, think(stepper, tokens_BS, real=real).logits).argmax(-1)
