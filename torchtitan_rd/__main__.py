@@ -11,6 +11,7 @@ COMMANDS = {
     "train": ("torchtitan_rd.train", "train from a TOML file (torchrun starts torchtitan_rd.train itself)"),
     "config": ("torchtitan_rd.commands.config", "print the resolved config with the origin of every value"),
     "data": ("torchtitan_rd.commands.data", "read every row of a run's data for what would stop the run"),
+    "eval": ("torchtitan_rd.commands.evaluate", "loss, perplexity, tasks, and baselines of a trained model"),
     "generate": ("torchtitan_rd.commands.generate", "continue prompts with a trained model"),
     "generate-spikes": ("torchtitan_rd.commands.generate_spikes", "continue recordings with a model of spikes"),
     "verify": ("torchtitan_rd.commands.verify", "check a checkpoint's files against its manifest"),

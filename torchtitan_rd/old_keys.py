@@ -35,7 +35,6 @@ OLD_KEYS: dict[str, RenamedKey] = {
     "training.enable_loss_parallel": RenamedKey(None, harmless=_ANY_BOOL, remedy="it needs tensor parallelism"),
     "training.disable_loss_parallel": RenamedKey(None, harmless=_ANY_BOOL, remedy="it needs tensor parallelism"),
     "training.compile": RenamedKey("compile.enable"),
-    "training.source_dataset": RenamedKey(None, harmless=("all",), remedy="filter the data set beforehand"),
     "experimental.pipeline_parallel_degree": RenamedKey(None, harmless=(1,), remedy=_NOT_BUILT),
     "experimental.pipeline_parallel_split_points": RenamedKey(None, harmless=([], ""), remedy=_NOT_BUILT),
     "experimental.pipeline_parallel_schedule": RenamedKey(

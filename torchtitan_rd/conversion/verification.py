@@ -200,6 +200,19 @@ def transformers_logits(folder: Path, weights: Weights, num_steps: int | None = 
 
 
 @torch.no_grad()
+def transformers_model(folder: Path, weights: Weights, dtype: torch.dtype) -> nn.Module:
+    """The model that transformers loads from `folder`, its parameters cast to `dtype`, in evaluation mode.
+
+    weights: as above. Raises CheckpointError.
+    """
+    with _place(weights, folder) as place:
+        model = _load("AutoModelForCausalLM", place, weights, str(folder))
+    for parameter in model.parameters():  # not the rotary tables, which transformers keeps in float32 too
+        parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
 def transformers_logits_from(weights: Weights, num_steps: int | None = None) -> torch.Tensor:
     """-> (1, S, V): the same for weights that lie in no Hugging Face folder: they are filled in from memory.
 

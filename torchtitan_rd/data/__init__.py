@@ -82,6 +82,8 @@ def check_dataset(config: DatasetKeys) -> Dataset:
         (not (row.samples or row.hub or config.dataset_path), "needs training.dataset_path"),
         (config.stream and config.skip_ranges, "is streamed, so its rows have no numbers: unset training.skip_ranges"),
         (config.stream and shuffled, "is streamed in order: unset training.shuffle_seed or training.stream"),
+        (row.samples and config.source_dataset, "is made here and has one source: unset training.source_dataset"),
+        (config.stream and config.source_dataset, "is streamed whole: unset training.source_dataset or stream"),
         (row.kind != "packed" and packed_keys, "is not packed: unset training.pad_id and training.eos_id"),
         (needs_eos and config.eos_id is None, "needs training.eos_id for training.pad_id or document_mask"),
     ):

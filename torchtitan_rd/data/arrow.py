@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data.content import digest_of
 from torchtitan_rd.data.files import FileList, find_files
 from torchtitan_rd.errors import DataError
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
+SOURCE_COLUMN = "source_dataset"
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -147,6 +149,18 @@ def open_table(
         raise
     except Exception as error:  # of the hub, the network, the file system and arrow: a library boundary
         raise DataError(f"{name}: cannot read {_complaint(error, found, subset)}") from error
+
+
+def rows_of(table: "datasets.Dataset", source: str, name: str) -> "datasets.Dataset":
+    """The rows whose column `source_dataset` holds `source`. Raises DataError if there are none."""
+    if SOURCE_COLUMN not in table.column_names:
+        raise DataError(f"{name}: training.source_dataset = {source!r}, but it has no column {SOURCE_COLUMN!r}")
+    sources = np.array(table.with_format("arrow", columns=[SOURCE_COLUMN])[:].column(SOURCE_COLUMN).to_pylist())
+    rows = np.flatnonzero(sources == source)
+    if not len(rows):
+        known = sorted(set(sources.tolist()))
+        raise DataError(f"{name}: no row is of training.source_dataset = {source!r}{nearest(source, known)}")
+    return table.select(rows)
 
 
 def _complaint(error: Exception, found: FileList, subset: str | None) -> str:

@@ -24,6 +24,10 @@ class DatasetKeys(Section):
     column: str | None = Field(None, json_schema_extra=MUST_MATCH)
     """Column to read. Unset: `spike_counts` for spikes, `text` for text, `input_ids` for packed rows."""
 
+    source_dataset: str | None = None
+    """Only the rows whose column `source_dataset` holds this, in data gathered from several sources (the Neural Pile).
+    Unset, or `all`: all rows."""
+
     seq_len: int = Field(2048, ge=1, json_schema_extra=MUST_MATCH)
     """Tokens of context. A window holds `seq_len + 1` ids; windows do not overlap."""
 
@@ -73,6 +77,11 @@ class DatasetKeys(Section):
         if value != -1 and value < 1:
             raise ValueError("must be at least 1, or -1 for local_batch_size * the number of data ranks")
         return value
+
+    @field_validator("source_dataset")
+    @classmethod
+    def _all_is_unset(cls, value: str | None) -> str | None:
+        return None if value == "all" else value
 
     @field_validator("skip_ranges")
     @classmethod

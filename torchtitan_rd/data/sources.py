@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from torchtitan_rd.data.arrow import Encoder, SampleSource, TableSource, check_path, open_table
+from torchtitan_rd.data.arrow import Encoder, SampleSource, TableSource, check_path, open_table, rows_of
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.content import digest_of, digest_of_samples, digest_of_table
 from torchtitan_rd.data.cursor import LaneReader, SkippingSource, Source, pieces_per_sample
@@ -66,6 +66,8 @@ def open_rows(config: DatasetKeys, row: Dataset, split: str) -> tuple[Any, FileL
         found.commit = check_revision(config.dataset, table, config.dataset_revision)
     if found.saved and not config.stream:
         found.files = sorted(Path(entry["filename"]) for entry in table.cache_files)
+    if config.source_dataset is not None:
+        table = rows_of(table, config.source_dataset, config.dataset)
     return table, found
 
 

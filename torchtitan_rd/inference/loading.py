@@ -61,7 +61,7 @@ def load_model(
     """
     weights = open_weights(Path(path), model=model, flavor=flavor)
     require_complete(weights)
-    source = _source_of(weights)
+    source = source_of(weights)
     tokenizer = _tokenizer_of(weights, source, tokenizer_path)
     if tokenizer is not None and tokenizer.vocab_size > weights.shape.vocab_size:
         raise ConfigError(
@@ -88,7 +88,8 @@ def open_weights(path: Path, *, model: str | None = None, flavor: str | None = N
     return open_released(path, model=model, flavor=flavor)
 
 
-def _source_of(weights: Weights) -> Source:
+def source_of(weights: Weights) -> Source:
+    """What the weights say about where they came from."""
     config = weights.job_config or {}
     row = DATASETS.get(config.get("training", {}).get("dataset"))
     ids = config.get("model", {}).get("vocab_size") or weights.shape.vocab_size

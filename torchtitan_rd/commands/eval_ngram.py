@@ -1,0 +1,93 @@
+"""The loss of add-alpha smoothed n-gram counts: what a model has to beat.
+
+torchtitan-rd eval ngram --n 3 --dataset primate
+torchtitan-rd eval ngram --n 2 --dataset rodent --path recordings/ --test-path held_out.parquet --test-split train
+torchtitan-rd eval ngram --n 2 --dataset pydoc-train --test-dataset pydoc-validation
+
+Counts are of the train split, the loss is that of the test split.
+"""
+
+import argparse
+import math
+from collections.abc import Iterable
+
+import numpy as np
+from tabulate import tabulate
+
+from torchtitan_rd.commands.eval_loss import write_json
+from torchtitan_rd.data import DatasetKeys, check_dataset, dataset_vocab_size
+from torchtitan_rd.data.sources import build_encoder, open_source
+from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.inference.ngram import NGram
+
+
+def main(kind: str, arguments: list[str]) -> int:
+    chosen = _parser().parse_args(arguments)
+    test_dataset = chosen.test_dataset or chosen.dataset
+    same = test_dataset == chosen.dataset and chosen.test_path in (None, chosen.path)
+    if same and chosen.test_split == chosen.split:
+        raise ConfigError("--test-split: the loss would be that of the data that was counted; name another split")
+    train = _samples(chosen, chosen.dataset, chosen.path, chosen.split)
+    test_path = chosen.test_path or (chosen.path if test_dataset == chosen.dataset else None)
+    test = _samples(chosen, test_dataset, test_path, chosen.test_split)
+    vocab_size = chosen.vocab_size or dataset_vocab_size(DatasetKeys(dataset=chosen.dataset), chosen.tokenizer)
+    model = NGram(chosen.n, vocab_size, chosen.alpha)
+    counted = model.count(_first(train, chosen.max_tokens))
+    score = model.score(_first(test, chosen.max_tokens))
+    nats = score.nats / score.tokens
+    result = {
+        **{name: getattr(chosen, name) for name in ("n", "alpha", "dataset", "source_dataset")},
+        "vocab_size": vocab_size,
+        "counted": counted,
+        "tokens": score.tokens,
+        "nats_per_token": nats,
+        "bits_per_token": nats / math.log(2),
+        "perplexity": math.exp(nats),
+    }
+    print(tabulate([result.values()], headers=list(result), floatfmt=".6g"))
+    write_json(result, chosen.output)
+    return 0
+
+
+def _samples(chosen: argparse.Namespace, dataset: str, path: str | None, split: str) -> Iterable[np.ndarray]:
+    keys = DatasetKeys(dataset=dataset, dataset_path=path, column=chosen.column, source_dataset=chosen.source_dataset)
+    row = check_dataset(keys)
+    if row.kind == "packed":
+        raise ConfigError(f"--dataset {dataset}: n-grams are counted in spikes and text, not in packed rows")
+    vocab_size = chosen.vocab_size or dataset_vocab_size(keys, chosen.tokenizer)
+    encoder = build_encoder(keys, row.kind, chosen.tokenizer, vocab_size)
+    source, _ = open_source(keys, row, encoder, chosen.seed, split)
+    return (source.tokens(index) for index in range(len(source)))
+
+
+def _first(samples: Iterable[np.ndarray], most: int | None) -> Iterable[np.ndarray]:
+    """Samples until there are `most` tokens, the last one cut; None: all."""
+    for sample in samples:
+        yield sample if most is None else sample[:most]
+        if most is not None:
+            most -= len(sample)
+            if most <= 0:
+                return
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="torchtitan-rd eval ngram", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--n", type=int, default=1, help="tokens of an n-gram (default 1)")
+    add("--alpha", type=float, default=1.0, help="added to each count (default 1)")
+    add("--dataset", required=True, help="a row of the table of data sets")
+    add("--path", help="where to read it instead")
+    add("--split", default="train", help="that is counted (default train)")
+    add("--test-dataset", help="default: --dataset")
+    add("--test-path", help="default: --path")
+    add("--test-split", default="test", help="that is scored (default test)")
+    add("--source-dataset", help="only rows whose column source_dataset holds this")
+    add("--column", help="that is read; default: the data set's")
+    add("--tokenizer", default="bytes", help="of text")
+    add("--vocab-size", type=int, help="default: 256 for spikes, the tokenizer's for text")
+    add("--max-tokens", type=int, help="of each split, the first ones")
+    add("--seed", type=int, default=0, help="of data that is made here")
+    add("--output", help="write the result there as JSON")
+    return parser
