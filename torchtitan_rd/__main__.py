@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": ("torchtitan_rd.commands.evaluate", "loss, perplexity, tasks, and baselines of a trained model"),
     "generate": ("torchtitan_rd.commands.generate", "continue prompts with a trained model"),
     "generate-spikes": ("torchtitan_rd.commands.generate_spikes", "continue recordings with a model of spikes"),
+    "pareto": ("torchtitan_rd.commands.pareto", "loss against iterations and memory under every exit criterion"),
     "verify": ("torchtitan_rd.commands.verify", "check a checkpoint's files against its manifest"),
 }
 
