@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": ("torchtitan_rd.commands.generate", "continue prompts with a trained model"),
     "generate-spikes": ("torchtitan_rd.commands.generate_spikes", "continue recordings with a model of spikes"),
     "pareto": ("torchtitan_rd.commands.pareto", "loss against iterations and memory under every exit criterion"),
+    "report": ("torchtitan_rd.commands.report", "runs as one HTML page of charts"),
     "verify": ("torchtitan_rd.commands.verify", "check a checkpoint's files against its manifest"),
 }
 

@@ -67,10 +67,11 @@ def adaptive_run(model, windows, policy, kv):
 @pytest.mark.parametrize("criterion", JUDGED)
 def test_the_prediction_is_what_an_adaptive_run_does(model, windows, seen, criterion, kv):
     threshold = threshold_for(seen, criterion, 6.0)
-    policy = ExitPolicy(criterion, threshold, min_steps=2)
+    policy = ExitPolicy(criterion, threshold, min_steps=5)
     found = outcome(seen, policy, kv)
     loss, steps = adaptive_run(model, windows, policy, kv)
-    assert found.steps == steps and 2 < steps < DEPTH
+    assert found.steps == steps and 5 < steps < DEPTH
+    assert steps > outcome(seen, ExitPolicy(criterion, threshold), kv).steps
     assert found.loss == pytest.approx(loss, abs=1e-5)
 
 

@@ -90,6 +90,7 @@ class Metrics:
     - Where ranks draw depths of their own, the deepest of each microbatch is what counts, since the others wait for it.
     - memory_*: the highest value of all ranks; memory_max_rank is the rank with the most memory reserved (on a CPU,
       resident).
+    - resumed_from: in the first row after a restart, the step of its checkpoint.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class Metrics:
         if self._writes:
             self._open(step)
         self._memory = PeakMemory(self._device)
+        self._resumed_from = step
         self._begin_interval(step, tokens_seen)
 
     def _open(self, step: int) -> None:
@@ -216,6 +218,7 @@ class Metrics:
                 **self._speed(step, tokens_seen, flops or self._flops),
                 **{f"{name}_seconds": seconds for name, seconds in self._paused.items()},
                 **memory,
+                **({"resumed_from": self._resumed_from} if self._resumed_from else {}),
             }
             # JSON has no NaN or infinity: such a number becomes null; loss_hex still tells which it was.
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
@@ -223,6 +226,7 @@ class Metrics:
             for sink in self._sinks:
                 sink.log(row)
             self._console.log(row)
+        self._resumed_from = 0
         self._begin_interval(step, tokens_seen)
 
     def close(self) -> None:

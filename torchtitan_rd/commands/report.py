@@ -1,0 +1,31 @@
+"""Runs as one HTML page of charts, which needs no network.
+
+torchtitan-rd report outputs/debug
+torchtitan-rd report outputs/a outputs/b --output a_and_b.html --picture generated/raster.png
+
+Each RUN is the folder of a run (job.dump_folder); several are overlaid, and what differs in their configs is listed.
+"""
+
+import argparse
+from pathlib import Path
+
+from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.metrics.read import read_run
+from torchtitan_rd.metrics.report import page
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="torchtitan-rd report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="default: report.html")
+    parser.add_argument("--picture", type=Path, action="append", default=[], help="a PNG to show, such as a raster")
+    chosen = parser.parse_args(arguments)
+    text = page([read_run(folder) for folder in chosen.runs], chosen.picture)
+    try:
+        chosen.output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {chosen.output}: {error.strerror}") from None
+    print(f"{chosen.output} ({len(text) / 1024:.0f} KiB)")
+    return 0
