@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ from torchtitan_rd.data.tokenizer import ByteTokenizer
 from torchtitan_rd.inference.evaluation import HeldOut, Units, count_units, open_held_out
 from torchtitan_rd.job import Environment
 
+ROOT = Path(__file__).parent.parent.parent
 ALONE = Environment(rank=0, local_rank=0, world_size=1, local_world_size=1, log_level="WARNING")
 
 
@@ -164,3 +168,20 @@ def test_a_checkpoint_that_is_not_there_is_one_line(spike_run, capsys):
     assert main(["eval", "loss", str(spike_run), "/nowhere"]) == 1
     assert "CheckpointError: /nowhere does not exist" in capsys.readouterr().err
     assert main(["eval", "losses"]) == 2
+
+
+@pytest.mark.parametrize("name", ["primate", "rodent"])
+def test_the_scripts_evaluate_on_the_test_split_of_a_config_that_exists(name, tmp_path):
+    """Run with a stand-in for torchrun, which writes down what it was asked."""
+    script = ROOT / f"evaluate_{name}_8B_131k.sh"
+    stand_in = tmp_path / "torchrun"
+    stand_in.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CHECKPOINT": "some/step-1"}
+    done = subprocess.run(["bash", script, "--sequences", "8"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    given = done.stdout.split()
+    arguments = given[given.index("torchtitan_rd") + 1 :]
+    chosen, _ = eval_loss._parser("loss").parse_known_args(arguments[2:])
+    assert arguments[:2] == ["eval", "loss"] and (ROOT / chosen.config).is_file()
+    assert (chosen.checkpoint, chosen.split, chosen.sequences) == ("some/step-1", "test", 8)

@@ -9,6 +9,7 @@ KINDS = {
     "pt-ppl": ("torchtitan_rd.commands.eval_ppl", "perplexity of a checkpoint on a data set"),
     "hf-ppl": ("torchtitan_rd.commands.eval_ppl", "the same of a Hugging Face folder, by the transformers library"),
     "hf-lm-eval": ("torchtitan_rd.commands.eval_harness", "tasks of lm-evaluation-harness"),
+    "lm-eval": ("torchtitan_rd.commands.eval_harness", "its own command line, with checkpoints as a model"),
     "ngram": ("torchtitan_rd.commands.eval_ngram", "the loss of smoothed n-gram counts, a baseline"),
 }
 
