@@ -122,6 +122,13 @@ def test_a_resumed_file_equals_the_uninterrupted_one_minus_timing(tmp_path):
     assert exact(tmp_path / "cut") == exact(tmp_path / "whole")
 
 
+def test_the_first_row_after_a_restart_says_where_it_went_on_from(tmp_path):
+    train(tmp_path, 0, 20)
+    train(tmp_path, 10, 20)
+    marks = {row["step"]: row["resumed_from"] for row in rows(tmp_path) if "resumed_from" in row}
+    assert len(marks) == 1 and set(marks.values()) == {10}
+
+
 @pytest.mark.parametrize("torn", [b'{"step": 10, "loss": 0.4', b'{"step": 10}', b"\x00\x00\n", b"[]\n", b"7\n"])
 def test_a_line_torn_by_a_kill_is_dropped_on_resume(tmp_path, torn, messages):
     train(tmp_path / "whole", 0, 12)
