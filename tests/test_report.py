@@ -17,7 +17,13 @@ def write_run(folder, steps=20, lr=0.001, resumed=None, recurrent=True):
     folder.mkdir()
     lines = []
     for step in range(1, steps + 1):
-        row = {"step": step, "loss_mean": 5 / step, "lr": lr, "grad_norm": 1.0 / step, "tokens_seen": step * 100}
+        row = {
+            "step": step,
+            "loss_mean": 5 / step,
+            "lr": lr,
+            "grad_norm": 1.0 / step,
+            "tokens_seen": step * 100,
+        }
         row |= {"tokens_per_second_per_device": 50.0, "memory_max_rss_gib": 0.5, "mfu_full": None}
         if recurrent:
             row |= {"num_steps_no_grad": float(step % 5), "num_steps_with_grad": 4.0, "rel_residual": 0.1}
@@ -53,7 +59,10 @@ def test_every_chart_is_well_formed_and_no_id_is_used_twice(tmp_path):
     text = page([read_run(write_run(tmp_path / "run"))])
     charts = re.findall("<svg.*?</svg>", text, flags=re.DOTALL)
     ids = [
-        element.get("id") for chart in charts for element in ElementTree.fromstring(chart).iter() if element.get("id")
+        element.get("id")
+        for chart in charts
+        for element in ElementTree.fromstring(chart).iter()
+        if element.get("id")
     ]
     assert len(charts) > 7 and len(ids) == len(set(ids))
     for used in re.findall(r"url\(#(.*?)\)|href=\"#(.*?)\"", text):

@@ -46,7 +46,9 @@ heartbeat_seconds = 0
 """
 
 
-def train(folder: Path, name: str = "raven", flavor: str = "debug-demo", ranks: int = 1, **replaced: str) -> Path:
+def train(
+    folder: Path, name: str = "raven", flavor: str = "debug-demo", ranks: int = 1, **replaced: str
+) -> Path:
     """-> the config's path; the run is in folder / "dump"."""
     text = CONFIG.format(dump=folder / "dump", name=name, flavor=flavor)
     for old, new in replaced.items():

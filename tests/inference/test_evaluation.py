@@ -41,7 +41,9 @@ def test_the_loss_is_the_trainers_own_validation_loss(run, world_size):
         losses = {name: row["nats_per_token"] for name, row in found["losses"].items()}
         assert losses == pytest.approx(expected, abs=1e-6) and losses.keys() == expected.keys()
         assert (found["tokens"], found["sequences"]) == (8 * 32, 8)
-        assert found["losses"]["val_loss"]["bits_per_token"] == pytest.approx(losses["val_loss"] / math.log(2))
+        assert found["losses"]["val_loss"]["bits_per_token"] == pytest.approx(
+            losses["val_loss"] / math.log(2)
+        )
 
 
 def test_the_loss_of_an_earlier_step_is_another(run):
@@ -70,7 +72,9 @@ def test_the_command_writes_json_with_the_bytes_of_the_text(run, tmp_path, capsy
     printed = capsys.readouterr().out
     found = json.loads(path.read_text())
     assert "nats_per_byte" in printed and "256 tokens of pydoc-validation" in printed
-    assert found["tokens"] == found["bytes"] == 256, "of the byte tokenizer, and no text ends in these windows"
+    assert found["tokens"] == found["bytes"] == 256, (
+        "of the byte tokenizer, and no text ends in these windows"
+    )
     row = found["losses"]["val_loss"]
     assert row["nats_per_byte"] * found["bytes"] == pytest.approx(row["nats_per_token"] * found["tokens"])
     assert row["perplexity"] == pytest.approx(math.exp(row["nats_per_token"]))
@@ -138,7 +142,12 @@ def test_spikes_have_a_loss_per_time_bin_and_can_be_narrowed_to_a_source(spike_r
 def test_the_held_out_set_of_a_source_has_no_other_rows(spike_run, source, low, high):
     path = str(spike_run.parent / "test.parquet")
     keys = DatasetKeys(
-        dataset="rodent", dataset_path=path, source_dataset=source, seq_len=32, local_batch_size=2, global_batch_size=20
+        dataset="rodent",
+        dataset_path=path,
+        source_dataset=source,
+        seq_len=32,
+        local_batch_size=2,
+        global_batch_size=20,
     )
     held_out = open_held_out(keys, "test", ALONE, tokenizer_path="bytes")
     ids = torch.cat([batch.labels for batch in held_out.batches])
@@ -178,7 +187,9 @@ def test_the_scripts_evaluate_on_the_test_split_of_a_config_that_exists(name, tm
     stand_in.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
     stand_in.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CHECKPOINT": "some/step-1"}
-    done = subprocess.run(["bash", script, "--sequences", "8"], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        ["bash", script, "--sequences", "8"], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     given = done.stdout.split()
     arguments = given[given.index("torchtitan_rd") + 1 :]

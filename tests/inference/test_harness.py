@@ -42,7 +42,9 @@ TASKS = {
 def tasks(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     words = ["The module", "A class", "An object of", "This function returns", "Values that", "If the list"]
-    rows = [{"question": word, "choices": [" is a name", " 1234"], "label": n % 2} for n, word in enumerate(words)]
+    rows = [
+        {"question": word, "choices": [" is a name", " 1234"], "label": n % 2} for n, word in enumerate(words)
+    ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for name, fields in TASKS.items():
         common = {"task": name, "dataset_path": "json", "test_split": "test"}
@@ -55,7 +57,9 @@ def tasks(tmp_path_factory) -> Path:
 def trained(request, tmp_path_factory):
     """-> family, step folder, export."""
     folder = tmp_path_factory.mktemp(request.param)
-    replaced = {} if request.param == "raven" else {"n_heads = 2\n": "n_heads = 2\nn_kv_heads = 2\nn_layers = 2\n"}
+    replaced = (
+        {} if request.param == "raven" else {"n_heads = 2\n": "n_heads = 2\nn_kv_heads = 2\nn_layers = 2\n"}
+    )
     train(folder, request.param, "debug-demo" if request.param == "raven" else "debug", **replaced)
     step = folder / "dump" / "checkpoint" / "step-6"
     to_hf(with_tokenizer(open_dcp(step)), folder / "exported", verify=False)
@@ -132,8 +136,20 @@ def test_an_exit_policy_changes_the_numbers_up_to_those_of_full_depth(trained, t
 @pytest.mark.parametrize("trained", ["llama3"], indirect=True)
 def test_the_commands_print_the_table_of_lm_eval(trained, tasks, tmp_path, capsys):
     _, step, exported = trained
-    arguments = ["--tasks", "['local_choice']", "--include_path", str(tasks), "--device", "cpu", "--batch_size", "2"]
-    assert main(["eval", "hf-lm-eval", str(exported), *arguments, "--limit", "4", "--save_dir", str(tmp_path)]) == 0
+    arguments = [
+        "--tasks",
+        "['local_choice']",
+        "--include_path",
+        str(tasks),
+        "--device",
+        "cpu",
+        "--batch_size",
+        "2",
+    ]
+    assert (
+        main(["eval", "hf-lm-eval", str(exported), *arguments, "--limit", "4", "--save_dir", str(tmp_path)])
+        == 0
+    )
     assert "local_choice" in capsys.readouterr().out
     assert "acc,none" in yaml.safe_load((tmp_path / "results.yaml").read_text())["results"]["local_choice"]
     assert main(["eval", "hf-lm-eval", str(exported), "--tasks", "nothing_like_it"]) == 1

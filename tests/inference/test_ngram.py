@@ -20,7 +20,9 @@ def spikes(bins: int, neurons: int = 40, seed: int = 0) -> np.ndarray:
     return np.concatenate((np.full((bins, 1), 255), counts), axis=1).reshape(-1).astype(np.uint8)
 
 
-def plain(train: list[np.ndarray], test: list[np.ndarray], n: int, vocab_size: int, alpha: float) -> tuple[float, int]:
+def plain(
+    train: list[np.ndarray], test: list[np.ndarray], n: int, vocab_size: int, alpha: float
+) -> tuple[float, int]:
     seen, contexts, nats, tokens = Counter(), Counter(), 0.0, 0
     for sample in train:
         ids = sample.tolist()
@@ -30,7 +32,9 @@ def plain(train: list[np.ndarray], test: list[np.ndarray], n: int, vocab_size: i
     for sample in test:
         ids = sample.tolist()
         for i in range(len(ids) - n + 1):
-            p = (seen[tuple(ids[i : i + n])] + alpha) / (contexts[tuple(ids[i : i + n - 1])] + alpha * vocab_size)
+            p = (seen[tuple(ids[i : i + n])] + alpha) / (
+                contexts[tuple(ids[i : i + n - 1])] + alpha * vocab_size
+            )
             nats, tokens = nats - math.log(p), tokens + 1
     return nats, tokens
 
@@ -98,7 +102,9 @@ def test_the_command_counts_one_split_and_scores_another(tmp_path, capsys):
     for split, seed in (("train", 1), ("test", 2)):
         counts = np.random.default_rng(seed).poisson(0.6, (5, 60)).astype(np.uint8)
         features = {"spike_counts": datasets.Sequence(datasets.Sequence(datasets.Value("uint8")))}
-        table = datasets.Dataset.from_dict({"spike_counts": [counts.tolist()]}, features=datasets.Features(features))
+        table = datasets.Dataset.from_dict(
+            {"spike_counts": [counts.tolist()]}, features=datasets.Features(features)
+        )
         table.to_parquet(tmp_path / f"{split}.parquet")
         kept[split] = [np.concatenate((np.full((1, 60), 255), counts)).T.reshape(-1)]
     path = tmp_path / "result.json"

@@ -53,7 +53,9 @@ def adaptive_run(model, windows, policy, kv):
     losses, steps = [], []
     for inputs, labels in windows:
         for place in range(LENGTH):
-            stepper = Stepper(model.spec, model.model, batch=BATCH, positions=LENGTH, depth=DEPTH, strategy=kv)
+            stepper = Stepper(
+                model.spec, model.model, batch=BATCH, positions=LENGTH, depth=DEPTH, strategy=kv
+            )
             if place:
                 think(stepper, inputs[:, :place])
             thought = think(stepper, inputs[:, place : place + 1], policy=policy)
@@ -89,7 +91,9 @@ def test_a_replay_is_generation_with_given_tokens(model, windows, seen):
     policy = ExitPolicy("latent-diff", threshold_for(seen, "latent-diff", 6.0))
     losses, steps = [], []
     for inputs, labels in windows:
-        stepper = Stepper(model.spec, model.model, batch=BATCH, positions=LENGTH, depth=DEPTH, strategy="latest-m4")
+        stepper = Stepper(
+            model.spec, model.model, batch=BATCH, positions=LENGTH, depth=DEPTH, strategy="latest-m4"
+        )
         for place in range(LENGTH):
             thought = think(stepper, inputs[:, place : place + 1], policy=policy)
             valid = labels[:, place] >= 0
@@ -120,7 +124,9 @@ def test_a_chosen_threshold_comes_nearest_to_the_target_from_below(seen, criteri
 
 
 def test_the_bytes_are_those_of_the_slots_that_a_token_has_written(seen, model):
-    """2 (keys and values) * H_kv * D * 4 bytes a slot; prelude and coda always, the core as far as it came."""
+    """2 (keys and values) * H_kv * D * 4 bytes a slot; prelude and coda always,
+    the core as far as it came.
+    """
     config = model.model.config
     heads = config.attention_shape
     a_slot = 2 * heads.n_kv_heads * heads.head_dim * 4
@@ -159,7 +165,17 @@ def run(tmp_path_factory):
 def test_the_command_writes_a_table_a_picture_and_a_policy_that_generates(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     dump, policy = str(run.parent / "dump"), tmp_path / "policy.toml"
-    arguments = ["pareto", str(run), dump, "--depth", "6", "--sequences", "2", "--kv", "latest-m4,compress-s4"]
+    arguments = [
+        "pareto",
+        str(run),
+        dump,
+        "--depth",
+        "6",
+        "--sequences",
+        "2",
+        "--kv",
+        "latest-m4,compress-s4",
+    ]
     arguments += ["--target", "4", "--policy", str(policy), "--replay", "--png", str(tmp_path / "p.png")]
     assert main([*arguments, "--output", str(tmp_path / "p.json")]) == 0
     printed = capsys.readouterr().out
@@ -183,7 +199,10 @@ def test_the_command_writes_a_table_a_picture_and_a_policy_that_generates(run, t
         (["--policy", "p.toml"], "--policy needs --target"),
         (["--target", "0.5"], "cannot reach a mean depth of 0.5"),
         (["--training.seq_len", "300000"], "is more than the model's context"),
-        (["--target", "3", "--policy", "/nowhere/p.toml"], "--policy /nowhere/p.toml: there is no such folder"),
+        (
+            ["--target", "3", "--policy", "/nowhere/p.toml"],
+            "--policy /nowhere/p.toml: there is no such folder",
+        ),
     ],
 )
 def test_bad_arguments_are_one_line(run, capsys, extra, message):

@@ -26,7 +26,9 @@ def trained(request, tmp_path_factory):
     """-> family, the step folder, its export."""
     pytest.importorskip("transformers")
     folder, flavor = tmp_path_factory.mktemp(request.param), FAMILIES[request.param]
-    replaced = {} if request.param == "raven" else {"n_heads = 2\n": "n_heads = 2\nn_kv_heads = 2\nn_layers = 2\n"}
+    replaced = (
+        {} if request.param == "raven" else {"n_heads = 2\n": "n_heads = 2\nn_kv_heads = 2\nn_layers = 2\n"}
+    )
     train(folder, request.param, flavor, **replaced)
     step = folder / "dump" / "checkpoint" / "step-6"
     to_hf(open_dcp(step), folder / "exported", verify=False)
@@ -56,7 +58,10 @@ def test_a_recurrent_model_is_measured_at_a_depth_of_choice(trained):
     for depth in ("1", "6"):
         pair = [
             run_on_ranks(1, measured, kind, [*model, *DATA, "--depth", depth])[0]["losses"]["val_loss"]
-            for kind, model in (("pt-ppl", [family, FAMILIES[family], str(step)]), ("hf-ppl", [str(exported)]))
+            for kind, model in (
+                ("pt-ppl", [family, FAMILIES[family], str(step)]),
+                ("hf-ppl", [str(exported)]),
+            )
         ]
         assert pair[0]["perplexity"] == pytest.approx(pair[1]["perplexity"], rel=1e-4)
         losses.append(pair[0]["nats_per_token"])
@@ -78,7 +83,16 @@ def test_the_mean_is_over_tokens(trained, tmp_path, capsys):
         loaded.model(torch.tensor(rows)[:, :-1]).transpose(1, 2), labels, reduction="none"
     )
     path = tmp_path / "result.json"
-    arguments = ["--dataset_name", "packed", "--dataset_path", str(data), "--batch_size", "1", "--num_batches", "2"]
+    arguments = [
+        "--dataset_name",
+        "packed",
+        "--dataset_path",
+        str(data),
+        "--batch_size",
+        "1",
+        "--num_batches",
+        "2",
+    ]
     arguments += ["--seq_len", "24", "--output", str(path)]
     assert main(["eval", "pt-ppl", family, FAMILIES[family], str(step), *arguments]) == 0
     found = json.loads(path.read_text())["losses"]["val_loss"]

@@ -2,11 +2,11 @@
 
 torchtitan-rd eval hf-lm-eval exported/ --tasks "['wikitext']" --dtype float16
 torchtitan-rd eval lm-eval run --model torchtitan_rd --model_args pretrained=outputs/debug --tasks arc_easy
-torchtitan-rd eval lm-eval run --model torchtitan_rd \\
-    --model_args pretrained=outputs/raven,depth=32,exit=kl,exit_threshold=0.001 --tasks gsm8k_cot --apply_chat_template
+torchtitan-rd eval lm-eval run --model torchtitan_rd --tasks gsm8k_cot --apply_chat_template \\
+    --model_args pretrained=outputs/raven,depth=32,exit=kl,exit_threshold=0.001
 
-hf-lm-eval evaluates a Hugging Face folder by lm_eval's own model; lm-eval is lm_eval's command line with the model
-torchtitan_rd known to it, which reads step folders too. docs/evaluation.md describes it.
+hf-lm-eval evaluates a Hugging Face folder by lm_eval's own model; lm-eval is lm_eval's command line
+with the model torchtitan_rd known to it, which reads step folders too. docs/evaluation.md describes it.
 """
 
 import argparse
@@ -25,7 +25,8 @@ RESULTS = "results.yaml"
 
 
 def main(kind: str, arguments: list[str]) -> int:
-    importlib.import_module("torchtitan_rd.inference.harness")  # makes the model known, or says that lm_eval is missing
+    # Makes the model known, or says that lm_eval is missing.
+    importlib.import_module("torchtitan_rd.inference.harness")
     if kind == "lm-eval":
         return _command_line(arguments)
     chosen = _parser().parse_args(arguments)
@@ -93,7 +94,9 @@ def _save(results: dict[str, Any], folder: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="torchtitan-rd eval hf-lm-eval", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="torchtitan-rd eval hf-lm-eval",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("model", help="Hugging Face folder")

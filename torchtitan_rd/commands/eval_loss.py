@@ -4,8 +4,8 @@ torchtitan-rd eval loss train_configs/recurrent_debug.toml outputs/recurrent_deb
 torchtitan-rd eval depth train_configs/recurrent_debug.toml outputs/recurrent_debug --depths 1-16,32,64
 torchrun --nproc_per_node 4 -m torchtitan_rd eval loss X.toml step-1000 --split test --output result.json
 
-Further --section.key value override the TOML file, as in training. Every rank holds the whole model; the data is shared
-out. docs/evaluation.md describes it.
+Further --section.key value override the TOML file, as in training. Every rank holds the whole model;
+the data is shared out. docs/evaluation.md describes it.
 """
 
 import argparse
@@ -43,7 +43,9 @@ def main(kind: str, arguments: list[str]) -> int:
     return 0
 
 
-def measure(kind: str, chosen: argparse.Namespace, overrides: list[str], environment: Environment) -> dict[str, Any]:
+def measure(
+    kind: str, chosen: argparse.Namespace, overrides: list[str], environment: Environment
+) -> dict[str, Any]:
     config = load(["--job.config_file", chosen.config, *overrides], environment).config
     training, validation = config.training, _validation(config.validation, chosen)
     depths = parse_depths(chosen.depths) if chosen.depths else []
@@ -74,7 +76,9 @@ def measure(kind: str, chosen: argparse.Namespace, overrides: list[str], environ
         check_vocabulary(loaded.shape, held_out)
         if kind == "loss" and loaded.spec.inputs is not None and not chosen.depths:
             depths = validation.partial_depth_eval
-        read_outs = read_outs_of(loaded, held_out, depths, environment, recurrence=config.recurrence, training=training)
+        read_outs = read_outs_of(
+            loaded, held_out, depths, environment, recurrence=config.recurrence, training=training
+        )
         use_attention(loaded, device, dtype, training.document_mask, config.model.attention_backend)
         result = evaluate(loaded.model, held_out, device, read_outs)
     return {"checkpoint": chosen.checkpoint, "weights": str(loaded.source.folder), **result}
@@ -112,9 +116,15 @@ def _validation(validation: ValidationConfig, chosen: argparse.Namespace) -> Val
 def _print(result: dict[str, Any]) -> None:
     losses = result["losses"]
     units = list(next(iter(losses.values())))
-    print(tabulate([[name, *row.values()] for name, row in losses.items()], headers=["", *units], floatfmt=".6g"))
+    print(
+        tabulate(
+            [[name, *row.values()] for name, row in losses.items()], headers=["", *units], floatfmt=".6g"
+        )
+    )
     source = f" of source {result['source_dataset']}" if result["source_dataset"] else ""
-    print(f"{result['tokens']} tokens of {result['dataset']} ({result['split']}){source}; {result['weights']}")
+    print(
+        f"{result['tokens']} tokens of {result['dataset']} ({result['split']}){source}; {result['weights']}"
+    )
 
 
 def _parser(kind: str) -> argparse.ArgumentParser:
@@ -130,7 +140,9 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     parser.add_argument("--sequences", type=_at_least_1, help="default: [validation] sequences")
     parser.add_argument("--source-dataset", help="only rows whose column source_dataset holds this")
     default = DEPTHS if kind == "depth" else "[validation] partial_depth_eval"
-    parser.add_argument("--depths", help=f"of a recurrent model, beside its mean, as in 1-8,16 (default: {default})")
+    parser.add_argument(
+        "--depths", help=f"of a recurrent model, beside its mean, as in 1-8,16 (default: {default})"
+    )
     parser.add_argument("--flavor", help="the shape of a checkpoint that does not tell it")
     parser.add_argument("--output", help="write the result there as JSON")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")

@@ -1,7 +1,7 @@
 """The loss of add-alpha smoothed n-gram counts: what a model has to beat.
 
 torchtitan-rd eval ngram --n 3 --dataset primate
-torchtitan-rd eval ngram --n 2 --dataset rodent --path recordings/ --test-path held_out.parquet --test-split train
+torchtitan-rd eval ngram --n 2 --dataset rodent --path rows/ --test-path held_out.parquet --test-split train
 torchtitan-rd eval ngram --n 2 --dataset pydoc-train --test-dataset pydoc-validation
 
 Counts are of the train split, the loss is that of the test split.
@@ -26,11 +26,15 @@ def main(kind: str, arguments: list[str]) -> int:
     test_dataset = chosen.test_dataset or chosen.dataset
     same = test_dataset == chosen.dataset and chosen.test_path in (None, chosen.path)
     if same and chosen.test_split == chosen.split:
-        raise ConfigError("--test-split: the loss would be that of the data that was counted; name another split")
+        raise ConfigError(
+            "--test-split: the loss would be that of the data that was counted; name another split"
+        )
     train = _samples(chosen, chosen.dataset, chosen.path, chosen.split)
     test_path = chosen.test_path or (chosen.path if test_dataset == chosen.dataset else None)
     test = _samples(chosen, test_dataset, test_path, chosen.test_split)
-    vocab_size = chosen.vocab_size or dataset_vocab_size(DatasetKeys(dataset=chosen.dataset), chosen.tokenizer)
+    vocab_size = chosen.vocab_size or dataset_vocab_size(
+        DatasetKeys(dataset=chosen.dataset), chosen.tokenizer
+    )
     model = NGram(chosen.n, vocab_size, chosen.alpha)
     counted = model.count(_first(train, chosen.max_tokens))
     score = model.score(_first(test, chosen.max_tokens))
@@ -50,7 +54,9 @@ def main(kind: str, arguments: list[str]) -> int:
 
 
 def _samples(chosen: argparse.Namespace, dataset: str, path: str | None, split: str) -> Iterable[np.ndarray]:
-    keys = DatasetKeys(dataset=dataset, dataset_path=path, column=chosen.column, source_dataset=chosen.source_dataset)
+    keys = DatasetKeys(
+        dataset=dataset, dataset_path=path, column=chosen.column, source_dataset=chosen.source_dataset
+    )
     row = check_dataset(keys)
     if row.kind == "packed":
         raise ConfigError(f"--dataset {dataset}: n-grams are counted in spikes and text, not in packed rows")
@@ -72,7 +78,9 @@ def _first(samples: Iterable[np.ndarray], most: int | None) -> Iterable[np.ndarr
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="torchtitan-rd eval ngram", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="torchtitan-rd eval ngram",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--n", type=int, default=1, help="tokens of an n-gram (default 1)")

@@ -1,11 +1,12 @@
-"""Perplexity on a data set: of a checkpoint (pt-ppl), or of a Hugging Face folder by the transformers library (hf-ppl).
+"""Perplexity on a data set: of a checkpoint (pt-ppl),
+or of a Hugging Face folder by the transformers library (hf-ppl).
 
 torchtitan-rd eval pt-ppl aixsim 60M outputs/aixsim-60M/checkpoint/step-7075
 torchtitan-rd eval hf-ppl exported/
-torchtitan-rd eval hf-ppl exported/ --dataset_name text --dataset_path texts/ --split validation --dtype float32
+torchtitan-rd eval hf-ppl exported/ --dataset_name text --dataset_path texts/ --split test --dtype float32
 
-The mean is over tokens. On the same data both give the same number for a model and its export. With torchrun the
-data is shared out to the ranks. docs/evaluation.md describes it.
+The mean is over tokens. On the same data both give the same number for a model and its export.
+With torchrun the data is shared out to the ranks. docs/evaluation.md describes it.
 """
 
 import argparse
@@ -74,7 +75,9 @@ def measure(kind: str, chosen: argparse.Namespace, environment: Environment) -> 
             model = FromTransformers(transformers_model(Path(path), weights, dtype).to(device))
             loaded = Loaded(weights.spec, weights.shape, model, None, source_of(weights))
         check_vocabulary(loaded.shape, held_out)
-        read_outs = plain_read_outs(loaded, held_out, environment, depth=chosen.depth, dtype=dtype, device=device)
+        read_outs = plain_read_outs(
+            loaded, held_out, environment, depth=chosen.depth, dtype=dtype, device=device
+        )
         result = evaluate(model, held_out, device, read_outs)
     return {"model": path, "dtype": chosen.dtype, **result}
 
@@ -108,7 +111,9 @@ def _tokenizer_beside(path: str) -> str:
 
 def _parser(kind: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"torchtitan-rd eval {kind}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"torchtitan-rd eval {kind}",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     if kind == "pt-ppl":

@@ -5,9 +5,15 @@ import sys
 
 KINDS = {
     "loss": ("torchtitan_rd.commands.eval_loss", "loss on a run's held-out data"),
-    "depth": ("torchtitan_rd.commands.eval_loss", "the same at many depths of a recurrent model, in one pass"),
+    "depth": (
+        "torchtitan_rd.commands.eval_loss",
+        "the same at many depths of a recurrent model, in one pass",
+    ),
     "pt-ppl": ("torchtitan_rd.commands.eval_ppl", "perplexity of a checkpoint on a data set"),
-    "hf-ppl": ("torchtitan_rd.commands.eval_ppl", "the same of a Hugging Face folder, by the transformers library"),
+    "hf-ppl": (
+        "torchtitan_rd.commands.eval_ppl",
+        "the same of a Hugging Face folder, by the transformers library",
+    ),
     "hf-lm-eval": ("torchtitan_rd.commands.eval_harness", "tasks of lm-evaluation-harness"),
     "lm-eval": ("torchtitan_rd.commands.eval_harness", "its own command line, with checkpoints as a model"),
     "ngram": ("torchtitan_rd.commands.eval_ngram", "the loss of smoothed n-gram counts, a baseline"),

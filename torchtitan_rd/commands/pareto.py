@@ -1,11 +1,12 @@
-"""Loss against iterations and memory of the cache, under every exit criterion, from one pass over held-out data.
+"""Loss against iterations and memory of the cache, under every exit criterion,
+from one pass over held-out data.
 
 torchtitan-rd pareto X.toml outputs/recurrent_debug
-torchtitan-rd pareto X.toml CHECKPOINT --depth 32 --kv full,compress-s16 --target 8 --policy policy.toml --png p.png
+torchtitan-rd pareto X.toml CHECKPOINT --depth 32 --kv full,compress-s16 --target 8 --policy policy.toml
 torchtitan-rd generate CHECKPOINT --depth 32 --exit-policy policy.toml --prompt "The"
 
-The table is of tokens whose predecessors were given all iterations. --replay runs the chosen policy with all tokens
-leaving early. docs/evaluation.md describes it. Further --section.key value override the TOML file.
+The table is of tokens whose predecessors were given all iterations. --replay runs the chosen policy with all
+tokens leaving early. docs/evaluation.md describes it. Further --section.key value override the TOML file.
 """
 
 import argparse
@@ -19,7 +20,12 @@ from tabulate import tabulate
 from torchtitan_rd.commands.eval_loss import write_json
 from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.inference.evaluation import check_context, check_vocabulary, evaluation_group, open_validation
+from torchtitan_rd.inference.evaluation import (
+    check_context,
+    check_vocabulary,
+    evaluation_group,
+    open_validation,
+)
 from torchtitan_rd.inference.exits import ExitPolicy
 from torchtitan_rd.inference.loading import Loaded, load_model, open_weights
 from torchtitan_rd.inference.pareto import (
@@ -167,14 +173,16 @@ def _records(
     return records
 
 
-def _choose(loaded: Loaded, windows: Windows, chosen: argparse.Namespace, kv: str, seen: Record) -> dict[str, Any]:
+def _choose(
+    loaded: Loaded, windows: Windows, chosen: argparse.Namespace, kv: str, seen: Record
+) -> dict[str, Any]:
     criteria = [chosen.criterion] if chosen.criterion else JUDGED
     choice = choose_policy(seen, chosen.target, criteria, kv=kv, min_steps=chosen.min_steps)
     full = outcome(seen, ExitPolicy("none"), kv)
     policy, found = choice
     print(
-        f"{kv}: {policy.criterion} below {policy.threshold:.6g}: {found.steps:.2f} iterations of {seen.depth}, loss "
-        f"{found.loss:.4f} ({full.loss:.4f} with all)"
+        f"{kv}: {policy.criterion} below {policy.threshold:.6g}: "
+        f"{found.steps:.2f} iterations of {seen.depth}, loss {found.loss:.4f} ({full.loss:.4f} with all)"
     )
     result = {"kv": kv, "criterion": policy.criterion, "threshold": policy.threshold, **found._asdict()}
     if chosen.replay:
@@ -197,10 +205,18 @@ def _parser() -> argparse.ArgumentParser:
     add("config", help="TOML file of the run")
     add("checkpoint", help="step folder, run's folder, or Hugging Face folder")
     add("--depth", type=int, help="iterations at most (default: the model's mean)")
-    add("--kv", default="full", help="strategies of the cache, as in full,compress-s16; the mixing ones take longer")
+    add(
+        "--kv",
+        default="full",
+        help="strategies of the cache, as in full,compress-s16; the mixing ones take longer",
+    )
     add("--min-steps", type=int, default=1, help="iterations that every token gets")
     add("--target", type=float, help="mean depth to choose a threshold for")
-    add("--criterion", choices=JUDGED, help="the only one to choose from (default: the one with the lowest loss)")
+    add(
+        "--criterion",
+        choices=JUDGED,
+        help="the only one to choose from (default: the one with the lowest loss)",
+    )
     add("--policy", help="write the choice for the first strategy there, for generate --exit-policy")
     add("--replay", action="store_true", help="run the choice token by token, all tokens leaving early")
     add("--png", help="draw the table there")

@@ -3,7 +3,8 @@
 torchtitan-rd report outputs/debug
 torchtitan-rd report outputs/a outputs/b --output a_and_b.html --picture generated/raster.png
 
-Each RUN is the folder of a run (job.dump_folder); several are overlaid, and what differs in their configs is listed.
+Each RUN is the folder of a run (job.dump_folder); several are overlaid,
+and what differs in their configs is listed.
 """
 
 import argparse
@@ -20,7 +21,9 @@ def main(arguments: list[str]) -> int:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="default: report.html")
-    parser.add_argument("--picture", type=Path, action="append", default=[], help="a PNG to show, such as a raster")
+    parser.add_argument(
+        "--picture", type=Path, action="append", default=[], help="a PNG to show, such as a raster"
+    )
     chosen = parser.parse_args(arguments)
     text = page([read_run(folder) for folder in chosen.runs], chosen.picture)
     try:

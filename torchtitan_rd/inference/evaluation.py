@@ -1,6 +1,7 @@
 """The loss of a trained model on held-out data, per token, per byte of text and per time bin of spikes.
 
-The loss itself is `validation.validate`'s, on the set that training validates on, so figures compare with val_loss.
+The loss itself is `validation.validate`'s, on the set that training validates on,
+so figures compare with val_loss.
 """
 
 import math
@@ -15,7 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from torchtitan_rd.data import Batch, DatasetKeys, Tokenizer, check_dataset, dataset_vocab_size, load_tokenizer
+from torchtitan_rd.data import (
+    Batch,
+    DatasetKeys,
+    Tokenizer,
+    check_dataset,
+    dataset_vocab_size,
+    load_tokenizer,
+)
 from torchtitan_rd.data.batch_ramp import BatchRamp
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError
@@ -30,7 +38,9 @@ from torchtitan_rd.validation import ValidationConfig, read_held_out, validate, 
 
 @contextmanager
 def evaluation_group(environment: Environment, device: torch.device) -> Iterator[None]:
-    """The process group of the launcher's ranks, or of this process alone; one that is there already is left alone."""
+    """The process group of the launcher's ranks, or of this process alone;
+    one that is there already is left alone.
+    """
     if dist.is_initialized():
         yield
         return
@@ -58,8 +68,9 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Units:
-    """What a loss is spread over, of all ranks: labels, bytes of their text (None: no text), time bins (None: no
-    spikes)."""
+    """What a loss is spread over, of all ranks: labels, bytes of their text (None: no text),
+    time bins (None: no spikes).
+    """
 
     tokens: int
     bytes: int | None = None
@@ -91,7 +102,9 @@ def open_held_out(
         seed=seed,
     )
     tokenizer = load_tokenizer(tokenizer_path) if row.kind == "text" else None
-    return HeldOut(keys, split, vocab_size, batches, tokenizer, vocab_size - 1 if row.kind == "spikes" else None)
+    return HeldOut(
+        keys, split, vocab_size, batches, tokenizer, vocab_size - 1 if row.kind == "spikes" else None
+    )
 
 
 def open_validation(
@@ -122,7 +135,9 @@ def open_validation(
 def check_context(shape: Any, seq_len: int) -> None:
     """Raises ConfigError if the model's context is shorter."""
     if seq_len > shape.max_seq_len:
-        raise ConfigError(f"seq_len = {seq_len} is more than the model's context of {shape.max_seq_len}: shorten it")
+        raise ConfigError(
+            f"seq_len = {seq_len} is more than the model's context of {shape.max_seq_len}: shorten it"
+        )
 
 
 def check_vocabulary(shape: Any, held_out: HeldOut) -> None:
@@ -205,13 +220,17 @@ def plain_read_outs(
     return ReadOuts({"val_loss": 0}, forward_inputs)
 
 
-def use_attention(loaded: Loaded, device: torch.device, dtype: torch.dtype, document_mask: bool, backend: str) -> None:
+def use_attention(
+    loaded: Loaded, device: torch.device, dtype: torch.dtype, document_mask: bool, backend: str
+) -> None:
     """Chooses the kernel as training does."""
     setup_attention(backend, loaded.shape.attention_shape, device, dtype, document_mask)
 
 
 def count_units(held_out: HeldOut) -> Units:
-    """Of all ranks; collective. The text of a window is that of its labels, without that of its first input."""
+    """Of all ranks; collective. The text of a window is that of its labels, without that of
+    its first input.
+    """
     tokens = sum(int(count_valid(batch.labels)) for batch in held_out.batches)
     text_bytes = bins = None
     if held_out.tokenizer is not None:
@@ -244,7 +263,9 @@ def figures(nats_per_token: float, units: Units) -> dict[str, float]:
     return result
 
 
-def evaluate(model: nn.Module, held_out: HeldOut, device: torch.device, read_outs: ReadOuts) -> dict[str, Any]:
+def evaluate(
+    model: nn.Module, held_out: HeldOut, device: torch.device, read_outs: ReadOuts
+) -> dict[str, Any]:
     """-> what was read, and `losses`: name -> figures. The same on all ranks; collective."""
     units = count_units(held_out)
     losses = validate(model, held_out.batches, device, read_outs)

@@ -1,4 +1,5 @@
-"""Our models in lm-evaluation-harness (the optional extra `lm-eval`): a checkpoint is evaluated where it lies.
+"""Our models in lm-evaluation-harness (the optional extra `lm-eval`):
+a checkpoint is evaluated where it lies.
 
     lm_eval model name: torchtitan_rd
     arguments: pretrained=STEP_OR_RUN_OR_HF_FOLDER,depth=8,exit=kl,exit_threshold=0.001,kv=latest-m4,...
@@ -36,11 +37,13 @@ _DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "
 
 @register_model("torchtitan_rd")
 class TorchtitanRD(TemplateLM):
-    """pretrained: a step folder, the folder of a run, or an exported folder. tokenizer, device: as for `generate`.
+    """pretrained: a step folder, the folder of a run, or an exported folder.
+    tokenizer, device: as for `generate`.
 
-    Of recurrent models: depth (None: the mean in training); exit, exit_threshold, exit_policy (a file), min_steps, kv:
-    how a forward may end early. A text that is scored leaves as a whole: one number of iterations for all of it.
-    max_length: tokens at most; longer texts lose their beginning. Raises ConfigError, CheckpointError.
+    Of recurrent models: depth (None: the mean in training); exit, exit_threshold, exit_policy (a file),
+    min_steps, kv: how a forward may end early. A text that is scored leaves as a whole: one number of
+    iterations for all of it. max_length: tokens at most; longer texts lose their beginning. Raises
+    ConfigError, CheckpointError.
     """
 
     def __init__(
@@ -84,7 +87,9 @@ class TorchtitanRD(TemplateLM):
         context = self.loaded.shape.max_seq_len
         self.max_length = context if max_length is None else int(max_length)
         if not 1 < self.max_length <= context:
-            raise ConfigError(f"max_length={max_length} must be between 2 and the model's context of {context}")
+            raise ConfigError(
+                f"max_length={max_length} must be between 2 and the model's context of {context}"
+            )
         # `auto` would try sizes until memory is exhausted: one text at a time is what always fits.
         self.batch_size = int(batch_size) if batch_size and not str(batch_size).startswith("auto") else 1
         self._settings(1).check(self.loaded, [])
@@ -107,7 +112,9 @@ class TorchtitanRD(TemplateLM):
     def tokenizer_name(self) -> str:
         return str(self.loaded.source.folder).replace("/", "__")
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
         if not self.tokenizer.chat_template:
             raise ConfigError(f"the tokenizer of {self.pretrained} has no chat template")
         return self.tokenizer.apply_chat_template(
@@ -118,7 +125,9 @@ class TorchtitanRD(TemplateLM):
         )
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """As lm_eval's `hf` does it: what stands in front is the tokenizer's choice, or add_bos_token's; never two."""
+        """As lm_eval's `hf` does it: what stands in front is the tokenizer's choice,
+        or add_bos_token's; never two.
+        """
         special = self.add_bos_token if add_special_tokens is None else add_special_tokens
         bos = self.tokenizer.bos_token
         if add_special_tokens is None and bos and string.startswith(bos):
@@ -143,14 +152,20 @@ class TorchtitanRD(TemplateLM):
         return totals
 
     @torch.inference_mode()
-    def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
-        """requests: ((context, continuation), ids, ids) -> (summed log-probability, whether greedy gives it) each."""
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Any], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[Any]:
+        """requests: ((context, continuation), ids, ids) -> (summed log-probability,
+        whether greedy gives it) each.
+        """
         results: list[Any] = [None] * len(requests)
         by_length = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
         for start in range(0, len(by_length), self.batch_size):
             numbers = by_length[start : start + self.batch_size]
             texts = [[*requests[n][1], *requests[n][2]][-self.max_length - 1 :] for n in numbers]
-            for number, text, logits in zip(numbers, texts, self._logits([t[:-1] for t in texts]), strict=True):
+            for number, text, logits in zip(
+                numbers, texts, self._logits([t[:-1] for t in texts]), strict=True
+            ):
                 names, _, continuation = requests[number]
                 wanted = torch.tensor(text[-len(continuation) :], device=logits.device)
                 log_p = logits[-len(wanted) :].log_softmax(-1)
@@ -194,7 +209,8 @@ class TorchtitanRD(TemplateLM):
                 room = self.max_length - settings.max_new_tokens
                 if room < 1:
                     raise ConfigError(
-                        f"max_gen_toks = {settings.max_new_tokens} leaves no room in max_length={self.max_length}"
+                        f"max_gen_toks = {settings.max_new_tokens} leaves no room in "
+                        f"max_length={self.max_length}"
                     )
                 prompts = [self.tok_encode(requests[n].args[0])[-room:] for n in part]
                 report = generate(self.loaded, prompts, settings, numbers=part)
@@ -204,7 +220,9 @@ class TorchtitanRD(TemplateLM):
         return results
 
     def _generation(self, given: dict[str, Any]) -> Settings:
-        """lm_eval's gen_kwargs, with the names of transformers' generate. Raises ConfigError for unknown ones."""
+        """lm_eval's gen_kwargs, with the names of transformers' generate.
+        Raises ConfigError for unknown ones.
+        """
         until = given.pop("until", None) or []
         stop = (until,) if isinstance(until, str) else tuple(until)
         most = given.pop("max_gen_toks", None) or given.pop("max_new_tokens", None) or self.max_gen_toks
@@ -224,7 +242,11 @@ class TorchtitanRD(TemplateLM):
         return self._settings(int(most), sampling, tuple(text for text in stop if text), depth)
 
     def _settings(
-        self, most: int, sampling: Sampling | None = None, stop: tuple[str, ...] = (), depth: int | None = None
+        self,
+        most: int,
+        sampling: Sampling | None = None,
+        stop: tuple[str, ...] = (),
+        depth: int | None = None,
     ) -> Settings:
         return Settings(
             max_new_tokens=most,
@@ -239,7 +261,11 @@ class TorchtitanRD(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         count = sum(parameter.numel() for parameter in self.loaded.model.parameters())
-        return {"model_num_parameters": count, "model_source": str(self.loaded.source.folder), "depth": self.depth}
+        return {
+            "model_num_parameters": count,
+            "model_source": str(self.loaded.source.folder),
+            "depth": self.depth,
+        }
 
 
 def _tokenizer_of_export(pretrained: str, tokenizer: str | None) -> Any:

@@ -1,8 +1,9 @@
 """n-gram counts with add-alpha smoothing: the baseline that a model of spikes has to beat.
 
-P(t | c) = (N(c t) + alpha) / (N(c) + alpha V), c the n - 1 tokens before t, N counts in the training data, V the size
-of the vocabulary (Jurafsky and Martin, Speech and Language Processing, chapter 3). Tokens at the start of a sample that
-have fewer than n - 1 before them are neither counted nor scored, and no n-gram spans two samples.
+P(t | c) = (N(c t) + alpha) / (N(c) + alpha V), c the n - 1 tokens before t, N counts in the training
+data, V the size of the vocabulary (Jurafsky and Martin, Speech and Language Processing, chapter 3).
+Tokens at the start of a sample that have fewer than n - 1 before them are neither counted nor scored, and
+no n-gram spans two samples.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +18,9 @@ _AT_ONCE = 1 << 24  # tokens that are counted together
 
 
 class Counts(NamedTuple):
-    """codes: of different n-grams, ascending: their tokens as the digits of a number in base V. counts: how often."""
+    """codes: of different n-grams, ascending: their tokens as the digits of a number in base V.
+    counts: how often.
+    """
 
     codes: np.ndarray
     counts: np.ndarray
@@ -42,7 +45,9 @@ class NGram:
 
     def __init__(self, n: int, vocab_size: int, alpha: float = 1.0):
         if n < 1 or vocab_size**n >= 2**63:
-            raise ConfigError(f"n = {n} must be at least 1, and {vocab_size} to its power below 2^63: lower it")
+            raise ConfigError(
+                f"n = {n} must be at least 1, and {vocab_size} to its power below 2^63: lower it"
+            )
         if not 0 < alpha < float("inf"):
             raise ConfigError(f"alpha = {alpha} must be above 0")
         self.n, self.vocab_size, self.alpha = n, vocab_size, alpha
@@ -82,7 +87,8 @@ def count_ngrams(samples: Sequence[np.ndarray], n: int, vocab_size: int) -> Coun
     if not samples:
         return Counts(np.empty(0, np.int64), np.empty(0, np.int64))
     ids = np.concatenate(samples)
-    # Of all ids few occur (spike counts are small), so a table of the n-grams of those that do is small and quick.
+    # Of all ids few occur (spike counts are small), so a table of the n-grams of those that do
+    # is small and quick.
     present = np.flatnonzero(np.bincount(ids, minlength=vocab_size))
     base = len(present)
     if base**n > _DENSE:

@@ -1,12 +1,14 @@
 """What each exit criterion would cost and lose, from one pass over the data at maximum depth.
 
-`record` runs every window through all iterations once and keeps, for each position and iteration, the loss and what
-each criterion says. From that follows what any threshold would have done, and so the threshold for a mean depth.
+`record` runs every window through all iterations once and keeps, for each position and iteration, the
+loss and what each criterion says. From that follows what any threshold would have done, and so the
+threshold for a mean depth.
 
-Each position is judged as a token that is generated after a prompt: the positions before it have been given all
-iterations (`--full-depth-prompt`), it leaves on its own. Under a strategy of the cache that is exact
-(`Sharing.is_exact`) that is all in one forward. A strategy that mixes iterations needs the positions one after the
-other (`record_singly`). Generation in which the earlier tokens left early too is not foreseen: `replay` runs it.
+Each position is judged as a token that is generated after a prompt: the positions before it have been
+given all iterations (`--full-depth-prompt`), it leaves on its own. Under a strategy of the cache that is
+exact (`Sharing.is_exact`) that is all in one forward. A strategy that mixes iterations needs the positions
+one after the other (`record_singly`). Generation in which the earlier tokens left early too is not
+foreseen: `replay` runs it.
 
 Shapes: B sequences, S positions, T iterations, V vocabulary.
 """
@@ -40,8 +42,8 @@ JUDGED = tuple(name for name in CRITERIA if name != "none")
 class Record:
     """losses: (T, N) nats of each valid label after each iteration. values: criterion -> (T, N).
 
-    core: layers of the recurrence. position_bytes: of one slot's keys and values of a position. fixed_slots: slots
-    outside the recurrence.
+    core: layers of the recurrence. position_bytes: of one slot's keys and values of a position.
+    fixed_slots: slots outside the recurrence.
     """
 
     losses: np.ndarray
@@ -56,8 +58,9 @@ class Record:
 
 
 class Outcome(NamedTuple):
-    """What a policy does: mean loss in nats per token, mean iterations of a token, and bytes of the cache that a token
-    has written when it leaves."""
+    """What a policy does: mean loss in nats per token, mean iterations of a token,
+    and bytes of the cache that a token has written when it leaves.
+    """
 
     loss: float
     steps: float
@@ -65,11 +68,13 @@ class Outcome(NamedTuple):
 
 
 @torch.inference_mode()
-def record(loaded: Loaded, windows: Windows, depth: int | None = None, *, seed: int = 0, scale: float = 1.0) -> Record:
+def record(
+    loaded: Loaded, windows: Windows, depth: int | None = None, *, seed: int = 0, scale: float = 1.0
+) -> Record:
     """One forward of `depth` iterations (None: the model's mean) a window, for all criteria and thresholds.
 
-    seed, scale: of the first states, as in generation. Keeps 4 (1 + criteria) T bytes a label, and all states of
-    a window. Raises ConfigError.
+    seed, scale: of the first states, as in generation. Keeps 4 (1 + criteria) T bytes a label,
+    and all states of a window. Raises ConfigError.
     """
     _require_recurrence(loaded)
     losses: list[torch.Tensor] = []
@@ -88,7 +93,8 @@ def record(loaded: Loaded, windows: Windows, depth: int | None = None, *, seed: 
         for step in range(stepper.depth):
             states.append(stepper.iterate(states[-1], e, step))
         length, part = inputs.shape[1], _Part(labels[valid], valid)
-        stepper.predict(states[-1])  # leaves in the layers behind the recurrence what later positions see there
+        # Leaves in the layers behind the recurrence what later positions see there.
+        stepper.predict(states[-1])
         caches = [_OwnBeside(slot.keys, slot.values, length) for slot in stepper.cache.after]
         for previous, s in pairwise(states):
             part.add(s, previous, stepper.steps.predict(s, stepper.rotary, caches, length))
@@ -97,13 +103,16 @@ def record(loaded: Loaded, windows: Windows, depth: int | None = None, *, seed: 
 
 
 class _OwnBeside(KeyValues):
-    """A layer behind the recurrence, after an iteration that is not the last: each position sees itself as it is now,
-    and those before it as they were left after all iterations."""
+    """A layer behind the recurrence, after an iteration that is not the last:
+    each position sees itself as it is now, and those before it as they were left after all iterations.
+    """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, length: int):
         self.keys, self.values = keys[:, :, :length].clone(), values[:, :, :length].clone()
         full = torch.ones(length, length, dtype=torch.bool, device=keys.device)
-        self.mask = torch.cat((full.tril(-1), torch.eye(length, dtype=torch.bool, device=keys.device)), dim=-1)
+        self.mask = torch.cat(
+            (full.tril(-1), torch.eye(length, dtype=torch.bool, device=keys.device)), dim=-1
+        )
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = torch.cat((self.keys, k), dim=2), torch.cat((self.values, v), dim=2)
@@ -147,8 +156,9 @@ def replay(
     seed: int = 0,
     scale: float = 1.0,
 ) -> tuple[float, float]:
-    """What generation does in which every token leaves on its own, with the data's tokens in place of its own choice
-    -> mean loss, mean iterations."""
+    """What generation does in which every token leaves on its own, with the data's tokens in place of its own
+    choice -> mean loss, mean iterations.
+    """
     _require_recurrence(loaded)
     nats, steps, count = 0.0, 0, 0
     for inputs, labels in windows:
@@ -178,7 +188,9 @@ def outcome(record: Record, policy: ExitPolicy, kv: str = "full") -> Outcome:
 def exit_steps(record: Record, policy: ExitPolicy) -> np.ndarray:
     """(N,) iterations that each token would have been given, as `think` gives them."""
     if policy.every > 1:
-        raise ConfigError("every: the record compares neighbouring iterations, so a criterion is asked after each")
+        raise ConfigError(
+            "every: the record compares neighbouring iterations, so a criterion is asked after each"
+        )
     if policy.criterion == "none":
         return np.full(record.losses.shape[1], record.depth)
     values = torch.from_numpy(record.values[policy.criterion])
@@ -200,8 +212,9 @@ def thresholds_of(record: Record, criterion: str, count: int = 24) -> list[float
 
 
 def threshold_for(record: Record, criterion: str, target: float, min_steps: int = 1) -> float:
-    """The threshold whose mean depth comes nearest to `target` from below. Raises ConfigError for a target that no
-    threshold of it meets."""
+    """The threshold whose mean depth comes nearest to `target` from below.
+    Raises ConfigError for a target that no threshold of it meets.
+    """
 
     def steps(threshold: float) -> float:
         return outcome(record, ExitPolicy(criterion, threshold, min_steps)).steps
@@ -209,12 +222,14 @@ def threshold_for(record: Record, criterion: str, target: float, min_steps: int 
     if CRITERIA[criterion].counts:
         fitting = [t for t in thresholds_of(record, criterion) if steps(t) <= target]
         if not fitting:
-            raise ConfigError(f"{criterion} cannot reach a mean depth of {target}: its least is {steps(0):.2f}")
+            raise ConfigError(
+                f"{criterion} cannot reach a mean depth of {target}: its least is {steps(0):.2f}"
+            )
         return max(fitting)
     values = np.unique(record.values[criterion]).astype(np.float64)
     values = values[np.isfinite(values)]
-    # A value leaves if it is below the threshold, so nothing changes between two of them. The middle of such a gap is
-    # as far as can be from where rounding would decide.
+    # A value leaves if it is below the threshold, so nothing changes between two of them.
+    # The middle of such a gap is as far as can be from where rounding would decide.
     candidates = np.append((values[:-1] + values[1:]) / 2, 2 * values[-1:])
     if not len(candidates) or steps(float(candidates[-1])) > target:
         raise ConfigError(f"{criterion} cannot reach a mean depth of {target}, with min_steps = {min_steps}")
@@ -295,7 +310,9 @@ class _Part:
             values[name].append(torch.stack(kept).cpu())
 
 
-def _record_of(stepper: Stepper | None, losses: list[torch.Tensor], values: dict[str, list[torch.Tensor]]) -> Record:
+def _record_of(
+    stepper: Stepper | None, losses: list[torch.Tensor], values: dict[str, list[torch.Tensor]]
+) -> Record:
     if stepper is None or not sum(part.shape[1] for part in losses):
         raise ConfigError("there is no data to judge by")
     layout = stepper.steps.layout
@@ -308,7 +325,9 @@ def _record_of(stepper: Stepper | None, losses: list[torch.Tensor], values: dict
     )
 
 
-def _stepper(loaded: Loaded, shape: torch.Size, depth: int | None, seed: int, scale: float, kv: str) -> Stepper:
+def _stepper(
+    loaded: Loaded, shape: torch.Size, depth: int | None, seed: int, scale: float, kv: str
+) -> Stepper:
     batch, positions = shape
     return Stepper(
         loaded.spec,

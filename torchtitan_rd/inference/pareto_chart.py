@@ -36,7 +36,12 @@ def draw(path: Path, points: Sequence[Point]) -> None:
         for number, criterion in enumerate(criteria):
             own = [point for point in points if (point.kv, point.criterion) == (kv, criterion)]
             is_fixed = criterion == "fixed"
-            look = {"color": "black" if is_fixed else f"C{number}", "linestyle": style, "marker": ".", "markersize": 4}
+            look = {
+                "color": "black" if is_fixed else f"C{number}",
+                "linestyle": style,
+                "marker": ".",
+                "markersize": 4,
+            }
             label = f"{'every token alike' if is_fixed else criterion}, {kv}"
             by_steps.plot([p.steps for p in own], [p.loss for p in own], label=label, **look)
             by_bytes.plot([p.kv_bytes / 1024 for p in own], [p.loss for p in own], **look)

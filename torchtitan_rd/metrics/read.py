@@ -13,7 +13,9 @@ from torchtitan_rd.log import logger
 
 @dataclass(frozen=True)
 class RunRecord:
-    """name: of the folder. rows: of metrics.jsonl, by step. config: section -> key -> value; empty if not there."""
+    """name: of the folder. rows: of metrics.jsonl, by step. config: section -> key -> value;
+    empty if not there.
+    """
 
     name: str
     folder: Path
@@ -35,7 +37,9 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """folder: job.dump_folder. Raises ConfigError if there is no run, DataError if its files cannot be read."""
+    """folder: job.dump_folder. Raises ConfigError if there is no run, DataError if its files
+    cannot be read.
+    """
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise ConfigError(f"{folder} holds no run: it has no {path.name}; name the job.dump_folder of one")

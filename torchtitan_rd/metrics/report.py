@@ -43,14 +43,18 @@ CHARTS = (
             ("memory_max_rss_gib", "resident"),
         ),
     ),
-    Chart("Time of a step", "seconds", (("step_seconds", "step"), ("data_loading_seconds", "waiting for data"))),
+    Chart(
+        "Time of a step", "seconds", (("step_seconds", "step"), ("data_loading_seconds", "waiting for data"))
+    ),
     Chart(
         "Depth drawn",
         "iterations, mean of a logged step",
         (("num_steps_no_grad", "without gradient"), ("num_steps_with_grad", "with gradient")),
     ),
     Chart("Residual of the recurrence", "norm", (("recurrent_residual", ""),), log=True),
-    Chart("Relative residual of the recurrence", "share of the state's norm", (("rel_residual", ""),), log=True),
+    Chart(
+        "Relative residual of the recurrence", "share of the state's norm", (("rel_residual", ""),), log=True
+    ),
     Chart(
         "Correlation of tokens",
         "",
@@ -60,7 +64,9 @@ CHARTS = (
 
 
 def page(runs: Sequence[RunRecord], pictures: Sequence[Path] = ()) -> str:
-    """The HTML of some runs, overlaid. pictures: PNG files to show (rasters). Raises ConfigError without matplotlib."""
+    """The HTML of some runs, overlaid. pictures: PNG files to show (rasters).
+    Raises ConfigError without matplotlib.
+    """
     pyplot = _pyplot()
     names = _names(runs)
     charts = [
@@ -98,7 +104,9 @@ def _pyplot() -> Any:
 def _names(runs: Sequence[RunRecord]) -> list[str]:
     """Of the folders; of equal ones the whole path."""
     names = [run.name for run in runs]
-    return [name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)]
+    return [
+        name if names.count(name) == 1 else str(run.folder) for name, run in zip(names, runs, strict=True)
+    ]
 
 
 def _chart(pyplot: Any, runs: Sequence[RunRecord], names: Sequence[str], chart: Chart) -> str:
@@ -110,7 +118,9 @@ def _chart(pyplot: Any, runs: Sequence[RunRecord], names: Sequence[str], chart: 
                     continue
                 both = ", ".join(part for part in (name if len(runs) > 1 else "", label) if part)
                 marker = {"marker": "."} if len(steps) < 30 else {}
-                axis.plot(steps, values, dash, color=f"C{number}", label=both or None, linewidth=1.2, **marker)
+                axis.plot(
+                    steps, values, dash, color=f"C{number}", label=both or None, linewidth=1.2, **marker
+                )
             for step in run.restarts():
                 axis.axvline(step, color=f"C{number}", linestyle=":", linewidth=0.8)
         if chart.log:
@@ -152,7 +162,14 @@ def _by_depth(pyplot: Any, runs: Sequence[RunRecord], names: Sequence[str]) -> s
             for (step, losses), alpha in zip(validations[:1] + validations[-1:], (0.3, 1.0), strict=False):
                 depths = sorted(losses)
                 label = f"{name}, step {step}"
-                axis.plot(depths, [losses[d] for d in depths], marker=".", color=f"C{number}", alpha=alpha, label=label)
+                axis.plot(
+                    depths,
+                    [losses[d] for d in depths],
+                    marker=".",
+                    color=f"C{number}",
+                    alpha=alpha,
+                    label=label,
+                )
         axis.set_xscale("log", base=2)
         axis.set(xlabel="iterations", ylabel="nats per token")
 
@@ -182,7 +199,8 @@ def _figure(pyplot: Any, title: str, draw: Callable[[Any], None]) -> str:
     figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     pyplot.close(figure)
     svg = out.getvalue()[out.getvalue().index("<svg") :]
-    # Within one page the charts share a namespace of ids, by which they draw their marks and clip their lines.
+    # Within one page the charts share a namespace of ids,
+    # by which they draw their marks and clip their lines.
     prefix = re.sub(r"\W+", "_", title.lower())
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{prefix}_", svg)
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>"
@@ -222,7 +240,9 @@ def _differences(runs: Sequence[RunRecord], names: Sequence[str]) -> str:
     keys = sorted({key for config in flat for key in config})
     if len(runs) > 1:
         keys = [key for key in keys if any(config.get(key) != flat[0].get(key) for config in flat)]
-    rows = [[key, *(json.dumps(config[key]) if key in config else "unset" for config in flat)] for key in keys]
+    rows = [
+        [key, *(json.dumps(config[key]) if key in config else "unset" for config in flat)] for key in keys
+    ]
     title = "Differences of the configs" if len(runs) > 1 else "Config"
     table = _table(["key", *names], rows) if rows else "<p>None.</p>"
     return f"<details{' open' if len(runs) > 1 else ''}><summary><h2>{title}</h2></summary>{table}</details>"
@@ -251,7 +271,8 @@ def _picture(path: Path) -> str:
         raise ConfigError(f"--picture {path} is no PNG")
     encoded = base64.b64encode(data).decode("ascii")
     name = html.escape(path.name)
-    return f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/png;base64,{encoded}"></figure>'
+    image = f'<img alt="{name}" src="data:image/png;base64,{encoded}">'
+    return f"<figure><figcaption>{name}</figcaption>{image}</figure>"
 
 
 _PAGE = """<!DOCTYPE html>
