@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.fork_server import run_python
+
 PROGRAM = """
 import multiprocessing, sys, time
 from torchtitan_rd.data import DatasetKeys, build_dataloader
@@ -24,8 +26,7 @@ if __name__ == "__main__":
 
 
 def run(keys, end):
-    code = PROGRAM.format(keys=keys, end=end)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    return run_python("-c", PROGRAM.format(keys=keys, end=end), timeout=60)
 
 
 @pytest.fixture(scope="module")
