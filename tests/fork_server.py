@@ -30,7 +30,7 @@ PRELOADED = (
     "torch._dynamo",  # by the first optimizer
     "torch.distributed.fsdp",
     "torch.utils.tensorboard",
-    "pyarrow.parquet",
+    "datasets",  # by every data set of documents
     "torchtitan_rd.train",
 )
 
