@@ -40,7 +40,17 @@ from torchtitan_rd.parallelism import (
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
-CONFIG = RavenConfig(192, 4, 512, 2, 4, 2, 8, 4, vocab_size=64)
+CONFIG = RavenConfig(
+    dim=192,
+    n_heads=4,
+    ffn_dim=512,
+    n_layers_prelude=2,
+    n_layers_core=4,
+    n_layers_coda=2,
+    mean_recurrence=8,
+    mean_backprop_depth=4,
+    vocab_size=64,
+)
 DRAWS = [(4, 4), (24, 8), (0, 16)]
 BATCHES, ROWS, LENGTH = 12, 4, 32
 

@@ -14,9 +14,9 @@ from torchtitan_rd.commands.config import schema_page
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Section
 from torchtitan_rd.job import Environment
+from torchtitan_rd.model_spec import Microbatch
 from torchtitan_rd.models import MODELS, get_flavor
 from torchtitan_rd.models.raven import RecurrenceConfig
-from torchtitan_rd.models.spec import Microbatch
 from torchtitan_rd.train import Trainer
 
 ROOT = Path(__file__).parent.parent

@@ -281,6 +281,7 @@ class Trainer:
             job_config=config.as_dict(),
             must_match=JobConfig.must_match_keys(),
             model_shape={"name": self.spec.name, "flavor": config.model.flavor, **dataclasses.asdict(self.shape)},
+            arithmetic=self.spec.arithmetic,
             open_released=lambda path: WeightsReader(open_released(path, model=config.model.name)),
             run_lock=self.lock,
         )

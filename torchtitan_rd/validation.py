@@ -16,7 +16,7 @@ from torchtitan_rd.data import Batch, DatasetKeys, build_dataloader
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.loss import count_valid, cross_entropy_sums
-from torchtitan_rd.models.spec import ReadOuts
+from torchtitan_rd.model_spec import ReadOuts
 from torchtitan_rd.signals import StopRequest
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Checkpointer:
     job_config: {section: {key: value}}, stored with each checkpoint and compared on resume.
     must_match: the `section.key` that must not change within a run.
     model_shape: name, flavor and every field of the model, as JSON values.
+    arithmetic: those of its fields that are told if initial weights were made with others (`ModelSpec.arithmetic`).
     open_released: folder of released weights -> a reader of them, for `initial_load_path`; raises CheckpointError.
     run_lock: rank 0's lock of a folder around this one, which is then enough. The checkpoints have a lock of their own
         without it, and where a symbolic link leads them elsewhere.
@@ -50,6 +51,7 @@ class Checkpointer:
         job_config: Mapping[str, Mapping[str, Any]],
         must_match: frozenset[str],
         model_shape: Mapping[str, Any],
+        arithmetic: Collection[str] = (),
         open_released: Callable[[Path], TensorReader] | None = None,
         run_lock: FolderLock | None = None,
     ):
@@ -61,6 +63,7 @@ class Checkpointer:
         self.must_match = must_match
         self._open_released = open_released
         self._config_text = tomli_w.dumps(_without_none(job_config))
+        self._arithmetic = arithmetic
         self._model_text = json.dumps(model_shape, indent=1, sort_keys=True)
         self._folder = CheckpointFolder(Path(dump_folder) / config.folder)
         # A group must not be used by two threads at once: while a save is in flight `_ranks` is its writer's, and this
@@ -198,7 +201,8 @@ class Checkpointer:
                 problems = []
             if not problems:
                 reader = self._reader_of(path)
-                for line in contract.arithmetic_differences(reader.model_shape(), json.loads(self._model_text)):
+                wanted = json.loads(self._model_text)
+                for line in contract.arithmetic_differences(reader.model_shape(), wanted, self._arithmetic):
                     logger.warning("initial weights: %s", line)
                 loading.load_initial_weights(reader, path, model, self.config.exclude_from_loading, self._ranks)
                 return path

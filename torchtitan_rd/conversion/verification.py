@@ -24,8 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan_rd.conversion.weights import Weights, model_tensors
 from torchtitan_rd.errors import CheckpointError
-from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
-from torchtitan_rd.models.spec import Microbatch
+from torchtitan_rd.model_spec import Microbatch
 
 LENGTH = 128  # tokens
 MAX_STEPS = 4  # iterations of a recurrent model: an error shows in a few, and each costs time
@@ -284,7 +283,7 @@ def _cgroup_bytes(mount: Path, membership: Path) -> list[float]:
 
 
 def _drawer(weights: Weights) -> Any:
-    return weights.spec.inputs(weights.shape, RecurrenceConfig(), seed=0, total_steps=1)
+    return weights.spec.inputs(weights.shape, None, seed=0, total_steps=1)
 
 
 def _forward_inputs(weights: Weights, num_steps: int | None) -> dict[str, Any]:
@@ -311,9 +310,7 @@ def _fill(parameter: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
 @torch.no_grad()
 def _logits(model: nn.Module, weights: Weights, num_steps: int | None) -> torch.Tensor:
     """`model`: of the transformers library."""
-    inputs = _forward_inputs(weights, num_steps)
-    if inputs:
-        inputs = {"num_steps": sum(inputs["num_steps"]), "input_states": inputs["initial_state"]}
+    inputs = weights.spec.hf.forward_arguments(_forward_inputs(weights, num_steps))
     return model.eval()(input_ids=_tokens(weights), **inputs).logits.float()
 
 

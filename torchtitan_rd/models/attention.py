@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -26,16 +26,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
+from torchtitan_rd.model_spec import AttentionShape
 
 Mask: TypeAlias = "torch.Tensor | BlockMask | None"
-
-
-class AttentionShape(NamedTuple):
-    """What a kernel must cope with: query heads, key-value heads, and the dim of each."""
-
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchtitan_rd.model_spec import WrapPlan
 from torchtitan_rd.parallelism.activation_checkpoint import (
     ActivationCheckpointConfig,
     apply_activation_checkpointing,
@@ -11,7 +12,7 @@ from torchtitan_rd.parallelism.activation_checkpoint import (
 )
 from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
 from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig
-from torchtitan_rd.parallelism.fsdp import Plan, ShardingKeys, allocate, apply_fsdp, prepare_microbatch
+from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp, prepare_microbatch
 from torchtitan_rd.parallelism.init import init_weights
 from torchtitan_rd.parallelism.step_sums import StepSums, StepTotals
 
@@ -32,7 +33,7 @@ __all__ = [
 
 def parallelize(
     model: nn.Module,
-    plan: Plan,
+    plan: WrapPlan,
     mesh: DeviceMesh,
     *,
     parallelism: ParallelismConfig,

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.model_spec import HuggingFaceLayout
 from torchtitan_rd.models.hf_fields import Fields
 from torchtitan_rd.models.layers import RopeScaling
 from torchtitan_rd.models.llama.config import LlamaConfig
-from torchtitan_rd.models.spec import HuggingFaceLayout
 
 _TOP = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -170,7 +170,7 @@ HF = HuggingFaceLayout(
     to_hf=to_hf,
     from_hf=from_hf,
     config_fields=hf_config,
-    shape=from_hf_config,
+    shape_of=from_hf_config,
     buffers=lambda config: {},
     derived=r".*rotary_emb\.inv_freq",  # of old transformers
 )

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchtitan_rd.model_spec import InitFn, Model, ReadOut
 from torchtitan_rd.models.attention import Mask, attend, build_mask
 from torchtitan_rd.models.layers import Rotary, apply_rotary, build_norm, normal_, ones_
 from torchtitan_rd.models.llama.config import LlamaConfig
-from torchtitan_rd.models.spec import InitFn, ReadOut
 
 
 class Attention(nn.Module):
@@ -64,8 +64,8 @@ class Block(nn.Module):
         return h_BSE + self.feed_forward(self.ffn_norm(h_BSE))
 
 
-class Llama(nn.Module):
-    """Tokens -> logits. See ModelSpec.build for the contract."""
+class Llama(Model):
+    """Tokens -> logits."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()

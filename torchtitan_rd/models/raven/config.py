@@ -1,14 +1,14 @@
 """The shape of a depth-recurrent transformer, its flavors, and its cost (arXiv 2502.05171)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.model_spec import FlopCount
 from torchtitan_rd.models.attention import AttentionShape
 from torchtitan_rd.models.raven.recurrence import parse_scheme
-from torchtitan_rd.models.spec import FlopCount
 
 INJECTIONS = ("linear", "add", "gate", "none")
 STATE_INITS = ("like-init", "normal", "embed", "zero", "unit")
@@ -28,9 +28,14 @@ NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "test_time_noise": (0,),
 }
 """Fields of Huginn's configurations that a RavenConfig lacks: the values that mean what this model computes anyway."""
+ARITHMETIC = (
+    *("norm_eps", "rope_theta", "tie_word_embeddings"),
+    *("block", "injection", "init_strategy", "clip_qkv", "qk_norm"),
+)
+"""Fields that change what the same tensors compute."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RavenConfig:
     """The shape of a raven. Raises ConfigError for values at odds with each other.
 
@@ -101,6 +106,10 @@ class RavenConfig:
     def attention_shape(self) -> AttentionShape:
         return AttentionShape(self.n_heads, self.n_kv_heads or self.n_heads, self.dim // self.n_heads)
 
+    def resolved(self) -> "RavenConfig":
+        """The same with every size stated that follows from others."""
+        return replace(self, n_kv_heads=self.attention_shape.n_kv_heads)
+
     @property
     def effective_depth(self) -> int:
         """Blocks that a token passes at the mean recurrence."""
@@ -140,7 +149,18 @@ Layers: TypeAlias = tuple[int, int, int]
 
 
 def _huginn(dim: int, heads: int, ffn_dim: int, layers: Layers, mean: int, backprop: int, **fields: Any) -> RavenConfig:
-    return RavenConfig(dim, heads, ffn_dim, *layers, mean, backprop, **fields)
+    prelude, core, coda = layers
+    return RavenConfig(
+        dim=dim,
+        n_heads=heads,
+        ffn_dim=ffn_dim,
+        n_layers_prelude=prelude,
+        n_layers_core=core,
+        n_layers_coda=coda,
+        mean_recurrence=mean,
+        mean_backprop_depth=backprop,
+        **fields,
+    )
 
 
 def _post_norm(
@@ -157,7 +177,7 @@ def _post_norm(
         "init_orthogonal": True,
         "norm_eps": 1e-5,
     }
-    return RavenConfig(dim, heads, ffn_dim, *layers, mean, backprop, **{**before, **fields})
+    return _huginn(dim, heads, ffn_dim, layers, mean, backprop, **{**before, **fields})
 
 
 _UNTIED = {

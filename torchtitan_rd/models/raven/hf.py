@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from torchtitan_rd.model_spec import HuggingFaceLayout
 from torchtitan_rd.models.hf_fields import Fields
 from torchtitan_rd.models.raven.config import INJECTIONS, NOT_BUILT, STATE_INITS, RavenConfig
 from torchtitan_rd.models.raven.model import Raven
-from torchtitan_rd.models.spec import HuggingFaceLayout
 
 BLOCKS = {"sandwich": "SandwichBlock", "post": "TransformerPostNormBlock", "pre": "TransformerPreNormBlock"}
 _FIELDS = {  # ours -> theirs, where both sides hold the same value
@@ -103,7 +103,7 @@ def config_fields(config: RavenConfig) -> dict[str, Any]:
     return fields
 
 
-def shape(fields: Mapping[str, Any]) -> RavenConfig:
+def shape_of(fields: Mapping[str, Any]) -> RavenConfig:
     """The shape that a config.json describes: an export of ours, a released one, or either as transformers saves it.
 
     Raises ConfigError for a missing field and for what our model does not compute.
@@ -146,6 +146,16 @@ def _same(name: str, tensor: torch.Tensor, config: RavenConfig) -> torch.Tensor:
     return tensor
 
 
+def _forward_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """num_steps there is the total, and gradient or none is not its business."""
+    return {"num_steps": sum(kwargs["num_steps"]), "input_states": kwargs["initial_state"]}
+
+
+_USAGE = (
+    "`num_steps` is the number of iterations of the recurrent part.\n\n"
+    "To finetune: `labels` are the input ids themselves and are shifted inside, as in every class of transformers. The "
+    "class released with huginn-0125 takes them shifted; labels made for it are to be given as `shift_labels`."
+)
 _CODE = Path(__file__).parent / "huggingface"
 
 HF = HuggingFaceLayout(
@@ -154,8 +164,11 @@ HF = HuggingFaceLayout(
     to_hf=_same,
     from_hf=_same,
     config_fields=config_fields,
-    shape=shape,
+    shape_of=shape_of,
     buffers=buffers,
     derived="freqs_cis",
     code=tuple(_CODE / f"{name}_raven.py" for name in ("configuration", "blocks", "modeling")),
+    forward_arguments=_forward_arguments,
+    example_arguments=lambda shape: {"num_steps": shape.mean_recurrence},
+    usage=_USAGE,
 )

@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch import nn
 
+from torchtitan_rd.model_spec import InitFn
 from torchtitan_rd.models.layers import normal_, ones_
 from torchtitan_rd.models.raven.model import Raven
-from torchtitan_rd.models.spec import InitFn
 
 
 def inits(model: Raven) -> dict[str, InitFn]:

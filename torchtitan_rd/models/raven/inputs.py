@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.model_spec import ForwardInputs, Microbatch
 from torchtitan_rd.models.raven.config import RavenConfig
 from torchtitan_rd.models.raven.recurrence import DepthSampler, RecurrenceConfig
-from torchtitan_rd.models.spec import ForwardInputs, Microbatch
 
 VALIDATION_STEP = 0  # updates count from 1, so validation has noise of its own, the same each time
 
@@ -18,8 +18,9 @@ VALIDATION_STEP = 0  # updates count from 1, so validation has noise of its own,
 class RavenInputs:
     """Draws for the microbatches of a run. Raises ConfigError if the settings cannot go together."""
 
-    def __init__(self, config: RavenConfig, recurrence: RecurrenceConfig, *, seed: int, total_steps: int):
-        """recurrence: [recurrence]. seed: training.seed. total_steps: training.steps."""
+    def __init__(self, config: RavenConfig, recurrence: RecurrenceConfig | None, *, seed: int, total_steps: int):
+        """recurrence: [recurrence]; None: its defaults. seed: training.seed. total_steps: training.steps."""
+        recurrence = recurrence or RecurrenceConfig()
         if config.injection == "none" and not recurrence.lockstep:
             # Without injection, embedding and prelude have a gradient only at n = 0: ranks would not reduce alike.
             raise ConfigError('recurrence.lockstep = false needs an injection: it is "none" in this model')

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchtitan_rd.model_spec import Model, ReadOut
 from torchtitan_rd.models.attention import Mask, attend, build_mask
 from torchtitan_rd.models.layers import Linear, RMSNorm, Rotary, apply_rotary
 from torchtitan_rd.models.raven.config import RavenConfig
-from torchtitan_rd.models.spec import ReadOut
 
 QK_NORM_EPS = torch.finfo(torch.float32).eps  # what Huginn's training program has in float32, here in every type
 
@@ -193,8 +193,8 @@ class Transformer(nn.Module):
         self.ln_f = RMSNorm(config.dim, eps=config.norm_eps)
 
 
-class Raven(nn.Module):
-    """Tokens -> logits. See ModelSpec.build for the contract. It draws nothing: depth and first state are inputs."""
+class Raven(Model):
+    """Tokens -> logits. It draws nothing: depth and first state are inputs."""
 
     def __init__(self, config: RavenConfig):
         super().__init__()

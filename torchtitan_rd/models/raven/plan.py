@@ -1,7 +1,7 @@
 """What of a raven to wrap, as data."""
 
+from torchtitan_rd.model_spec import Loop, WrapPlan
 from torchtitan_rd.models.raven.model import Raven
-from torchtitan_rd.models.spec import Loop, WrapPlan
 
 
 def wrap_plan(model: Raven) -> WrapPlan:
@@ -24,4 +24,10 @@ def wrap_plan(model: Raven) -> WrapPlan:
     shard_only = () if tied else (("transformer.wte",), ("lm_head",))
     full_precision = tuple(name for name, parameter in model.named_parameters() if parameter.ndim != 2)
     embedding = "" if tied else "transformer.wte"  # the root has it together with the tied head
-    return WrapPlan(blocks, shard_only, (Loop("transformer.recurrence", core),), full_precision, (embedding,))
+    return WrapPlan(
+        blocks=blocks,
+        shard_only=shard_only,
+        loops=(Loop("transformer.recurrence", core),),
+        full_precision=full_precision,
+        float32_units=(embedding,),
+    )
