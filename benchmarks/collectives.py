@@ -28,8 +28,8 @@ from torchtitan_rd.config import JobConfig
 from torchtitan_rd.data import Batch
 from torchtitan_rd.model_spec import ForwardInputs
 from torchtitan_rd.models import get_spec
-from torchtitan_rd.models.llama.config import LlamaConfig
-from torchtitan_rd.models.raven.config import RavenConfig
+from torchtitan_rd.models.llama.shape import LlamaShape
+from torchtitan_rd.models.raven.shape import RavenShape
 from torchtitan_rd.optimizer import build_optimizer
 from torchtitan_rd.parallelism import ParallelDims
 from torchtitan_rd.train_step import TrainStep
@@ -41,7 +41,7 @@ LAYOUTS = {"FSDP": 1, "HSDP": 2}  # name -> copies of the model
 ACCUMULATIONS = (1, 4)
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "of the step")
 NO_COLLECTIVES = ("wait_tensor", "_wrap_tensor_autograd")  # of the namespaces of collectives
-RAVEN = RavenConfig(  # nebel's layers
+RAVEN = RavenShape(  # nebel's layers
     dim=64,
     n_heads=4,
     ffn_dim=96,
@@ -52,7 +52,7 @@ RAVEN = RavenConfig(  # nebel's layers
     mean_backprop_depth=8,
     vocab_size=64,
 )
-LLAMA = LlamaConfig(dim=64, n_layers=8, n_heads=4, n_kv_heads=4, ffn_dim=96, vocab_size=64)
+LLAMA = LlamaShape(dim=64, n_layers=8, n_heads=4, n_kv_heads=4, ffn_dim=96, vocab_size=64)
 
 
 class CountCollectives(TorchDispatchMode):

@@ -9,9 +9,9 @@ import torch
 
 from tests.models.raven.tiny import tiny_config
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.models.raven.config import INJECTIONS, RAVEN_FLAVORS, STATE_INITS
 from torchtitan_rd.models.raven.hf import HF, buffers, config_fields, key_map, shape_of
 from torchtitan_rd.models.raven.model import Raven
+from torchtitan_rd.models.raven.shape import INJECTIONS, RAVEN_FLAVORS, STATE_INITS
 
 RELEASED = {  # the fields that the config of huginn-0125 states
     "name": "nebel-raven-3.5b",

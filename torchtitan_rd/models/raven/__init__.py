@@ -5,13 +5,14 @@ Parameter names are those of the released Hugging Face state dict but for the tw
 """
 
 from torchtitan_rd.model_spec import ModelSpec
-from torchtitan_rd.models.raven.config import ARITHMETIC, RAVEN_FLAVORS, count_flops
-from torchtitan_rd.models.raven.hf import FOREIGN, HF
+from torchtitan_rd.models.raven.hf import HF
 from torchtitan_rd.models.raven.init import inits
 from torchtitan_rd.models.raven.inputs import RavenInputs
 from torchtitan_rd.models.raven.model import Raven
 from torchtitan_rd.models.raven.plan import wrap_plan
 from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
+from torchtitan_rd.models.raven.released import FOREIGN
+from torchtitan_rd.models.raven.shape import ARITHMETIC, RAVEN_FLAVORS, count_flops
 from torchtitan_rd.models.raven.telemetry import StateTelemetry
 
 __all__ = ["RAVEN", "RecurrenceConfig"]

@@ -20,7 +20,7 @@ def wrap_plan(model: Raven) -> WrapPlan:
         *(f"{core}.core_block.{i}" for i in range(len(layers.recurrence.iteration.core_block))),
         *(f"transformer.coda.{i}" for i in range(len(layers.coda))),
     )
-    tied = model.config.tie_word_embeddings
+    tied = model.shape.tie_word_embeddings
     shard_only = () if tied else (("transformer.wte",), ("lm_head",))
     full_precision = tuple(name for name, parameter in model.named_parameters() if parameter.ndim != 2)
     embedding = "" if tied else "transformer.wte"  # the root has it together with the tied head

@@ -1,8 +1,7 @@
 """The shape of a Llama, its flavors, and its cost."""
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torchtitan_rd.errors import ConfigError
@@ -15,7 +14,7 @@ ARITHMETIC = ("norm_type", "norm_eps", "rope_theta", "rope_scaling", "tie_word_e
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
+class LlamaShape:
     """The shape of a Llama. Raises ConfigError for values at odds with each other.
 
     head_dim: dim / n_heads unless given.
@@ -59,10 +58,10 @@ class LlamaConfig:
     def attention_shape(self) -> AttentionShape:
         return AttentionShape(self.n_heads, self.n_kv_heads, self.head_dim or self.dim // self.n_heads)
 
-    def resolved(self) -> "LlamaConfig":
+    def resolved(self) -> "LlamaShape":
         """The same with every size stated that follows from others."""
-        derived = {"head_dim": self.attention_shape.head_dim, "ffn_dim": self.hidden_dim}
-        return dataclasses.replace(self, ffn_dim_multiplier=1.0, multiple_of=1, **derived)
+        head_dim = self.attention_shape.head_dim
+        return replace(self, head_dim=head_dim, ffn_dim=self.hidden_dim, ffn_dim_multiplier=1.0, multiple_of=1)
 
     @property
     def hidden_dim(self) -> int:
@@ -73,24 +72,23 @@ class LlamaConfig:
         return -(-wanted // self.multiple_of) * self.multiple_of
 
 
-def count_flops(config: LlamaConfig, seq_len: int, num_steps: tuple[float, float] | None = None) -> FlopCount:
+def count_flops(shape: LlamaShape, seq_len: int, num_steps: tuple[float, float] | None = None) -> FlopCount:
     """FLOPs of one training step per token: backward costs twice the forward, an embedding lookup nothing.
 
     num_steps: means nothing here, where no depth is drawn.
     """
-    heads, kv_heads, head_dim = config.attention_shape
-    layer = config.dim * head_dim * 2 * (heads + kv_heads) + 3 * config.dim * config.hidden_dim
-    weights = config.n_layers * layer + config.dim * config.vocab_size
-    per_pair = 3 * 4 * config.n_layers * heads * head_dim  # q @ k and p @ v, 2 each, forward and twice backward
+    heads, kv_heads, head_dim = shape.attention_shape
+    layer = shape.dim * head_dim * 2 * (heads + kv_heads) + 3 * shape.dim * shape.hidden_dim
+    weights = shape.n_layers * layer + shape.dim * shape.vocab_size
+    per_pair = 3 * 4 * shape.n_layers * heads * head_dim  # q @ k and p @ v, 2 each, forward and twice backward
     return FlopCount(6 * weights, per_pair * seq_len, per_pair * (seq_len + 1) / 2)
 
 
-def _neural(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, theta: float, **fields: Any) -> LlamaConfig:
-    sizes = {"dim": dim, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
-    return LlamaConfig(**sizes, rope_theta=theta, **fields)
+def _neural(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, theta: float, **fields: Any) -> LlamaShape:
+    return LlamaShape(dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, rope_theta=theta, **fields)
 
 
-def _clm(dim: int, n_layers: int, n_heads: int, n_kv_heads: int) -> LlamaConfig:
+def _clm(dim: int, n_layers: int, n_heads: int, n_kv_heads: int) -> LlamaShape:
     return _neural(dim, n_layers, n_heads, n_kv_heads, 10_000.0, vocab_size=49152, multiple_of=128, max_seq_len=2048)
 
 
