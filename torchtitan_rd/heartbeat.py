@@ -227,8 +227,7 @@ class Heartbeat:
         head = f"no rank has advanced for {silence:.0f} s; "
         tail = f"; Python stacks: {self._folder}/rank_*.stacks"
         if not suspects:
-            beat = self._seen[0].beat
-            return head + f"all are alive and at the same place: step {beat['step']}, phase {beat['phase']}" + tail
+            return head + f"all are alive and at the same place: {_phase(self._seen[0].beat)}" + tail
         named = ", ".join(
             f"rank {r} ({_where(self._seen[r].beat)}, for {now - self._seen[r].advanced:.0f} s)"
             for r in suspects[:_MAX_NAMED]
@@ -272,7 +271,9 @@ def _position(beat: dict | None) -> tuple[int, int]:
     return (-1, -1) if beat is None else (beat["step"], beat["index"])
 
 
+def _phase(beat: dict | None) -> str:
+    return "no heartbeat file yet" if beat is None else f"step {beat['step']}, phase {beat['phase']}"
+
+
 def _where(beat: dict | None) -> str:
-    if beat is None:
-        return "no heartbeat file yet"
-    return f"host {beat['host']}, pid {beat['pid']}, step {beat['step']}, phase {beat['phase']}"
+    return _phase(beat) if beat is None else f"host {beat['host']}, pid {beat['pid']}, {_phase(beat)}"

@@ -14,8 +14,10 @@ def exceeds_guard(config: ObjectiveKeys, loss: Tensor, tokens_seen: int) -> Tens
     loss: the mean over the global batch, in nats, so that every rank decides alike. tokens_seen: those of this step
     included.
     """
-    watching = config.loss_guard is not None and tokens_seen > config.loss_guard_after_tokens
-    return loss > (config.loss_guard if watching else math.inf)
+    guard = config.loss_guard
+    if guard is None or tokens_seen <= config.loss_guard_after_tokens:
+        guard = math.inf
+    return loss > guard
 
 
 def guard_error(config: ObjectiveKeys, step: int, loss: float, tokens_seen: int) -> TrainingError:

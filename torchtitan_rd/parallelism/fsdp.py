@@ -98,7 +98,7 @@ def gathered_bytes(module: nn.Module, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
 
 
-def _prefetch_loop(model: FSDPModule, plan: WrapPlan) -> None:
+def _prefetch_loop(model: nn.Module, plan: WrapPlan) -> None:
     """Starts the gathers of all units up to the first loop at the very beginning of forward, in their order.
 
     By default each gather is issued when the unit before it starts, so that of the loop, by far the largest, would
@@ -110,7 +110,15 @@ def _prefetch_loop(model: FSDPModule, plan: WrapPlan) -> None:
     loop, _ = plan.loops[0]
     prelude = takewhile(lambda name: not name.startswith(f"{loop}."), plan.blocks)
     early = (*(names[0] for names in plan.shard_only[:-1]), *prelude, loop)
-    model.set_modules_to_forward_prefetch([model.get_submodule(name) for name in early])
+    _unit(model, "").set_modules_to_forward_prefetch([_unit(model, name) for name in early])
+
+
+def _unit(model: nn.Module, name: str) -> FSDPModule:
+    """The submodule `name`, to which `fully_shard` has given FSDP's class."""
+    module = model.get_submodule(name)
+    if not isinstance(module, FSDPModule):
+        raise TypeError(f"{name} is no unit of FSDP")
+    return module
 
 
 def prepare_microbatch(model: nn.Module, *, is_last: bool) -> None:
