@@ -79,7 +79,7 @@ def _main(arguments: list[str], stop: StopRequest) -> int:
         return STOPPED
     except SystemExit:
         raise
-    except BaseException as error:  # torch's CheckpointException is not an Exception (T17)
+    except BaseException as error:  # torch's CheckpointException is not an Exception
         # No collective here: the other ranks may be anywhere. torchrun ends them when this one exits.
         print(mask_text(report(error, rank)), file=sys.stderr, flush=True)
         return 1

@@ -133,7 +133,7 @@ def validate(
     model.train(was_training)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # the next forward must gather anew; a kept copy would be of these parameters (T2)
+            module.reshard()  # the next forward must gather anew; a kept copy would be of these parameters
     if stop is not None and stop.agreed:
         logger.warning("validation cut short by a signal: no losses of it")
         return {}

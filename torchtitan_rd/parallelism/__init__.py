@@ -1,4 +1,4 @@
-"""Applies the techniques to a model, in the one order that keeps names and checkpoint keys clean (T12)."""
+"""Applies the techniques to a model, in the one order that keeps names and checkpoint keys clean."""
 
 import torch
 from torch import nn
@@ -45,7 +45,8 @@ def parallelize(
     """Changes `model` (on the meta device) in place: activation checkpointing -> compile -> FSDP.
 
     Tensor and context parallelism, once they exist, come before the three. The optimizer must be built afterwards:
-    one built before would hold the unsharded parameters and never get a gradient (T11).
+    one built before would hold the unsharded parameters and never get a gradient
+    (docs/pytorch_traps.md, Order of wrapping).
     """
     blocks = {name: model.get_submodule(name) for name in plan.blocks}
     regions = [model.get_submodule(name) for name in checkpoint_regions(plan, activation_checkpoint)]

@@ -55,7 +55,8 @@ def checkpoint_regions(plan: WrapPlan, config: ActivationCheckpointConfig) -> li
 
 
 def apply_activation_checkpointing(blocks: Sequence[nn.Module], config: ActivationCheckpointConfig) -> None:
-    """Makes the chosen blocks recompute in backward. No model draws inside one, so RNG state is not preserved (T14)."""
+    """Makes the chosen blocks recompute in backward. No model draws inside one, so RNG state is not preserved
+    (docs/pytorch_traps.md, Recomputation and chance)."""
     if config.mode == "none":
         return
     by_op = config.mode == "selective" and config.selective_ac_option == "op"

@@ -1,4 +1,4 @@
-"""models/raven/model.py, init.py and config.py: the mathematics of specs/raven.md, its gradients, sizes and cost."""
+"""models/raven/model.py, init.py and shape.py: the mathematics of docs/recurrence.md, its gradients, sizes and cost."""
 
 import math
 

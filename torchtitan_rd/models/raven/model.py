@@ -153,7 +153,8 @@ class Iteration(nn.Module):
 
 
 class Recurrence(nn.Module):
-    """The whole loop in one forward: FSDP gathers its weights once, however many iterations are drawn (T1, T4)."""
+    """The whole loop in one forward: FSDP gathers its weights once, however many iterations are drawn
+    (docs/pytorch_traps.md, Loops)."""
 
     def __init__(self, shape: RavenShape):
         super().__init__()

@@ -7,7 +7,8 @@ from torchtitan_rd.models.raven.model import Raven
 def wrap_plan(model: Raven) -> WrapPlan:
     """Each block is compiled; prelude and coda blocks are units of their own, adapter and core one unit.
 
-    ln_f stays in the root, as it is used twice; so do embedding and head if they are tied (T7).
+    ln_f stays in the root, as it is used twice; so do embedding and head if they are tied
+    (docs/pytorch_traps.md, Tied parameters).
 
     All but the matrices, that is norms and qk_bias, keep full precision: one step of bfloat16 at 1.0 is 0.8 %, so a
     rounded norm weight gives its feature a gain that is wrong by up to 0.4 % in every iteration. So does the embedding,
