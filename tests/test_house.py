@@ -62,6 +62,34 @@ def test_ruff_finds_nothing(command):
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+# Being rewritten as this check comes: to be taken out one by one, which the test demands once one has no findings.
+NOT_TYPED_YET = {
+    "torchtitan_rd/commands/config.py",
+    "torchtitan_rd/config.py",
+    "torchtitan_rd/data/__init__.py",
+    "torchtitan_rd/data/cursor.py",
+    "torchtitan_rd/data/loader.py",
+    "torchtitan_rd/data/stream.py",
+    "torchtitan_rd/draws.py",
+    "torchtitan_rd/metrics/metrics.py",
+    "torchtitan_rd/train.py",
+}
+
+
+def test_the_type_checker_finds_nothing():
+    """The whole package (pyproject.toml). About a minute where .mypy_cache is empty, seconds afterwards."""
+    found = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    findings = [line for line in found.stdout.splitlines() if ": error: " in line]
+    assert (found.returncode == 0) == (not findings), found.stdout + found.stderr
+    files = {line.partition(":")[0] for line in findings}
+    assert files == NOT_TYPED_YET, "\n".join(line for line in findings if line.partition(":")[0] not in NOT_TYPED_YET)
+
+
+def test_exceptions_from_the_type_checker_are_few_and_name_their_kind():
+    lines = [line for path in SOURCES for line in path.read_text().splitlines() if "type: ignore" in line]
+    assert len(lines) <= 6 and all(re.search(r"# type: ignore\[[a-z-]+\]", line) for line in lines), lines
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("train_configs/*.toml")), ids=lambda path: path.name)
 def test_every_shipped_config_loads_names_its_hardware_and_repeats_no_default(path, tmp_path):
     needed = ["--training.dataset_path", str(tmp_path)] if 'dataset = "packed"' in path.read_text() else []
