@@ -117,8 +117,14 @@ class Heartbeat:
         self._local = _node_folder(folder)
         self._state = (0, 0, "start", time.time())  # step, index of the beat in the step, phase, since
         self._closing = threading.Event()
-        self._thread = None
-        if interval <= 0:
+        self._thread: threading.Thread | None = None
+        now = time.monotonic()
+        self._seen = [_Seen(None, now, now) for _ in range(world_size)] if rank == 0 else []
+        self._warnings = 0
+        self._stuck_since = (self._state, now)
+        self._stacks_written = False
+        self._write_failed = False
+        if interval <= 0:  # beats are kept for nobody: no files and no thread
             return
         folder.mkdir(parents=True, exist_ok=True)
         if self._ranks_per_file > 1:
@@ -128,12 +134,6 @@ class Heartbeat:
                 path.unlink(missing_ok=True)
         if rank == 0:
             self._remove_old_files()
-        now = time.monotonic()
-        self._seen = [_Seen(None, now, now) for _ in range(world_size)] if rank == 0 else []
-        self._warnings = 0
-        self._stuck_since = (self._state, now)
-        self._stacks_written = False
-        self._write_failed = False
         self._write()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()

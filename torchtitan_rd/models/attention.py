@@ -69,6 +69,8 @@ _PREFERRED: dict[int, BackendName] = {9: "fa3", 10: "fa4"}  # by major compute c
 # Relative error in the Frobenius norm against float32: twice what rounding gives, far below what a wrong kernel gives.
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}
 
+# Whether flex attention is used without a document mask too. One for the process, as torch's own choice of a flash
+# kernel is: `activate` sets it before training, `build_mask` reads it in each forward. No model has to hand it through.
 _flex_without_documents = False
 
 
@@ -77,7 +79,7 @@ def setup_attention(
 ) -> Backend:
     """Chooses, activates and probes the backend for the whole process, and logs the choice.
 
-    requested: `model.attention_backend`. shape: the model config's `attention_shape`. dtype: that of the activations.
+    requested: `model.attention_backend`. shape: the model shape's `attention_shape`. dtype: that of the activations.
     Raises ConfigError if the backend is not to be had here, cannot do what the run needs, or computes wrongly; but
     where `auto` took an installed FlashAttention that is broken, this warns and takes `sdpa`.
     """

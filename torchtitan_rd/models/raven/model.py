@@ -256,6 +256,7 @@ class Raven(Model):
     ) -> torch.Tensor:
         """Only called within forward: FSDP gathers the root's parameters for that and for nothing else."""
         layers = self.transformer
+        # ln_f twice, for the state first and then for the head: telemetry.py tells them apart by this order.
         s_BSE = layers.ln_f(s_BSE)
         for block in layers.coda:
             s_BSE = block(s_BSE, rotary, mask)
