@@ -59,7 +59,7 @@ def separately(model, batches, rank, depth):
     for number, batch in enumerate(batches):
         first = (rank * len(batches) + number) * MICROBATCH
         state = initial_state(
-            model.config,
+            model.shape,
             seed=7,
             step=VALIDATION_STEP,
             samples=range(first, first + MICROBATCH),

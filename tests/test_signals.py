@@ -17,7 +17,7 @@ from tests.ranks import run_on_ranks
 from tests.small_run import Setup, batches_of, make
 from torchtitan_rd import train, validation
 from torchtitan_rd.checkpoint.writer import Writer
-from torchtitan_rd.models.spec import SINGLE_READ_OUT
+from torchtitan_rd.model_spec import SINGLE_READ_OUT
 from torchtitan_rd.signals import HANDLED, Interrupted, StopRequest, remove_exit_status, write_exit_status
 
 SMALL = [

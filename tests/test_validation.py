@@ -7,7 +7,7 @@ from tests.ranks import run_on_ranks
 from tests.small_run import Setup, batches_of, hash_of, make
 from torchtitan_rd.data import DatasetKeys
 from torchtitan_rd.errors import ConfigError, DataError
-from torchtitan_rd.models.spec import SINGLE_READ_OUT
+from torchtitan_rd.model_spec import SINGLE_READ_OUT
 from torchtitan_rd.validation import ValidationConfig, read_held_out, validate, validation_keys
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torchtitan_rd.data import Batch
 from torchtitan_rd.data.batch_ramp import BatchRamp
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.models.spec import (
+from torchtitan_rd.model_spec import (
     NO_INPUTS,
     SINGLE_READ_OUT,
     FlopCount,

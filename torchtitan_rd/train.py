@@ -79,7 +79,7 @@ def _main(arguments: list[str], stop: StopRequest) -> int:
         return STOPPED
     except SystemExit:
         raise
-    except BaseException as error:  # torch's CheckpointException is not an Exception (T17)
+    except BaseException as error:  # torch's CheckpointException is not an Exception
         # No collective here: the other ranks may be anywhere. torchrun ends them when this one exits.
         print(mask_text(report(error, rank)), file=sys.stderr, flush=True)
         return 1
@@ -281,6 +281,7 @@ class Trainer:
             job_config=config.as_dict(),
             must_match=JobConfig.must_match_keys(),
             model_shape={"name": self.spec.name, "flavor": config.model.flavor, **dataclasses.asdict(self.shape)},
+            arithmetic=self.spec.arithmetic,
             open_released=lambda path: WeightsReader(open_released(path, model=config.model.name)),
             run_lock=self.lock,
         )

@@ -25,7 +25,7 @@ from torchtitan_rd.loss import (
     guard_error,
 )
 from torchtitan_rd.metrics import StepNumbers, StepResult
-from torchtitan_rd.models.spec import NO_INPUTS, ForwardInputs
+from torchtitan_rd.model_spec import NO_INPUTS, ForwardInputs
 from torchtitan_rd.optimizer import take_back_counts, takes_flag, update_unless
 from torchtitan_rd.parallelism import ShardingKeys, StepSums, StepTotals, prepare_microbatch
 

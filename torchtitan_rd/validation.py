@@ -16,7 +16,7 @@ from torchtitan_rd.data import Batch, DatasetKeys, build_dataloader
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.loss import count_valid, cross_entropy_sums
-from torchtitan_rd.models.spec import ReadOuts
+from torchtitan_rd.model_spec import ReadOuts
 from torchtitan_rd.signals import StopRequest
 
 
@@ -133,7 +133,7 @@ def validate(
     model.train(was_training)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # the next forward must gather anew; a kept copy would be of these parameters (T2)
+            module.reshard()  # the next forward must gather anew; a kept copy would be of these parameters
     if stop is not None and stop.agreed:
         logger.warning("validation cut short by a signal: no losses of it")
         return {}

@@ -11,7 +11,7 @@ def ramp(steps, stages, batch=1024):
 
 
 def test_the_sizes_are_those_of_the_ancestor():
-    """ancestors.md 6: ceil(step / ramp * 16) is 1 at 4096, 2 at 4097, 8 at 32768 and 16 from 65536 on."""
+    """As in Huginn's program: ceil(step / ramp * 16) is 1 at 4096, 2 at 4097, 8 at 32768 and 16 from 65536 on."""
     sizes = ramp(65536, 16)
     assert [sizes.of_step(step) for step in (1, 4096, 4097, 32768, 65535, 65536, 10**6)] == [1, 1, 2, 8, 16, 16, 16]
 

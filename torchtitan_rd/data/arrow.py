@@ -5,7 +5,6 @@
 
 import errno
 import glob
-import re
 import sys
 import tempfile
 from pathlib import Path
@@ -14,21 +13,25 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from torchtitan_rd.data.content import digest_of
-from torchtitan_rd.data.files import FileList, find_files
+from torchtitan_rd.data.files import HUB_NAME, FileList, find_files
 from torchtitan_rd.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-
 
 class Encoder(Protocol):
     """How the cell of one row becomes ids: `read` the arrow value, `encode` it. `where` names the row in messages."""
 
-    column: str
-    border_id: int | None
+    @property
+    def column(self) -> str: ...
+
+    @property
+    def border_id(self) -> int | None: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
     def check_type(self, column: "pa.ChunkedArray", name: str) -> None: ...
 
@@ -108,7 +111,7 @@ def check_path(path: str, split: str = "train") -> FileList:
     Raises DataError for a path that neither exists nor can be such a name.
     """
     found = find_files(path, split)
-    if not found.files and not found.saved and not _HUB_NAME.fullmatch(path):
+    if not found.files and not found.saved and not HUB_NAME.fullmatch(path):
         raise DataError(
             f"training.dataset_path = {path!r}: no such file or folder, and nothing matches it as a pattern"
         )
@@ -157,7 +160,9 @@ def _complaint(error: Exception, found: FileList, subset: str | None) -> str:
             f"converted copy: set HF_DATASETS_CACHE to a folder that can be written, or name a save_to_disk folder or "
             f".arrow files with training.dataset_path, which are mapped where they lie"
         )
-    reasons, file, shown = [], None, error
+    reasons: list[str] = []
+    file: str | None = None
+    shown: BaseException | None = error
     while shown is not None:
         if _first_line(shown) not in reasons:
             reasons.append(_first_line(shown))
@@ -212,7 +217,10 @@ def _load(*arguments: Any, split: str, streaming: bool, **options: Any) -> Any:
     except OSError as error:
         if streaming or not _read_only(error):
             raise
-        return _load_prepared(*arguments, split=split, **options) or _raise(error)
+        prepared = _load_prepared(*arguments, split=split, **options)
+        if prepared is None:
+            raise
+        return prepared
 
 
 def _load_prepared(*arguments: Any, split: str, **options: Any) -> "datasets.Dataset | None":
@@ -231,10 +239,6 @@ def _load_prepared(*arguments: Any, split: str, **options: Any) -> "datasets.Dat
             return None
         files = [entry["filename"] for entry in builder.as_dataset(split=split).cache_files]
         return datasets.concatenate_datasets([datasets.Dataset.from_file(str(Path(f).resolve())) for f in files])
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 def _read_only(error: BaseException) -> bool:

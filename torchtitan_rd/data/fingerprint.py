@@ -27,7 +27,7 @@ def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
         elif key in _OF_DATA:
             remedy = "put the former data (and tokenizer) back, or begin a new run from the checkpoint's weights"
         elif key == "revision":
-            remedy = f"set training.dataset_revision = {was['commit']!r}, or begin a new run"
+            remedy = f"set training.dataset_revision = {saved[key]['commit']!r}, or begin a new run"
         elif key == "cut":
             remedy = "begin a new run from the checkpoint's weights"
         else:
@@ -105,5 +105,5 @@ def _completed(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]
         "data: this checkpoint is of a version that did not note all rows: a change of the data or of the tokenizer "
         "since then is not seen, one after the next checkpoint is"
     )
-    unknown = {key: present[key] for key in ("rows", "content", "tokenizer") if key in present}
+    unknown: dict[str, Any] = {key: present[key] for key in ("rows", "content", "tokenizer") if key in present}
     return {**saved, **unknown, "cut": None if present.get("cut") is None else "tokens"}
