@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.fork_server import run_python
 from tests.launch import Run, launch, wait_for_step
 from tests.ranks import run_on_ranks
 from tests.small_run import Setup, batches_of, make
@@ -121,8 +120,7 @@ with signals.StopRequest() as stop:
     [("training", "0.2 0.3 0.3", 130), ("training", "0.2 0.3 2.2", 7), ("starting", "0.2", 130)],
 )
 def test_a_hasty_third_signal_and_a_deaf_start_end_even_a_rank_that_hangs(phase, gaps, code, tmp_path):
-    command = [sys.executable, "-c", DEAF, str(tmp_path), phase, *gaps.split()]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    found = run_python("-c", DEAF, tmp_path, phase, *gaps.split(), timeout=60)
     assert found.returncode == code, found.stderr
     if code == 130:
         assert "ended at once; the steps after 7 are lost" in found.stderr

@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.fork_server import run_python
+
 PROGRAM = """
 import multiprocessing, sys, time
 from torchtitan_rd.data import DatasetKeys, build_dataloader
@@ -23,9 +25,13 @@ if __name__ == "__main__":
 """
 
 
-def run(keys, end):
-    code = PROGRAM.format(keys=keys, end=end)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+def run(keys, end, start=run_python):
+    return start("-c", PROGRAM.format(keys=keys, end=end), timeout=60)
+
+
+def from_scratch(*command, timeout):
+    """A new interpreter, which imports in its own order what it takes apart at the end."""
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +44,7 @@ def parquet(tmp_path_factory):
 @pytest.mark.parametrize("end", ["loader.close()", "pass"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_program_that_streams_parquet_ends_with_0_and_says_nothing(workers, end, parquet):
-    result = run(f"{parquet}, num_workers={workers}", end)
+    result = run(f"{parquet}, num_workers={workers}", end, start=run_python if workers else from_scratch)
     assert (result.returncode, result.stderr) == (0, "")
 
 
