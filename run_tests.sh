@@ -3,6 +3,8 @@
 # other arguments go to pytest (`-n 0`: one process, as a debugger needs it).
 # `--newest` runs them in .venv-newest with the newest version of every dependency that pyproject.toml allows, which it
 # installs or upgrades first: some gigabytes and minutes.
+# `--mutations` shows instead that tests fail when they should: it makes small wrong edits in a copy and reports which
+# of them no test notices (tests/mutations.py, to which other arguments go; for the night).
 cd "$(dirname "$0")" || exit 1
 if [ "${1:-}" = "--newest" ]; then
     shift
@@ -13,6 +15,10 @@ if [ "${1:-}" = "--newest" ]; then
 fi
 export EXTRAS=dev
 source scripts/env.sh
+if [ "${1:-}" = "--mutations" ]; then
+    shift
+    exec python tests/mutations.py --jobs 2 "$@"
+fi
 selection=(-m "not slow")
 [ "${1:-}" != "--all" ] || { selection=(); shift; }
 exec python -m pytest -n 2 --dist loadfile "${selection[@]}" "$@"

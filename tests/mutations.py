@@ -236,7 +236,7 @@ def main() -> int:
     if wrong:
         print("\nNot as it should be:", *map(line_of, wrong), sep="\n")
     counted = ", ".join(f"{numbers[outcome]} {outcome}" for outcome in (KILLED, EQUIVALENT, SURVIVED, NO_VERDICT))
-    print(f"\n{len(verdicts)} mutations in {(time.monotonic() - started) / 60:.1f} min: {counted}")
+    print(f"\nMutations: {len(verdicts)}, in {(time.monotonic() - started) / 60:.1f} min: {counted}")
     return 1 if wrong else 0
 
 

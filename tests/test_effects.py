@@ -19,12 +19,14 @@ from tests.test_trainer import ALONE, SMALL, trainer
 from tests.watching import Watch
 from torchtitan_rd.build_model import build_model
 from torchtitan_rd.config import load
+from torchtitan_rd.data import Batch
 from torchtitan_rd.models import get_spec
-from torchtitan_rd.models.spec import ForwardInputs
+from torchtitan_rd.models.spec import SINGLE_READ_OUT, ForwardInputs
 from torchtitan_rd.optimizer import build_optimizer
 from torchtitan_rd.parallelism import ParallelDims
 from torchtitan_rd.train import Trainer
 from torchtitan_rd.train_step import TrainStep
+from torchtitan_rd.validation import validate
 
 CPU = torch.device("cpu")
 BYTES = 4  # of a float32
@@ -259,6 +261,73 @@ def adamw(weight, gradients, decay):
         corrected = first / (1 - BETA1**t), second / (1 - BETA2**t)
         weight = weight * (1 - LR * decay) - LR * corrected[0] / (corrected[1].sqrt() + EPS)
     return weight
+
+
+@pytest.mark.parametrize(("world_size", "copies"), [(1, 1), (2, 1), (2, 2)])
+def test_gradients_are_scaled_to_max_norm_and_left_alone_below_it(world_size, copies):
+    """The norm is that of the whole gradients, over shards and not over copies of the model."""
+    found = {}
+    for max_norm in (1e6, 0.01):
+        keys = {"training": {"max_norm": max_norm}, "parallelism": {"data_parallel_replicate_degree": copies}}
+        found[max_norm] = run_on_ranks(world_size, gradients_of_a_step, Setup(sections=keys))[0]
+    (norm, whole), (same_norm, scaled) = found[1e6], found[0.01]
+    assert norm == pytest.approx(same_norm) == pytest.approx(float(torch.cat(whole).norm()), rel=1e-5)
+    torch.testing.assert_close(torch.cat(scaled), torch.cat(whole) * 0.01 / norm, atol=1e-9, rtol=1e-4)
+
+
+def gradients_of_a_step(rank, world_size, setup):
+    """-> the norm that the step reports, and its whole gradients, flat."""
+    config, model, step = make(setup, world_size)
+    norm = step(1, batches_of(1, rank, world_size, config, padded=True)).grad_norm
+    return norm, [p.grad.full_tensor().flatten() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_documents_of_a_row_train_and_validate_as_rows_of_their_own(world_size):
+    """Each row holds two documents of half its length; positions count by their distance alone."""
+    for packed, apart, joined in run_on_ranks(world_size, packed_and_apart):
+        for key, value in apart.items():
+            torch.testing.assert_close(packed[key], value, atol=1e-6, rtol=1e-4, msg=key)
+            assert not torch.allclose(packed[key], joined[key], atol=1e-6, rtol=1e-4), f"{key}: the mask has no effect"
+
+
+def packed_and_apart(rank, world_size):
+    half = SEQ_LEN // 2
+    config = config_of(Setup(), world_size)
+    (batch,) = batches_of(1, rank, world_size, config, padded=False)
+    documents = (torch.arange(SEQ_LEN) // half).int().expand_as(batch.inputs)
+    packed = Batch(batch.inputs, batch.labels, documents)
+    apart = Batch(batch.inputs.reshape(-1, half), batch.labels.reshape(-1, half), None)
+    return [trained_and_validated(world_size, each) for each in (packed, apart, batch)]
+
+
+def trained_and_validated(world_size, batch):
+    _, model, step = make(Setup(), world_size)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "attention.w" in name:  # as they start, attention adds next to nothing
+                parameter.to_local().mul_(8)
+    validated = validate(model, [batch], CPU, SINGLE_READ_OUT)["val_loss"]
+    loss = step(1, [batch]).loss
+    gradient = model.get_parameter("layers.0.attention.wq.weight").grad.full_tensor()
+    return {"val_loss": torch.tensor(validated), "loss": torch.tensor(loss), "gradient": gradient}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_kernels_repeat_bit_for_bit_if_the_key_says_so(deterministic, tmp_path, monkeypatch):
+    seen = []
+    plain = TrainStep.__call__
+
+    def noting(self, *arguments):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(TrainStep, "__call__", noting)
+    try:
+        trainer(tmp_path, *(["--training.deterministic"] if deterministic else [])).run()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [deterministic] * 6
 
 
 def test_the_rate_of_the_schedule_is_the_one_that_each_update_has(tmp_path, monkeypatch):
