@@ -129,25 +129,24 @@ class Trainer:
             logger.info("%s", self.draws.family.report())
         elif config.training.throttle:
             raise ConfigError(f"training.throttle is for recurrent models, not for {self.spec.name}: leave it unset")
-        self.step = 0
-        self.tokens_seen = 0
+        self.step = self.tokens_seen = 0
         self.has_opened_outputs = False
         self.checkpointer: Checkpointer | None = None
 
     def run(self) -> Status:
         """Builds in order, trains to the last step or until all ranks agree to stop; returns how it ended."""
-        config, rank = self.config, self.environment.rank
-        job.set_determinism(config.training.seed, config.training.deterministic, self.device)
-        job.init_process_group(self.environment, self.device, config.comm, self.dump_folder)
-        # An earlier run's status must not stand for this one's. Gathered: from here on any rank may write its own.
-        had_status = any(job.gather(rank == 0 and remove_exit_status(self.dump_folder)))
-        self.stop.record = lambda reason: write_exit_status(self.dump_folder, "stopped", self.step, reason, rank)
+        training, rank = self.config.training, self.environment.rank
+        job.set_determinism(training.seed, training.deterministic, self.device)
+        # An earlier run's status must not stand for this one's, however early this one ends.
+        had_status = rank == 0 and remove_exit_status(self.dump_folder)
+        self.stop.record = lambda reason: self._tell("stopped", reason)
         with ExitStack() as holding:  # the dump folder, until this run's status stands in it
             return self._run(holding, had_status)
 
     def _run(self, holding: ExitStack, had_status: bool) -> Status:
-        rank = self.environment.rank
         try:
+            job.init_process_group(self.environment, self.device, self.config.comm, self.dump_folder)
+            had_status = any(job.gather(had_status))  # from here on any rank may write its own
             with ExitStack() as closing:
                 self._build(closing, holding)
                 is_finished = self._work()
@@ -155,17 +154,21 @@ class Trainer:
         except BaseException as error:
             if self.stop.explains_an_end():  # that of a peer too, which looks like an error of its own
                 status = "preempted" if self._is_saved() else "stopped"
-                write_exit_status(self.dump_folder, status, self.step, self.stop.reason(), rank)
+                self._tell(status, self.stop.reason())
                 return status
             # Nothing is written for a mistake in the input.
             if self.has_opened_outputs or had_status:
-                write_exit_status(self.dump_folder, "failed", self.step, f"{type(error).__name__}: {error}", rank)
+                self._tell("failed", f"{type(error).__name__}: {error}")
             raise
         status = "finished" if is_finished else "preempted" if self._is_saved() else "stopped"
-        if rank == 0:
-            write_exit_status(self.dump_folder, status, self.step, "" if is_finished else self.stop.reason())
+        if self.environment.rank == 0:
+            self._tell(status, "" if is_finished else self.stop.reason())
         dist.destroy_process_group()
         return status
+
+    def _tell(self, status: Status, reason: str) -> None:
+        may_be_stale = not dist.is_initialized()  # before the ranks have met
+        write_exit_status(self.dump_folder, status, self.step, reason, self.environment.rank, replace=may_be_stale)
 
     def _work(self) -> bool:
         """All between building and closing; returns False if a signal cut it short."""
@@ -185,13 +188,8 @@ class Trainer:
         """Fills self; what must be closed goes to `closing`, which closes the last built first."""
         config, rank = self.config, self.environment.rank
         dtype = getattr(torch, config.training.mixed_precision_param)
-        setup_attention(
-            config.model.attention_backend,
-            self.shape.attention_shape,
-            self.device,
-            dtype,
-            config.training.document_mask,
-        )
+        mask = config.training.document_mask
+        setup_attention(config.model.attention_backend, self.shape.attention_shape, self.device, dtype, mask)
         mesh = self.mesh = self.dims.build_mesh(self.device.type)
         job.set_timeouts(mesh, config.comm.init_timeout_seconds)
         preflight(mesh, self.device)

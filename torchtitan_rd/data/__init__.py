@@ -151,7 +151,7 @@ def build_dataloader(
     }
     readers: list[LaneReader] | list[StreamReader]
     if config.stream:
-        table, found = open_rows(config, row, split)
+        table, found = open_rows(config, row, encoder, split)
         fingerprint |= stream_fingerprint(encoder, found)
         mask = config.document_mask
         readers = [StreamReader(config.dataset, table, encoder, config.seq_len, data_rank, data_degree, mask)]

@@ -20,7 +20,7 @@ _OTHER_COMPRESSIONS = (".bz2", ".xz", ".lz4", ".zip", ".7z", ".rar")
 # What the `datasets` library writes beside its data. A folder with one of the last two is read as a whole.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _SAVED = ("dataset_dict.json", "state.json")
-_SPLITS = {"train": "train(?:ing)?", "validation": "val(?:id|idation)?|dev", "test": "test(?:ing)?"}
+_SPLITS = {"train": "train(?:ing)?", "validation": "val(?:id|idation)?|dev", "test": "test(?:ing)?|eval(?:uation)?"}
 _LISTED = 1000  # names that a record holds at most
 
 

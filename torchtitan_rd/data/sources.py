@@ -64,14 +64,15 @@ def build_encoder(config: DatasetKeys, kind: Kind, tokenizer_path: str, vocab_si
     return TextEncoder(tokenizer, vocab_size, **column)
 
 
-def open_rows(config: DatasetKeys, row: Dataset, split: str) -> tuple[Any, FileList]:
+def open_rows(config: DatasetKeys, row: Dataset, encoder: Encoder, split: str) -> tuple[Any, FileList]:
     """The table (or stream) of a data set that has files, and these files. Raises DataError."""
     path = config.dataset_path or row.hub
     if path is None:
         raise ConfigError(f"training.dataset = {config.dataset!r} needs training.dataset_path")
     subset = None if config.dataset_path else row.subset
     found = check_path(path, split) if config.dataset_path else FileList(path, split, Path(path))
-    table = open_table(config.dataset, path, subset, config.stream, split, found, config.dataset_revision)
+    text_column = encoder.column if isinstance(encoder, TextEncoder) else None
+    table = open_table(config.dataset, path, subset, config.stream, split, found, config.dataset_revision, text_column)
     if not found.files and not found.saved:
         found.commit = check_revision(config.dataset, table, config.dataset_revision)
     if found.saved and not config.stream:
@@ -85,7 +86,7 @@ def open_source(
     """All samples, and the files they come from. Raises DataError."""
     if row.samples:
         return SampleSource(config.dataset, row.samples(seed), encoder), FileList("this program", split, Path())
-    table, found = open_rows(config, row, split)
+    table, found = open_rows(config, row, encoder, split)
     return TableSource(config.dataset, table, encoder), found
 
 
