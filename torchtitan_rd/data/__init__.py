@@ -104,7 +104,7 @@ def dataset_vocab_size(config: DatasetKeys, tokenizer_path: str) -> int:
     kind = check_dataset(config).kind
     if kind == "packed":
         raise ConfigError(
-            "model.vocab_size must be given for training.dataset = 'packed': the ids say nothing about it"
+            f"model.vocab_size must be given for training.dataset = {config.dataset!r}: packed ids say nothing about it"
         )
     return SPIKE_VOCAB_SIZE if kind == "spikes" else load_tokenizer(tokenizer_path).vocab_size
 
