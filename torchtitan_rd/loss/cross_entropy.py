@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-IGNORE_INDEX = -100
+from torchtitan_rd.batch import IGNORE_INDEX
 
 
 class LossSums(NamedTuple):

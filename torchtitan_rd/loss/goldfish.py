@@ -4,8 +4,8 @@ from functools import cache
 
 import torch
 
+from torchtitan_rd.batch import IGNORE_INDEX
 from torchtitan_rd.loss.config import ObjectiveKeys
-from torchtitan_rd.loss.cross_entropy import IGNORE_INDEX
 
 _TABLE_SIZE, _TABLE_SEED = 1_000_003, 2971215073  # two primes
 
