@@ -71,11 +71,10 @@ def test_the_loss_of_a_step_is_over_all_rows(tmp_path):
     model = run.spec.build(run.shape)
     init_weights(model, run.spec.inits(model), run.config.training.seed)
     loader = build_dataloader(
-        run.data_keys,
+        run.config.training,
+        run.batch,
         tokenizer_path="bytes",
         vocab_size=258,
-        data_rank=0,
-        data_degree=1,
         seed=run.config.training.seed,
         pin_memory=False,
     )
