@@ -5,6 +5,8 @@
 #   --all          adds the slow ones
 #   --newest       runs them in .venv-newest with the newest version of every dependency that pyproject.toml allows,
 #                  which it installs or upgrades first: some gigabytes and minutes
+#   --mutations    shows instead that tests fail when they should: it makes small wrong edits in a copy and reports which
+#                  of them no test notices (tests/mutations.py, to which other arguments go; for the night)
 # Other arguments go to pytest: `-n 0` (one process, as a debugger needs it), `-m gpu` (on a machine with GPUs; with
 # `-n 0`, since the rows share them), `--shuffle SEED` (another order).
 cd "$(dirname "$0")" || exit 1
@@ -17,6 +19,10 @@ if [ "${1:-}" = "--newest" ]; then
 fi
 export EXTRAS=dev
 source scripts/env.sh
+if [ "${1:-}" = "--mutations" ]; then
+    shift
+    exec python tests/mutations.py --jobs 2 "$@"
+fi
 selection=(-m "not slow")
 [ "${1:-}" != "--all" ] || { selection=(); shift; }
 # The order is that of tests/conftest.py: the longest files first.

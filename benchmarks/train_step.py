@@ -44,19 +44,29 @@ from torchtitan_rd.build_model import build_model  # noqa: E402
 from torchtitan_rd.config import JobConfig  # noqa: E402
 from torchtitan_rd.data import Batch  # noqa: E402
 from torchtitan_rd.loss import cross_entropy_sums  # noqa: E402
+from torchtitan_rd.model_spec import NO_INPUTS, ForwardInputs  # noqa: E402
 from torchtitan_rd.models import get_spec  # noqa: E402
-from torchtitan_rd.models.llama.config import LlamaConfig, count_flops  # noqa: E402
-from torchtitan_rd.models.raven.config import RavenConfig  # noqa: E402
-from torchtitan_rd.models.raven.config import count_flops as raven_flops  # noqa: E402
-from torchtitan_rd.models.spec import NO_INPUTS, ForwardInputs  # noqa: E402
+from torchtitan_rd.models.llama.shape import LlamaShape, count_flops  # noqa: E402
+from torchtitan_rd.models.raven.shape import RavenShape  # noqa: E402
+from torchtitan_rd.models.raven.shape import count_flops as raven_flops  # noqa: E402
 from torchtitan_rd.optimizer import build_optimizer  # noqa: E402
 from torchtitan_rd.parallelism import ParallelDims  # noqa: E402
 from torchtitan_rd.train_step import TrainStep  # noqa: E402
 
 BATCH, SEQ_LEN = 4, 512
 RAVEN_DRAW = (4, 4)  # iterations without and with gradient
-RAVEN_CONFIG = RavenConfig(256, 4, 1024, 2, 4, 2, 8, 4, vocab_size=8192)
-CONFIG = LlamaConfig(dim=256, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=768, vocab_size=8192)
+RAVEN_CONFIG = RavenShape(
+    dim=256,
+    n_heads=4,
+    ffn_dim=1024,
+    n_layers_prelude=2,
+    n_layers_core=4,
+    n_layers_coda=2,
+    mean_recurrence=8,
+    mean_backprop_depth=4,
+    vocab_size=8192,
+)
+CONFIG = LlamaShape(dim=256, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=768, vocab_size=8192)
 
 
 class CountOps(TorchDispatchMode):

@@ -51,9 +51,9 @@ _torchrun() {
     python -m torch.distributed.run "$@" &
     torchrun=$!
     set +m
-    trap '_pass_on' TERM INT USR1 HUP
+    trap '_pass_on' TERM INT USR1 HUP QUIT
     _wait_for "$torchrun"; code=$?
-    trap - TERM INT USR1 HUP
+    trap - TERM INT USR1 HUP QUIT
     return "$code"
 }
 
@@ -104,9 +104,9 @@ launch() {
         # --propagate: the limit that was raised here holds on every node. srun passes every signal on to each node.
         srun --propagate=NOFILE bash -c 'source "$0" && _torchrun "$@"' "${BASH_SOURCE[0]}" "$@" &
         local srun=$!
-        trap 'was_signalled=1; kill -TERM "$srun" 2>/dev/null' TERM INT USR1 HUP
+        trap 'was_signalled=1; kill -TERM "$srun" 2>/dev/null' TERM INT USR1 HUP QUIT
         _wait_for "$srun"; code=$?
-        trap - TERM INT USR1 HUP
+        trap - TERM INT USR1 HUP QUIT
     else
         _torchrun "$@"; code=$?
     fi

@@ -1,6 +1,7 @@
 """Imports run one way (docs/architecture.md): nothing imports what stands further right, and there is no circle."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "torchtitan_rd"
 
 # The first name of a module below torchtitan_rd -> its place. Rooms of equal place may import each other, if allowed.
 PLACES = {
-    **dict.fromkeys(("", "errors", "masking", "log", "config_loader"), 0),
+    **dict.fromkeys(("", "errors", "masking", "log", "config_loader", "model_spec", "batch"), 0),
     "parallelism": 1,
     **dict.fromkeys(
         (
@@ -118,6 +119,16 @@ def test_there_is_no_circle():
 
     for module in graph:
         visit(module)
+
+
+def test_the_contract_of_the_models_imports_torch_alone():
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse((PACKAGE / "model_spec.py").read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+    }
+    assert imported - sys.stdlib_module_names == {"torch"}
 
 
 def test_parallelism_names_no_model_and_models_no_parallelism():

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tests.ranks import run_on_ranks
 from tests.small_run import SEQ_LEN, Setup, batches_of, make, train
 from tests.test_precision import build, full, sections
-from torchtitan_rd.models.spec import ForwardInputs
+from torchtitan_rd.model_spec import ForwardInputs
 from torchtitan_rd.optimizer import build_optimizer
 from torchtitan_rd.train_step import TrainStep
 

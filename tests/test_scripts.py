@@ -136,7 +136,7 @@ def with_false_torchrun(folder: Path, signals: int) -> tuple[list[str], Path]:
     return ["bash", "-c", script], folder / "ready"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT])
 def test_torchrun_hears_one_signal_and_its_ranks_hear_all(number, tmp_path):
     command, ready = with_false_torchrun(tmp_path, 3)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

@@ -19,7 +19,7 @@ from torchtitan_rd.config import load
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError, TrainingError
 from torchtitan_rd.heartbeat import Heartbeat
-from torchtitan_rd.models.raven.config import count_flops
+from torchtitan_rd.models.raven.shape import count_flops
 from torchtitan_rd.signals import StopRequest
 from torchtitan_rd.train import Trainer
 from torchtitan_rd.train_step import TrainStep

@@ -71,11 +71,10 @@ def test_the_loss_of_a_step_is_over_all_rows(tmp_path):
     model = run.spec.build(run.shape)
     init_weights(model, run.spec.inits(model), run.config.training.seed)
     loader = build_dataloader(
-        run.data_keys,
+        run.config.training,
+        run.batch,
         tokenizer_path="bytes",
         vocab_size=258,
-        data_rank=0,
-        data_degree=1,
         seed=run.config.training.seed,
         pin_memory=False,
     )
@@ -131,7 +130,7 @@ def test_spikes_keep_their_separator_and_an_export_states_it(tmp_path, monkeypat
     to_hf(weights, tmp_path / "hf", verify=False)
     fields = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (fields["vocab_size"], fields["padding_multiple"], fields["bos_token_id"]) == (64, 1, 19)
-    assert MODELS["raven"].hf.shape(fields) == run.shape
+    assert MODELS["raven"].hf.shape_of(fields) == run.shape
 
 
 def test_a_resumed_run_may_not_have_other_rows(tmp_path):

@@ -9,8 +9,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.log import logger
+from torchtitan_rd.model_spec import ModelSpec
 from torchtitan_rd.models import get_flavor
-from torchtitan_rd.models.spec import ModelSpec
 from torchtitan_rd.parallelism import allocate, init_weights, parallelize
 
 

@@ -25,7 +25,7 @@ from torchtitan_rd.conversion.reader import WeightsReader
 from torchtitan_rd.conversion.weights import cast
 from torchtitan_rd.data import (
     Batch,
-    accumulation_steps,
+    BatchDims,
     build_dataloader,
     check_dataset,
     check_same_data,
@@ -33,7 +33,6 @@ from torchtitan_rd.data import (
     merge_states,
     pinned,
 )
-from torchtitan_rd.data.batch_ramp import BatchRamp
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import CheckpointError, ConfigError, report
 from torchtitan_rd.heartbeat import Heartbeat
@@ -79,7 +78,7 @@ def _main(arguments: list[str], stop: StopRequest) -> int:
         return STOPPED
     except SystemExit:
         raise
-    except BaseException as error:  # torch's CheckpointException is not an Exception (T17)
+    except BaseException as error:  # torch's CheckpointException is not an Exception
         # No collective here: the other ranks may be anywhere. torchrun ends them when this one exits.
         print(mask_text(report(error, rank)), file=sys.stderr, flush=True)
         return 1
@@ -100,11 +99,7 @@ class Trainer:
             raise ConfigError("training.enable_cpu_offload needs a GPU to offload from; set it to false here")
         check_profiling(config.profiling, self.device)
         self.dims = ParallelDims.resolve(config.parallelism, environment.world_size)
-        self.ramp = BatchRamp(config.training, config.training.global_batch_size)
-        # The loader's batch is one stage of the ramp, the whole batch where there is none.
-        stage = config.training.global_batch_size // self.ramp.stages if self.ramp.steps else None
-        self.data_keys = config.training.model_copy(update={} if stage is None else {"global_batch_size": stage})
-        self.accumulation = accumulation_steps(self.data_keys, self.dims.data_degree)
+        self.batch = BatchDims.resolve(config.training, environment.rank, self.dims.data_degree)
         check_dataset(config.training)
         self.spec = get_spec(config.model.name)
         # Ids that the data may hold; the model may have more rows.
@@ -115,13 +110,10 @@ class Trainer:
             self.spec,
             self.shape,
             config.recurrence,
+            self.batch,
             seed=config.training.seed,
             total_steps=config.training.steps,
             seq_len=config.training.seq_len,
-            ramp=self.ramp,
-            accumulation=self.accumulation,
-            rank=environment.rank,
-            data_degree=self.dims.data_degree,
             device=self.device,
             dtype=getattr(torch, config.training.mixed_precision_param),
         )
@@ -129,25 +121,24 @@ class Trainer:
             logger.info("%s", self.draws.family.report())
         elif config.training.throttle:
             raise ConfigError(f"training.throttle is for recurrent models, not for {self.spec.name}: leave it unset")
-        self.step = 0
-        self.tokens_seen = 0
+        self.step = self.tokens_seen = 0
         self.has_opened_outputs = False
         self.checkpointer: Checkpointer | None = None
 
     def run(self) -> Status:
         """Builds in order, trains to the last step or until all ranks agree to stop; returns how it ended."""
-        config, rank = self.config, self.environment.rank
-        job.set_determinism(config.training.seed, config.training.deterministic, self.device)
-        job.init_process_group(self.environment, self.device, config.comm, self.dump_folder)
-        # An earlier run's status must not stand for this one's. Gathered: from here on any rank may write its own.
-        had_status = any(job.gather(rank == 0 and remove_exit_status(self.dump_folder)))
-        self.stop.record = lambda reason: write_exit_status(self.dump_folder, "stopped", self.step, reason, rank)
+        training, rank = self.config.training, self.environment.rank
+        job.set_determinism(training.seed, training.deterministic, self.device)
+        # An earlier run's status must not stand for this one's, however early this one ends.
+        had_status = rank == 0 and remove_exit_status(self.dump_folder)
+        self.stop.record = lambda reason: self._tell("stopped", reason)
         with ExitStack() as holding:  # the dump folder, until this run's status stands in it
             return self._run(holding, had_status)
 
     def _run(self, holding: ExitStack, had_status: bool) -> Status:
-        rank = self.environment.rank
         try:
+            job.init_process_group(self.environment, self.device, self.config.comm, self.dump_folder)
+            had_status = any(job.gather(had_status))  # from here on any rank may write its own
             with ExitStack() as closing:
                 self._build(closing, holding)
                 is_finished = self._work()
@@ -155,17 +146,21 @@ class Trainer:
         except BaseException as error:
             if self.stop.explains_an_end():  # that of a peer too, which looks like an error of its own
                 status = "preempted" if self._is_saved() else "stopped"
-                write_exit_status(self.dump_folder, status, self.step, self.stop.reason(), rank)
+                self._tell(status, self.stop.reason())
                 return status
             # Nothing is written for a mistake in the input.
             if self.has_opened_outputs or had_status:
-                write_exit_status(self.dump_folder, "failed", self.step, f"{type(error).__name__}: {error}", rank)
+                self._tell("failed", f"{type(error).__name__}: {error}")
             raise
         status = "finished" if is_finished else "preempted" if self._is_saved() else "stopped"
-        if rank == 0:
-            write_exit_status(self.dump_folder, status, self.step, "" if is_finished else self.stop.reason())
+        if self.environment.rank == 0:
+            self._tell(status, "" if is_finished else self.stop.reason())
         dist.destroy_process_group()
         return status
+
+    def _tell(self, status: Status, reason: str) -> None:
+        may_be_stale = not dist.is_initialized()  # before the ranks have met
+        write_exit_status(self.dump_folder, status, self.step, reason, self.environment.rank, replace=may_be_stale)
 
     def _work(self) -> bool:
         """All between building and closing; returns False if a signal cut it short."""
@@ -185,30 +180,23 @@ class Trainer:
         """Fills self; what must be closed goes to `closing`, which closes the last built first."""
         config, rank = self.config, self.environment.rank
         dtype = getattr(torch, config.training.mixed_precision_param)
-        setup_attention(
-            config.model.attention_backend,
-            self.shape.attention_shape,
-            self.device,
-            dtype,
-            config.training.document_mask,
-        )
+        mask = config.training.document_mask
+        setup_attention(config.model.attention_backend, self.shape.attention_shape, self.device, dtype, mask)
         mesh = self.mesh = self.dims.build_mesh(self.device.type)
         job.set_timeouts(mesh, config.comm.init_timeout_seconds)
         preflight(mesh, self.device)
         reading = {
             "tokenizer_path": config.model.tokenizer_path,
             "vocab_size": self.vocab_size,
-            "data_rank": rank,
-            "data_degree": self.dims.data_degree,
             "seed": config.training.seed,
         }
         states = saved_states(config.checkpoint, self.dump_folder)
-        self.data_keys = job.gather(pinned(self.data_keys, states) if rank == 0 else None)[0]
-        loader = build_dataloader(self.data_keys, **reading, pin_memory=self.device.type == "cuda")
+        keys = job.gather(pinned(config.training, states) if rank == 0 else None)[0]
+        loader = build_dataloader(keys, self.batch, **reading, pin_memory=self.device.type == "cuda")
         closing.callback(loader.close)
         check_same_data(job.gather(loader.fingerprint))
         self.loader = loader
-        self.held_out = held_out_set(config.validation, self.data_keys, **reading)
+        self.held_out = held_out_set(config.validation, keys, self.batch, **reading)
         self.model = build_model(config, self.spec, self.shape, mesh, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self._open_outputs(closing, holding)
@@ -281,6 +269,7 @@ class Trainer:
             job_config=config.as_dict(),
             must_match=JobConfig.must_match_keys(),
             model_shape={"name": self.spec.name, "flavor": config.model.flavor, **dataclasses.asdict(self.shape)},
+            arithmetic=self.spec.arithmetic,
             open_released=lambda path: WeightsReader(open_released(path, model=config.model.name)),
             run_lock=self.lock,
         )
@@ -335,7 +324,6 @@ class Trainer:
         """The loop. Returns False if it ended because of a signal."""
         config, training, total_steps = self.config, self.config.training, self.config.training.steps
         collector = job.GarbageCollector(training.gc_freq)
-        tokens_per_stage = self.accumulation * training.local_batch_size * training.seq_len * self.dims.data_degree
         started_at = self.step
         if started_at >= total_steps:
             logger.info("all %d steps are done: raise training.steps to train on", total_steps)
@@ -346,10 +334,9 @@ class Trainer:
             collector.run(self.step)
 
             self.heartbeat.beat(self.step, "data")
-            stages = self.ramp.of_step(self.step)
             with self.metrics.time_data():
-                batches = [batch for _ in range(stages) for batch in self.loader.next_step()]
-            self.tokens_seen += stages * tokens_per_stage
+                batches = self.loader.next_step(self.batch.stages_at(self.step))
+            self.tokens_seen += self.batch.rows_at(self.step) * training.seq_len
 
             lr = set_lr(self.optimizer, lr_factor(config.lr_scheduler, self.step, total_steps))
             is_logged = self.metrics.should_log(self.step) or config.validation.is_due(self.step, total_steps)
@@ -357,7 +344,7 @@ class Trainer:
                 result = self.train_step(self.step, batches, self.tokens_seen)
             self.metrics.add(result)
             if is_logged:
-                self._log(result, batches, stages=stages, lr=lr, telemetry=telemetry)
+                self._log(result, batches, lr=lr, telemetry=telemetry)
 
             # On a GPU the flag is that of the step before, unless this step is logged: on all ranks alike.
             stopping = self.train_step.stop_requested or self.stop.agreed
@@ -372,12 +359,12 @@ class Trainer:
                 job.shorten_timeouts(config.comm, self.mesh)
         return True
 
-    def _log(self, result: StepResult, batches: list[Batch], *, stages: int, lr: float, telemetry: Any) -> None:
+    def _log(self, result: StepResult, batches: list[Batch], *, lr: float, telemetry: Any) -> None:
         self.train_step.settle()  # nothing is validated or reported that must not be trained on
         extra = self.draws.describe(telemetry, result.depths)
         if self.config.validation.is_due(self.step, self.config.training.steps):
             extra |= self._validate()
-        data_hash = hash_ids(batches, stages) if self.config.metrics.log_data_hash else None
+        data_hash = hash_ids(batches) if self.config.metrics.log_data_hash else None
         self.metrics.log(self.step, lr=lr, tokens_seen=self.tokens_seen, data_hash=data_hash, extra=extra)
 
     def _save_if_due(self, stopping: bool) -> None:

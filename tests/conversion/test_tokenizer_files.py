@@ -12,8 +12,8 @@ from torchtitan_rd.conversion.tokenizer_files import files_in, tokenizer_files
 from torchtitan_rd.data import load_tokenizer
 from torchtitan_rd.data.text import pydoc_topics
 from torchtitan_rd.errors import CheckpointError, ConfigError, DataError
-from torchtitan_rd.models.llama.config import LLAMA3_FLAVORS
 from torchtitan_rd.models.llama.hf import hf_config
+from torchtitan_rd.models.llama.shape import LLAMA3_FLAVORS
 
 TEXTS = [
     "",

@@ -10,7 +10,7 @@ import torch
 
 from tests.data.helpers import Ranks, build, equal
 from tests.ranks import run_on_ranks
-from torchtitan_rd.data import DATASETS, DatasetKeys, accumulation_steps, check_dataset, merge_states
+from torchtitan_rd.data import DATASETS, DatasetKeys, check_dataset, merge_states
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.log import logger
 
@@ -202,13 +202,6 @@ def test_document_ids_follow_the_rows_through_workers():
     assert set(steps.unique().tolist()) == {0, 1}
     assert (steps[starts] == 1).all() and starts.any(), "a document begins at its bos (and at a piece of another)"
     assert steps.sum() < 100 * len(starts), "and nowhere else"
-
-
-def test_accumulation_follows_from_the_batch_sizes():
-    assert accumulation_steps(DatasetKeys(local_batch_size=2, global_batch_size=24), 4) == 3
-    assert accumulation_steps(DatasetKeys(local_batch_size=2), 4) == 1
-    with pytest.raises(ConfigError, match=r"training\.global_batch_size = 20 is not a multiple of .* = 8"):
-        accumulation_steps(DatasetKeys(local_batch_size=2, global_batch_size=20), 4)
 
 
 def test_a_data_set_that_is_not_in_the_table_is_refused_with_the_nearest_name():

@@ -7,11 +7,6 @@ from torchtitan_rd.checkpoint.manifest import TensorTable
 from torchtitan_rd.errors import CheckpointError
 
 Tables = Mapping[str, Any]
-# Fields of a model's shape that change what the same tensors compute.
-_ARITHMETIC = (
-    *("norm_type", "norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings"),
-    *("block", "injection", "init_strategy", "clip_qkv", "qk_norm"),
-)
 
 
 def check_model_shape(saved: Tables, wanted: Tables, name: str) -> None:
@@ -26,11 +21,14 @@ def check_model_shape(saved: Tables, wanted: Tables, name: str) -> None:
         )
 
 
-def arithmetic_differences(saved: Tables, wanted: Tables) -> list[str]:
-    """What makes initial weights mean something else in this run than where they come from, one line each."""
+def arithmetic_differences(saved: Tables, wanted: Tables, arithmetic: Iterable[str]) -> list[str]:
+    """What makes initial weights mean something else in this run than where they come from, one line each.
+
+    arithmetic: the fields of the model's shape that change what the same tensors compute (`ModelSpec.arithmetic`).
+    """
     return [
         f"{field} is {wanted[field]!r} in this run, {saved[field]!r} where the weights were made"
-        for field in _ARITHMETIC
+        for field in arithmetic
         if field in saved and field in wanted and saved[field] != wanted[field]
     ]
 

@@ -18,7 +18,9 @@ from torchtitan_rd.conversion.pipeline import TOKENIZERS, to_dcp, to_hf, to_pth,
 from torchtitan_rd.conversion.weights import Weights, cast
 from torchtitan_rd.errors import ConfigError, TorchtitanRDError
 from torchtitan_rd.log import init_logging
+from torchtitan_rd.models import MODELS
 
+FAMILIES = tuple(dict.fromkeys(spec.name for spec in MODELS.values()))
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -22,8 +22,8 @@ from torchtitan_rd.checkpoint.safe_reader import MODEL_SHAPE
 from torchtitan_rd.conversion.tokenizer_files import files_in
 from torchtitan_rd.conversion.weights import Weights, check_shapes, matching_flavor, model_tensors, travelling_files
 from torchtitan_rd.errors import CheckpointError, ConfigError
+from torchtitan_rd.model_spec import ModelSpec
 from torchtitan_rd.models import get_flavor, get_spec
-from torchtitan_rd.models.spec import ModelSpec
 
 PREFIX = "model."
 

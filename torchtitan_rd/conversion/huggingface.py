@@ -25,8 +25,8 @@ from torchtitan_rd.conversion.weights import (
     travelling_files,
 )
 from torchtitan_rd.errors import CheckpointError, ConfigError
+from torchtitan_rd.model_spec import ModelSpec
 from torchtitan_rd.models import MODELS, get_spec
-from torchtitan_rd.models.spec import ModelSpec
 
 CONFIG_JSON = "config.json"
 INDEX = "{}.index.json"
@@ -44,7 +44,7 @@ def open_hf(folder: Path, *, model: str | None = None) -> Weights:
     fields = _read_json(folder / CONFIG_JSON)
     spec = _family(fields, model, folder)
     try:
-        shape = spec.hf.shape(fields)
+        shape = spec.hf.shape_of(fields)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_JSON}: {str(error).removeprefix(f'{CONFIG_JSON}: ')}") from None
     stored = _stored_tensors(folder)

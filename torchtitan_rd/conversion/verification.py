@@ -24,8 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchtitan_rd.conversion.weights import Weights, model_tensors
 from torchtitan_rd.errors import CheckpointError
-from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
-from torchtitan_rd.models.spec import Microbatch
+from torchtitan_rd.model_spec import DrawnInputs, Microbatch
 
 LENGTH = 128  # tokens
 MAX_STEPS = 4  # iterations of a recurrent model: an error shows in a few, and each costs time
@@ -113,7 +112,8 @@ def fixed_tokens(vocab_size: int, length: int = LENGTH) -> torch.Tensor:
 
 def verification_steps(weights: Weights) -> int | None:
     """The iterations at which a recurrent model is compared by default; None for a model of another kind."""
-    return None if weights.spec.inputs is None else min(_drawer(weights).mean_depth, MAX_STEPS)
+    drawer = _drawer(weights)
+    return None if drawer is None else min(drawer.mean_depth, MAX_STEPS)
 
 
 @torch.no_grad()
@@ -252,7 +252,7 @@ def _bytes_needed(weights: Weights) -> int:
     return int(4 * 1.3 * parameter_count(weights)) + (3 * 4 + 2 * 8) * logits
 
 
-def _bytes_available() -> int:
+def _bytes_available() -> float:
     return min(psutil.virtual_memory().available, *_cgroup_bytes(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
 
 
@@ -283,19 +283,21 @@ def _cgroup_bytes(mount: Path, membership: Path) -> list[float]:
     return found
 
 
-def _drawer(weights: Weights) -> Any:
-    return weights.spec.inputs(weights.shape, RecurrenceConfig(), seed=0, total_steps=1)
+def _drawer(weights: Weights) -> DrawnInputs | None:
+    make = weights.spec.inputs
+    return None if make is None else make(weights.shape, None, seed=0, total_steps=1)
 
 
 def _forward_inputs(weights: Weights, num_steps: int | None) -> dict[str, Any]:
     """What forward takes beside tokens: for both sides the same first state, as validation draws it."""
-    if weights.spec.inputs is None:
+    drawer = _drawer(weights)
+    if drawer is None:
         return {}
     length = _tokens(weights).shape[1]
     microbatch = Microbatch(
         step=0, count=0, samples=(0,), rank=0, seq_len=length, device=torch.device("cpu"), dtype=torch.float32
     )
-    return dict(_drawer(weights).at_depths([num_steps or verification_steps(weights)], microbatch).kwargs)
+    return dict(drawer.at_depths([num_steps or min(drawer.mean_depth, MAX_STEPS)], microbatch).kwargs)
 
 
 def _tokens(weights: Weights) -> torch.Tensor:
@@ -311,9 +313,7 @@ def _fill(parameter: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
 @torch.no_grad()
 def _logits(model: nn.Module, weights: Weights, num_steps: int | None) -> torch.Tensor:
     """`model`: of the transformers library."""
-    inputs = _forward_inputs(weights, num_steps)
-    if inputs:
-        inputs = {"num_steps": sum(inputs["num_steps"]), "input_states": inputs["initial_state"]}
+    inputs = weights.spec.hf.forward_arguments(_forward_inputs(weights, num_steps))
     return model.eval()(input_ids=_tokens(weights), **inputs).logits.float()
 
 

@@ -1,7 +1,7 @@
 """Data sets: one row each in the table below; see docs/data.md.
 
-loader = build_dataloader(config.training, tokenizer_path="bytes", vocab_size=258, data_rank=0, data_degree=1,
-                          seed=0, pin_memory=False)
+dims = BatchDims.resolve(config.training, data_rank=0, data_degree=1)
+loader = build_dataloader(config.training, dims, tokenizer_path="bytes", vocab_size=258, seed=0, pin_memory=False)
 for batch in loader.next_step(): ...        # the microbatches of this rank's share of one global batch
 """
 
@@ -10,13 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torchtitan_rd.batch import Batch
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data.arrow import check_path
+from torchtitan_rd.data.batch_dims import BatchDims, BatchKeys
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.cursor import Cursor, LaneReader
 from torchtitan_rd.data.fingerprint import check_same_data
 from torchtitan_rd.data.hub import pin_revision, repository
-from torchtitan_rd.data.loader import Batch, DataLoader, merge_states
+from torchtitan_rd.data.loader import DataLoader, merge_states
 from torchtitan_rd.data.sources import (
     Cutting,
     Dataset,
@@ -37,11 +39,12 @@ from torchtitan_rd.log import logger
 __all__ = [
     "DATASETS",
     "Batch",
+    "BatchDims",
+    "BatchKeys",
     "DataLoader",
     "Dataset",
     "DatasetKeys",
     "Tokenizer",
-    "accumulation_steps",
     "build_dataloader",
     "check_dataset",
     "check_same_data",
@@ -104,31 +107,17 @@ def dataset_vocab_size(config: DatasetKeys, tokenizer_path: str) -> int:
     kind = check_dataset(config).kind
     if kind == "packed":
         raise ConfigError(
-            "model.vocab_size must be given for training.dataset = 'packed': the ids say nothing about it"
+            f"model.vocab_size must be given for training.dataset = {config.dataset!r}: packed ids say nothing about it"
         )
     return SPIKE_VOCAB_SIZE if kind == "spikes" else load_tokenizer(tokenizer_path).vocab_size
 
 
-def accumulation_steps(config: DatasetKeys, data_degree: int) -> int:
-    """Microbatches a step. Raises ConfigError unless the global batch is a whole number of them."""
-    at_once = config.local_batch_size * data_degree
-    if config.global_batch_size == -1:
-        return 1
-    if config.global_batch_size % at_once:
-        raise ConfigError(
-            f"training.global_batch_size = {config.global_batch_size} is not a multiple of "
-            f"training.local_batch_size = {config.local_batch_size} times the {data_degree} data ranks = {at_once}"
-        )
-    return config.global_batch_size // at_once
-
-
 def build_dataloader(
     config: DatasetKeys,
+    dims: BatchDims,
     *,
     tokenizer_path: str,
     vocab_size: int,
-    data_rank: int,
-    data_degree: int,
     seed: int,
     pin_memory: bool,
     split: str = "train",
@@ -139,43 +128,38 @@ def build_dataloader(
     data that does not suit the model is found before anything expensive. Raises ConfigError or DataError.
     """
     row = check_dataset(config)
-    accumulation = accumulation_steps(config, data_degree)
     encoder = build_encoder(config, row.kind, tokenizer_path, vocab_size)
-    rows = config.local_batch_size * accumulation
     fingerprint = {
         "dataset": config.dataset,
         "stream": config.stream,
         "seq_len": config.seq_len,
-        "global_batch_size": config.global_batch_size if config.stream else rows * data_degree,
+        "global_batch_size": config.global_batch_size if config.stream else dims.global_batch_size,
         "shuffle_seed": config.shuffle_seed,
+        **({"batch_ramp_stages": dims.stages} if dims.stages > 1 else {}),
     }
     readers: list[LaneReader] | list[StreamReader]
     if config.stream:
-        table, found = open_rows(config, row, split)
+        table, found = open_rows(config, row, encoder, split)
         fingerprint |= stream_fingerprint(encoder, found)
-        mask = config.document_mask
-        readers = [StreamReader(config.dataset, table, encoder, config.seq_len, data_rank, data_degree, mask)]
+        share = (dims.data_rank, dims.data_degree)
+        readers = [StreamReader(config.dataset, table, encoder, config.seq_len, *share, config.document_mask)]
         start: list[Any] = [STREAM_START]
-        logger.info("data: streaming; the position can be continued on %d data ranks only", data_degree)
+        logger.info("data: streaming; the position can be continued on %d data ranks only", dims.data_degree)
     else:
         source, found = open_source(config, row, encoder, seed, split)
-        lanes = range(data_rank * rows, (data_rank + 1) * rows)
-        cutting = Cutting(config, row.kind, len(source), num_lanes=rows * data_degree)
+        cutting = Cutting(config, row.kind, len(source), num_lanes=dims.rows_per_stage)
         fingerprint |= source_fingerprint(config, source, found, cutting)
         source = prepare(config, source, cutting, fingerprint)
-        readers = cutting.readers(source, lanes)
-        start = [Cursor()] * rows
+        readers = cutting.readers(source, dims.lanes)
+        start = [Cursor()] * len(readers)
         for reader in readers:
             reader.read(Cursor())
     found.log(config.dataset, fingerprint.get("num_samples"))
     return DataLoader(
         readers,
         start,
+        dims,
         fingerprint=fingerprint,
-        local_batch_size=config.local_batch_size,
-        accumulation_steps=accumulation,
-        data_rank=data_rank,
-        data_degree=data_degree,
         num_workers=config.num_workers,
         pin_memory=pin_memory,
         fill_id=config.eos_id,

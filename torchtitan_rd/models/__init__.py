@@ -10,9 +10,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.model_spec import ModelSpec
 from torchtitan_rd.models.llama import AIXSIM, LLAMA3
 from torchtitan_rd.models.raven import RAVEN
-from torchtitan_rd.models.spec import ModelSpec
 
 MODELS: dict[str, ModelSpec] = {
     "llama3": LLAMA3,

@@ -8,7 +8,7 @@ import pytest
 from torchtitan_rd.config import load
 from torchtitan_rd.job import Environment
 from torchtitan_rd.models import MODELS, get_flavor
-from torchtitan_rd.models.raven.config import RAVEN_FLAVORS
+from torchtitan_rd.models.raven.shape import RAVEN_FLAVORS
 from torchtitan_rd.train import Trainer
 
 CONFIGS = Path(__file__).parents[3] / "train_configs"
