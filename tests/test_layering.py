@@ -35,6 +35,7 @@ PLACES = {
     "old_keys": 4,
     "config": 4,
     "build_model": 5,
+    "run_plan": 5,
     "train": 6,
     "commands": 7,
     "__main__": 8,

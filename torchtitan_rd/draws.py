@@ -9,7 +9,6 @@ from torch import nn
 
 from torchtitan_rd.batch import Batch
 from torchtitan_rd.data import BatchDims
-from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.models.spec import (
     NO_INPUTS,
     SINGLE_READ_OUT,
@@ -25,7 +24,7 @@ class Draws:
     """Places each microbatch of this rank in the run and asks the model's family what belongs to the place.
 
     recurrence: the section [recurrence]. dims: of training.
-    Raises ConfigError if the settings cannot go together, or are for recurrent models and this is none.
+    Raises ConfigError if the settings cannot go together.
     """
 
     def __init__(
@@ -47,8 +46,6 @@ class Draws:
         self.layout = {"seq_len": seq_len, "device": device, "dtype": dtype}
         self.own_depths = not recurrence.lockstep  # whether each rank draws for itself
         self.family = spec.inputs and spec.inputs(shape, recurrence, seed=seed, total_steps=total_steps)
-        if self.family is None and recurrence != type(recurrence)():
-            raise ConfigError(f"[recurrence] is for recurrent models, not for {spec.name}: leave its keys unset")
 
     def training(self, step: int, number: int, batch: Batch) -> ForwardInputs:
         """For microbatch `number` (from 0) of this rank in update `step`."""
