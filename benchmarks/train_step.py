@@ -93,12 +93,12 @@ def ours() -> nn.Module:
 def transformers_llama() -> nn.Module:
     from transformers import LlamaForCausalLM
 
-    from torchtitan_rd.models.llama.hf import hf_config
+    from torchtitan_rd.models.llama.hf import config_fields
 
     class Logits(nn.Module):
         def __init__(self):
             super().__init__()
-            self.llama = LlamaForCausalLM(LlamaForCausalLM.config_class(**hf_config(CONFIG), use_cache=False))
+            self.llama = LlamaForCausalLM(LlamaForCausalLM.config_class(**config_fields(CONFIG), use_cache=False))
 
         def forward(self, tokens):
             return self.llama(tokens).logits

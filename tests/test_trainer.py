@@ -151,6 +151,14 @@ def test_a_recurrent_state_is_described_in_logged_steps_alone(tmp_path, monkeypa
     assert all("recurrent_residual" in row for row in rows(tmp_path))
 
 
+def test_initial_weights_that_were_made_for_other_arithmetic_are_told(tmp_path, caplog):
+    trainer(tmp_path / "a", *CHECKPOINTS, "--checkpoint.create_seed_checkpoint").run()
+    seed = f"--checkpoint.initial_load_path={tmp_path / 'a' / 'checkpoint' / 'step-0'}"
+    trainer(tmp_path / "b", seed, "--training.steps=1", "--model.overrides.norm_eps=0.25").run()
+    told = [line for line in caplog.messages if line.startswith("initial weights: ") and "in this run" in line]
+    assert told == ["initial weights: norm_eps is 0.25 in this run, 1e-05 where the weights were made"]
+
+
 def test_a_signal_stops_the_run_with_a_checkpoint_and_says_so(tmp_path, monkeypatch, caplog):
     def beat(self, step, phase):
         if (step, phase) == (2, "data"):

@@ -21,7 +21,7 @@ from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.pipeline import to_hf, warn_of_another_tokenizer, with_tokenizer
-from torchtitan_rd.conversion.weights import cast
+from torchtitan_rd.conversion.weights import cast_weights
 from torchtitan_rd.data import merge_states
 from torchtitan_rd.errors import CheckpointError, report
 from torchtitan_rd.log import init_logging, logger
@@ -220,7 +220,7 @@ class Trainer:
 
     def _write_hf(self, checkpoint: Path, folder: Path) -> None:
         """On one rank: a saved step as a Hugging Face folder."""
-        weights = cast(open_dcp(checkpoint), getattr(torch, self.config.checkpoint.export_dtype))
+        weights = cast_weights(open_dcp(checkpoint), getattr(torch, self.config.checkpoint.export_dtype))
         to_hf(with_tokenizer(weights), folder, verify=False)
         logger.info("exported %s", folder)
 
