@@ -1,5 +1,6 @@
 """Fixtures that every test may use, and which tests run in which order."""
 
+import gc
 import random
 import re
 import signal
@@ -75,6 +76,13 @@ def shuffle(items: list, seed: int) -> None:
     for group in groups:
         generator.shuffle(group)
     items[:] = [item for group in groups for item in group]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_imported_is_no_garbage():
+    """Else each collection (a closed stream makes one) walks through all of torch, for tenths of a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,8 @@ class _Worker:
         with tempfile.TemporaryDirectory() as folder, Listener(str(Path(folder) / "socket")) as listener:
             self.process = start_python("-m", "tests.ranks", listener.address, device, env={**os.environ, **hidden})
             self.pipe: Connection = listener.accept()
-        self.pipe.send(bytes(current_process().authkey))  # it proves itself when it sends tensors
+        # Where bodies are imported from, and what proves it a friend when it sends tensors.
+        self.pipe.send((sys.path, bytes(current_process().authkey)))
 
     def stop(self) -> None:
         self.process.close()
@@ -116,7 +117,7 @@ def _serve(pipe: Connection, device: str) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    current_process().authkey = pipe.recv()
+    sys.path[:], current_process().authkey = pipe.recv()
     while True:
         try:
             body, args, rank, world_size, store = pipe.recv()
