@@ -8,7 +8,10 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo import register_backend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from benchmarks import collectives
 from tests.launch import rows
@@ -23,6 +26,7 @@ from torchtitan_rd.data import Batch
 from torchtitan_rd.models import get_spec
 from torchtitan_rd.models.spec import SINGLE_READ_OUT, ForwardInputs
 from torchtitan_rd.optimizer import build_optimizer
+from torchtitan_rd.optimizer.groups import parameter_groups
 from torchtitan_rd.parallelism import ParallelDims
 from torchtitan_rd.train import Trainer
 from torchtitan_rd.train_step import TrainStep
@@ -212,6 +216,19 @@ def test_the_implementation_of_the_key_is_the_one_that_runs(name, implementation
     expected = dict.fromkeys(kernels.values(), 0)
     expected[kernels[implementation]] = parameters if implementation == "for-loop" else groups
     assert {kernel: result["operations"][kernel] for kernel in expected} == expected
+
+
+def test_a_kind_of_parameters_of_which_some_are_sharded_and_some_whole_is_two_groups():
+    """torch's kernels for many tensors take one sort; today's models have one sort of each kind."""
+    assert run_on_ranks(1, groups_of_two_norms) == [[["first.weight"], ["second.weight"]]]
+
+
+def groups_of_two_norms(rank, world_size):
+    model = nn.ModuleDict({"first": nn.RMSNorm(4), "second": nn.RMSNorm(4)})
+    fully_shard(model["first"], mesh=init_device_mesh("cpu", (1,)))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(nn.ModuleDict({"norms": model}), 0.1, 0.0, False)
+    return [[names[parameter] for parameter in group["params"]] for group in groups]
 
 
 LR, BETA1, BETA2, EPS, DECAY = 1e-2, 0.8, 0.7, 1e-3, 0.3
