@@ -70,6 +70,8 @@ def test_a_config_survives_the_way_to_hugging_face_and_back(shape):
     assert (back.attention_shape, back.hidden_dim) == (config.attention_shape, config.hidden_dim)
     assert key_map(back) == key_map(config)
     assert config_fields(back) == config_fields(config)
+    for field in ("dim", "n_layers", "vocab_size", "norm_eps", "rope_theta", "rope_scaling", "max_seq_len"):
+        assert getattr(back, field) == getattr(config, field), field
 
 
 def test_the_rope_parameters_of_transformers_5_are_read():
@@ -133,6 +135,8 @@ def test_a_value_of_a_wrong_type_is_one_line_that_names_the_field(change, messag
 @pytest.mark.parametrize(
     "change",
     [
+        {"hidden_act": "gelu"},
+        {"mlp_bias": True},
         {"partial_rotary_factor": 0.5},
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
