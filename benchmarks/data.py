@@ -99,7 +99,7 @@ def measure_document(megabytes: float, batches: list[int], steps: int) -> None:
                     loader = build_dataloader(
                         keys,
                         BatchDims.resolve(keys, data_rank=0, data_degree=1),
-                        tokenizer_path=tokenizer,
+                        tokenizer=load_tokenizer(tokenizer),
                         vocab_size=4096,
                         seed=0,
                         pin_memory=False,

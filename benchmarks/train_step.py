@@ -93,12 +93,12 @@ def ours() -> nn.Module:
 def transformers_llama() -> nn.Module:
     from transformers import LlamaForCausalLM
 
-    from torchtitan_rd.models.llama.hf import hf_config
+    from torchtitan_rd.models.llama.hf import config_fields
 
     class Logits(nn.Module):
         def __init__(self):
             super().__init__()
-            self.llama = LlamaForCausalLM(LlamaForCausalLM.config_class(**hf_config(CONFIG), use_cache=False))
+            self.llama = LlamaForCausalLM(LlamaForCausalLM.config_class(**config_fields(CONFIG), use_cache=False))
 
         def forward(self, tokens):
             return self.llama(tokens).logits
@@ -195,7 +195,7 @@ def real_step(name: str) -> Callable[[], float]:
         return ForwardInputs({"num_steps": RAVEN_DRAW, "initial_state": state}, RAVEN_DRAW)
 
     update = TrainStep(
-        model, build_optimizer(model, config.optimizer), config.training, torch.device("cpu"), inputs=inputs
+        model, build_optimizer(model, config.optimizer), config.training, torch.device("cpu"), forward_inputs=inputs
     )
     batch = Batch(*text())
     return lambda: update(1, [batch]).loss

@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-from torchtitan_rd import train
+from torchtitan_rd import parts, train
 from torchtitan_rd.train_step import TrainStep
 
 
@@ -59,14 +59,14 @@ def slow(seconds: float, first: int = 1) -> None:
 
 
 def slow_start(seconds: float, file: str) -> None:
-    build = train.build_dataloader
+    build = parts.build_dataloader
 
     def slowed(*arguments, **options):
         Path(f"{file}.{os.environ['RANK']}").touch()
         time.sleep(seconds)
         return build(*arguments, **options)
 
-    train.build_dataloader = slowed
+    parts.build_dataloader = slowed
 
 
 if __name__ == "__main__":

@@ -8,7 +8,11 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 from torch._dynamo import register_backend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from benchmarks import collectives
 from tests.launch import rows
@@ -22,7 +26,8 @@ from torchtitan_rd.config import load
 from torchtitan_rd.data import Batch
 from torchtitan_rd.model_spec import SINGLE_READ_OUT, ForwardInputs
 from torchtitan_rd.models import get_spec
-from torchtitan_rd.optimizer import build_optimizer
+from torchtitan_rd.optimizer import build_optimizer, optimizer_state
+from torchtitan_rd.optimizer.groups import parameter_groups
 from torchtitan_rd.parallelism import ParallelDims
 from torchtitan_rd.train import Trainer
 from torchtitan_rd.train_step import TrainStep
@@ -214,6 +219,19 @@ def test_the_implementation_of_the_key_is_the_one_that_runs(name, implementation
     assert {kernel: result["operations"][kernel] for kernel in expected} == expected
 
 
+def test_a_kind_of_parameters_of_which_some_are_sharded_and_some_whole_is_two_groups():
+    """torch's kernels for many tensors take one sort; today's models have one sort of each kind."""
+    assert run_on_ranks(1, groups_of_two_norms) == [[["first.weight"], ["second.weight"]]]
+
+
+def groups_of_two_norms(rank, world_size):
+    model = nn.ModuleDict({"first": nn.RMSNorm(4), "second": nn.RMSNorm(4)})
+    fully_shard(model["first"], mesh=init_device_mesh("cpu", (1,)))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(nn.ModuleDict({"norms": model}), 0.1, 0.0, False)
+    return [[names[parameter] for parameter in group["params"]] for group in groups]
+
+
 LR, BETA1, BETA2, EPS, DECAY = 1e-2, 0.8, 0.7, 1e-3, 0.3
 OPTIMIZERS = {
     "AdamW": {"weight_decay": DECAY},
@@ -311,6 +329,22 @@ def trained_and_validated(world_size, batch):
     loss = step(1, [batch]).loss
     gradient = model.get_parameter("layers.0.attention.wq.weight").grad.full_tensor()
     return {"val_loss": torch.tensor(validated), "loss": torch.tensor(loss), "gradient": gradient}
+
+
+def test_after_a_validation_every_parameter_is_sharded_again():
+    """A checkpoint follows: what stayed gathered would not be found among the optimizer's parameters."""
+    for names, state in run_on_ranks(2, sharded_after_validation):
+        assert len(names) == 4 * 9 + 3 and state == set(names)
+
+
+def sharded_after_validation(rank, world_size):
+    config, model, step = make(Setup(), world_size)
+    batches = batches_of(1, rank, world_size, config, padded=False)
+    step(1, batches)
+    validate(model, batches, CPU, SINGLE_READ_OUT)
+    sharded = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+    state = optimizer_state(model, step.optimizer)
+    return sharded, {key.rpartition(".")[0] for key in state}
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -45,7 +45,7 @@ class ModelShape(Protocol):
     @property
     def attention_shape(self) -> AttentionShape: ...
 
-    def resolved(self) -> Any:
+    def resolved(self) -> "ModelShape":
         """The same shape with every size stated that follows from others, so that two can be compared."""
 
 

@@ -128,7 +128,7 @@ def exported_loss(folder: Path, run: list[str]) -> float:
         keys,
         BatchDims.resolve(keys, data_rank=0, data_degree=1),
         config.validation.split,
-        tokenizer_path="bytes",
+        tokenizer=None,
         vocab_size=256,
         seed=config.training.seed,
     )

@@ -10,7 +10,7 @@ from torchtitan_rd.checkpoint import verify
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.huggingface import open_hf
 from torchtitan_rd.conversion.pipeline import open_released, to_dcp, to_hf, to_pth, with_tokenizer
-from torchtitan_rd.conversion.weights import cast
+from torchtitan_rd.conversion.weights import cast_weights
 from torchtitan_rd.errors import CheckpointError, ConfigError
 
 MODELS = {f"llama {name}": ("llama3", fields) for name, fields in LLAMAS.items()}
@@ -43,7 +43,7 @@ def test_dcp_to_hugging_face_to_dcp_gives_the_same_bits_and_shape(case, tmp_path
 
 def test_hugging_face_to_dcp_to_hugging_face_gives_the_same_bits_and_config(case, tmp_path):
     family, model = case
-    bf16 = cast(weights_of(model, family), torch.bfloat16)  # as weights are released
+    bf16 = cast_weights(weights_of(model, family), torch.bfloat16)  # as weights are released
     to_hf(bf16, tmp_path / "hf", verify=False)
     to_dcp(open_hf(tmp_path / "hf", model=family), tmp_path / "step-0", verify=False)
     to_hf(open_dcp(tmp_path / "step-0"), tmp_path / "again", verify=False)

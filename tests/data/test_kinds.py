@@ -7,7 +7,7 @@ import pytest
 from tests.data.helpers import Ranks, equal
 from torchtitan_rd import job
 from torchtitan_rd.config import load
-from torchtitan_rd.data import DATASETS, Dataset, DatasetKeys, dataset_vocab_size
+from torchtitan_rd.data import DATASETS, Dataset, DatasetKeys, dataset_vocab_size, load_tokenizer
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.train import Trainer
 from torchtitan_rd.train_step import TrainStep
@@ -72,7 +72,7 @@ def test_a_second_data_set_of_kind_packed_trains_on_whole_rows(folder_of, tmp_pa
 
 
 def test_the_vocabulary_of_another_name_s_kind_is_that_of_the_kind(folder_of):
-    for kind, expected in (("spikes", 256), ("text", 258)):
-        assert dataset_vocab_size(DatasetKeys(dataset="mine", dataset_path=folder_of(kind)), "bytes") == expected
+    for kind, expected, tokenizer in (("spikes", 256, None), ("text", 258, load_tokenizer("bytes"))):
+        assert dataset_vocab_size(DatasetKeys(dataset="mine", dataset_path=folder_of(kind)), tokenizer) == expected
     with pytest.raises(ConfigError, match=r"model\.vocab_size must be given for training\.dataset = 'mine'"):
-        dataset_vocab_size(DatasetKeys(dataset="mine", dataset_path=folder_of("packed")), "bytes")
+        dataset_vocab_size(DatasetKeys(dataset="mine", dataset_path=folder_of("packed")), None)

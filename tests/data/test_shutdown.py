@@ -15,11 +15,11 @@ from tests.fork_server import run_python
 
 PROGRAM = """
 import multiprocessing, sys, time
-from torchtitan_rd.data import BatchDims, DatasetKeys, build_dataloader
+from torchtitan_rd.data import BatchDims, DatasetKeys, build_dataloader, load_tokenizer
 if __name__ == "__main__":
     keys = DatasetKeys(local_batch_size=2, {keys})
     dims = BatchDims.resolve(keys, data_rank=0, data_degree=1)
-    loader = build_dataloader(keys, dims, tokenizer_path="bytes", vocab_size=258, seed=0, pin_memory=False)
+    loader = build_dataloader(keys, dims, tokenizer=load_tokenizer("bytes"), vocab_size=258, seed=0, pin_memory=False)
     loader.next_step()
     loader.next_step()
     {end}

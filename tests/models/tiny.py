@@ -2,7 +2,8 @@
 
 import torch
 
-from torchtitan_rd.models.llama.model import Llama, inits
+from torchtitan_rd.models.llama.init import inits
+from torchtitan_rd.models.llama.model import Llama
 from torchtitan_rd.models.llama.shape import LlamaShape
 
 

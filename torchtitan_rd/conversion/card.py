@@ -12,6 +12,7 @@ from torchtitan_rd import __version__
 from torchtitan_rd.conversion.tokenizer_files import TOKENIZER_JSON
 from torchtitan_rd.conversion.verification import parameter_count
 from torchtitan_rd.conversion.weights import Weights
+from torchtitan_rd.model_spec import ModelShape
 
 SECTIONS = ("model", "training", "optimizer", "lr_scheduler")
 # Absolute paths, and addresses with a login or a query, in which keys are passed.
@@ -45,7 +46,7 @@ def _front_matter(weights: Weights) -> str:
     return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n{listed}\n---"
 
 
-def _table(shape: Any) -> str:
+def _table(shape: ModelShape) -> str:
     rows = ["| | |", "|---|---|"]
     for key, value in dataclasses.asdict(shape).items():
         if isinstance(value, dict):

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan_rd.conversion.memory import available_bytes
 from torchtitan_rd.conversion.weights import Weights, model_tensors
 from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.model_spec import DrawnInputs, Microbatch
@@ -230,7 +230,7 @@ def unavailable(weights: Weights) -> str | None:
         return "transformers is not installed: pip install 'transformers>=4.53'"
     if _number(version) < (4, 53):
         return f"transformers {version} is too old: pip install 'transformers>=4.53'"
-    needed, available = _bytes_needed(weights), _bytes_available()
+    needed, available = _bytes_needed(weights), available_bytes()
     if needed > available:
         return (
             f"it needs about {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are available: "
@@ -250,37 +250,6 @@ def _bytes_needed(weights: Weights) -> int:
     float32 and twice in float64."""
     logits = _tokens(weights).numel() * weights.shape.vocab_size
     return int(4 * 1.3 * parameter_count(weights)) + (3 * 4 + 2 * 8) * logits
-
-
-def _bytes_available() -> float:
-    return min(psutil.virtual_memory().available, *_cgroup_bytes(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
-
-
-def _cgroup_bytes(mount: Path, membership: Path) -> list[float]:
-    """What each memory limit above this process leaves (Slurm sets such limits); [inf] without any.
-
-    mount, membership: /sys/fs/cgroup and /proc/self/cgroup, whose lines are `number:controllers:path`; version 2 has no
-    controllers there. Cached files count as free.
-    """
-    found = [math.inf]
-    for line in membership.read_text().splitlines() if membership.is_file() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        base = mount / "memory" if controllers else mount
-        limit, usage = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
-        cached = "total_cache" if controllers else "file"
-        own = base / path.lstrip("/")
-        for folder in (own, *own.parents):
-            if not folder.is_relative_to(base):
-                break
-            try:
-                most, used = (int((folder / f"memory.{name}").read_text()) for name in (limit, usage))
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # not there, or "max": no limit
-                continue
-            found.append(most - used + int(stat.get(cached, 0)))
-    return found
 
 
 def _drawer(weights: Weights) -> DrawnInputs | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from torchtitan_rd.checkpoint import TensorInfo
-from torchtitan_rd.checkpoint.contract import some
+from torchtitan_rd.checkpoint.contract import listed
 from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.model_spec import ModelShape, ModelSpec
 
@@ -58,12 +58,12 @@ def total_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     return sum(info.shape.numel() * info.dtype.itemsize for info in tensors.values())
 
 
-def only(weights: Weights, names: Collection[str]) -> Weights:
+def select_tensors(weights: Weights, names: Collection[str]) -> Weights:
     """The weights of these names alone."""
     return replace(weights, tensors={name: info for name, info in weights.tensors.items() if name in names})
 
 
-def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
+def cast_weights(weights: Weights, dtype: torch.dtype | None) -> Weights:
     """The weights with every floating-point tensor rounded to `dtype`; None: as they are."""
     if dtype is None:
         return weights
@@ -86,9 +86,9 @@ def model_tensors(spec: ModelSpec, shape: ModelShape) -> tuple[dict[str, torch.S
 def check_shapes(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size], origin: str) -> None:
     """Every wanted tensor must be there, with the wanted shape, and no other. Raises CheckpointError."""
     if missing := [name for name in wanted if name not in found]:
-        raise CheckpointError(f"{origin} lacks {some(missing)}")
+        raise CheckpointError(f"{origin} lacks {listed(missing)}")
     if surplus := [name for name in found if name not in wanted]:
-        raise CheckpointError(f"{origin} holds {some(surplus)}, which the model it describes does not have")
+        raise CheckpointError(f"{origin} holds {listed(surplus)}, which the model it describes does not have")
     for name, shape in wanted.items():
         if tuple(found[name]) != tuple(shape):
             raise CheckpointError(

@@ -4,7 +4,8 @@ import dataclasses
 
 from torchtitan_rd.model_spec import ModelSpec
 from torchtitan_rd.models.llama.hf import HF
-from torchtitan_rd.models.llama.model import Llama, inits
+from torchtitan_rd.models.llama.init import inits
+from torchtitan_rd.models.llama.model import Llama
 from torchtitan_rd.models.llama.plan import wrap_plan
 from torchtitan_rd.models.llama.shape import AIXSIM_FLAVORS, ARITHMETIC, LLAMA3_FLAVORS, count_flops
 

@@ -64,7 +64,7 @@ def _reorder(weight: torch.Tensor, shape: LlamaShape, pairs: tuple[int, int]) ->
     return per_head.transpose(1, 2).reshape(weight.shape)
 
 
-def hf_config(shape: LlamaShape) -> dict[str, Any]:
+def config_fields(shape: LlamaShape) -> dict[str, Any]:
     """The fields of config.json. Raises ConfigError for a shape that LlamaForCausalLM does not have."""
     if shape.norm_type != "rmsnorm":
         raise ConfigError(f"norm_type = {shape.norm_type!r} has no counterpart in Hugging Face's Llama, only 'rmsnorm'")
@@ -91,7 +91,7 @@ def hf_config(shape: LlamaShape) -> dict[str, Any]:
     }
 
 
-def from_hf_config(fields: Mapping[str, Any]) -> LlamaShape:
+def shape_of(fields: Mapping[str, Any]) -> LlamaShape:
     """The shape that a config.json describes (of transformers 4, or 5 with its `rope_parameters`).
 
     What may be left out has the default of transformers' LlamaConfig. Raises ConfigError for what our Llama does not
@@ -167,8 +167,8 @@ HF = HuggingFaceLayout(
     key_map=key_map,
     to_hf=to_hf,
     from_hf=from_hf,
-    config_fields=hf_config,
-    shape_of=from_hf_config,
+    config_fields=config_fields,
+    shape_of=shape_of,
     buffers=lambda shape: {},
     derived=r".*rotary_emb\.inv_freq",  # of old transformers
 )

@@ -3,16 +3,13 @@
 Parameter names and the interleaved rotary pairs are those of Meta's release; hf.py maps them to Hugging Face's.
 """
 
-import math
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchtitan_rd.model_spec import InitFn, Model, ReadOut
+from torchtitan_rd.model_spec import Model, ReadOut
 from torchtitan_rd.models.attention import Mask, attend, build_mask
-from torchtitan_rd.models.layers import Rotary, apply_rotary, build_norm, normal_, ones_
+from torchtitan_rd.models.layers import Rotary, apply_rotary, build_norm
 from torchtitan_rd.models.llama.shape import LlamaShape
 
 
@@ -97,30 +94,3 @@ class Llama(Model):
             h_BSE = layer(h_BSE, rotary, mask)
         logits_BSV = self.output(self.norm(h_BSE)).float()
         return logits_BSV if read_out is None else [read_out(logits_BSV)]
-
-
-def inits(model: Llama) -> dict[str, InitFn]:
-    """How each unique parameter starts, by its name in the unwrapped model.
-
-    wq, wk, wv, w1: std init_std. (The ancestor cuts at an absolute 2, which is 100 std: no cut.)
-    wo, w2, w3: init_std / sqrt(2 * number of layers up to this one), or of all layers without depth_init.
-    Head: std dim^-0.5, cut at 3 std. Embedding: std 1. Tied, they have init_std, as Hugging Face's: a token's own
-    embedding is most of the first residual stream, so a larger one would make each token predict itself.
-    Norms: 1.
-    """
-    shape = model.shape
-    fills: dict[str, InitFn] = {}
-    for name, _ in model.named_parameters():  # a shared parameter comes once, under its first name
-        parts = name.split(".")
-        if parts[-2] == "tok_embeddings" and not shape.tie_word_embeddings:
-            fills[name] = partial(normal_, std=1.0)
-        elif parts[-2] == "output":
-            fills[name] = partial(normal_, std=shape.dim**-0.5, cut=3.0)
-        elif parts[-2].endswith("norm"):
-            fills[name] = ones_
-        elif parts[-2] in ("wo", "w2", "w3"):
-            depth = int(parts[1]) + 1 if shape.depth_init else shape.n_layers
-            fills[name] = partial(normal_, std=shape.init_std / math.sqrt(2 * depth))
-        else:
-            fills[name] = partial(normal_, std=shape.init_std)
-    return fills
