@@ -68,7 +68,7 @@ def batches_of(step: int, rank: int, world_size: int, config: JobConfig, padded:
     share = GLOBAL_BATCH // world_size
     size = config.training.local_batch_size
     rows = range(rank * share, (rank + 1) * share, size)
-    return [Batch(inputs[r : r + size], labels[r : r + size], None) for r in rows]
+    return [Batch(inputs[r : r + size], labels[r : r + size], None, range(r, r + size)) for r in rows]
 
 
 def train(rank: int, world_size: int, setup: Setup) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def test_every_shipped_config_loads_names_its_hardware_and_repeats_no_default(pa
         assert loaded.config.as_dict()[section][name] != defaults[section][name], f"{key} is the default"
     ranks = max(loaded.config.parallelism.data_parallel_shard_degree, 1)
     trainer = Trainer(loaded, replace(ENVIRONMENT, world_size=ranks))  # every check that needs neither data nor peers
-    assert trainer.shape.vocab_size in (256, 258, 32000, 65536)
+    assert trainer.plan.shape.vocab_size in (256, 258, 32000, 65536)
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("train_*.sh")), ids=lambda path: path.name)

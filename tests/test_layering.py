@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "torchtitan_rd"
 
 # The first name of a module below torchtitan_rd -> its place. Rooms of equal place may import each other, if allowed.
 PLACES = {
-    **dict.fromkeys(("", "errors", "masking", "log", "config_loader", "model_spec"), 0),
+    **dict.fromkeys(("", "errors", "masking", "log", "config_loader", "batch", "model_spec"), 0),
     "parallelism": 1,
     **dict.fromkeys(
         (
@@ -36,6 +36,7 @@ PLACES = {
     "old_keys": 4,
     "config": 4,
     "build_model": 5,
+    "run_plan": 5,
     "train": 6,
     "commands": 7,
     "__main__": 8,

@@ -204,8 +204,8 @@ def test_the_pace_is_set_by_the_costliest_draw_and_not_by_the_longest(tmp_path):
     """An iteration with gradient costs as much as three without."""
     small = [key for key in RAVEN if "lockstep" not in key]
     run = Trainer(load([*small, f"--job.dump_folder={tmp_path}"], ALONE), ALONE)
-    found = run.draws.flops([[(10, 1), (0, 1)], [(5, 4), (3, 1)]])
-    assert found == count_flops(run.shape, 16, (4, 2.5))  # the mean of (5, 4) and (3, 1)
+    found = run.plan.draws.flops([[(10, 1), (0, 1)], [(5, 4), (3, 1)]])
+    assert found == count_flops(run.plan.shape, 16, (4, 2.5))  # the mean of (5, 4) and (3, 1)
 
 
 def run_of_own_depths(rank, world_size, folder):
@@ -225,6 +225,6 @@ def run_of_own_depths(rank, world_size, folder):
     found = rows(Path(folder))
     key = "tokens_per_second_per_device"
     ratios = [row[f"{key}_at_mean_depth"] / row[key] for row in found]
-    sampler = run.draws.family.sampler
+    sampler = run.plan.draws.family.sampler
     draws = [[tuple(sampler.draw(s, microbatch=s, rank=r)) for r in range(2)] for s in range(1, len(found) + 1)]
-    return ratios, draws, run.shape
+    return ratios, draws, run.plan.shape

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch.autograd.function import once_differentiable
 
+from torchtitan_rd.batch import IGNORE_INDEX
 from torchtitan_rd.config_loader import Section
 from torchtitan_rd.errors import TrainingError
 
-IGNORE_INDEX = -100
 _TABLE_SIZE, _TABLE_SEED = 1_000_003, 2971215073  # of goldfish loss; two primes
 
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from torchtitan_rd import job
-from torchtitan_rd.build_model import build_model, resolve_shape
+from torchtitan_rd import job, run_plan
+from torchtitan_rd.batch import Batch
+from torchtitan_rd.build_model import build_model
 from torchtitan_rd.checkpoint import Checkpointer, locked_run_folder, saved_states
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
@@ -23,30 +24,17 @@ from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.pipeline import open_released, to_hf, warn_of_another_tokenizer, with_tokenizer
 from torchtitan_rd.conversion.reader import WeightsReader
 from torchtitan_rd.conversion.weights import cast_weights
-from torchtitan_rd.data import (
-    Batch,
-    accumulation_steps,
-    build_dataloader,
-    check_dataset,
-    check_same_data,
-    dataset_vocab_size,
-    merge_states,
-    pinned,
-)
-from torchtitan_rd.data.batch_ramp import BatchRamp
-from torchtitan_rd.draws import Draws
-from torchtitan_rd.errors import CheckpointError, ConfigError, report
+from torchtitan_rd.data import build_dataloader, check_same_data, merge_states, pinned
+from torchtitan_rd.errors import CheckpointError, report
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.log import init_logging, logger
 from torchtitan_rd.lr_scheduler import lr_factor
 from torchtitan_rd.masking import mask_text
 from torchtitan_rd.metrics import Metrics, StepResult
-from torchtitan_rd.models import get_spec
 from torchtitan_rd.models.attention import setup_attention
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state, set_lr
-from torchtitan_rd.parallelism import ParallelDims
 from torchtitan_rd.preflight import preflight
-from torchtitan_rd.profiling import Profiler, check_profiling
+from torchtitan_rd.profiling import Profiler
 from torchtitan_rd.signals import (
     EXIT_STATUS,
     STOPPED,
@@ -96,39 +84,10 @@ class Trainer:
         for warning in loaded.warnings:
             logger.warning("%s", warning)
         self.device = environment.device()
-        if config.training.enable_cpu_offload and self.device.type == "cpu":
-            raise ConfigError("training.enable_cpu_offload needs a GPU to offload from; set it to false here")
-        check_profiling(config.profiling, self.device)
-        self.dims = ParallelDims.resolve(config.parallelism, environment.world_size)
-        self.ramp = BatchRamp(config.training, config.training.global_batch_size)
-        # The loader's batch is one stage of the ramp, the whole batch where there is none.
-        stage = config.training.global_batch_size // self.ramp.stages if self.ramp.steps else None
-        self.data_keys = config.training.model_copy(update={} if stage is None else {"global_batch_size": stage})
-        self.accumulation = accumulation_steps(self.data_keys, self.dims.data_degree)
-        check_dataset(config.training)
-        self.spec = get_spec(config.model.name)
-        # Ids that the data may hold; the model may have more rows.
-        self.vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, config.model.tokenizer_path)
-        self.shape = resolve_shape(config, self.spec, self.vocab_size)
+        self.plan = run_plan.resolve(config, environment, device=self.device)
+        for line in self.plan.report():
+            logger.info("%s", line)
         self.dump_folder = Path(config.job.dump_folder)
-        self.draws = Draws(
-            self.spec,
-            self.shape,
-            config.recurrence,
-            seed=config.training.seed,
-            total_steps=config.training.steps,
-            seq_len=config.training.seq_len,
-            ramp=self.ramp,
-            accumulation=self.accumulation,
-            rank=environment.rank,
-            data_degree=self.dims.data_degree,
-            device=self.device,
-            dtype=getattr(torch, config.training.mixed_precision_param),
-        )
-        if self.draws.family is not None:
-            logger.info("%s", self.draws.family.report())
-        elif config.training.throttle:
-            raise ConfigError(f"training.throttle is for recurrent models, not for {self.spec.name}: leave it unset")
         self.step = 0
         self.tokens_seen = 0
         self.has_opened_outputs = False
@@ -187,29 +146,27 @@ class Trainer:
         dtype = getattr(torch, config.training.mixed_precision_param)
         setup_attention(
             config.model.attention_backend,
-            self.shape.attention_shape,
+            self.plan.shape.attention_shape,
             self.device,
             dtype,
             config.training.document_mask,
         )
-        mesh = self.mesh = self.dims.build_mesh(self.device.type)
+        mesh = self.mesh = self.plan.dims.build_mesh(self.device.type)
         job.set_timeouts(mesh, config.comm.init_timeout_seconds)
         preflight(mesh, self.device)
         reading = {
-            "tokenizer_path": config.model.tokenizer_path,
-            "vocab_size": self.vocab_size,
-            "data_rank": rank,
-            "data_degree": self.dims.data_degree,
+            "tokenizer": self.plan.tokenizer,
+            "vocab_size": self.plan.vocab_size,
             "seed": config.training.seed,
         }
         states = saved_states(config.checkpoint, self.dump_folder)
-        self.data_keys = job.gather(pinned(self.data_keys, states) if rank == 0 else None)[0]
-        loader = build_dataloader(self.data_keys, **reading, pin_memory=self.device.type == "cuda")
+        keys = job.gather(pinned(config.training, states) if rank == 0 else None)[0]
+        loader = build_dataloader(keys, self.plan.batch, **reading, pin_memory=self.device.type == "cuda")
         closing.callback(loader.close)
         check_same_data(job.gather(loader.fingerprint))
         self.loader = loader
-        self.held_out = held_out_set(config.validation, self.data_keys, **reading)
-        self.model = build_model(config, self.spec, self.shape, mesh, self.device)
+        self.held_out = held_out_set(config.validation, keys, self.plan.batch, **reading)
+        self.model = build_model(config, self.plan.spec, self.plan.shape, mesh, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self._open_outputs(closing, holding)
         self._restore()
@@ -222,7 +179,7 @@ class Trainer:
             config.training,
             self.device,
             beat=self.heartbeat.beat,
-            inputs=self.draws.training,
+            inputs=self.plan.draws.training,
             asked_to_stop=self.stop.received,
             has_saved=self.checkpointer.has_saved,
         )
@@ -236,7 +193,7 @@ class Trainer:
     def _validate(self) -> dict[str, float]:
         """val_loss, and for a recurrent model val_loss_<depth>; the same on all ranks. Nothing if all agree to stop."""
         self.heartbeat.beat(self.step, "validation")
-        read_outs = self.draws.validation(self.config.validation.partial_depth_eval, self.held_out)
+        read_outs = self.plan.draws.validation(self.config.validation.partial_depth_eval, self.held_out)
         with self.metrics.pause("validation"):
             losses = validate(self.model, self.held_out, self.device, read_outs, self.stop)
         if losses:
@@ -268,10 +225,10 @@ class Trainer:
             rank=rank,
             world_size=world_size,
             device=self.device,
-            flops=self.spec.flops(self.shape, config.training.seq_len),
+            flops=self.plan.spec.flops(self.plan.shape, config.training.seq_len),
             total_steps=config.training.steps,
-            flops_drawn=self.draws.flops,
-            own_depths=self.draws.own_depths,
+            flops_drawn=self.plan.draws.flops,
+            own_depths=self.plan.draws.own_depths,
             gather=job.gather_numbers,
         )
         closing.callback(self.metrics.close)
@@ -280,8 +237,12 @@ class Trainer:
             dump_folder=self.dump_folder,
             job_config=config.as_dict(),
             must_match=JobConfig.must_match_keys(),
-            model_shape={"name": self.spec.name, "flavor": config.model.flavor, **dataclasses.asdict(self.shape)},
-            arithmetic=self.spec.arithmetic,
+            model_shape={
+                "name": self.plan.spec.name,
+                "flavor": config.model.flavor,
+                **dataclasses.asdict(self.plan.shape),
+            },
+            arithmetic=self.plan.spec.arithmetic,
             open_released=lambda path: WeightsReader(open_released(path, model=config.model.name)),
             run_lock=self.lock,
         )
@@ -300,7 +261,7 @@ class Trainer:
         state = self.checkpointer.load(tensors)
         if state is None:
             loaded = self.checkpointer.load_initial(tensors["model"])
-            on_text = check_dataset(self.config.training).kind == "text"
+            on_text = self.plan.dataset.kind == "text"
             if loaded is not None and on_text and self.environment.rank == 0:
                 warn_of_another_tokenizer(loaded, self.config.model.tokenizer_path)
             logger.info("starting at step 1")
@@ -336,7 +297,6 @@ class Trainer:
         """The loop. Returns False if it ended because of a signal."""
         config, training, total_steps = self.config, self.config.training, self.config.training.steps
         collector = job.GarbageCollector(training.gc_freq)
-        tokens_per_stage = self.accumulation * training.local_batch_size * training.seq_len * self.dims.data_degree
         started_at = self.step
         if started_at >= total_steps:
             logger.info("all %d steps are done: raise training.steps to train on", total_steps)
@@ -347,18 +307,17 @@ class Trainer:
             collector.run(self.step)
 
             self.heartbeat.beat(self.step, "data")
-            stages = self.ramp.of_step(self.step)
             with self.metrics.time_data():
-                batches = [batch for _ in range(stages) for batch in self.loader.next_step()]
-            self.tokens_seen += stages * tokens_per_stage
+                batches = self.loader.next_step(self.plan.batch.stages_at(self.step))
+            self.tokens_seen += self.plan.batch.rows_at(self.step) * training.seq_len
 
             lr = set_lr(self.optimizer, lr_factor(config.lr_scheduler, self.step, total_steps))
             is_logged = self.metrics.should_log(self.step) or config.validation.is_due(self.step, total_steps)
-            with self.draws.watch(self.model, watching=is_logged and self.environment.rank == 0) as telemetry:
+            with self.plan.draws.watch(self.model, watching=is_logged and self.environment.rank == 0) as telemetry:
                 result = self.train_step(self.step, batches, self.tokens_seen)
             self.metrics.add(result)
             if is_logged:
-                self._log(result, batches, stages=stages, lr=lr, telemetry=telemetry)
+                self._log(result, batches, lr=lr, telemetry=telemetry)
 
             # On a GPU the flag is that of the step before, unless this step is logged: on all ranks alike.
             stopping = self.train_step.stop_requested or self.stop.agreed
@@ -373,12 +332,12 @@ class Trainer:
                 job.shorten_timeouts(config.comm, self.mesh)
         return True
 
-    def _log(self, result: StepResult, batches: list[Batch], *, stages: int, lr: float, telemetry: Any) -> None:
+    def _log(self, result: StepResult, batches: list[Batch], *, lr: float, telemetry: Any) -> None:
         self.train_step.settle()  # nothing is validated or reported that must not be trained on
-        extra = self.draws.describe(telemetry, result.depths)
+        extra = self.plan.draws.describe(telemetry, result.depths)
         if self.config.validation.is_due(self.step, self.config.training.steps):
             extra |= self._validate()
-        data_hash = hash_ids(batches, stages) if self.config.metrics.log_data_hash else None
+        data_hash = hash_ids(batches) if self.config.metrics.log_data_hash else None
         self.metrics.log(self.step, lr=lr, tokens_seen=self.tokens_seen, data_hash=data_hash, extra=extra)
 
     def _save_if_due(self, stopping: bool) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Literal
 
 import torch
@@ -11,8 +11,7 @@ from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from torchtitan_rd.data import Batch
-from torchtitan_rd.data.batch_ramp import BatchRampKeys
+from torchtitan_rd.batch import Batch
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.errors import TrainingError
 from torchtitan_rd.log import logger
@@ -30,7 +29,7 @@ from torchtitan_rd.optimizer import take_back_counts, takes_flag, update_unless
 from torchtitan_rd.parallelism import ShardingKeys, StepSums, StepTotals, prepare_microbatch
 
 
-class TrainingConfig(DatasetKeys, BatchRampKeys, ObjectiveKeys, ShardingKeys):
+class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys):
     steps: int = Field(10000, ge=1)
     """Optimizer updates of the whole run, those before a resume included."""
     max_norm: float = Field(1.0, gt=0.0)
@@ -221,7 +220,8 @@ class TrainStep:
         labels = batch.labels.to(self.device, non_blocking=True)
         documents = None if batch.document_ids is None else batch.document_ids.to(self.device, non_blocking=True)
         inputs = batch.inputs.to(self.device, non_blocking=True)
-        return Batch(inputs, goldfish_labels(labels, self.config), documents)
+        labels = goldfish_labels(labels, self.config)
+        return replace(batch, inputs=inputs, labels=labels, document_ids=documents)
 
     def _backward(self, batch: Batch, valid: ValidTokens, extra: ForwardInputs) -> torch.Tensor:
         """Adds one microbatch's share to the gradients; returns its cross-entropy sum."""
@@ -254,16 +254,18 @@ def _parse(values: Sequence[float]) -> StepNumbers:
     return StepNumbers(loss, loss_max, int(rank), grad_norm, bool(skipped), int(in_a_row), *map(bool, flags))
 
 
-def hash_ids(batches: Sequence[Batch], stages: int = 1) -> str | None:
+def hash_ids(batches: Sequence[Batch]) -> str | None:
     """sha256 of the global batch's input ids, int64 little-endian, in row order; on rank 0 alone, else None.
-
-    stages: batches of the loader that this global batch consists of, each spread over all ranks (data/batch_ramp.py).
 
     Gathers the ids of all ranks: a check to switch on when two runs are to be compared.
     """
-    rows = torch.cat([batch.inputs for batch in batches]).unflatten(0, (stages, -1)).contiguous()
-    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
-    dist.gather(rows, gathered)
+    numbers = torch.tensor([row for batch in batches for row in batch.rows])
+    ids = torch.cat([batch.inputs for batch in batches])
+    numbered = torch.cat([numbers[:, None], ids], dim=1)
+    gathered = [torch.empty_like(numbered) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather(numbered, gathered)
     if gathered is None:
         return None
-    return hashlib.sha256(torch.cat(gathered, dim=1).numpy().astype("<i8").tobytes()).hexdigest()
+    everything = torch.cat(gathered)
+    in_order = everything[everything[:, 0].argsort(), 1:]
+    return hashlib.sha256(in_order.numpy().astype("<i8").tobytes()).hexdigest()

@@ -13,10 +13,11 @@ import pytest
 
 PROGRAM = """
 import multiprocessing, sys, time
-from torchtitan_rd.data import DatasetKeys, build_dataloader
+from torchtitan_rd.data import BatchDims, DatasetKeys, build_dataloader, load_tokenizer
 if __name__ == "__main__":
-    loader = build_dataloader(DatasetKeys(local_batch_size=2, {keys}), tokenizer_path="bytes", vocab_size=258,
-                              data_rank=0, data_degree=1, seed=0, pin_memory=False)
+    keys = DatasetKeys(local_batch_size=2, {keys})
+    dims = BatchDims.resolve(keys, data_rank=0, data_degree=1)
+    loader = build_dataloader(keys, dims, tokenizer=load_tokenizer("bytes"), vocab_size=258, seed=0, pin_memory=False)
     loader.next_step()
     loader.next_step()
     {end}

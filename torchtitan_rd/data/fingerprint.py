@@ -17,7 +17,7 @@ _OF_DATA = ("num_samples", "rows", "content", "tokenizer")
 
 def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
     """Raises DataError, naming what changed and the remedy, unless a position in the one is a position in the other."""
-    saved = _completed(saved, present)
+    saved = _completed(_of_full_batches(saved, present), present)
     changed = differences(saved, present)
     if changed:
         key = changed[0]
@@ -92,6 +92,15 @@ def describe(key: str, saved: dict[str, Any], present: dict[str, Any]) -> str:
     if key == "cut":
         return f"where small samples are cut into pieces (was {was!r}, now {now!r})"
     return f"{key} (was {was!r}, now {now!r})"
+
+
+def _of_full_batches(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
+    """Of a run whose batch grows: an older checkpoint noted the rows of one stage as the batch."""
+    stages = present.get("batch_ramp_stages")
+    if stages is None or "batch_ramp_stages" in saved:
+        return saved
+    size = saved["global_batch_size"]
+    return {**saved, "batch_ramp_stages": stages, "global_batch_size": size if size == -1 else size * stages}
 
 
 def _completed(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:

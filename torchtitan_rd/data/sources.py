@@ -17,7 +17,7 @@ from torchtitan_rd.data.ids import encode_in_memory, encode_once
 from torchtitan_rd.data.packed import PackedEncoder
 from torchtitan_rd.data.spikes import SpikeEncoder
 from torchtitan_rd.data.text import TextEncoder
-from torchtitan_rd.data.tokenizer import load_tokenizer
+from torchtitan_rd.data.tokenizer import Tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
 
 Kind = Literal["spikes", "text", "packed"]
@@ -46,7 +46,7 @@ class Dataset:
     samples: Callable[[int], Samples] | None = None
 
 
-def build_encoder(config: DatasetKeys, kind: Kind, tokenizer_path: str, vocab_size: int) -> Encoder:
+def build_encoder(config: DatasetKeys, kind: Kind, tokenizer: Tokenizer | None, vocab_size: int) -> Encoder:
     """Raises ConfigError where the tokenizer or eos_id does not fit the model's vocabulary."""
     column: dict[str, Any] = {} if config.column is None else {"column": config.column}
     if kind == "spikes":
@@ -55,10 +55,9 @@ def build_encoder(config: DatasetKeys, kind: Kind, tokenizer_path: str, vocab_si
         if config.eos_id is not None and config.eos_id >= vocab_size:
             raise ConfigError(f"training.eos_id = {config.eos_id} is not below model.vocab_size = {vocab_size}")
         return PackedEncoder(config.seq_len, vocab_size, config.pad_id, config.eos_id, **column)
-    tokenizer = load_tokenizer(tokenizer_path)
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"the tokenizer {tokenizer_path!r} has ids up to {tokenizer.vocab_size - 1}, but model.vocab_size = "
+            f"the tokenizer (model.tokenizer_path) has ids up to {tokenizer.vocab_size - 1}, but model.vocab_size = "
             f"{vocab_size}: set it to {tokenizer.vocab_size} or more"
         )
     return TextEncoder(tokenizer, vocab_size, **column)

@@ -20,7 +20,7 @@ SIZES = (*SIZES, "mean_backprop_depth")
 
 def test_the_raven_of_131072_spikes_is_huginns_block_in_magpies_sizes_with_heads_of_128():
     path = CONFIGS / "raven_primate_131k.toml"
-    built = Trainer(load(["--job.config_file", str(path)], ENVIRONMENT), ENVIRONMENT).shape
+    built = Trainer(load(["--job.config_file", str(path)], ENVIRONMENT), ENVIRONMENT).plan.shape
     assert built.attention_shape == (8, 8, 128)
     assert {name: getattr(built, name) for name in SIZES} == {name: getattr(MAGPIE, name) for name in SIZES}
     # Whatever is no size is Huginn's, but for what the data and their context ask for.
