@@ -195,7 +195,7 @@ def real_step(name: str) -> Callable[[], float]:
         return ForwardInputs({"num_steps": RAVEN_DRAW, "initial_state": state}, RAVEN_DRAW)
 
     update = TrainStep(
-        model, build_optimizer(model, config.optimizer), config.training, torch.device("cpu"), inputs=inputs
+        model, build_optimizer(model, config.optimizer), config.training, torch.device("cpu"), forward_inputs=inputs
     )
     batch = Batch(*text())
     return lambda: update(1, [batch]).loss

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 
-from torchtitan_rd import train
+from torchtitan_rd import parts, train
 from torchtitan_rd.train_step import TrainStep
 
 
@@ -58,13 +58,13 @@ def slow(seconds: float, first: int = 1) -> None:
 
 
 def slow_start(seconds: float) -> None:
-    build = train.build_dataloader
+    build = parts.build_dataloader
 
     def slowed(*arguments, **options):
         time.sleep(seconds)
         return build(*arguments, **options)
 
-    train.build_dataloader = slowed
+    parts.build_dataloader = slowed
 
 
 if __name__ == "__main__":

@@ -37,9 +37,10 @@ PLACES = {
     "config": 4,
     "build_model": 5,
     "run_plan": 5,
-    "train": 6,
-    "commands": 7,
-    "__main__": 8,
+    "parts": 6,
+    "train": 7,
+    "commands": 8,
+    "__main__": 9,
 }
 ALLOWED_NEIGHBOURS = {("config", "old_keys")}
 

@@ -57,7 +57,7 @@ def train(rank: int, world_size: int, setup: Setup) -> dict[str, Any]:
         device=CPU,
         dtype=getattr(torch, config.training.mixed_precision_param),
     )
-    step_function = TrainStep(model, optimizer, config.training, CPU, inputs=draws.training)
+    step_function = TrainStep(model, optimizer, config.training, CPU, forward_inputs=draws.training)
     types = types_in(model) if not config.compile.enable else {}
     results = [
         step_function(step, batches_of(step, rank, world_size, config, padded=True))

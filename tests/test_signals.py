@@ -15,7 +15,7 @@ import torch.distributed as dist
 from tests.launch import Run, launch, wait_for_step
 from tests.ranks import run_on_ranks
 from tests.small_run import Setup, batches_of, make
-from torchtitan_rd import train, validation
+from torchtitan_rd import parts, train, validation
 from torchtitan_rd.checkpoint.writer import Writer
 from torchtitan_rd.model_spec import SINGLE_READ_OUT
 from torchtitan_rd.signals import HANDLED, Interrupted, StopRequest, remove_exit_status, write_exit_status
@@ -47,7 +47,7 @@ def tell(number: signal.Signals = signal.SIGTERM) -> None:
 
 def tell_at_microbatch(monkeypatch, count: int, then=lambda: None) -> None:
     """A SIGTERM in the step whose microbatch is the `count`th of the run."""
-    backward, seen = train.TrainStep._backward, []
+    backward, seen = parts.TrainStep._backward, []
 
     def watched(self, *arguments):
         seen.append(1)
@@ -56,7 +56,7 @@ def tell_at_microbatch(monkeypatch, count: int, then=lambda: None) -> None:
             then()
         return backward(self, *arguments)
 
-    monkeypatch.setattr(train.TrainStep, "_backward", watched)
+    monkeypatch.setattr(parts.TrainStep, "_backward", watched)
 
 
 def status_of(folder: Path) -> dict:
@@ -186,7 +186,7 @@ def test_a_signal_while_data_is_converted_ends_the_run_and_replaces_a_stale_stat
         time.sleep(30)
 
     write_exit_status(tmp_path, "finished", 7)
-    monkeypatch.setattr(train, "build_dataloader", slow)
+    monkeypatch.setattr(parts, "build_dataloader", slow)
     started = time.monotonic()
     assert train.main([*SMALL, f"--job.dump_folder={tmp_path}"]) == 130
     assert time.monotonic() - started < 10
@@ -203,7 +203,7 @@ def test_a_killed_start_leaves_no_stale_status(tmp_path, monkeypatch):
         assert not (tmp_path / "exit_status.json").exists()
         raise Killed
 
-    monkeypatch.setattr(train, "build_dataloader", killed)
+    monkeypatch.setattr(parts, "build_dataloader", killed)
     assert train.main([*SMALL, f"--job.dump_folder={tmp_path}"]) == 1
     assert status_of(tmp_path)["status"] == "failed"
 

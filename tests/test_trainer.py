@@ -14,7 +14,7 @@ import torch.distributed as dist
 from tests.launch import rows
 from tests.ranks import run_on_ranks
 from tests.test_job import master_port
-from torchtitan_rd import job, train, train_step
+from torchtitan_rd import job, parts, train, train_step
 from torchtitan_rd.config import load
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError, TrainingError
@@ -99,7 +99,7 @@ def test_validation_and_checkpoint_stand_in_their_rows_and_not_in_the_rates(tmp_
 
     monkeypatch.setattr("torchtitan_rd.metrics.metrics.time.perf_counter", perf_counter)
     monkeypatch.setattr(train, "validate", slow(100.0, train.validate))
-    monkeypatch.setattr(train.Checkpointer, "save", slow(1000.0, train.Checkpointer.save))
+    monkeypatch.setattr(parts.Checkpointer, "save", slow(1000.0, parts.Checkpointer.save))
     what = [*VALIDATION, "--validation.freq=2", *CHECKPOINTS, "--checkpoint.interval=2"]
     trainer(tmp_path, *what, "--metrics.log_freq=1", "--training.steps=3").run()
     first, second, third = rows(tmp_path)
@@ -118,7 +118,7 @@ def test_the_heartbeat_is_told_the_rank_s_place_in_its_node_and_how_long_start_u
             told.append(options)
             super().__init__(folder, **options)
 
-    monkeypatch.setattr(train, "Heartbeat", Told)
+    monkeypatch.setattr(parts, "Heartbeat", Told)
     environment = replace(ALONE, local_rank=3, local_world_size=4)
     run = trainer(tmp_path, "--training.steps=1", "--comm.init_timeout_seconds=500", environment=environment)
     run.run()

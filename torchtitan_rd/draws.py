@@ -72,30 +72,30 @@ class Draws:
 
         return ReadOuts({name: ascending.index(depth) for name, depth in named.items()}, forward_inputs)
 
-    def flops(self, draws: Sequence[Sequence[tuple[int, int]]]) -> FlopCount | None:
-        """The mean count per token at the pace of these draws; None where nothing is drawn.
+    def flops(self, depths: Sequence[Sequence[tuple[int, int]]]) -> FlopCount | None:
+        """The mean count per token at the pace of these depths; None where nothing is drawn.
 
-        draws: for each rank the (n, k) of its microbatches, all of the same steps. The costliest draw of a microbatch
+        depths: for each rank the (n, k) of its microbatches, all of the same steps. The costliest depth of a microbatch
         sets its pace: the other ranks wait for it.
         """
         if self.family is None:
             return None
-        pace = [max(set(ranks), key=self._cost) for ranks in zip(*draws, strict=True)]
+        pace = [max(set(ranks), key=self._cost) for ranks in zip(*depths, strict=True)]
         return self.spec.flops(self.shape, self.seq_len, num_steps=mean_depth(pace))
 
     def watch(self, model: nn.Module, *, watching: bool) -> AbstractContextManager[Any]:
         """A context around a step that describes this rank's last microbatch, if the family can and `watching`."""
         return self.spec.telemetry(model) if watching and self.spec.telemetry else nullcontext()
 
-    def describe(self, telemetry: Any, draws: Sequence[tuple[int, int]]) -> dict[str, float]:
+    def describe(self, telemetry: Any, depths: Sequence[tuple[int, int]]) -> dict[str, float]:
         """What `telemetry` saw, and the mean (n, k) of this rank's step; empty if nothing watched."""
         if telemetry is None:
             return {}
-        n, k = mean_depth(draws)
+        n, k = mean_depth(depths)
         return {**telemetry.read(), "num_steps_no_grad": n, "num_steps_with_grad": k}
 
-    def _cost(self, draw: tuple[int, int]) -> float:
-        count = self.spec.flops(self.shape, self.seq_len, num_steps=draw)
+    def _cost(self, depth: tuple[int, int]) -> float:
+        count = self.spec.flops(self.shape, self.seq_len, num_steps=depth)
         return count.matmul + count.attention_full
 
     def _place(self, step: int, number: int, batch: Batch) -> Microbatch:
@@ -111,7 +111,7 @@ class Draws:
         )
 
 
-def mean_depth(draws: Sequence[tuple[int, int]]) -> tuple[float, float]:
+def mean_depth(depths: Sequence[tuple[int, int]]) -> tuple[float, float]:
     """(mean n, mean k)."""
-    n, k = (sum(steps) / len(draws) for steps in zip(*draws, strict=True))
+    n, k = (sum(steps) / len(depths) for steps in zip(*depths, strict=True))
     return n, k

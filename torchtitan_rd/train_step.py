@@ -127,20 +127,25 @@ class TrainStep:
         device: torch.device,
         *,
         beat: Callable[[int, str], None] = lambda step, phase: None,
-        inputs: Callable[[int, int, Batch], ForwardInputs] = lambda step, number, batch: NO_INPUTS,
+        forward_inputs: Callable[[int, int, Batch], ForwardInputs] = lambda step, number, batch: NO_INPUTS,
         asked_to_stop: Callable[[], bool] = lambda: False,
         has_saved: Callable[[], bool] = lambda: False,
         late: bool | None = None,
     ):
         """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
 
-        inputs: (step, microbatch from 0, batch) -> what forward takes beside tokens (a recurrent model's draws).
+        forward_inputs: (step, microbatch from 0, batch) -> what forward takes beside tokens (draws.py).
         asked_to_stop: whether a signal told this rank to stop (signals.py). has_saved: whether this rank has written
         its share of the checkpoint that is written in the background. late: see above; by default as it says.
         """
-        self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
-        self.beat, self.inputs = beat, inputs
-        self.asked_to_stop, self.has_saved = asked_to_stop, has_saved
+        self.model = model
+        self.optimizer = optimizer
+        self.config = config
+        self.device = device
+        self.beat = beat
+        self.forward_inputs = forward_inputs
+        self.asked_to_stop = asked_to_stop
+        self.has_saved = has_saved
         self.late = (device.type == "cuda" and takes_flag(optimizer, device)) if late is None else late
         self.sums = StepSums([p for group in optimizer.param_groups for p in group["params"]], device)
         self.verdict = Verdict(config, device)
@@ -165,9 +170,9 @@ class TrainStep:
         for number, batch in enumerate(batches):
             self.beat(step, f"microbatch {number + 1} of {len(batches)}")
             prepare_microbatch(self.model, is_last=number == len(batches) - 1)
-            extra = self.inputs(step, number, batch)
-            local_sum += self._backward(batch, valid, extra)
-            depths.append(extra.num_steps)
+            drawn = self.forward_inputs(step, number, batch)
+            local_sum += self._backward(batch, valid, drawn)
+            depths.append(drawn.num_steps)
 
         self.beat(step, "update")
         mean_loss = local_sum / valid.local.clamp(min=1)
@@ -223,11 +228,11 @@ class TrainStep:
         labels = goldfish_labels(labels, self.config)
         return replace(batch, inputs=inputs, labels=labels, document_ids=documents)
 
-    def _backward(self, batch: Batch, valid: ValidTokens, extra: ForwardInputs) -> torch.Tensor:
+    def _backward(self, batch: Batch, valid: ValidTokens, drawn: ForwardInputs) -> torch.Tensor:
         """Adds one microbatch's share to the gradients; returns its cross-entropy sum."""
-        logits = self.model(batch.inputs, batch.document_ids, **extra.kwargs)
+        logits = self.model(batch.inputs, batch.document_ids, **drawn.kwargs)
         sums = cross_entropy_sums(logits, batch.labels, self.config.z_loss_weight)
-        scale = valid.total() * max(extra.num_steps[1], 1) if self.config.throttle else valid.total()
+        scale = valid.total() * max(drawn.num_steps[1], 1) if self.config.throttle else valid.total()
         (sums.objective / scale).backward()
         return sums.cross_entropy
 

@@ -19,7 +19,7 @@ from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.cursor import Cursor, LaneReader
 from torchtitan_rd.data.fingerprint import check_same_data
 from torchtitan_rd.data.hub import pin_revision, repository
-from torchtitan_rd.data.loader import DataLoader, merge_states
+from torchtitan_rd.data.loader import BatchLoader, merge_states
 from torchtitan_rd.data.sources import (
     Cutting,
     Dataset,
@@ -42,7 +42,7 @@ __all__ = [
     "Batch",
     "BatchDims",
     "BatchKeys",
-    "DataLoader",
+    "BatchLoader",
     "Dataset",
     "DatasetKeys",
     "Tokenizer",
@@ -133,7 +133,7 @@ def build_dataloader(
     seed: int,
     pin_memory: bool,
     split: str = "train",
-) -> DataLoader:
+) -> BatchLoader:
     """The loader of one data rank, at the beginning of the data.
 
     tokenizer: for text. vocab_size: of the model. split: of data that has several. The first window of every row is
@@ -168,7 +168,7 @@ def build_dataloader(
         for reader in readers:
             reader.read(Cursor())
     found.log(config.dataset, fingerprint.get("num_samples"))
-    return DataLoader(
+    return BatchLoader(
         readers,
         start,
         dims,

@@ -44,7 +44,7 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
-class DataLoader:
+class BatchLoader:
     """Endless steps of one rank, as many microbatches each as its share of the global batch has (`dims`).
 
     readers: one a row of this rank's share of a stage, or one for all of them (a stream).
@@ -77,7 +77,7 @@ class DataLoader:
         self._epoch = 0
         self._stages: Iterator[_Stage | TorchtitanRDError] | None = None
         self._workers: set[multiprocessing.process.BaseProcess] = set()
-        self._source: _Source | None = None
+        self._source: _Feed | None = None
 
     def next_step(self, stages: int | None = None) -> list[Batch]:
         """This rank's share of the next global batch, as microbatches. Raises DataError.
@@ -168,7 +168,7 @@ class DataLoader:
             self._workers = set(multiprocessing.active_children()) - others
         else:
             source = iter(rows)
-        self._source = _Source(source)
+        self._source = _Feed(source)
         node = Mapper(Batcher(IterableWrapper(self._source), self.dims.rows_per_rank), self._assemble)
         if self._pin_memory:
             return PinMemory(node, pin_memory_device="cuda", snapshot_frequency=0)
@@ -200,7 +200,7 @@ class DataLoader:
         self._epoch = epoch
 
 
-class _Source:
+class _Feed:
     """Rows for torchdata's thread, until `close`, which waits for the read that is under way.
 
     So no thread is inside a reader, or waits for a worker process, when these are taken down.
@@ -253,7 +253,7 @@ class _Rows(torch.utils.data.IterableDataset):
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The states of all data ranks, in rank order -> the one state of the run, for `DataLoader.load_state_dict`."""
+    """The states of all data ranks, in rank order -> the one state of the run, for `BatchLoader.load_state_dict`."""
     check_same_data([state["fingerprint"] for state in states])
     return {
         "fingerprint": states[0]["fingerprint"],
