@@ -6,7 +6,7 @@ from typing import Any
 import tomli_w
 
 from torchtitan_rd.checkpoint import CheckpointConfig
-from torchtitan_rd.config_loader import Loaded, Section, load_config
+from torchtitan_rd.config_loader import Loaded, Section, load_config, section_type
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import CommConfig, Environment, JobKeys
 from torchtitan_rd.lr_scheduler import LRSchedulerConfig, schedule_warnings
@@ -64,8 +64,8 @@ class JobConfig(Section):
         return frozenset(
             f"{section}.{key}"
             for section, info in cls.model_fields.items()
-            for key, field in info.annotation.model_fields.items()
-            if (field.json_schema_extra or {}).get("on_resume") == "must_match"
+            for key, field in section_type(info).model_fields.items()
+            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("on_resume") == "must_match"
         )
 
 
