@@ -114,6 +114,7 @@ def resolve(
     tokenizer: one that has been read already, so that `model.tokenizer_path` is not.
     """
     training, problems = config.training, _Problems()
+    problems.lines += config.cross_checks()
     if device is not None:
         _check_device(config, device, problems)
 

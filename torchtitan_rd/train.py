@@ -43,12 +43,28 @@ from torchtitan_rd.signals import (
 from torchtitan_rd.train_step import hash_ids
 from torchtitan_rd.validation import validate
 
+USAGE = """Trains what a TOML file describes, on one rank or on those that torchrun starts.
+
+python -m torchtitan_rd.train --job.config_file X.toml [--section.key value ...]
+torchrun --nproc_per_node RANKS -m torchtitan_rd.train --job.config_file X.toml [--section.key value ...]
+
+Keys on the command line override those of the file; a flag is --section.flag or --no-section.flag. For example:
+
+  torchrun --nproc_per_node 2 -m torchtitan_rd.train --job.config_file train_configs/debug.toml --training.steps 40
+
+`python -m torchtitan_rd config X.toml` checks a config and says what it runs; `python -m torchtitan_rd config --schema`
+(docs/configuration.md) lists every key. train_*.sh launch the shipped TOMLs, on one node or under Slurm."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains; returns the exit status. A user's mistake is one message, any other error a traceback naming the rank."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "-h" in arguments or "--help" in arguments:
+        print(USAGE)
+        return 0
     # First of all and until all is closed: whatever this waits for, a signal must not end it in the midst.
     with StopRequest() as stop:
-        return _main(sys.argv[1:] if arguments is None else arguments, stop)
+        return _main(arguments, stop)
 
 
 def _main(arguments: list[str], stop: StopRequest) -> int:
