@@ -54,7 +54,7 @@ class JobConfig(Section):
         values = self.model_dump(mode="json")
         fields = type(self).model_fields
         ordered = {
-            section: {key: keys[key] for key in fields[section].annotation.keys_in_order()}
+            section: {key: keys[key] for key in dict(section_type(fields[section]).fields_in_order())}
             for section, keys in values.items()
         }
         return mask_values(ordered)

@@ -44,10 +44,10 @@ class Section(BaseModel):
     )
 
     @classmethod
-    def keys_in_order(cls) -> list[str]:
+    def fields_in_order(cls) -> list[tuple[str, FieldInfo]]:
         """Every key as it is shown: the section's own ones first, then those that it has from other rooms."""
         declared = [key for base in cls.__mro__ for key in inspect.get_annotations(base) if key in cls.model_fields]
-        return list(dict.fromkeys(declared))
+        return [(key, cls.model_fields[key]) for key in dict.fromkeys(declared)]
 
     def cross_checks(self) -> list[str]:
         """What is wrong between its sections, of a schema that is made of sections."""

@@ -113,9 +113,7 @@ def schema_page() -> str:
                 f"`{json.dumps(field.get_default(call_default_factory=True))}`",
                 " ".join((field.description or "").split()).replace("|", "\\|"),
             )
-            for key, field in (
-                (key, section_type(info).model_fields[key]) for key in section_type(info).keys_in_order()
-            )
+            for key, field in section_type(info).fields_in_order()
         ]
         table = tabulate(rows, headers=("key", "type", "default", "meaning"), tablefmt="github", disable_numparse=True)
         parts.append(f"## [{section}]\n\n{table}\n")

@@ -11,15 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.utils.data
 from torchdata.nodes import Batcher, IterableWrapper, Mapper, PinMemory, Prefetcher
 
-from torchtitan_rd.batch import IGNORE_INDEX, Batch
+from torchtitan_rd.batch import Batch
 from torchtitan_rd.data.batch_dims import BatchDims
-from torchtitan_rd.data.cursor import Row
 from torchtitan_rd.data.fingerprint import check_fingerprint, check_same_data
+from torchtitan_rd.data.windows import Window, to_batch
 from torchtitan_rd.errors import DataError, TorchtitanRDError
 from torchtitan_rd.log import logger
 
@@ -37,9 +36,9 @@ class _Stage:
 
 
 class Reader(Protocol):
-    """Reads the window at a position (JSON-able) as a Row, which holds the position after it."""
+    """Reads the window at a position (JSON-able); it holds the position after it."""
 
-    def read(self, position: Any) -> Row: ...
+    def read(self, position: Any) -> Window: ...
 
     def close(self) -> None: ...
 
@@ -71,7 +70,9 @@ class BatchLoader:
         self.fingerprint = fingerprint
         self.dims = dims
         self.num_workers = _workers_for(len(readers), num_workers)
-        self._readers, self._start, self._positions = list(readers), list(start), list(start)
+        self._readers = list(readers)
+        self._start = list(start)
+        self._positions = list(start)
         self._pin_memory, self._fill_id = pin_memory, fill_id
         self._restart_on_rank_change = restart_on_rank_change
         self._epoch = 0
@@ -149,15 +150,15 @@ class BatchLoader:
     def _open(self) -> Iterator[_Stage | TorchtitanRDError]:
         # A process that ends without close() would wait for its workers for ever, or abort in a stream's thread.
         atexit.register(self.close)
-        rows = _Rows(self._readers, self._positions)
+        windows = _Windows(self._readers, self._positions)
         if self.num_workers:
             for reader in self._readers:  # what was read ahead in this process would only be copied into each worker
                 reader.close()
             # torch keeps its workers to itself: they are the children that there are now and were not before.
             others = set(multiprocessing.active_children())
-            source: Iterator[Row | TorchtitanRDError] = iter(
+            source: Iterator[Window | TorchtitanRDError] = iter(
                 torch.utils.data.DataLoader(
-                    rows,
+                    windows,
                     batch_size=None,
                     num_workers=self.num_workers,
                     prefetch_factor=max(2, _STAGES_AHEAD * self.dims.rows_per_rank // self.num_workers),
@@ -167,31 +168,23 @@ class BatchLoader:
             )
             self._workers = set(multiprocessing.active_children()) - others
         else:
-            source = iter(rows)
+            source = iter(windows)
         self._source = _Feed(source)
         node = Mapper(Batcher(IterableWrapper(self._source), self.dims.rows_per_rank), self._assemble)
         if self._pin_memory:
             return PinMemory(node, pin_memory_device="cuda", snapshot_frequency=0)
         return Prefetcher(node, prefetch_factor=_STAGES_AHEAD, snapshot_frequency=0)
 
-    def _assemble(self, rows: list[Row | TorchtitanRDError]) -> _Stage | TorchtitanRDError:
-        good: list[Row] = []
-        for row in rows:
-            if isinstance(row, TorchtitanRDError):
-                return row
-            good.append(row)
+    def _assemble(self, windows: list[Window | TorchtitanRDError]) -> _Stage | TorchtitanRDError:
+        good: list[Window] = []
+        for window in windows:
+            if isinstance(window, TorchtitanRDError):
+                return window
+            good.append(window)
 
         size = self.dims.local_batch_size
-        batches = [self._batch(good[i : i + size]) for i in range(0, len(good), size)]
-        return _Stage(batches, [row.position for row in good[-len(self._readers) :]])
-
-    def _batch(self, rows: list[Row]) -> Batch:
-        ids = torch.from_numpy(np.stack([row.ids for row in rows]).astype(np.int64))
-        inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        if self._fill_id is not None:
-            inputs = inputs.masked_fill(inputs == IGNORE_INDEX, self._fill_id)  # a copy: with B = 1 they share memory
-        documents = [row.document_ids for row in rows if row.document_ids is not None]  # of all rows or of none
-        return Batch(inputs, labels, torch.from_numpy(np.stack(documents)) if documents else None)
+        batches = [to_batch(good[i : i + size], self._fill_id) for i in range(0, len(good), size)]
+        return _Stage(batches, [window.position for window in good[-len(self._readers) :]])
 
     def _report_epoch(self) -> None:
         epoch = _latest_epoch(self._positions)
@@ -227,8 +220,8 @@ class _Feed:
             self._reading.release()
 
 
-class _Rows(torch.utils.data.IterableDataset):
-    """The rows of the readers in turn, endlessly. In a worker process, those of its share of the readers.
+class _Windows(torch.utils.data.IterableDataset):
+    """The windows of the readers in turn, endlessly. In a worker process, those of its share of the readers.
 
     Worker w of W takes the readers w, w + W, ...: torch asks the workers in turn, which restores the order.
     An error of ours is handed on as a row, again and again, so that it arrives with its own words.
@@ -237,7 +230,7 @@ class _Rows(torch.utils.data.IterableDataset):
     def __init__(self, readers: list[Reader], positions: list[Any]):
         self.readers, self.positions = readers, positions
 
-    def __iter__(self) -> Iterator[Row | TorchtitanRDError]:
+    def __iter__(self) -> Iterator[Window | TorchtitanRDError]:
         worker = torch.utils.data.get_worker_info()
         share = slice(worker.id, None, worker.num_workers) if worker else slice(None)
         readers, positions = self.readers[share], self.positions[share]
@@ -287,5 +280,5 @@ def _exit_with(parent: int) -> None:
     os._exit(1)
 
 
-def _as_is(row: Any) -> Any:
-    return row
+def _as_is(window: Any) -> Any:
+    return window

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchtitan_rd.data.arrow import Encoder, causes, check_column, encode_row
-from torchtitan_rd.data.cursor import Row, join_parts
+from torchtitan_rd.data.windows import Window, cut, pack
 from torchtitan_rd.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ _NOTHING = np.empty(0, np.uint8)
 
 
 class StreamReader:
-    """Cuts windows of `seq_len + 1` ids from this rank's share of a stream.
+    """Reads windows from this rank's share of a stream.
 
     `table` must not be shuffled: what is in a shuffle buffer is not part of its state (huggingface/datasets#7444).
     What a resume costs depends on the library and the files.
@@ -46,22 +46,24 @@ class StreamReader:
         self._position: dict[str, Any] | None = None
         self._tokens = _NOTHING
 
-    def read(self, position) -> Row:
+    def read(self, position) -> Window:
         """The window that begins at `position`, a dict like STREAM_START. Raises DataError."""
         if position != self._position:
             self._seek(position)
-        parts, needed, offset = [], self.seq_len + 1, position["offset"]
-        while True:
-            part = self._tokens[offset : offset + needed]
-            if len(part):
-                parts.append(part)
-            needed, offset = needed - len(part), offset + len(part)
-            if not needed:
-                break
-            self._advance()
-            offset = 0
+        offset = position["offset"]
+
+        def take(count: int) -> np.ndarray:
+            nonlocal offset
+            if offset >= len(self._tokens):
+                self._advance()
+                offset = 0
+            part = self._tokens[offset : offset + count]
+            offset += len(part)
+            return part
+
+        parts = cut(take, self.seq_len)
         self._position = {"epoch": self._epoch, "sample": self._sample, "offset": offset, "source": self._source}
-        return join_parts(parts, self._position, self.document_mask, self.encoder.border_id)
+        return pack(parts, self._position, self.document_mask, self.encoder.border_id)
 
     def close(self) -> None:
         """Ends the stream. A half-read parquet stream that is left to the interpreter's exit prints or aborts there

@@ -106,7 +106,9 @@ class Metrics:
         self._writes = rank == 0
         self._world_size = world_size
         self._device = device
-        self._flops, self._flops_drawn, self._own_depths = flops, flops_drawn, own_depths
+        self._flops = flops
+        self._flops_drawn = flops_drawn
+        self._own_depths = own_depths
         self._gather = gather
         self._total_steps = total_steps
         self._sinks: list[TensorBoardSink | WandbSink] = []
