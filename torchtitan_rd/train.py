@@ -25,13 +25,12 @@ from torchtitan_rd.conversion.reader import WeightsReader
 from torchtitan_rd.conversion.weights import cast
 from torchtitan_rd.data import (
     Batch,
+    DataRanks,
     accumulation_steps,
     build_dataloader,
     check_dataset,
-    check_same_data,
     dataset_vocab_size,
     merge_states,
-    pinned,
 )
 from torchtitan_rd.data.batch_ramp import BatchRamp
 from torchtitan_rd.draws import Draws
@@ -193,20 +192,22 @@ class Trainer:
         mesh = self.mesh = self.dims.build_mesh(self.device.type)
         job.set_timeouts(mesh, config.comm.init_timeout_seconds)
         preflight(mesh, self.device)
+        states = saved_states(config.checkpoint, self.dump_folder)
+        job.set_timeouts(mesh, job.PREPARING)  # rank 0 may convert data for hours while the others wait
+        ranks = DataRanks(job.gather, rank, self.environment.local_rank, states)
         reading = {
-            "tokenizer_path": config.model.tokenizer_path,
+            "ranks": ranks,
+            "tokenizer_path": ranks.tokenizer(config.model.tokenizer_path),
             "vocab_size": self.vocab_size,
             "data_rank": rank,
             "data_degree": self.dims.data_degree,
             "seed": config.training.seed,
         }
-        states = saved_states(config.checkpoint, self.dump_folder)
-        self.data_keys = job.gather(pinned(self.data_keys, states) if rank == 0 else None)[0]
         loader = build_dataloader(self.data_keys, **reading, pin_memory=self.device.type == "cuda")
         closing.callback(loader.close)
-        check_same_data(job.gather(loader.fingerprint))
         self.loader = loader
         self.held_out = held_out_set(config.validation, self.data_keys, **reading)
+        job.set_timeouts(mesh, config.comm.init_timeout_seconds)
         self.model = build_model(config, self.spec, self.shape, mesh, self.device)
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self._open_outputs(closing, holding)

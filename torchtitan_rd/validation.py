@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_rd.config_loader import OptionalUserPath, Section
-from torchtitan_rd.data import Batch, DatasetKeys, build_dataloader
+from torchtitan_rd.data import Batch, DataRanks, DatasetKeys, build_dataloader
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.loss import count_valid, cross_entropy_sums
@@ -82,7 +82,15 @@ def held_out_set(config: ValidationConfig, training: DatasetKeys, *, data_degree
 
 
 def read_held_out(
-    keys: DatasetKeys, split: str, *, tokenizer_path: str, vocab_size: int, data_rank: int, data_degree: int, seed: int
+    keys: DatasetKeys,
+    split: str,
+    *,
+    tokenizer_path: str,
+    vocab_size: int,
+    data_rank: int,
+    data_degree: int,
+    seed: int,
+    ranks: DataRanks | None = None,
 ) -> list[Batch]:
     """This rank's share of the held-out set: the first global batch of `keys`, which is kept in memory."""
     loader = build_dataloader(
@@ -94,6 +102,7 @@ def read_held_out(
         seed=seed,
         pin_memory=False,
         split=split,
+        ranks=ranks,
     )
     try:
         return loader.next_step()

@@ -5,18 +5,16 @@ loader = build_dataloader(config.training, tokenizer_path="bytes", vocab_size=25
 for batch in loader.next_step(): ...        # the microbatches of this rank's share of one global batch
 """
 
-from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data.arrow import check_path
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.cursor import Cursor, LaneReader
-from torchtitan_rd.data.fingerprint import check_same_data
-from torchtitan_rd.data.hub import pin_revision, repository
+from torchtitan_rd.data.hub import repository, tokenizer_revision
 from torchtitan_rd.data.loader import Batch, DataLoader, merge_states
+from torchtitan_rd.data.ranks import DataRanks
 from torchtitan_rd.data.sources import (
     Cutting,
     Dataset,
@@ -38,17 +36,16 @@ __all__ = [
     "DATASETS",
     "Batch",
     "DataLoader",
+    "DataRanks",
     "Dataset",
     "DatasetKeys",
     "Tokenizer",
     "accumulation_steps",
     "build_dataloader",
     "check_dataset",
-    "check_same_data",
     "dataset_vocab_size",
     "load_tokenizer",
     "merge_states",
-    "pinned",
 ]
 
 DATASETS: dict[str, Dataset] = {
@@ -67,7 +64,7 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
-def check_dataset(config: DatasetKeys) -> Dataset:
+def check_dataset(config: DatasetKeys, split: str = "train") -> Dataset:
     """The row of `training.dataset`. Touches no data. Raises ConfigError; DataError if dataset_path does not exist."""
     name = config.dataset
     if name not in DATASETS:
@@ -88,15 +85,10 @@ def check_dataset(config: DatasetKeys) -> Dataset:
         if wrong:
             raise ConfigError(f"training.dataset = {name!r} {problem}")
     if config.dataset_path:
-        check_path(config.dataset_path)
-    if config.dataset_revision and repository(config, row.hub) is None:
+        check_path(config.dataset_path, split)
+    if config.dataset_revision and repository(config, row.hub, split) is None:
         raise ConfigError(f"training.dataset = {name!r} is not read from the hub here: unset training.dataset_revision")
     return row
-
-
-def pinned(config: DatasetKeys, states: Iterable[Path]) -> DatasetKeys:
-    """The keys with the commit to read, for data on the hub; see `pin_revision`. For one rank to call."""
-    return config.model_copy(update={"dataset_revision": pin_revision(config, check_dataset(config).hub, states)})
 
 
 def dataset_vocab_size(config: DatasetKeys, tokenizer_path: str) -> int:
@@ -132,13 +124,20 @@ def build_dataloader(
     seed: int,
     pin_memory: bool,
     split: str = "train",
+    ranks: DataRanks | None = None,
 ) -> DataLoader:
     """The loader of one data rank, at the beginning of the data.
 
     vocab_size: of the model. split: of data that has several. The first window of every row is read here, so that
-    data that does not suit the model is found before anything expensive. Raises ConfigError or DataError.
+    data that does not suit the model is found before anything expensive. ranks: all that build this loader together, of
+    which one asks the hub, and which must read the same; without it this rank stands alone.
+    Raises ConfigError or DataError.
     """
-    row = check_dataset(config)
+    row = check_dataset(config, split)
+    prepared: list[str] = []
+    if ranks is not None:
+        config = ranks.pinned(config, row, split)
+        prepared = ranks.prepared(config, row, split)
     accumulation = accumulation_steps(config, data_degree)
     encoder = build_encoder(config, row.kind, tokenizer_path, vocab_size)
     rows = config.local_batch_size * accumulation
@@ -158,7 +157,7 @@ def build_dataloader(
         start: list[Any] = [STREAM_START]
         logger.info("data: streaming; the position can be continued on %d data ranks only", data_degree)
     else:
-        source, found = open_source(config, row, encoder, seed, split)
+        source, found = open_source(config, row, encoder, seed, split, prepared)
         lanes = range(data_rank * rows, (data_rank + 1) * rows)
         cutting = Cutting(config, row.kind, len(source), num_lanes=rows * data_degree)
         fingerprint |= source_fingerprint(config, source, found, cutting)
@@ -167,6 +166,9 @@ def build_dataloader(
         start = [Cursor()] * rows
         for reader in readers:
             reader.read(Cursor())
+    fingerprint |= tokenizer_revision(tokenizer_path) if row.kind == "text" else {}
+    if ranks is not None:
+        ranks.compare(fingerprint)
     found.log(config.dataset, fingerprint.get("num_samples"))
     return DataLoader(
         readers,

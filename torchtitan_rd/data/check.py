@@ -49,7 +49,7 @@ def scan(keys: DatasetKeys, *, tokenizer_path: str, vocab_size: int, seed: int, 
     Text is not tokenised: a tokenizer that fits the vocabulary makes no id that does not. Raises ConfigError or
     DataError for what no row can be read without.
     """
-    row = check_dataset(keys)
+    row = check_dataset(keys, split)
     if keys.stream:
         raise ConfigError("a stream has no row numbers: check it with --training.stream=false")
     encoder = build_encoder(keys, row.kind, tokenizer_path, vocab_size)

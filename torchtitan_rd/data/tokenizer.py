@@ -47,7 +47,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     for file in (Path(path), Path(path) / "tokenizer.json", Path(path) / "tokenizer.model"):
         if file.is_file():
             return JsonTokenizer(file) if file.suffix == ".json" else TiktokenTokenizer(_read_ranks(str(file)))
-    if _HUB_NAME.fullmatch(path) and not Path(path).exists():
+    if is_hub_name(path):
         return JsonTokenizer(_from_hub(path) / "tokenizer.json")
     raise ConfigError(
         f"model.tokenizer_path = {path!r}: expected 'bytes', a folder that holds tokenizer.json or tokenizer.model, "
@@ -55,13 +55,19 @@ def load_tokenizer(path: str) -> Tokenizer:
     )
 
 
-def _from_hub(name: str) -> Path:
-    """The folder with the JSON files of a hub repository's tokenizer; nothing else of it is fetched."""
+def is_hub_name(path: str) -> bool:
+    """Whether `model.tokenizer_path` names a repository on the hub, since nothing here has that name."""
+    return path != "bytes" and bool(_HUB_NAME.fullmatch(path)) and not Path(path).exists()
+
+
+def _from_hub(name: str, **pinned: str) -> Path:
+    """The folder with the JSON files of a hub repository's tokenizer; nothing else of it is fetched. pinned: the
+    `revision` to fetch, if that is given."""
     import huggingface_hub
 
     files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files, **pinned))
     except Exception as error:  # of the hub and the network: a library boundary
         raise ConfigError(
             f"model.tokenizer_path = {name!r}: neither a local path nor to be had from the hub "
