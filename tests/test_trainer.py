@@ -6,6 +6,7 @@ import signal
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.launch import rows
 from tests.ranks import run_on_ranks
 from tests.test_job import master_port
 from torchtitan_rd import job, train, train_step
-from torchtitan_rd.config import load
+from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError, TrainingError
 from torchtitan_rd.heartbeat import Heartbeat
@@ -220,3 +221,28 @@ def run_of_own_depths(rank, world_size, folder):
     sampler = run.draws.family.sampler
     draws = [[tuple(sampler.draw(s, microbatch=s, rank=r)) for r in range(2)] for s in range(1, len(found) + 1)]
     return ratios, draws, run.shape
+
+
+def test_a_save_is_waited_for_once_it_is_done_and_a_new_one_is_not_taken_for_it(monkeypatch):
+    """Where the host reads late, the flag of the save before is still up when the next one has just begun."""
+    waits, saves = [], []
+    trainer = object.__new__(Trainer)
+    trainer.config, trainer.step = JobConfig(), 1
+    trainer.heartbeat = SimpleNamespace(beat=lambda *_: None)
+    trainer.metrics = SimpleNamespace(pause=lambda _: nullcontext())
+    trainer.train_step = SimpleNamespace(saved=False)
+    trainer.train_step.settle = lambda: setattr(trainer.train_step, "saved", True)
+    trainer.checkpointer = SimpleNamespace(
+        should_save=lambda step, last_step: step == 1,
+        save=lambda step, *_, **__: saves.append(step),
+        wait=lambda: waits.append(trainer.step),
+    )
+    monkeypatch.setattr(Trainer, "_tensors", lambda _: {})
+    monkeypatch.setattr(Trainer, "_state", lambda _: {})
+    for trainer.step in (1, 2):
+        trainer._save_if_due(stopping=False)
+    assert saves == [1] and waits == []
+    trainer.train_step.saved = True
+    for trainer.step in (3, 4):
+        trainer._save_if_due(stopping=False)
+    assert waits == [3]
