@@ -329,3 +329,27 @@ def one_bad_part(rank, world_size):
     update(optimizer, parameters, gradients, 1e-2)
     kept, moved = (parameter.full_tensor() for parameter in parameters)
     return torch.equal(kept, torch.ones(4, 2)), not torch.equal(moved, torch.ones(4, 2))
+
+
+class LongestList(TorchDispatchMode):
+    """How many tensors one operation took at most."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.most = max([self.most, *(len(arg) for arg in args if isinstance(arg, list | tuple))])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("flagged", [False, True])
+def test_an_update_that_may_be_taken_back_copies_one_tensor_at_a_time(flagged):
+    """Its copies are of moments and parameters: of all tensors at once they would be three more models in memory."""
+    parameters = [nn.Parameter(torch.ones(2, 2)) for _ in range(5)]
+    optimizer = ELLISAdam(parameters, **options_of())
+    for parameter in parameters:
+        parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    optimizer.found_inf = torch.zeros(()) if flagged else None
+    with LongestList() as seen:
+        optimizer.step()
+    assert seen.most == (1 if flagged else 5)

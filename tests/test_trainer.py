@@ -6,6 +6,7 @@ import signal
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tests.launch import rows
 from tests.ranks import run_on_ranks
 from tests.test_job import master_port
 from torchtitan_rd import job, parts, train, train_step
-from torchtitan_rd.config import load
+from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError, TrainingError
 from torchtitan_rd.heartbeat import Heartbeat
@@ -119,6 +120,7 @@ def test_the_heartbeat_is_told_the_rank_s_place_in_its_node_and_how_long_start_u
             super().__init__(folder, **options)
 
     monkeypatch.setattr(parts, "Heartbeat", Told)
+    monkeypatch.setattr(job, "gather", lambda value: [value] * 4)
     environment = replace(ALONE, local_rank=3, local_world_size=4)
     run = trainer(tmp_path, "--training.steps=1", "--comm.init_timeout_seconds=500", environment=environment)
     run.run()
@@ -228,3 +230,29 @@ def run_of_own_depths(rank, world_size, folder):
     sampler = run.plan.draws.family.sampler
     draws = [[tuple(sampler.draw(s, microbatch=s, rank=r)) for r in range(2)] for s in range(1, len(found) + 1)]
     return ratios, draws, run.plan.shape
+
+
+def test_a_save_is_waited_for_once_it_is_done_and_a_new_one_is_not_taken_for_it(monkeypatch):
+    """Where the host reads late, the flag of the save before is still up when the next one has just begun."""
+    waits, saves = [], []
+    trainer = object.__new__(Trainer)
+    trainer.config, trainer.step = JobConfig(), 1
+    step = SimpleNamespace(saved=False)
+    step.settle = lambda: setattr(step, "saved", True)
+    checkpointer = SimpleNamespace(
+        should_save=lambda step, last_step: step == 1,
+        save=lambda step, *_, **__: saves.append(step),
+        wait=lambda: waits.append(trainer.step),
+    )
+    metrics = SimpleNamespace(pause=lambda _: nullcontext())
+    heartbeat = SimpleNamespace(beat=lambda *_: None)
+    trainer._parts = SimpleNamespace(heartbeat=heartbeat, metrics=metrics, train_step=step, checkpointer=checkpointer)
+    monkeypatch.setattr(Trainer, "_tensors", lambda _: {})
+    monkeypatch.setattr(Trainer, "_state", lambda _: {})
+    for trainer.step in (1, 2):
+        trainer._save_if_due(stopping=False)
+    assert saves == [1] and waits == []
+    step.saved = True
+    for trainer.step in (3, 4):
+        trainer._save_if_due(stopping=False)
+    assert waits == [3]

@@ -21,6 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan_rd.config_loader import OptionalUserPath, Section, Subfolder, UserPath
 from torchtitan_rd.errors import ConfigError
 
+PREPARING = 24 * 3600.0
+"""Seconds that a rank waits for another one that fetches and converts data. A rank that dies meanwhile is noticed."""
+
 
 class JobKeys(Section):
     config_file: OptionalUserPath = None

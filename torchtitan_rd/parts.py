@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 from torchtitan_rd import job
 from torchtitan_rd.batch import Batch
 from torchtitan_rd.build_model import build_model
-from torchtitan_rd.checkpoint import Checkpointer, saved_states
+from torchtitan_rd.checkpoint import Checkpointer
 from torchtitan_rd.checkpoint.lock import FolderLock
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.conversion.pipeline import open_released
 from torchtitan_rd.conversion.reader import WeightsReader
-from torchtitan_rd.data import BatchLoader, build_dataloader, check_same_data, pinned
+from torchtitan_rd.data import BatchLoader, DataRanks, build_dataloader
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.metrics import Metrics
 from torchtitan_rd.models.attention import setup_attention
@@ -55,6 +55,7 @@ class Builder:
     environment: job.Environment
     device: torch.device
     plan: RunPlan
+    ranks: DataRanks
     stop: StopRequest
     closing: ExitStack
 
@@ -63,7 +64,7 @@ class Builder:
         good."""
         config, plan = self.config, self.plan
         mesh = self._connect()
-        loader, held_out = self._read()
+        loader, held_out = self._read(mesh)
         model = build_model(config, plan.spec, plan.shape, mesh, self.device)
         optimizer = build_optimizer(model, config.optimizer)
 
@@ -104,20 +105,21 @@ class Builder:
         preflight(mesh, self.device)
         return mesh
 
-    def _read(self) -> tuple[BatchLoader, list[Batch]]:
+    def _read(self, mesh: DeviceMesh) -> tuple[BatchLoader, list[Batch]]:
         """All ranks read the same commit and must find the same data."""
         config, plan = self.config, self.plan
+        job.set_timeouts(mesh, job.PREPARING)  # rank 0 may convert data for hours while the others wait
         reading: dict[str, Any] = {
+            "ranks": self.ranks,
             "tokenizer": plan.tokenizer,
             "vocab_size": plan.vocab_size,
             "seed": config.training.seed,
         }
-        states = saved_states(config.checkpoint, self._dump_folder)
-        keys = job.gather(pinned(config.training, states) if self.environment.rank == 0 else None)[0]
-        loader = build_dataloader(keys, plan.batch, **reading, pin_memory=self.device.type == "cuda")
+        loader = build_dataloader(config.training, plan.batch, **reading, pin_memory=self.device.type == "cuda")
         self.closing.callback(loader.close)
-        check_same_data(job.gather(loader.fingerprint))
-        return loader, held_out_set(config.validation, keys, plan.batch, **reading)
+        held_out = held_out_set(config.validation, config.training, plan.batch, **reading)
+        job.set_timeouts(mesh, config.comm.init_timeout_seconds)
+        return loader, held_out
 
     def _heartbeat(self) -> Heartbeat:
         comm, environment = self.config.comm, self.environment

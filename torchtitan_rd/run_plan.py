@@ -14,6 +14,7 @@ import torch
 
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.data import (
+    DATASETS,
     BatchDims,
     Dataset,
     DatasetKeys,
@@ -21,6 +22,7 @@ from torchtitan_rd.data import (
     build_encoder,
     dataset_vocab_size,
     get_dataset,
+    is_hub_name,
     load_tokenizer,
 )
 from torchtitan_rd.draws import Draws
@@ -126,7 +128,7 @@ def resolve(
     read: list[tuple[DatasetKeys, Dataset]] = [(training, dataset)] if dataset else []
     if config.validation.enable:
         keys = problems.found_by(validation_keys, config.validation, training, data_degree)
-        held_out = problems.found_by(get_dataset, keys, section="validation") if keys else None
+        held_out = problems.found_by(get_dataset, keys, "validation", config.validation.split) if keys else None
         read += [(keys, held_out)] if keys and held_out else []
 
     on_text = any(row.kind == "text" for _, row in read)
@@ -159,6 +161,13 @@ def resolve(
     if problems.lines or not (dims and batch and dataset and vocab_size and spec and shape and draws):
         raise ConfigError("\n".join(problems.lines))  # whatever is missing has said why
     return RunPlan(dims, batch, dataset, tokenizer, vocab_size, spec, shape, draws, training.seq_len)
+
+
+def reads_hub_tokenizer(config: JobConfig) -> bool:
+    """Whether a data set of the run is text and its tokenizer a repository on the hub."""
+    names = [config.training.dataset, config.validation.dataset if config.validation.enable else None]
+    on_text = any(DATASETS[name].kind == "text" for name in names if name in DATASETS)
+    return on_text and is_hub_name(config.model.tokenizer_path)
 
 
 def fewest_ranks(config: ParallelismConfig) -> int:

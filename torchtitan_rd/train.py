@@ -15,14 +15,14 @@ import torch.distributed as dist
 
 from torchtitan_rd import job, run_plan
 from torchtitan_rd.batch import Batch
-from torchtitan_rd.checkpoint import locked_run_folder
+from torchtitan_rd.checkpoint import locked_run_folder, saved_states
 from torchtitan_rd.checkpoint.lock import FolderLock
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.pipeline import to_hf, warn_of_another_tokenizer, with_tokenizer
 from torchtitan_rd.conversion.weights import cast_weights
-from torchtitan_rd.data import merge_states
+from torchtitan_rd.data import DataRanks, Tokenizer, load_tokenizer, merge_states
 from torchtitan_rd.errors import CheckpointError, report
 from torchtitan_rd.log import init_logging, logger
 from torchtitan_rd.lr_scheduler import lr_factor
@@ -31,6 +31,7 @@ from torchtitan_rd.metrics import StepResult
 from torchtitan_rd.optimizer import optimizer_state, set_lr
 from torchtitan_rd.parts import Builder, Parts
 from torchtitan_rd.profiling import Profiler
+from torchtitan_rd.run_plan import RunPlan
 from torchtitan_rd.signals import (
     EXIT_STATUS,
     STOPPED,
@@ -96,14 +97,26 @@ class Trainer:
         for warning in loaded.warnings:
             logger.warning("%s", warning)
         self.device = environment.device()
-        self.plan = run_plan.resolve(config, environment, device=self.device)
-        for line in self.plan.report():
-            logger.info("%s", line)
         self.dump_folder = Path(config.job.dump_folder)
+        # A tokenizer on the hub is fetched by one rank for all: such a run is planned once the ranks have met.
+        self._plan = None if run_plan.reads_hub_tokenizer(config) else self._make_plan(tokenizer=None)
         self.step = 0
         self.tokens_seen = 0
         self.has_opened_outputs = False
         self._parts: Parts | None = None
+
+    def _make_plan(self, tokenizer: Tokenizer | None) -> RunPlan:
+        plan = run_plan.resolve(self.config, self.environment, device=self.device, tokenizer=tokenizer)
+        for line in plan.report():
+            logger.info("%s", line)
+        return plan
+
+    @property
+    def plan(self) -> RunPlan:
+        """What runs; of a run whose tokenizer is on the hub, once `run` has fetched it."""
+        if self._plan is None:
+            raise RuntimeError("the tokenizer of this run is fetched by run()")
+        return self._plan
 
     @property
     def parts(self) -> Parts:
@@ -126,8 +139,11 @@ class Trainer:
         try:
             job.init_process_group(self.environment, self.device, self.config.comm, self.dump_folder)
             had_status = any(job.gather(had_status))  # from here on any rank may write its own
+            ranks = self._data_ranks()
+            if self._plan is None:
+                self._plan = self._make_plan(load_tokenizer(ranks.tokenizer(self.config.model.tokenizer_path)))
             with ExitStack() as closing:
-                self._parts = self._build(closing, holding)
+                self._parts = self._build(ranks, closing, holding)
                 self._begin()
                 is_finished = self._work()
             dist.barrier()  # all ranks have closed, so what rank 0 writes holds for each
@@ -174,7 +190,11 @@ class Trainer:
         is_saved = self._parts is not None and self._parts.checkpointer.is_committed(self.step)
         return "preempted" if is_saved else "stopped"
 
-    def _build(self, closing: ExitStack, holding: ExitStack) -> Parts:
+    def _data_ranks(self) -> DataRanks:
+        states = saved_states(self.config.checkpoint, self.dump_folder)
+        return DataRanks(job.gather, self.environment.rank, self.environment.local_rank, states)
+
+    def _build(self, ranks: DataRanks, closing: ExitStack, holding: ExitStack) -> Parts:
         """What must be closed goes to `closing`, which closes the last built first; the folder's lock to `holding`."""
 
         def lock_folder() -> FolderLock | None:
@@ -182,7 +202,8 @@ class Trainer:
             self.has_opened_outputs = True
             return lock
 
-        return Builder(self.config, self.environment, self.device, self.plan, self.stop, closing).build(lock_folder)
+        builder = Builder(self.config, self.environment, self.device, self.plan, ranks, self.stop, closing)
+        return builder.build(lock_folder)
 
     def _begin(self) -> None:
         """From where it stands in its checkpoints, or from the start; then says in its folder what runs."""

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_rd.batch import Batch
 from torchtitan_rd.config_loader import OptionalUserPath, Section
-from torchtitan_rd.data import BatchDims, DatasetKeys, Tokenizer, build_dataloader
+from torchtitan_rd.data import BatchDims, DataRanks, DatasetKeys, Tokenizer, build_dataloader
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.loss import count_valid, cross_entropy_sums
@@ -83,11 +83,25 @@ def held_out_set(config: ValidationConfig, training: DatasetKeys, dims: BatchDim
 
 
 def read_held_out(
-    keys: DatasetKeys, dims: BatchDims, split: str, *, tokenizer: Tokenizer | None, vocab_size: int, seed: int
+    keys: DatasetKeys,
+    dims: BatchDims,
+    split: str,
+    *,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    seed: int,
+    ranks: DataRanks | None = None,
 ) -> list[Batch]:
     """This rank's share of the held-out set: the first global batch of `keys`, which is kept in memory."""
     loader = build_dataloader(
-        keys, dims, tokenizer=tokenizer, vocab_size=vocab_size, seed=seed, pin_memory=False, split=split
+        keys,
+        dims,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        seed=seed,
+        pin_memory=False,
+        split=split,
+        ranks=ranks,
     )
     try:
         return loader.next_step()

@@ -12,8 +12,9 @@ import pytest
 from tests.data.helpers import Ranks, build, merge_states
 from tests.ranks import run_on_ranks
 from torchtitan_rd import job, parts, train
-from torchtitan_rd.data import DatasetKeys, check_same_data, content
+from torchtitan_rd.data import DatasetKeys, content
 from torchtitan_rd.data.content import Digest, digest_of_table
+from torchtitan_rd.data.fingerprint import check_same_data
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.log import logger
 

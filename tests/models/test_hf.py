@@ -114,6 +114,8 @@ def test_layernorm_has_no_export():
         ({"hidden_size": "32"}, r"hidden_size = '32' must be a whole number"),
         ({"hidden_size": 32.0}, r"hidden_size = 32\.0 must be a whole number"),
         ({"num_attention_heads": [4]}, r"num_attention_heads = \[4\] must be a whole number"),
+        ({"hidden_size": 10**30}, r"hidden_size = 10+ must be at most 2147483647"),
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers = 10+ must be at most 10000"),
         ({"num_hidden_layers": True}, r"num_hidden_layers = True must be a whole number"),
         ({"rms_norm_eps": "1e-5"}, r"rms_norm_eps = '1e-5' must be a finite number"),
         ({"rms_norm_eps": float("nan")}, r"rms_norm_eps = nan must be a finite number"),

@@ -218,7 +218,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets within brackets, thousands deep
         raise CheckpointError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a table")

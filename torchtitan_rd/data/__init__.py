@@ -6,9 +6,7 @@ loader = build_dataloader(config.training, dims, tokenizer=load_tokenizer("bytes
 for batch in loader.next_step(): ...        # the microbatches of this rank's share of one global batch
 """
 
-from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from torchtitan_rd.batch import Batch
@@ -17,9 +15,9 @@ from torchtitan_rd.data.arrow import check_path
 from torchtitan_rd.data.batch_dims import BatchDims, BatchKeys
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.cursor import Cursor, LaneReader
-from torchtitan_rd.data.fingerprint import check_same_data
-from torchtitan_rd.data.hub import pin_revision, repository
+from torchtitan_rd.data.hub import repository, tokenizer_revision
 from torchtitan_rd.data.loader import BatchLoader, merge_states
+from torchtitan_rd.data.ranks import DataRanks
 from torchtitan_rd.data.sources import (
     Cutting,
     Dataset,
@@ -33,7 +31,7 @@ from torchtitan_rd.data.sources import (
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE, SyntheticRecordings
 from torchtitan_rd.data.stream import STREAM_START, StreamReader
 from torchtitan_rd.data.text import pydoc_topics
-from torchtitan_rd.data.tokenizer import Tokenizer, load_tokenizer
+from torchtitan_rd.data.tokenizer import Tokenizer, is_hub_name, load_tokenizer
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 
@@ -43,17 +41,17 @@ __all__ = [
     "BatchDims",
     "BatchKeys",
     "BatchLoader",
+    "DataRanks",
     "Dataset",
     "DatasetKeys",
     "Tokenizer",
     "build_dataloader",
     "build_encoder",
-    "check_same_data",
     "dataset_vocab_size",
     "get_dataset",
+    "is_hub_name",
     "load_tokenizer",
     "merge_states",
-    "pinned",
 ]
 
 DATASETS: dict[str, Dataset] = {
@@ -72,8 +70,8 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
-def get_dataset(config: DatasetKeys, section: str = "training") -> Dataset:
-    """The row of `config.dataset`, a key of `section`. Touches no data.
+def get_dataset(config: DatasetKeys, section: str = "training", split: str = "train") -> Dataset:
+    """The row of `config.dataset`, a key of `section`, of which `split` is read. Touches no data.
 
     Raises ConfigError with all that is wrong; DataError if dataset_path does not exist.
     """
@@ -96,15 +94,10 @@ def get_dataset(config: DatasetKeys, section: str = "training") -> Dataset:
     if problems := [f"{section}.dataset = {name!r} {problem}" for wrong, problem in remarks if wrong]:
         raise ConfigError("\n".join(problems))
     if config.dataset_path:
-        check_path(config.dataset_path)
-    if config.dataset_revision and repository(config, row.hub) is None:
+        check_path(config.dataset_path, split)
+    if config.dataset_revision and repository(config, row.hub, split) is None:
         raise ConfigError(f"training.dataset = {name!r} is not read from the hub here: unset training.dataset_revision")
     return row
-
-
-def pinned(config: DatasetKeys, states: Iterable[Path]) -> DatasetKeys:
-    """The keys with the commit to read, for data on the hub; see `pin_revision`. For one rank to call."""
-    return config.model_copy(update={"dataset_revision": pin_revision(config, get_dataset(config).hub, states)})
 
 
 def dataset_vocab_size(config: DatasetKeys, tokenizer: Tokenizer | None) -> int:
@@ -133,14 +126,20 @@ def build_dataloader(
     seed: int,
     pin_memory: bool,
     split: str = "train",
+    ranks: DataRanks | None = None,
 ) -> BatchLoader:
     """The loader of one data rank, at the beginning of the data.
 
     tokenizer: for text. vocab_size: of the model. split: of data that has several. The first window of every row is
-    read here, so that data that does not suit the model is found before anything expensive. Raises ConfigError or
-    DataError.
+    read here, so that data that does not suit the model is found before anything expensive. ranks: all that build this
+    loader together, of which one asks the hub, and which must read the same; without it this rank stands alone.
+    Raises ConfigError or DataError.
     """
-    row = get_dataset(config)
+    row = get_dataset(config, split=split)
+    prepared: list[str] = []
+    if ranks is not None:
+        config = ranks.pinned(config, row, split)
+        prepared = ranks.prepared(config, row, split)
     encoder = build_encoder(config, row.kind, tokenizer, vocab_size)
     fingerprint: dict[str, Any] = {
         "dataset": config.dataset,
@@ -159,7 +158,7 @@ def build_dataloader(
         start: list[Any] = [STREAM_START]
         logger.info("data: streaming; the position can be continued on %d data ranks only", dims.data_degree)
     else:
-        source, found = open_source(config, row, encoder, seed, split)
+        source, found = open_source(config, row, encoder, seed, split, prepared)
         cutting = Cutting(config, row.kind, len(source), num_lanes=dims.rows_per_stage)
         fingerprint |= source_fingerprint(config, source, found, cutting)
         samples = prepare(config, source, cutting, fingerprint)
@@ -167,6 +166,10 @@ def build_dataloader(
         start = [Cursor()] * len(readers)
         for reader in readers:
             reader.read(Cursor())
+    if row.kind == "text" and tokenizer is not None:
+        fingerprint |= tokenizer_revision(tokenizer)
+    if ranks is not None:
+        ranks.compare(fingerprint)
     found.log(config.dataset, fingerprint.get("num_samples"))
     return BatchLoader(
         readers,

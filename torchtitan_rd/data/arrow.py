@@ -7,6 +7,7 @@ import errno
 import glob
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -128,11 +129,13 @@ def open_table(
     found: FileList | None = None,
     revision: str | None = None,
     text_column: str | None = None,
+    prepared: Sequence[str] = (),
 ) -> "datasets.Dataset | datasets.IterableDataset":
     """One split of a local path or of a repository on the hub; only columns and rows, no format.
 
     found: what `check_path` says of the path and split, if that is known. revision: of a repository on the hub.
-    text_column: what must hold text in every row, if that is so.
+    text_column: what must hold text in every row, if that is so. prepared: arrow files that hold this split of the
+    repository already, which are mapped and nobody is asked.
     Raises DataError with the remedy if it cannot be had.
     """
     import datasets
@@ -147,6 +150,8 @@ def open_table(
             return table.to_iterable_dataset() if stream else table
         if found.files:
             return _open_files(found, stream, text_column)
+        if prepared:
+            return datasets.concatenate_datasets([_mapped(Path(file)) for file in prepared])
         pinned = {} if revision is None else {"revision": revision}
         return _load(path, subset, split=split, streaming=stream, **pinned)
     except DataError:

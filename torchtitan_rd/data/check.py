@@ -50,7 +50,7 @@ def scan(keys: DatasetKeys, *, tokenizer: Tokenizer | None, vocab_size: int, see
     Text is not tokenised: a tokenizer that fits the vocabulary makes no id that does not. Raises ConfigError or
     DataError for what no row can be read without.
     """
-    row = get_dataset(keys)
+    row = get_dataset(keys, split=split)
     if keys.stream:
         raise ConfigError("a stream has no row numbers: check it with --training.stream=false")
     encoder = build_encoder(keys, row.kind, tokenizer, vocab_size)

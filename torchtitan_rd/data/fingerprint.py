@@ -1,7 +1,8 @@
 """What a position in the data depends on; compared over the ranks before the first step, and on every resume.
 
 A fingerprint is a dict of plain values: the settings that choose the windows, and digests of the rows (or, for a
-stream of local files, of the files) and of the tokenizer. `files` and `skip_ranges` explain; they refuse nothing.
+stream of local files, of the files) and of the tokenizer. `files`, `skip_ranges` and `tokenizer_revision`
+explain; they refuse nothing.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from torchtitan_rd.data.content import changed_files, changed_rows
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.log import logger
 
-_EXPLAINING = ("files", "skip_ranges")
+_EXPLAINING = ("files", "skip_ranges", "tokenizer_revision")
 _OF_DATA = ("num_samples", "rows", "content", "tokenizer")
 
 

@@ -1,6 +1,6 @@
 """From a row of the table of data sets to samples that lanes can read, and what tells these samples apart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -12,7 +12,7 @@ from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.content import digest_of, digest_of_samples, digest_of_table
 from torchtitan_rd.data.cursor import LaneReader, SkippingSource, Source, pieces_per_sample
 from torchtitan_rd.data.files import FileList
-from torchtitan_rd.data.hub import check_revision
+from torchtitan_rd.data.hub import cached_commit, check_revision, repository
 from torchtitan_rd.data.ids import encode_in_memory, encode_once
 from torchtitan_rd.data.prepacked import PackedEncoder
 from torchtitan_rd.data.spikes import SpikeEncoder
@@ -65,29 +65,48 @@ def build_encoder(config: DatasetKeys, kind: Kind, tokenizer: Tokenizer | None, 
     return TextEncoder(tokenizer, vocab_size, **column)
 
 
-def open_rows(config: DatasetKeys, row: Dataset, encoder: Encoder, split: str) -> tuple[Any, FileList]:
-    """The table (or stream) of a data set that has files, and these files. Raises DataError."""
+def prepared_files(config: DatasetKeys, row: Dataset, split: str) -> list[str]:
+    """The arrow files of data on the hub, fetched and converted if need be. Raises DataError.
+
+    None for data that lies here, that is made here, or that is streamed.
+    """
+    if row.samples or config.stream or repository(config, row.hub, split) is None:
+        return []
+    table, _ = open_rows(config, row, None, split)
+    return [entry["filename"] for entry in table.cache_files]
+
+
+def open_rows(
+    config: DatasetKeys, row: Dataset, encoder: Encoder | None, split: str, prepared: Sequence[str] = ()
+) -> tuple[Any, FileList]:
+    """The table (or stream) of a data set that has files, and these files. prepared: see `open_table`.
+
+    Raises DataError.
+    """
     path = config.dataset_path or row.hub
     if path is None:
         raise ConfigError(f"training.dataset = {config.dataset!r} needs training.dataset_path")
     subset = None if config.dataset_path else row.subset
     found = check_path(path, split) if config.dataset_path else FileList(path, split, Path(path))
     text_column = encoder.column if isinstance(encoder, TextEncoder) else None
-    table = open_table(config.dataset, path, subset, config.stream, split, found, config.dataset_revision, text_column)
+    revision = config.dataset_revision
+    table = open_table(config.dataset, path, subset, config.stream, split, found, revision, text_column, prepared)
     if not found.files and not found.saved:
-        found.commit = check_revision(config.dataset, table, config.dataset_revision)
+        found.commit = check_revision(config.dataset, table, revision)
+        if found.commit is None and config.stream:
+            found.commit = cached_commit(path, subset)
     if found.saved and not config.stream:
         found.files = sorted(Path(entry["filename"]) for entry in table.cache_files)
     return table, found
 
 
 def open_source(
-    config: DatasetKeys, row: Dataset, encoder: Encoder, seed: int, split: str
+    config: DatasetKeys, row: Dataset, encoder: Encoder, seed: int, split: str, prepared: Sequence[str] = ()
 ) -> tuple[TableSource | SampleSource, FileList]:
     """All samples, and the files they come from. Raises DataError."""
     if row.samples:
         return SampleSource(config.dataset, row.samples(seed), encoder), FileList("this program", split, Path())
-    table, found = open_rows(config, row, encoder, split)
+    table, found = open_rows(config, row, encoder, split, prepared)
     return TableSource(config.dataset, table, encoder), found
 
 

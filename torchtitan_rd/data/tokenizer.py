@@ -20,7 +20,7 @@ from torchtitan_rd.errors import ConfigError, DataError
 
 class Tokenizer(Protocol):
     """vocab_size: the largest id plus one. bos_id, eos_id: None where the tokenizer has no such token.
-    digest: of all that decides the ids, wherever the files lie."""
+    digest: of all that decides the ids, wherever the files lie. folder: where they lie, None where there is none."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -33,6 +33,9 @@ class Tokenizer(Protocol):
 
     @property
     def digest(self) -> str: ...
+
+    @property
+    def folder(self) -> Path | None: ...
 
     def encode(self, text: str) -> np.ndarray:
         """1-D integer ids of the text, without bos and eos. Names of special tokens in the text are plain text."""
@@ -53,7 +56,7 @@ def load_tokenizer(path: str) -> Tokenizer:
     for file in (Path(path), Path(path) / "tokenizer.json", Path(path) / "tokenizer.model"):
         if file.is_file():
             return JsonTokenizer(file) if file.suffix == ".json" else TiktokenTokenizer(read_ranks(str(file)))
-    if HUB_NAME.fullmatch(path) and not Path(path).exists():
+    if is_hub_name(path):
         return JsonTokenizer(download_tokenizer(path) / "tokenizer.json")
     raise ConfigError(
         f"model.tokenizer_path = {path!r}: expected 'bytes', a folder that holds tokenizer.json or tokenizer.model, "
@@ -61,13 +64,21 @@ def load_tokenizer(path: str) -> Tokenizer:
     )
 
 
-def download_tokenizer(name: str) -> Path:
-    """The folder with the JSON files of a hub repository's tokenizer; nothing else of it is fetched."""
+def is_hub_name(path: str) -> bool:
+    """Whether `model.tokenizer_path` names a repository on the hub, since nothing here has that name."""
+    return path != "bytes" and bool(HUB_NAME.fullmatch(path)) and not Path(path).exists()
+
+
+def download_tokenizer(name: str, revision: str | None = None) -> Path:
+    """The folder with the JSON files of a hub repository's tokenizer; nothing else of it is fetched.
+
+    revision: the commit, branch or tag; None: the newest commit. Raises ConfigError if it cannot be had.
+    """
     import huggingface_hub
 
     files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
     except Exception as error:  # of the hub and the network: a library boundary
         raise ConfigError(
             f"model.tokenizer_path = {name!r}: neither a local path nor to be had from the hub "
@@ -86,6 +97,7 @@ class ByteTokenizer:
     bos_id: int = 256
     eos_id: int = 257
     digest: str = "bytes"
+    folder: Path | None = None
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8)
@@ -104,6 +116,7 @@ class JsonTokenizer:
             self._backend = Backend.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{file}: not a readable tokenizer.json: {error}") from None
+        self.folder: Path | None = file.parent
         # Stored padding or truncation would silently change or cut documents.
         self._backend.no_padding()
         self._backend.no_truncation()
@@ -160,6 +173,7 @@ class TiktokenTokenizer:
         self._backend = tiktoken.Encoding(
             "llama3", pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=specials
         )
+        self.folder: Path | None = None
         self.vocab_size = self._backend.n_vocab
         self.bos_id, self.eos_id = specials["<|begin_of_text|>"], specials["<|end_of_text|>"]
         self.digest = digest_of("llama3", sorted(ranks.items()))

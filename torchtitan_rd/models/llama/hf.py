@@ -113,7 +113,7 @@ def shape_of(fields: Mapping[str, Any]) -> LlamaShape:
     theta, scaling = _rotary(read)
     shape = LlamaShape(
         dim=read.whole("hidden_size"),
-        n_layers=read.whole("num_hidden_layers"),
+        n_layers=read.whole("num_hidden_layers", most=10_000),
         n_heads=heads,
         n_kv_heads=read.whole("num_key_value_heads", heads),
         vocab_size=read.whole("vocab_size"),
