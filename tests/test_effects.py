@@ -24,8 +24,8 @@ from tests.watching import Watch
 from torchtitan_rd.build_model import build_model
 from torchtitan_rd.config import load
 from torchtitan_rd.data import Batch
+from torchtitan_rd.model_spec import SINGLE_READ_OUT, ForwardInputs
 from torchtitan_rd.models import get_spec
-from torchtitan_rd.models.spec import SINGLE_READ_OUT, ForwardInputs
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state
 from torchtitan_rd.optimizer.groups import parameter_groups
 from torchtitan_rd.parallelism import ParallelDims

@@ -19,7 +19,7 @@ START = [1.0, -2.0, 0.5, 4.0]
 GRADS = [[0.1, -0.2, 0.3, 0.0], [0.1, 0.2, -0.3, 0.4], [1.0, 0.0, 0.5, -0.5]]
 HUGINN = {"update_clipping": True, "atan_adam": True, "running_init": True}
 
-# ancestors.md 5, "Parity (run)": options, rate, number of updates -> parameters
+# Run with the optimizer of Huginn's training program: options, rate, number of updates -> parameters
 VECTORS = [
     (HUGINN, 4e-5, 1, [0.999872029, -1.999832034, 0.499891996, 3.999840021]),
     (HUGINN, 4e-5, 3, [0.999750495, -1.999636412, 0.499814272, 3.999509811]),
@@ -73,7 +73,7 @@ def test_the_ancestors_vectors(keys, lr, updates, expected):
 
 
 def restated(p, grads, lr, k, b1=0.9, b2=0.95, eps=1e-3, wd=4e-5, lr_0=4e-5):
-    """ancestors.md 5 (a) to (h), one tensor, float64."""
+    """Each option as its formula, for one tensor in float64."""
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     for t, g in enumerate(grads, 1):
         g = g / g.norm() if k.tensor_wise_gradient_normalization else g

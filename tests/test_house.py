@@ -14,9 +14,9 @@ from torchtitan_rd.commands.config import schema_page
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Section
 from torchtitan_rd.job import Environment
+from torchtitan_rd.model_spec import Microbatch
 from torchtitan_rd.models import MODELS, get_flavor
 from torchtitan_rd.models.raven import RecurrenceConfig
-from torchtitan_rd.models.spec import Microbatch
 from torchtitan_rd.optimizer import OptimizerConfig
 from torchtitan_rd.train import Trainer
 
@@ -63,6 +63,34 @@ def test_ruff_finds_nothing(command):
     assert found.returncode == 0, found.stdout + found.stderr
 
 
+# Being rewritten as this check comes: to be taken out one by one, which the test demands once one has no findings.
+NOT_TYPED_YET = {
+    "torchtitan_rd/commands/config.py",
+    "torchtitan_rd/config.py",
+    "torchtitan_rd/data/__init__.py",
+    "torchtitan_rd/data/cursor.py",
+    "torchtitan_rd/data/loader.py",
+    "torchtitan_rd/data/stream.py",
+    "torchtitan_rd/draws.py",
+    "torchtitan_rd/metrics/metrics.py",
+    "torchtitan_rd/train.py",
+}
+
+
+def test_the_type_checker_finds_nothing():
+    """The whole package (pyproject.toml). About a minute where .mypy_cache is empty, seconds afterwards."""
+    found = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
+    findings = [line for line in found.stdout.splitlines() if ": error: " in line]
+    assert (found.returncode == 0) == (not findings), found.stdout + found.stderr
+    files = {line.partition(":")[0] for line in findings}
+    assert files == NOT_TYPED_YET, "\n".join(line for line in findings if line.partition(":")[0] not in NOT_TYPED_YET)
+
+
+def test_exceptions_from_the_type_checker_are_few_and_name_their_kind():
+    lines = [line for path in SOURCES for line in path.read_text().splitlines() if "type: ignore" in line]
+    assert len(lines) <= 6 and all(re.search(r"# type: ignore\[[a-z-]+\]", line) for line in lines), lines
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("train_configs/*.toml")), ids=lambda path: path.name)
 def test_every_shipped_config_loads_names_its_hardware_and_repeats_no_default(path, tmp_path):
     needed = ["--training.dataset_path", str(tmp_path)] if 'dataset = "packed"' in path.read_text() else []
@@ -76,7 +104,7 @@ def test_every_shipped_config_loads_names_its_hardware_and_repeats_no_default(pa
         assert loaded.config.as_dict()[section][name] != defaults[section][name], f"{key} is the default"
     ranks = max(loaded.config.parallelism.data_parallel_shard_degree, 1)
     trainer = Trainer(loaded, replace(ENVIRONMENT, world_size=ranks))  # every check that needs neither data nor peers
-    assert trainer.shape.vocab_size in (256, 258, 32000, 65536)
+    assert trainer.plan.shape.vocab_size in (256, 258, 32000, 65536)
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("train_*.sh")), ids=lambda path: path.name)

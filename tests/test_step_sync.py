@@ -16,8 +16,8 @@ from tests.small_run import SEQ_LEN, VOCAB, Setup, batches_of, make
 from torchtitan_rd import job, train_step
 from torchtitan_rd.config import load
 from torchtitan_rd.data import Batch
+from torchtitan_rd.model_spec import ForwardInputs
 from torchtitan_rd.models import get_flavor, get_spec
-from torchtitan_rd.models.spec import ForwardInputs
 from torchtitan_rd.optimizer import OptimizerConfig, build_optimizer
 from torchtitan_rd.train import Trainer
 from torchtitan_rd.train_step import Readback, TrainingConfig, TrainStep

@@ -11,7 +11,7 @@ import pytest
 from tests.data.helpers import build, merge_states
 from tests.ranks import run_on_ranks
 from torchtitan_rd import job, train
-from torchtitan_rd.data import DatasetKeys, check_dataset, pinned
+from torchtitan_rd.data import DatasetKeys, get_dataset, pinned
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.log import logger
 
@@ -111,7 +111,7 @@ def test_a_revision_of_data_that_is_not_on_the_hub_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     for keys in ({"dataset": "pydoc"}, {"dataset": "text", "dataset_path": str(tmp_path / "a.txt")}):
         with pytest.raises(ConfigError, match=r"not read from the hub here: unset training\.dataset_revision"):
-            check_dataset(DatasetKeys(**keys, dataset_revision="main"))
+            get_dataset(DatasetKeys(**keys, dataset_revision="main"))
 
 
 def test_a_run_that_resumes_goes_on_with_its_commit_after_the_hub_has_moved_on(hub, tmp_path):

@@ -6,9 +6,10 @@ import os
 import numpy as np
 import pytest
 
+from tests.data import helpers
 from tests.data.helpers import Ranks, build, equal
 from tests.ranks import run_on_ranks
-from torchtitan_rd.data import DATASETS, DatasetKeys, sources
+from torchtitan_rd.data import DATASETS, DatasetKeys
 from torchtitan_rd.data.sources import Dataset
 from torchtitan_rd.data.tokenizer import ByteTokenizer
 from torchtitan_rd.errors import ConfigError, DataError
@@ -36,7 +37,7 @@ def encodes(monkeypatch):
             lengths.append(len(text))
             return super().encode(text)
 
-    monkeypatch.setattr(sources, "load_tokenizer", lambda path: Counting())
+    monkeypatch.setattr(helpers, "load_tokenizer", lambda path: Counting())
     return lengths
 
 

@@ -9,7 +9,7 @@ training.skip_ranges that leaves them out.
 import sys
 
 from torchtitan_rd.config import load
-from torchtitan_rd.data import DatasetKeys, dataset_vocab_size
+from torchtitan_rd.data import DatasetKeys, dataset_vocab_size, get_dataset, load_tokenizer
 from torchtitan_rd.data.check import Report, scan
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
@@ -36,13 +36,12 @@ def main(arguments: list[str]) -> int:
     if config.validation.enable:
         held_out = validation_keys(config.validation, config.training, data_degree=1)
         parts.append(("validation", held_out, config.validation.split))
-    tokenizer_path = config.model.tokenizer_path
-    vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, tokenizer_path)
+    on_text = any(get_dataset(keys, section).kind == "text" for section, keys, _ in parts)
+    tokenizer = load_tokenizer(config.model.tokenizer_path) if on_text else None
+    vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, tokenizer)
     bad = 0
     for section, keys, split in parts:
-        report = scan(
-            keys, tokenizer_path=tokenizer_path, vocab_size=vocab_size, seed=config.training.seed, split=split
-        )
+        report = scan(keys, tokenizer=tokenizer, vocab_size=vocab_size, seed=config.training.seed, split=split)
         bad += len(report.problems)
         _print(section, report)
     return int(bad > 0)

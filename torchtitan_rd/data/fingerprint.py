@@ -17,7 +17,7 @@ _OF_DATA = ("num_samples", "rows", "content", "tokenizer")
 
 def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
     """Raises DataError, naming what changed and the remedy, unless a position in the one is a position in the other."""
-    saved = _completed(saved, present)
+    saved = _completed(_of_full_batches(saved, present), present)
     changed = differences(saved, present)
     if changed:
         key = changed[0]
@@ -27,7 +27,7 @@ def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
         elif key in _OF_DATA:
             remedy = "put the former data (and tokenizer) back, or begin a new run from the checkpoint's weights"
         elif key == "revision":
-            remedy = f"set training.dataset_revision = {was['commit']!r}, or begin a new run"
+            remedy = f"set training.dataset_revision = {saved[key]['commit']!r}, or begin a new run"
         elif key == "cut":
             remedy = "begin a new run from the checkpoint's weights"
         else:
@@ -94,6 +94,15 @@ def describe(key: str, saved: dict[str, Any], present: dict[str, Any]) -> str:
     return f"{key} (was {was!r}, now {now!r})"
 
 
+def _of_full_batches(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
+    """Of a run whose batch grows: an older checkpoint noted the rows of one stage as the batch."""
+    stages = present.get("batch_ramp_stages")
+    if stages is None or "batch_ramp_stages" in saved:
+        return saved
+    size = saved["global_batch_size"]
+    return {**saved, "batch_ramp_stages": stages, "global_batch_size": size if size == -1 else size * stages}
+
+
 def _completed(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
     """The fingerprint of an older checkpoint, which noted ids of the first and last sample alone, as one of today.
 
@@ -105,5 +114,5 @@ def _completed(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]
         "data: this checkpoint is of a version that did not note all rows: a change of the data or of the tokenizer "
         "since then is not seen, one after the next checkpoint is"
     )
-    unknown = {key: present[key] for key in ("rows", "content", "tokenizer") if key in present}
+    unknown: dict[str, Any] = {key: present[key] for key in ("rows", "content", "tokenizer") if key in present}
     return {**saved, **unknown, "cut": None if present.get("cut") is None else "tokens"}

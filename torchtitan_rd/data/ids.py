@@ -86,7 +86,7 @@ def _write(source: Source, dtype: np.dtype, target: Path) -> None:
     shutil.rmtree(staged, ignore_errors=True)  # of a process that was killed
     shutil.rmtree(target, ignore_errors=True)  # damaged
     staged.mkdir()
-    ends = []
+    ends: list[int] = []
     with (staged / "ids.bin").open("wb") as file:
         for ids in _documents(source):
             file.write(ids.astype(dtype).data)

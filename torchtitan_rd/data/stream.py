@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchtitan_rd.data.arrow import Encoder, check_column, encode_row
+from torchtitan_rd.data.arrow import Encoder, causes, check_column, encode_row
 from torchtitan_rd.data.cursor import Row, join_parts
 from torchtitan_rd.errors import DataError
 
@@ -91,7 +91,13 @@ class StreamReader:
         self._rows = iter(self._share)
 
     def _fetch(self) -> bool:
-        row = next(self._rows, None)
+        try:
+            row = next(self._rows, None)
+        except Exception as error:  # of the hub, the network, the file system and arrow: a library boundary
+            raise DataError(
+                f"{self.name}: after row {self._sample} of data rank {self.data_rank} the stream cannot be read: "
+                f"{causes(error)}"
+            ) from error
         if row is None:
             return False
         self._source, self._following = self._following, self._share.state_dict()

@@ -14,19 +14,25 @@ from typing import Any, Protocol
 import numpy as np
 
 from torchtitan_rd.data.content import digest_of
+from torchtitan_rd.data.files import HUB_NAME
 from torchtitan_rd.errors import ConfigError, DataError
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class Tokenizer(Protocol):
     """vocab_size: the largest id plus one. bos_id, eos_id: None where the tokenizer has no such token.
     digest: of all that decides the ids, wherever the files lie."""
 
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
-    digest: str
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def digest(self) -> str: ...
 
     def encode(self, text: str) -> np.ndarray:
         """1-D integer ids of the text, without bos and eos. Names of special tokens in the text are plain text."""
@@ -43,19 +49,19 @@ def load_tokenizer(path: str) -> Tokenizer:
     if path == "bytes":
         return ByteTokenizer()
     if "://" in path:
-        return TiktokenTokenizer(_read_ranks(path))
+        return TiktokenTokenizer(read_ranks(path))
     for file in (Path(path), Path(path) / "tokenizer.json", Path(path) / "tokenizer.model"):
         if file.is_file():
-            return JsonTokenizer(file) if file.suffix == ".json" else TiktokenTokenizer(_read_ranks(str(file)))
-    if _HUB_NAME.fullmatch(path) and not Path(path).exists():
-        return JsonTokenizer(_from_hub(path) / "tokenizer.json")
+            return JsonTokenizer(file) if file.suffix == ".json" else TiktokenTokenizer(read_ranks(str(file)))
+    if HUB_NAME.fullmatch(path) and not Path(path).exists():
+        return JsonTokenizer(download_tokenizer(path) / "tokenizer.json")
     raise ConfigError(
         f"model.tokenizer_path = {path!r}: expected 'bytes', a folder that holds tokenizer.json or tokenizer.model, "
         f"the path of such a file, or a name on the Hugging Face hub"
     )
 
 
-def _from_hub(name: str) -> Path:
+def download_tokenizer(name: str) -> Path:
     """The folder with the JSON files of a hub repository's tokenizer; nothing else of it is fetched."""
     import huggingface_hub
 
@@ -103,7 +109,7 @@ class JsonTokenizer:
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.bos_id, self.eos_id = (self._special_id(file.parent, name) for name in ("bos_token", "eos_token"))
+        self.bos_id, self.eos_id = (self.special_id(file.parent, name) for name in ("bos_token", "eos_token"))
         content = json.loads(file.read_text(encoding="utf-8"))
         content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
         self.digest = digest_of(json.dumps(content, sort_keys=True), self.bos_id, self.eos_id)
@@ -114,7 +120,7 @@ class JsonTokenizer:
     def decode(self, ids: Any) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def _special_id(self, folder: Path, name: str) -> int | None:
+    def special_id(self, folder: Path, name: str) -> int | None:
         for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
             try:
                 token = json.loads(file.read_text(encoding="utf-8")).get(name) if file.is_file() else None
@@ -130,11 +136,11 @@ class JsonTokenizer:
 
 
 # Llama 3's way to cut text into words, and its special tokens in the order of their ids (meta-llama/llama3, tokenizer).
-_LLAMA3_WORDS = (
+LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
-_LLAMA3_SPECIALS = [
+LLAMA3_SPECIALS = [
     *("<|begin_of_text|>", "<|end_of_text|>"),
     *(f"<|reserved_special_token_{i}|>" for i in range(4)),
     *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
@@ -150,9 +156,9 @@ class TiktokenTokenizer:
     def __init__(self, ranks: dict[bytes, int]):
         import tiktoken
 
-        specials = {name: len(ranks) + i for i, name in enumerate(_LLAMA3_SPECIALS)}
+        specials = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIALS)}
         self._backend = tiktoken.Encoding(
-            "llama3", pat_str=_LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=specials
+            "llama3", pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=specials
         )
         self.vocab_size = self._backend.n_vocab
         self.bos_id, self.eos_id = specials["<|begin_of_text|>"], specials["<|end_of_text|>"]
@@ -177,7 +183,7 @@ def _split_long_runs(text: str) -> list[str]:
     return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
-def _read_ranks(path: str) -> dict[bytes, int]:
+def read_ranks(path: str) -> dict[bytes, int]:
     import blobfile
 
     try:

@@ -8,10 +8,10 @@ import torch
 
 from tests.models.raven.tiny import tiny_config
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.models.raven.config import STATE_INITS
+from torchtitan_rd.model_spec import Microbatch
 from torchtitan_rd.models.raven.inputs import RavenInputs, initial_state
 from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
-from torchtitan_rd.models.spec import Microbatch
+from torchtitan_rd.models.raven.shape import STATE_INITS
 
 CPU = torch.device("cpu")
 WHOLE = Microbatch(step=3, count=3, rank=0, samples=range(8), seq_len=10, device=CPU, dtype=torch.float32)

@@ -12,10 +12,10 @@ from tests.small_run import SEQ_LEN, VOCAB, Setup, batches_of, config_of
 from tests.test_trainer import ALONE, SMALL
 from torchtitan_rd.build_model import build_model
 from torchtitan_rd.config import load
+from torchtitan_rd.model_spec import ForwardInputs
 from torchtitan_rd.models import get_spec
 from torchtitan_rd.models.raven.recurrence import DepthSampler, RecurrenceConfig
 from torchtitan_rd.models.raven.telemetry import StateTelemetry, token_correlation
-from torchtitan_rd.models.spec import ForwardInputs
 from torchtitan_rd.optimizer import build_optimizer
 from torchtitan_rd.parallelism import ParallelDims
 from torchtitan_rd.train import Trainer
