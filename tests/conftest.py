@@ -36,6 +36,7 @@ LONGEST = (
     "test_sharding.py",
     "test_bad_input.py",
     "test_shutdown.py",
+    "test_collectives.py",
 )
 
 

@@ -63,27 +63,10 @@ def test_ruff_finds_nothing(command):
     assert found.returncode == 0, found.stdout + found.stderr
 
 
-# Being rewritten as this check comes: to be taken out one by one, which the test demands once one has no findings.
-NOT_TYPED_YET = {
-    "torchtitan_rd/commands/config.py",
-    "torchtitan_rd/config.py",
-    "torchtitan_rd/data/__init__.py",
-    "torchtitan_rd/data/cursor.py",
-    "torchtitan_rd/data/loader.py",
-    "torchtitan_rd/data/stream.py",
-    "torchtitan_rd/draws.py",
-    "torchtitan_rd/metrics/metrics.py",
-    "torchtitan_rd/train.py",
-}
-
-
 def test_the_type_checker_finds_nothing():
     """The whole package (pyproject.toml). About a minute where .mypy_cache is empty, seconds afterwards."""
     found = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True)
-    findings = [line for line in found.stdout.splitlines() if ": error: " in line]
-    assert (found.returncode == 0) == (not findings), found.stdout + found.stderr
-    files = {line.partition(":")[0] for line in findings}
-    assert files == NOT_TYPED_YET, "\n".join(line for line in findings if line.partition(":")[0] not in NOT_TYPED_YET)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 def test_exceptions_from_the_type_checker_are_few_and_name_their_kind():

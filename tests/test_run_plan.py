@@ -120,8 +120,10 @@ def test_a_mistake_in_one_section_does_not_hide_those_of_others():
         *("--parallelism.data_parallel_shard_degree=3", "--model.overrides.dimm=3", "--no-recurrence.lockstep"),
         *("--training.dataset=primate", "--training.eos_id=5", "--training.stream", "--training.shuffle_seed=1"),
         *validation,
+        *("--lr_scheduler.schedule=trapezoid", "--lr_scheduler.cooldown_steps=9", "--training.steps=5"),
     )
     starts = (
+        "[lr_scheduler] warmup_steps (200) + cooldown_steps (9) is more than [training] steps (5)",
         "[parallelism] data_parallel_replicate_degree (1) x data_parallel_shard_degree (3) is 3, but 1 ranks",
         "training.dataset = 'primate' is streamed in order",
         "training.dataset = 'primate' is not packed",
@@ -164,6 +166,16 @@ def test_the_tokenizer_is_read_once_and_not_at_all_where_it_is_handed_in(monkeyp
     assert plan("--model.tokenizer_path=nowhere", tokenizer=ByteTokenizer(vocab_size=300)).vocab_size == 300
     assert read == ["bytes"]
     assert plan("--training.dataset=synthetic", "--model.tokenizer_path=nowhere").tokenizer is None
+
+
+@pytest.mark.parametrize("program", [["-m", "torchtitan_rd", "train"], ["-m", "torchtitan_rd.train"]])
+def test_asked_for_help_the_trainer_shows_an_example_that_can_be_typed(program):
+    found = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0 and not found.stderr
+    (example,) = [line.split() for line in found.stdout.splitlines() if line.startswith("  torchrun")]
+    arguments = example[example.index("torchtitan_rd.train") + 1 :]
+    assert arguments[0] == "--job.config_file"
+    assert plan(*arguments, ranks=2).batch.global_batch_size == 32
 
 
 def test_a_plan_cannot_be_changed():

@@ -7,6 +7,7 @@ Every problem found is gathered, and all are raised as one ConfigError before an
 import ast
 import codecs
 import difflib
+import inspect
 import re
 import types
 import typing
@@ -41,6 +42,12 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @classmethod
+    def keys_in_order(cls) -> list[str]:
+        """Every key as it is shown: the section's own ones first, then those that it has from other rooms."""
+        declared = [key for base in cls.__mro__ for key in inspect.get_annotations(base) if key in cls.model_fields]
+        return list(dict.fromkeys(declared))
 
     def cross_checks(self) -> list[str]:
         """What is wrong between its sections, of a schema that is made of sections."""
@@ -177,9 +184,7 @@ class _Reader(Generic[C]):
                 self.problems += [self._explain(name, entry) for entry in error.errors()]
         if self.problems:
             return None
-        config = self.schema(**sections)
-        self.problems += config.cross_checks()
-        return config
+        return self.schema(**sections)
 
     def _typed(self, section: type[Section], key: str, value: Value) -> Any:
         """Command-line values arrive as strings: read them as the type that the key declares."""

@@ -12,9 +12,11 @@ from torchtitan_rd.data import BatchDims
 from torchtitan_rd.model_spec import (
     NO_INPUTS,
     SINGLE_READ_OUT,
+    DrawnInputs,
     FlopCount,
     ForwardInputs,
     Microbatch,
+    ModelShape,
     ModelSpec,
     ReadOuts,
 )
@@ -30,7 +32,7 @@ class Draws:
     def __init__(
         self,
         spec: ModelSpec,
-        shape: Any,
+        shape: ModelShape,
         recurrence: Any,
         dims: BatchDims,
         *,
@@ -43,9 +45,13 @@ class Draws:
         self.spec = spec
         self.shape = shape
         self.dims = dims
-        self.layout = {"seq_len": seq_len, "device": device, "dtype": dtype}
+        self.seq_len = seq_len
+        self.device = device
+        self.dtype = dtype
         self.own_depths = not recurrence.lockstep  # whether each rank draws for itself
-        self.family = spec.inputs and spec.inputs(shape, recurrence, seed=seed, total_steps=total_steps)
+        self.family: DrawnInputs | None = None
+        if spec.inputs is not None:
+            self.family = spec.inputs(shape, recurrence, seed=seed, total_steps=total_steps)
 
     def training(self, step: int, number: int, batch: Batch) -> ForwardInputs:
         """For microbatch `number` (from 0) of this rank in update `step`."""
@@ -55,13 +61,14 @@ class Draws:
 
     def validation(self, depths: Sequence[int], held_out: Sequence[Batch]) -> ReadOuts:
         """Of a recurrent model: val_loss at its mean depth and val_loss_<depth>, each depth computed once."""
-        if self.family is None:
+        family = self.family
+        if family is None:
             return SINGLE_READ_OUT
-        named = {"val_loss": self.family.mean_depth, **{f"val_loss_{depth}": depth for depth in depths}}
+        named = {"val_loss": family.mean_depth, **{f"val_loss_{depth}": depth for depth in depths}}
         ascending = sorted(set(named.values()))
 
         def forward_inputs(number: int) -> Mapping[str, object]:
-            return self.family.at_depths(ascending, self._place(1, number, held_out[number])).kwargs
+            return family.at_depths(ascending, self._place(1, number, held_out[number])).kwargs
 
         return ReadOuts({name: ascending.index(depth) for name, depth in named.items()}, forward_inputs)
 
@@ -74,7 +81,7 @@ class Draws:
         if self.family is None:
             return None
         pace = [max(set(ranks), key=self._cost) for ranks in zip(*depths, strict=True)]
-        return self.spec.flops(self.shape, self.layout["seq_len"], num_steps=mean_depth(pace))
+        return self.spec.flops(self.shape, self.seq_len, num_steps=mean_depth(pace))
 
     def watch(self, model: nn.Module, *, watching: bool) -> AbstractContextManager[Any]:
         """A context around a step that describes this rank's last microbatch, if the family can and `watching`."""
@@ -88,12 +95,20 @@ class Draws:
         return {**telemetry.read(), "num_steps_no_grad": n, "num_steps_with_grad": k}
 
     def _cost(self, depth: tuple[int, int]) -> float:
-        count = self.spec.flops(self.shape, self.layout["seq_len"], num_steps=depth)
+        count = self.spec.flops(self.shape, self.seq_len, num_steps=depth)
         return count.matmul + count.attention_full
 
     def _place(self, step: int, number: int, batch: Batch) -> Microbatch:
         count = self.dims.microbatches_before(step) + number + 1
-        return Microbatch(step, count, self.dims.data_rank, batch.rows, **self.layout)
+        return Microbatch(
+            step=step,
+            count=count,
+            rank=self.dims.data_rank,
+            samples=batch.rows,
+            seq_len=self.seq_len,
+            device=self.device,
+            dtype=self.dtype,
+        )
 
 
 def mean_depth(depths: Sequence[tuple[int, int]]) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -106,7 +107,11 @@ class Builder:
     def _read(self) -> tuple[BatchLoader, list[Batch]]:
         """All ranks read the same commit and must find the same data."""
         config, plan = self.config, self.plan
-        reading = {"tokenizer": plan.tokenizer, "vocab_size": plan.vocab_size, "seed": config.training.seed}
+        reading: dict[str, Any] = {
+            "tokenizer": plan.tokenizer,
+            "vocab_size": plan.vocab_size,
+            "seed": config.training.seed,
+        }
         states = saved_states(config.checkpoint, self._dump_folder)
         keys = job.gather(pinned(config.training, states) if self.environment.rank == 0 else None)[0]
         loader = build_dataloader(keys, plan.batch, **reading, pin_memory=self.device.type == "cuda")

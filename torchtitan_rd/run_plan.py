@@ -16,6 +16,7 @@ from torchtitan_rd.config import JobConfig
 from torchtitan_rd.data import (
     BatchDims,
     Dataset,
+    DatasetKeys,
     Tokenizer,
     build_encoder,
     dataset_vocab_size,
@@ -25,7 +26,7 @@ from torchtitan_rd.data import (
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.job import Environment
-from torchtitan_rd.model_spec import ModelSpec
+from torchtitan_rd.model_spec import ModelShape, ModelSpec
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.models.attention import choose_backend
 from torchtitan_rd.parallelism import ParallelDims, ParallelismConfig
@@ -51,7 +52,7 @@ class RunPlan:
     tokenizer: Tokenizer | None
     vocab_size: int
     spec: ModelSpec
-    shape: Any
+    shape: ModelShape
     draws: Draws
     seq_len: int
 
@@ -113,6 +114,7 @@ def resolve(
     tokenizer: one that has been read already, so that `model.tokenizer_path` is not.
     """
     training, problems = config.training, _Problems()
+    problems.lines += config.cross_checks()
     if device is not None:
         _check_device(config, device, problems)
 
@@ -121,11 +123,11 @@ def resolve(
     batch = problems.found_by(BatchDims.resolve, training, environment.rank, data_degree)
 
     dataset = problems.found_by(get_dataset, training)
-    read = [(training, dataset)] if dataset else []
+    read: list[tuple[DatasetKeys, Dataset]] = [(training, dataset)] if dataset else []
     if config.validation.enable:
         keys = problems.found_by(validation_keys, config.validation, training, data_degree)
-        held_out = keys and problems.found_by(get_dataset, keys, section="validation")
-        read += [(keys, held_out)] if held_out else []
+        held_out = problems.found_by(get_dataset, keys, section="validation") if keys else None
+        read += [(keys, held_out)] if keys and held_out else []
 
     on_text = any(row.kind == "text" for _, row in read)
     if on_text and tokenizer is None:
@@ -154,8 +156,8 @@ def resolve(
             dtype=getattr(torch, training.mixed_precision_param),
         )
 
-    if problems.lines:
-        raise ConfigError("\n".join(problems.lines))
+    if problems.lines or not (dims and batch and dataset and vocab_size and spec and shape and draws):
+        raise ConfigError("\n".join(problems.lines))  # whatever is missing has said why
     return RunPlan(dims, batch, dataset, tokenizer, vocab_size, spec, shape, draws, training.seq_len)
 
 

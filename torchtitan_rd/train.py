@@ -43,12 +43,28 @@ from torchtitan_rd.signals import (
 from torchtitan_rd.train_step import hash_ids
 from torchtitan_rd.validation import validate
 
+USAGE = """Trains what a TOML file describes, on one rank or on those that torchrun starts.
+
+python -m torchtitan_rd.train --job.config_file X.toml [--section.key value ...]
+torchrun --nproc_per_node RANKS -m torchtitan_rd.train --job.config_file X.toml [--section.key value ...]
+
+Keys on the command line override those of the file; a flag is --section.flag or --no-section.flag. For example:
+
+  torchrun --nproc_per_node 2 -m torchtitan_rd.train --job.config_file train_configs/debug.toml --training.steps 40
+
+`python -m torchtitan_rd config X.toml` checks a config and says what it runs; `python -m torchtitan_rd config --schema`
+(docs/configuration.md) lists every key. train_*.sh launch the shipped TOMLs, on one node or under Slurm."""
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains; returns the exit status. A user's mistake is one message, any other error a traceback naming the rank."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "-h" in arguments or "--help" in arguments:
+        print(USAGE)
+        return 0
     # First of all and until all is closed: whatever this waits for, a signal must not end it in the midst.
     with StopRequest() as stop:
-        return _main(sys.argv[1:] if arguments is None else arguments, stop)
+        return _main(arguments, stop)
 
 
 def _main(arguments: list[str], stop: StopRequest) -> int:
@@ -117,14 +133,14 @@ class Trainer:
             dist.barrier()  # all ranks have closed, so what rank 0 writes holds for each
         except BaseException as error:
             if self.stop.explains_an_end():  # that of a peer too, which looks like an error of its own
-                status = "preempted" if self._is_saved() else "stopped"
+                status = self._cut_short()
                 self._tell(status, self.stop.reason())
                 return status
             # Nothing is written for a mistake in the input.
             if self.has_opened_outputs or had_status:
                 self._tell("failed", f"{type(error).__name__}: {error}")
             raise
-        status = "finished" if is_finished else "preempted" if self._is_saved() else "stopped"
+        status = "finished" if is_finished else self._cut_short()
         if self.environment.rank == 0:
             self._tell(status, "" if is_finished else self.stop.reason())
         dist.destroy_process_group()
@@ -139,16 +155,24 @@ class Trainer:
         if self.config.checkpoint.create_seed_checkpoint:
             self._save_seed()
             return True
-        profiling = {"rank": self.environment.rank, "device": self.device, "step": self.step}
-        with Profiler(self.config.profiling, dump_folder=self.dump_folder, **profiling) as profiler:
+        profiler = Profiler(
+            self.config.profiling,
+            dump_folder=self.dump_folder,
+            rank=self.environment.rank,
+            device=self.device,
+            step=self.step,
+        )
+        with profiler:
             is_finished = self._train(profiler)
         if is_finished and self.config.checkpoint.last_save_in_hf:
             with self.stop.at_once(self.device):
                 self.parts.checkpointer.export(self.step, self._write_hf)
         return is_finished
 
-    def _is_saved(self) -> bool:
-        return self._parts is not None and self._parts.checkpointer.is_committed(self.step)
+    def _cut_short(self) -> Status:
+        """How a run ended that a signal ended: whether it can go on from where it stood."""
+        is_saved = self._parts is not None and self._parts.checkpointer.is_committed(self.step)
+        return "preempted" if is_saved else "stopped"
 
     def _build(self, closing: ExitStack, holding: ExitStack) -> Parts:
         """What must be closed goes to `closing`, which closes the last built first; the folder's lock to `holding`."""

@@ -19,6 +19,7 @@ from dataclasses import replace
 from tabulate import tabulate
 
 from torchtitan_rd.config import JobConfig, load
+from torchtitan_rd.config_loader import section_type
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
 from torchtitan_rd.log import logger
@@ -112,7 +113,9 @@ def schema_page() -> str:
                 f"`{json.dumps(field.get_default(call_default_factory=True))}`",
                 " ".join((field.description or "").split()).replace("|", "\\|"),
             )
-            for key, field in info.annotation.model_fields.items()
+            for key, field in (
+                (key, section_type(info).model_fields[key]) for key in section_type(info).keys_in_order()
+            )
         ]
         table = tabulate(rows, headers=("key", "type", "default", "meaning"), tablefmt="github", disable_numparse=True)
         parts.append(f"## [{section}]\n\n{table}\n")
@@ -127,4 +130,6 @@ def _type_name(annotation: object) -> str:
         return " or ".join(_type_name(option) for option in typing.get_args(annotation))
     if annotation is type(None):
         return "none"
-    return annotation.__name__ if typing.get_origin(annotation) is None else str(annotation).replace("typing.", "")
+    if isinstance(annotation, type) and typing.get_origin(annotation) is None:
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")

@@ -117,7 +117,11 @@ def dataset_vocab_size(config: DatasetKeys, tokenizer: Tokenizer | None) -> int:
         raise ConfigError(
             f"model.vocab_size must be given for training.dataset = {config.dataset!r}: packed ids say nothing about it"
         )
-    return SPIKE_VOCAB_SIZE if kind == "spikes" else tokenizer.vocab_size
+    if kind == "spikes":
+        return SPIKE_VOCAB_SIZE
+    if tokenizer is None:
+        raise ValueError("text is read with a tokenizer, and none was given")
+    return tokenizer.vocab_size
 
 
 def build_dataloader(
@@ -138,7 +142,7 @@ def build_dataloader(
     """
     row = get_dataset(config)
     encoder = build_encoder(config, row.kind, tokenizer, vocab_size)
-    fingerprint = {
+    fingerprint: dict[str, Any] = {
         "dataset": config.dataset,
         "stream": config.stream,
         "seq_len": config.seq_len,
@@ -158,8 +162,8 @@ def build_dataloader(
         source, found = open_source(config, row, encoder, seed, split)
         cutting = Cutting(config, row.kind, len(source), num_lanes=dims.rows_per_stage)
         fingerprint |= source_fingerprint(config, source, found, cutting)
-        source = prepare(config, source, cutting, fingerprint)
-        readers = cutting.readers(source, dims.lanes)
+        samples = prepare(config, source, cutting, fingerprint)
+        readers = cutting.readers(samples, dims.lanes)
         start = [Cursor()] * len(readers)
         for reader in readers:
             reader.read(Cursor())

@@ -8,11 +8,12 @@ from functools import cached_property
 from itertools import accumulate
 
 from pydantic import Field, field_validator
+from pydantic.config import JsonDict
 
 from torchtitan_rd.config_loader import Section
 from torchtitan_rd.errors import ConfigError
 
-_MUST_MATCH = {"on_resume": "must_match"}
+_MUST_MATCH: JsonDict = {"on_resume": "must_match"}
 
 
 class BatchKeys(Section):

@@ -17,10 +17,10 @@ _NOTHING = np.empty(0, np.uint8)
 
 
 class Cursor(NamedTuple):
-    """The first id of a lane's next window: token `offset` of the lane's unit number `index` of `epoch`."""
+    """The first id of a lane's next window: token `offset` of the lane's unit number `unit` of `epoch`."""
 
     epoch: int = 0
-    index: int = 0
+    unit: int = 0
     offset: int = 0
 
 

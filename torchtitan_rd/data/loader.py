@@ -90,7 +90,7 @@ class BatchLoader:
 
     def _next_stage(self) -> list[Batch]:
         if self._stages is None:
-            self._open()
+            self._stages = self._open()
         stage = next(self._stages)
         if isinstance(stage, TorchtitanRDError):
             raise stage
@@ -146,15 +146,16 @@ class BatchLoader:
         self._workers = set()
         atexit.unregister(self.close)
 
-    def _open(self) -> None:
+    def _open(self) -> Iterator[_Stage | TorchtitanRDError]:
         # A process that ends without close() would wait for its workers for ever, or abort in a stream's thread.
         atexit.register(self.close)
         rows = _Rows(self._readers, self._positions)
         if self.num_workers:
             for reader in self._readers:  # what was read ahead in this process would only be copied into each worker
                 reader.close()
+            # torch keeps its workers to itself: they are the children that there are now and were not before.
             others = set(multiprocessing.active_children())
-            source = iter(
+            source: Iterator[Row | TorchtitanRDError] = iter(
                 torch.utils.data.DataLoader(
                     rows,
                     batch_size=None,
@@ -170,26 +171,27 @@ class BatchLoader:
         self._source = _Feed(source)
         node = Mapper(Batcher(IterableWrapper(self._source), self.dims.rows_per_rank), self._assemble)
         if self._pin_memory:
-            self._stages = PinMemory(node, pin_memory_device="cuda", snapshot_frequency=0)
-        else:
-            self._stages = Prefetcher(node, prefetch_factor=_STAGES_AHEAD, snapshot_frequency=0)
+            return PinMemory(node, pin_memory_device="cuda", snapshot_frequency=0)
+        return Prefetcher(node, prefetch_factor=_STAGES_AHEAD, snapshot_frequency=0)
 
     def _assemble(self, rows: list[Row | TorchtitanRDError]) -> _Stage | TorchtitanRDError:
+        good: list[Row] = []
         for row in rows:
             if isinstance(row, TorchtitanRDError):
                 return row
+            good.append(row)
+
         size = self.dims.local_batch_size
-        batches = [self._batch(rows[i : i + size]) for i in range(0, len(rows), size)]
-        return _Stage(batches, [row.position for row in rows[-len(self._readers) :]])
+        batches = [self._batch(good[i : i + size]) for i in range(0, len(good), size)]
+        return _Stage(batches, [row.position for row in good[-len(self._readers) :]])
 
     def _batch(self, rows: list[Row]) -> Batch:
         ids = torch.from_numpy(np.stack([row.ids for row in rows]).astype(np.int64))
         inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         if self._fill_id is not None:
             inputs = inputs.masked_fill(inputs == IGNORE_INDEX, self._fill_id)  # a copy: with B = 1 they share memory
-        if rows[0].document_ids is None:
-            return Batch(inputs, labels)
-        return Batch(inputs, labels, torch.from_numpy(np.stack([row.document_ids for row in rows])))
+        documents = [row.document_ids for row in rows if row.document_ids is not None]  # of all rows or of none
+        return Batch(inputs, labels, torch.from_numpy(np.stack(documents)) if documents else None)
 
     def _report_epoch(self) -> None:
         epoch = _latest_epoch(self._positions)
@@ -285,5 +287,5 @@ def _exit_with(parent: int) -> None:
     os._exit(1)
 
 
-def _as_is(row: Row) -> Row:
+def _as_is(row: Any) -> Any:
     return row

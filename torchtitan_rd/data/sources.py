@@ -55,6 +55,8 @@ def build_encoder(config: DatasetKeys, kind: Kind, tokenizer: Tokenizer | None, 
         if config.eos_id is not None and config.eos_id >= vocab_size:
             raise ConfigError(f"training.eos_id = {config.eos_id} is not below model.vocab_size = {vocab_size}")
         return PackedEncoder(config.seq_len, vocab_size, config.pad_id, config.eos_id, **column)
+    if tokenizer is None:
+        raise ValueError("text is read with a tokenizer, and none was given")
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"the tokenizer (model.tokenizer_path) has ids up to {tokenizer.vocab_size - 1}, but model.vocab_size = "

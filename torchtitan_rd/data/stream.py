@@ -18,6 +18,8 @@ STREAM_START: dict[str, Any] = {"epoch": 0, "sample": 0, "offset": 0, "source": 
 """Position of a stream: the next id is token `offset` of this rank's row number `sample` of `epoch`, and `source` is
 the library's state just before that row (None: at the start of the epoch)."""
 
+_NOTHING = np.empty(0, np.uint8)
+
 
 class StreamReader:
     """Cuts windows of `seq_len + 1` ids from this rank's share of a stream.
@@ -40,7 +42,9 @@ class StreamReader:
         self.seq_len, self.document_mask = seq_len, document_mask
         self.data_rank, self.data_degree = data_rank, data_degree
         self._table = table.with_format("arrow")
-        self.close()
+        self._rows: Iterator[pa.Table] = iter(())
+        self._position: dict[str, Any] | None = None
+        self._tokens = _NOTHING
 
     def read(self, position) -> Row:
         """The window that begins at `position`, a dict like STREAM_START. Raises DataError."""
@@ -62,9 +66,9 @@ class StreamReader:
     def close(self) -> None:
         """Ends the stream. A half-read parquet stream that is left to the interpreter's exit prints or aborts there
         (huggingface/datasets#7357)."""
-        self._rows: Iterator[pa.Table] = iter(())
-        self._position: dict[str, Any] | None = None
-        self._tokens = np.empty(0, np.uint8)
+        self._rows = iter(())
+        self._position = None
+        self._tokens = _NOTHING
         gc.collect()
 
     def _seek(self, position: dict[str, Any]) -> None:

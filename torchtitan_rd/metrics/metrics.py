@@ -206,11 +206,16 @@ class Metrics:
             }
             # JSON has no NaN or infinity: such a number becomes null; loss_hex still tells which it was.
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            self._journal.append(row)
-            for sink in self._sinks:
-                sink.log(row)
-            self._console.log(row)
+            self._write(row)
         self._begin_interval(step, tokens_seen)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._journal is None or self._console is None:
+            raise RuntimeError("a row is logged before the outputs are opened (`start`) or after `close`")
+        self._journal.append(row)
+        for sink in self._sinks:
+            sink.log(row)
+        self._console.log(row)
 
     def close(self) -> None:
         """Flushes and closes every output. May be called twice, and before `start`."""
