@@ -14,7 +14,7 @@ from torchtitan_rd.data.cursor import LaneReader, SkippingSource, Source, pieces
 from torchtitan_rd.data.files import FileList
 from torchtitan_rd.data.hub import check_revision
 from torchtitan_rd.data.ids import encode_in_memory, encode_once
-from torchtitan_rd.data.packed import PackedEncoder
+from torchtitan_rd.data.prepacked import PackedEncoder
 from torchtitan_rd.data.spikes import SpikeEncoder
 from torchtitan_rd.data.text import TextEncoder
 from torchtitan_rd.data.tokenizer import Tokenizer
