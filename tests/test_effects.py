@@ -115,7 +115,7 @@ def test_the_recurrent_region_is_what_an_iteration_holds_and_repeats(region):
 
 def recurrent_step(rank, world_size, region, k):
     config, model = recurrent(world_size, {"activation_checkpoint": {"mode": "full", "recurrent_region": region}})
-    step = TrainStep(model, build_optimizer(model, config.optimizer), config.training, CPU, inputs=depth_of(k))
+    step = TrainStep(model, build_optimizer(model, config.optimizer), config.training, CPU, forward_inputs=depth_of(k))
     batches = batches_of(1, rank, world_size, config, padded=False)
     step(1, batches)
     with Watch(model) as watch:
@@ -200,7 +200,9 @@ def compiled_calls(rank, world_size, name, enable):
         config, _, step = make(Setup(sections=sections), world_size)
     else:
         config, model = recurrent(world_size, sections)
-        step = TrainStep(model, build_optimizer(model, config.optimizer), config.training, CPU, inputs=depth_of(3))
+        step = TrainStep(
+            model, build_optimizer(model, config.optimizer), config.training, CPU, forward_inputs=depth_of(3)
+        )
     step(1, batches_of(1, rank, world_size, config, padded=False))
     del torch._dynamo.backends.registry._COMPILER_FNS["counting_calls"]
     return calls["compiled"]

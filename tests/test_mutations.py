@@ -87,26 +87,27 @@ def test_a_copy_holds_what_git_would_track(copy):
     ]
 
 
-@pytest.mark.parametrize(
-    ("mutations", "outcomes"),
-    [
-        ([edit("2 * x", "3 * x"), edit("2 * x", "x + 2"), edit("2 * x", "x + x")], [KILLED, SURVIVED, SURVIVED]),
-        ([edit("# twice", "# doubled", equivalent="a comment")], [EQUIVALENT]),
-        ([edit("2 * x", "3 * x", equivalent="or so it was thought")], [KILLED]),
-        ([edit("def", "lambda")], [NO_VERDICT]),  # more than once
-        ([edit("x / 2", "0", tests="test_code.py -k wrong")], [NO_VERDICT]),  # fails without it too
-        ([edit("x / 2", "0", tests="test_code.py -k nothing")], [NO_VERDICT]),  # selects no test
-        (
-            [edit("2 * x", "3 * x"), edit("x / 2", "0", tests="test_code.py -k 'half and not wrong'")],
-            [KILLED, KILLED],
-        ),
-        ([edit("2 * x", "3 * x"), edit("x / 2", "0", tests="test_code.py -k nothing")], [KILLED, NO_VERDICT]),
-    ],
-)
-def test_an_edit_is_killed_by_a_failing_test_alone_and_taken_back(mutations, outcomes, copy):
+OF_ONE_SELECTION = [
+    (edit("2 * x", "3 * x"), KILLED),
+    (edit("2 * x", "x + 2"), SURVIVED),
+    (edit("# twice", "# doubled", equivalent="a comment"), EQUIVALENT),
+    (edit("2 * x", "x**3", equivalent="or so it was thought"), KILLED),
+    (edit("def", "lambda"), NO_VERDICT),  # more than once
+]
+OF_ONE_FILE = [
+    (edit("2 * x", "3 * x"), KILLED),
+    (edit("x / 2", "0", tests="test_code.py -k 'half and not wrong'"), KILLED),
+    (edit("x / 2", "0", tests="test_code.py -k nothing"), NO_VERDICT),  # selects no test
+]
+OF_A_TEST_THAT_FAILS_ANYWAY = [(edit("x / 2", "0", tests="test_code.py -k wrong"), NO_VERDICT)]
+
+
+@pytest.mark.parametrize("cases", [OF_ONE_SELECTION, OF_ONE_FILE, OF_A_TEST_THAT_FAILS_ANYWAY])
+def test_an_edit_is_killed_by_a_failing_test_alone_and_taken_back(cases, copy):
+    mutations, outcomes = zip(*cases, strict=True)
     verdicts = list(judge_all_of(mutations, copy, limit=60.0))
-    assert [verdict.outcome for verdict in verdicts] == outcomes
-    as_meant = [o == (EQUIVALENT if m.equivalent else KILLED) for m, o in zip(mutations, outcomes, strict=True)]
+    assert [verdict.outcome for verdict in verdicts] == list(outcomes)
+    as_meant = [o == (EQUIVALENT if m.equivalent else KILLED) for m, o in cases]
     assert [verdict.is_as_meant for verdict in verdicts] == as_meant
     assert (copy / "code_of.py").read_text() == CODE
 

@@ -83,13 +83,13 @@ def described_step(rank, world_size, mode):
     def inputs(step, number, batch):
         return ForwardInputs({"num_steps": draws[number], "initial_state": states[number]}, draws[number])
 
-    step = TrainStep(model, build_optimizer(model, config.optimizer), config.training, CPU, inputs=inputs)
+    step = TrainStep(model, build_optimizer(model, config.optimizer), config.training, CPU, forward_inputs=inputs)
     with spec.telemetry(model) as telemetry:
         step(1, batches)
     found = telemetry.read()
     step(2, batches)  # outside of the context: nothing more is seen
     assert telemetry.read() == found
-    return found, by_hand(model.config, weights, batches[-1].inputs, draws[-1], states[-1])
+    return found, by_hand(model.shape, weights, batches[-1].inputs, draws[-1], states[-1])
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -128,9 +128,9 @@ def test_the_depths_of_a_row_are_the_mean_draws_of_its_step(draw_per, tmp_path):
     run.run()
     sampler = DepthSampler(
         RecurrenceConfig(draw_per=draw_per),
-        scheme=run.shape.sampling_scheme,
-        mean_recurrence=run.shape.mean_recurrence,
-        mean_backprop_depth=run.shape.mean_backprop_depth,
+        scheme=run.plan.shape.sampling_scheme,
+        mean_recurrence=run.plan.shape.mean_recurrence,
+        mean_backprop_depth=run.plan.shape.mean_backprop_depth,
         total_steps=6,
     )
     found = rows(tmp_path)
