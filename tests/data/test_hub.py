@@ -1,7 +1,9 @@
 """Data on the hub is read at one commit: asked by rank 0 alone, kept by the checkpoint, read again on resume."""
 
+import contextlib
 import json
 import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,8 +52,11 @@ class FakeHub:
         commit = self.cached or revision or self.newest
         self.read.append(commit)
         place = self._folder / commit
-        if not place.exists():
-            datasets.Dataset.from_dict({"text": self.commits[commit]}).save_to_disk(str(place))
+        if not place.exists():  # ranks that stream come here together
+            staged = place.with_name(f"{commit}.{os.getpid()}")
+            datasets.Dataset.from_dict({"text": self.commits[commit]}).save_to_disk(str(staged))
+            with contextlib.suppress(OSError):  # another one was first
+                staged.rename(place)
         table = datasets.load_from_disk(str(place))
         return table.to_iterable_dataset() if streaming else table
 
