@@ -116,7 +116,7 @@ def count(
         config.training,
         torch.device("cpu"),
         beat=counter.beat,
-        **({} if draw is None else {"inputs": lambda step, number, batch: inputs_of(draw)}),
+        **({} if draw is None else {"forward_inputs": lambda step, number, batch: inputs_of(draw)}),
     )
     ids = torch.zeros(1, SEQ_LEN, dtype=torch.int64)
     with counter:
