@@ -86,7 +86,7 @@ def test_nothing_in_a_step_waits_for_the_device(family, name, a_rank_of_eight, m
     for module in ("torch.utils._foreach_utils", "torch.optim.optimizer"):  # else fused Adam refuses this device
         monkeypatch.setattr(sys.modules[module], "_get_fused_kernels_supported_devices", lambda: ["meta"])
     model = on_meta(family, {"dim": 32, "n_heads": 2, "ffn_dim": 48} | ({"n_layers": 2} if family == "llama3" else {}))
-    inputs = {"inputs": raven_inputs} if family == "raven" else {}
+    inputs = {"forward_inputs": raven_inputs} if family == "raven" else {}
     config = TrainingConfig(goldfish_strategy="hash-table", z_loss_weight=1e-4, loss_guard=9.0, on_nonfinite="skip")
     optimizer = build_optimizer(model, OptimizerConfig(name=name))
     step = TrainStep(model, optimizer, config, META, late=True, **inputs)

@@ -33,10 +33,12 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--schema"]:
         print(schema_page())
         return 0
+
     key, arguments = _option("--print-key", "a section.key", arguments)
     ranks, arguments = _option("--ranks", "a number", arguments)
     if arguments and not arguments[0].startswith("--"):
         arguments = ["--job.config_file", *arguments]
+
     environment = Environment.read()
     loaded = load(arguments, environment)
     rows = {f"{s}.{k}": value for s, keys in loaded.config.as_dict().items() for k, value in keys.items()}
@@ -46,11 +48,13 @@ def main(arguments: list[str]) -> int:
         _plan(loaded.config, environment, ranks)
         print(rows[key])
         return 0
+
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     table = [(name, json.dumps(value), _origin(name, loaded.origins)) for name, value in rows.items()]
     sys.stdout.write(tabulate(table, headers=("key", "value", "origin"), disable_numparse=True) + "\n\n")
     sys.stdout.flush()
+
     plan = _plan(loaded.config, environment, ranks)
     model = f"model: {plan.spec.name} {loaded.config.model.flavor}, {plan.count_parameters():,} parameters"
     sys.stdout.write("\n".join([*plan.report(), f"{model}, vocabulary {plan.shape.vocab_size}"]) + "\n")

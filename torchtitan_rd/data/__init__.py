@@ -78,6 +78,7 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
     name = config.dataset
     if name not in DATASETS:
         raise ConfigError(f"{section}.dataset = {name!r} is not a data set{nearest(name, DATASETS)}")
+
     row = DATASETS[name]
     shuffled = config.shuffle_seed is not None
     packed_keys = config.pad_id is not None or config.eos_id is not None
@@ -93,6 +94,7 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
     )
     if problems := [f"{section}.dataset = {name!r} {problem}" for wrong, problem in remarks if wrong]:
         raise ConfigError("\n".join(problems))
+
     if config.dataset_path:
         check_path(config.dataset_path, split)
     if config.dataset_revision and repository(config, row.hub, split) is None:
@@ -149,6 +151,7 @@ def build_dataloader(
         "shuffle_seed": config.shuffle_seed,
         **({"batch_ramp_stages": dims.stages} if dims.stages > 1 else {}),
     }
+
     readers: list[LaneReader] | list[StreamReader]
     if config.stream:
         table, found = open_rows(config, row, encoder, split)
@@ -157,6 +160,7 @@ def build_dataloader(
         readers = [StreamReader(config.dataset, table, encoder, config.seq_len, *share, config.document_mask)]
         start: list[Any] = [STREAM_START]
         logger.info("data: streaming; the position can be continued on %d data ranks only", dims.data_degree)
+
     else:
         source, found = open_source(config, row, encoder, seed, split, prepared)
         cutting = Cutting(config, row.kind, len(source), num_lanes=dims.rows_per_stage)
@@ -166,6 +170,7 @@ def build_dataloader(
         start = [Cursor()] * len(readers)
         for reader in readers:
             reader.read(Cursor())
+
     if row.kind == "text" and tokenizer is not None:
         fingerprint |= tokenizer_revision(tokenizer)
     if ranks is not None:

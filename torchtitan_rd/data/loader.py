@@ -151,10 +151,11 @@ class BatchLoader:
         # A process that ends without close() would wait for its workers for ever, or abort in a stream's thread.
         atexit.register(self.close)
         windows = _Windows(self._readers, self._positions)
+
         if self.num_workers:
             for reader in self._readers:  # what was read ahead in this process would only be copied into each worker
                 reader.close()
-            # torch keeps its workers to itself: they are the children that there are now and were not before.
+            # Ours are those that appear below: torch keeps its list to itself, and close() must end them.
             others = set(multiprocessing.active_children())
             source: Iterator[Window | TorchtitanRDError] = iter(
                 torch.utils.data.DataLoader(
@@ -169,6 +170,7 @@ class BatchLoader:
             self._workers = set(multiprocessing.active_children()) - others
         else:
             source = iter(windows)
+
         self._source = _Feed(source)
         node = Mapper(Batcher(IterableWrapper(self._source), self.dims.rows_per_rank), self._assemble)
         if self._pin_memory:
