@@ -106,7 +106,7 @@ def sharded(
 ) -> Run:
     """The same weights as training computes with them. full_precision: whether the plan's names are heeded."""
     with torch.device("meta"):
-        model = Raven(weights.config)
+        model = Raven(weights.shape)
     plan = wrap_plan(model)
     parallelize(
         model,

@@ -78,6 +78,7 @@ def test_exceptions_from_the_type_checker_are_few_and_name_their_kind():
 def test_every_shipped_config_loads_names_its_hardware_and_repeats_no_default(path, tmp_path):
     needed = ["--training.dataset_path", str(tmp_path)] if 'dataset = "packed"' in path.read_text() else []
     (tmp_path / "train.parquet").touch()
+    (tmp_path / "validation.parquet").touch()
     loaded = load(["--job.config_file", str(path), *needed], ENVIRONMENT)
     assert path.read_text().startswith("# Hardware: ")
     assert not loaded.warnings

@@ -222,7 +222,7 @@ def test_ranks_that_never_meet_leave_no_stale_status(tmp_path, monkeypatch):
 
 def test_a_status_that_another_run_leaves_while_this_one_starts_is_removed(tmp_path, monkeypatch):
     """The other one held the folder until it had written it: a requeue overlaps with the end of the run before."""
-    build, seen = train.build_dataloader, []
+    build, seen = parts.build_dataloader, []
 
     def build_while_another_ends(*arguments, **options):
         write_exit_status(tmp_path, "preempted", 999)
@@ -231,7 +231,7 @@ def test_a_status_that_another_run_leaves_while_this_one_starts_is_removed(tmp_p
     def look(*_, **__):
         seen.append((tmp_path / "exit_status.json").exists())
 
-    monkeypatch.setattr(train, "build_dataloader", build_while_another_ends)
+    monkeypatch.setattr(parts, "build_dataloader", build_while_another_ends)
     monkeypatch.setattr(train.Trainer, "_restore", look)
     assert train.main([*SMALL, f"--job.dump_folder={tmp_path}", "--training.steps=1"]) == 0
     assert seen == [False] and status_of(tmp_path)["status"] == "finished"

@@ -197,10 +197,10 @@ def test_a_missing_tokenizer_is_an_error_that_names_the_flag(path):
 def test_a_name_on_the_hub_is_looked_up_as_in_training(json_folder, monkeypatch):
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(json_folder))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(json_folder))
     assert tokenizer_files("some/tokenizer") == tokenizer_files(str(json_folder))
 
-    def unreachable(name, allow_patterns):
+    def unreachable(name, **_):
         raise ConnectionError
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)

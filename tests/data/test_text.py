@@ -104,7 +104,7 @@ def test_a_name_on_the_hub_is_fetched_as_json_files_only(json_folder, monkeypatc
 
     asked = {}
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, revision, allow_patterns):
         asked[name] = allow_patterns
         return str(json_folder)
 
@@ -119,7 +119,7 @@ def test_a_name_on_the_hub_is_fetched_as_json_files_only(json_folder, monkeypatc
 def test_a_hub_that_is_out_of_reach_is_one_clear_error(monkeypatch):
     import huggingface_hub
 
-    def unreachable(name, allow_patterns):
+    def unreachable(name, revision, allow_patterns):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
