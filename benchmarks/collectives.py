@@ -1,10 +1,12 @@
-"""Collectives of one whole training step, by kind: TrainStep itself, under FSDP and HSDP, 1 and 4 microbatches.
+"""Collectives of one whole training step, by kind: TrainStep itself, under FSDP and HSDP,
+1 and 4 microbatches.
 
     python benchmarks/collectives.py
 
-One process stands for rank 0 of 8 (torch's fake process group); the counts are exact and repeat. Kinds: all-gathers of
-parameters, reduce-scatters and all-reduces of gradients (the latter between the copies of HSDP), and the small
-all-reduces of the step itself (valid tokens before backward; losses, norm and stop flag after it).
+One process stands for rank 0 of 8 (torch's fake process group); the counts are exact and repeat. Kinds:
+all-gathers of parameters, reduce-scatters and all-reduces of gradients (the latter between the copies
+of HSDP), and the small all-reduces of the step itself (valid tokens before backward; losses, norm and
+stop flag after it).
 """
 
 import sys
@@ -56,7 +58,9 @@ LLAMA = LlamaShape(dim=64, n_layers=8, n_heads=4, n_kv_heads=4, ffn_dim=96, voca
 
 
 class CountCollectives(TorchDispatchMode):
-    """Counts what reaches torch.distributed. A fake reduce-scatter leaves its output as it finds it: that is zeroed."""
+    """Counts what reaches torch.distributed.
+    A fake reduce-scatter leaves its output as it finds it: that is zeroed.
+    """
 
     def __init__(self):
         super().__init__()
@@ -118,7 +122,9 @@ def build(name: str, shape: Any, layout: str, reshard: str = "default") -> tuple
 def count(
     config: JobConfig, model: torch.nn.Module, accumulation: int, draw: tuple[int, int] | None = None
 ) -> dict[str, int]:
-    """The collectives of one update of `accumulation` microbatches; a kind that is not of KINDS has its torch name."""
+    """The collectives of one update of `accumulation` microbatches;
+    a kind that is not of KINDS has its torch name.
+    """
     counter = CountCollectives()
     step = TrainStep(
         model,
@@ -139,7 +145,9 @@ def inputs_of(draw: tuple[int, int]) -> ForwardInputs:
 
 
 def table() -> list[tuple[str, str, int, dict[str, int]]]:
-    """(model, layout, microbatches, counts); a raven has one row for all DRAWS, since their counts are the same."""
+    """(model, layout, microbatches, counts); a raven has one row for all DRAWS,
+    since their counts are the same.
+    """
     rows = []
     for layout in LAYOUTS:
         llama, raven = build("llama3", LLAMA, layout), build("raven", RAVEN, layout)
@@ -149,7 +157,9 @@ def table() -> list[tuple[str, str, int, dict[str, int]]]:
             rows.append(("llama, tied head", layout, accumulation, count(*tied, accumulation)))
             by_draw = [count(*raven, accumulation, draw) for draw in DRAWS]
             if any(counts != by_draw[0] for counts in by_draw):
-                raise AssertionError(f"the counts depend on the draw: {dict(zip(DRAWS, by_draw, strict=True))}")
+                raise AssertionError(
+                    f"the counts depend on the draw: {dict(zip(DRAWS, by_draw, strict=True))}"
+                )
             rows.append(("raven, 2 + 4 + 2", layout, accumulation, by_draw[0]))
     return sorted(rows, key=lambda row: (row[0], row[1], row[2]))
 
@@ -161,7 +171,9 @@ def main() -> None:
     titles = "".join(f" {kind} |" for kind in KINDS)
     print(f"| model | layout | microbatches |{titles}\n|{'---|' * (3 + len(KINDS))}")
     for model, layout, accumulation, counts in rows:
-        print(f"| {model} | {layout} | {accumulation} |" + "".join(f" {number} |" for number in counts.values()))
+        print(
+            f"| {model} | {layout} | {accumulation} |" + "".join(f" {number} |" for number in counts.values())
+        )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""How fast one core turns stored spike counts into tokens, beside what numpy copies on the same core in the same run;
-and what one large document costs, beside the same text in short rows.
+"""How fast one core turns stored spike counts into tokens, beside what numpy copies on the same core in the
+same run; and what one large document costs, beside the same text in short rows.
 
     python benchmarks/data.py [--seconds 2]
     python benchmarks/data.py --document [--megabytes 5] [--batches 8 32] [--steps 20]
 
-Writes a made-up table (as the Neural Pile: `spike_counts`, lists of lists of uint8) with `save_to_disk` into a
-temporary folder, then times, in CPU seconds (the best of several rounds, one thread):
+Writes a made-up table (as the Neural Pile: `spike_counts`, lists of lists of uint8) with `save_to_disk` into
+a temporary folder, then times, in CPU seconds (the best of several rounds, one thread):
   encode   counts in memory -> ids
   source   memory-mapped arrow rows -> ids (what a lane does)
   windows  memory-mapped arrow rows -> windows of 131072 + 1 ids
 
-With --document, a .txt of English words and a .jsonl of the same text in rows of about 1 kB, a BPE tokenizer of 4096
-ids trained on it, windows of 512 + 1 ids: CPU seconds of one encode and of building the loader (from an empty cache,
-and again), and tokens per CPU second of the first steps that follow.
+With --document, a .txt of English words and a .jsonl of the same text in rows of about 1 kB, a BPE tokenizer
+of 4096 ids trained on it, windows of 512 + 1 ids: CPU seconds of one encode and of building the loader (from
+an empty cache, and again), and tokens per CPU second of the first steps that follow.
 """
 
 import argparse
@@ -68,7 +68,9 @@ def write_document(folder: Path, megabytes: float) -> str:
         rows.append(" ".join(draw.choices(words, k=150)) + "\n")
         size += len(rows[-1])
     (folder / "book.txt").write_text("".join(rows), encoding="utf-8")
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8"
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -114,7 +116,9 @@ def measure_document(megabytes: float, batches: list[int], steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="CPU seconds per figure")
     parser.add_argument("--document", action="store_true", help="one large document instead of spikes")
     parser.add_argument("--megabytes", type=float, default=5.0, help="of the document")

@@ -2,10 +2,10 @@
 
     python benchmarks/drift.py [--steps 10 150]
 
-A small raven (E 192, 2 + 4 + 2 blocks) is trained in float32 on a copying task. Its weights then run on the same
-batches and first states in float32, under torch's autocast, and sharded by FSDP at each setting of the precision.
-Errors are relative (Frobenius norms), root mean squares over 12 batches. CPU, one process, a few minutes on an idle
-machine.
+A small raven (E 192, 2 + 4 + 2 blocks) is trained in float32 on a copying task. Its weights then run on the
+same batches and first states in float32, under torch's autocast, and sharded by FSDP at each setting of the
+precision. Errors are relative (Frobenius norms), root mean squares over 12 batches. CPU, one process, a few
+minutes on an idle machine.
 """
 
 import argparse
@@ -104,7 +104,9 @@ def sharded(
     full_precision: bool = True,
     sharding: Mapping[str, Any] | None = None,
 ) -> Run:
-    """The same weights as training computes with them. full_precision: whether the plan's names are heeded."""
+    """The same weights as training computes with them. full_precision: whether the plan's
+    names are heeded.
+    """
     with torch.device("meta"):
         model = Raven(weights.shape)
     plan = wrap_plan(model)
@@ -140,7 +142,9 @@ def sharded(
 def core_gradient(model: Raven) -> torch.Tensor:
     """The gradient of all parameters of the core, as one vector."""
     gradients = [parameter.grad for parameter in model.transformer.recurrence.parameters()]
-    return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten().float() for g in gradients])
+    return torch.cat(
+        [(g.full_tensor() if isinstance(g, DTensor) else g).flatten().float() for g in gradients]
+    )
 
 
 def errors(run: Run, reference: Run, draw: tuple[int, int], batches: int = BATCHES) -> tuple[float, float]:
@@ -153,7 +157,9 @@ def errors(run: Run, reference: Run, draw: tuple[int, int], batches: int = BATCH
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, nargs="*", default=[10, 150], help="training steps before measuring")
+    parser.add_argument(
+        "--steps", type=int, nargs="*", default=[10, 150], help="training steps before measuring"
+    )
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.set_num_threads(1)
     print("relative errors of logits / core gradient")
@@ -170,7 +176,10 @@ def main() -> None:
         print(f"after {steps} steps{'':21}" + "".join(f"{draw!s:>18}" for draw in DRAWS))
         for name, run in runs.items():
             found = [errors(run, reference, draw) for draw in DRAWS]
-            print(f"  {name:34}" + "".join(f"{logits:9.4f} /{gradient:7.4f}" for logits, gradient in found), flush=True)
+            print(
+                f"  {name:34}" + "".join(f"{logits:9.4f} /{gradient:7.4f}" for logits, gradient in found),
+                flush=True,
+            )
     dist.destroy_process_group()
 
 

@@ -1,4 +1,5 @@
-"""A Hugging Face folder, Meta's files or a training checkpoint of Huginn (step-*_0.pth) -> a checkpoint of ours.
+"""A Hugging Face folder, Meta's files or a training checkpoint of Huginn (step-*_0.pth) -> a
+checkpoint of ours.
 
 python convert/hf_to_dcp.py --model raven --input_dir huginn-0125 --output_dir outputs/checkpoint/step-0
 """

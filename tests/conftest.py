@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that: the tests of signals
-# would see programs that nobody can interrupt.
+# A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that:
+# the tests of signals would see programs that nobody can interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What a file says that starts processes, compiles, or imports a library which takes seconds.
 NOT_QUICK = re.compile(
-    r"tests\.(ranks|launch|fork_server|checkpoint\.forked|test_read_outs)|subprocess|multiprocessing|num_workers"
-    r"|torch\.compile|CompileConfig|transformers|stream=True|distributed\.checkpoint|fake_pg"
+    r"tests\.(ranks|launch|fork_server|checkpoint\.forked|test_read_outs)|subprocess|multiprocessing"
+    r"|num_workers|torch\.compile|CompileConfig|transformers|stream=True|distributed\.checkpoint|fake_pg"
 )
 # The files that take longest begin, so that no worker is left with one of them when the others are done.
 LONGEST = (
@@ -41,8 +41,12 @@ LONGEST = (
 
 
 def pytest_addoption(parser):
-    parser.addoption("--quick", action="store_true", help="only files that start no process and compile nothing")
-    parser.addoption("--shuffle", type=int, metavar="SEED", help="files, and the tests within a file, in random order")
+    parser.addoption(
+        "--quick", action="store_true", help="only files that start no process and compile nothing"
+    )
+    parser.addoption(
+        "--shuffle", type=int, metavar="SEED", help="files, and the tests within a file, in random order"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config):

@@ -1,11 +1,14 @@
-"""Python programs that start by a fork of a process which has imported torch: milliseconds instead of seconds.
+"""Python programs that start by a fork of a process which has imported torch:
+milliseconds instead of seconds.
 
-    finished = run_python("-m", "torchtitan_rd.train", "--training.steps=2")    # as subprocess.run of this interpreter
-    process = start_python("-c", "print(1)")                                    # as subprocess.Popen
+    # As subprocess.run of this interpreter, and as subprocess.Popen.
+    finished = run_python("-m", "torchtitan_rd.train", "--training.steps=2")
+    process = start_python("-c", "print(1)")
 
-Such a program is the main module of a process of its own: with its own environment, working folder and output, it
-dies of signals and ends as `python -m` does: threads, atexit, exit status (1 after an uncaught Ctrl-C). It differs in
-what is imported when it begins, so a test of imports, or of the start itself, takes subprocess.
+Such a program is the main module of a process of its own: with its own environment, working folder and
+output, it dies of signals and ends as `python -m` does: threads, atexit, exit status (1 after an
+uncaught Ctrl-C). It differs in what is imported when it begins, so a test of imports, or of the start
+itself, takes subprocess.
 """
 
 import atexit
@@ -93,7 +96,9 @@ class Program:
 
 
 def start_python(*command: Any, env: dict[str, str] | None = None, cwd: Path = ROOT) -> Program:
-    """Starts `python *command`: -m MODULE, -c CODE or a path, and the arguments; env: instead of this process's."""
+    """Starts `python *command`: -m MODULE, -c CODE or a path, and the arguments;
+    env: instead of this process's.
+    """
     outputs = [tempfile.NamedTemporaryFile(prefix="output-") for _ in range(2)]  # noqa: SIM115
     status, theirs = os.pipe()
     request = {
@@ -113,7 +118,9 @@ def start_python(*command: Any, env: dict[str, str] | None = None, cwd: Path = R
 def run_python(
     *command: Any, env: dict[str, str] | None = None, cwd: Path = ROOT, timeout: float = 120.0
 ) -> subprocess.CompletedProcess:
-    """Runs `python *command` to its end; the output is text. One that outlives `timeout` is killed and an error."""
+    """Runs `python *command` to its end; the output is text.
+    One that outlives `timeout` is killed and an error.
+    """
     with start_python(*command, env=env, cwd=cwd) as program:
         stdout, stderr = program.communicate(timeout)
         return subprocess.CompletedProcess(program.args, program.returncode, stdout, stderr)
@@ -127,7 +134,12 @@ def _server() -> socket.socket:
     if not _servers:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # The server itself must never look for a GPU: CUDA does not survive a fork.
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         command = [sys.executable, "-c", "from tests.fork_server import main; main()", str(theirs.fileno())]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, pass_fds=[theirs.fileno()])
         theirs.close()

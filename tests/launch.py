@@ -23,7 +23,9 @@ class Finished:
 class Run:
     """Processes of one run; always used as a context, so that none is left behind."""
 
-    def __init__(self, world_size: int, arguments: list[str], options: tuple[str, ...] = (), device: str = "cpu"):
+    def __init__(
+        self, world_size: int, arguments: list[str], options: tuple[str, ...] = (), device: str = "cpu"
+    ):
         """device: "cpu", where the ranks see no GPU, or "cuda": rank r takes GPU r."""
         if device == "cuda":
             needs_gpus(world_size)

@@ -1,9 +1,15 @@
 """One rank of a run that the tests launch: torchtitan_rd.train, made to die or to pause at a chosen place.
 
     python -m tests.launched_rank --die-at RANK STEP MICROBATCH -- --job.config_file X.toml ...
-    python -m tests.launched_rank --slow SECONDS [FROM] -- ...      # each step, from the FROMth on, is so much longer
-    python -m tests.launched_rank --slow-start SECONDS FILE -- ...  # so is the reading of the data; FILE.RANK says when
-    python -m tests.launched_rank --fail-at RANK STEP -- ...        # an exception in a step
+
+    # Each step, from the FROMth on, is so much longer:
+    python -m tests.launched_rank --slow SECONDS [FROM] -- ...
+
+    # So is the reading of the data; FILE.RANK says when:
+    python -m tests.launched_rank --slow-start SECONDS FILE -- ...
+
+    # An exception in a step:
+    python -m tests.launched_rank --fail-at RANK STEP -- ...
 
 The package itself has no such switches.
 """

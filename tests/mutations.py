@@ -4,13 +4,14 @@
     python tests/mutations.py --only telemetry    # those with the word in their name, file or tests
     python tests/mutations.py --jobs 2            # so many at a time
 
-The edits are data: `tests/mutations_table/*.toml`, one `[[mutation]]` an edit. `before` must occur exactly once in
-`file` and becomes `after`; `tests` are the arguments of pytest that select, narrowly, what must fail then. An edit that
-changes nothing that anybody could see says why in `equivalent`.
+The edits are data: `tests/mutations_table/*.toml`, one `[[mutation]]` an edit. `before` must occur exactly
+once in `file` and becomes `after`; `tests` are the arguments of pytest that select, narrowly, what must fail
+then. An edit that changes nothing that anybody could see says why in `equivalent`.
 
-Each edit is applied to a copy of the repository in a temporary folder, never here. Its tests are first run without any
-edit, once for all selections from the same files: a test that fails anyway proves nothing. Exit status 1 if an edit
-survives without being equivalent, if one that is called equivalent is killed, or if there was no verdict.
+Each edit is applied to a copy of the repository in a temporary folder, never here. Its tests are first run
+without any edit, once for all selections from the same files: a test that fails anyway proves nothing. Exit
+status 1 if an edit survives without being equivalent, if one that is called equivalent is killed, or if
+there was no verdict.
 """
 
 import argparse
@@ -102,7 +103,9 @@ def judge(mutation: Mutation, root: Path, limit: float = LIMIT_SECONDS) -> Verdi
     return Verdict(mutation, NO_VERDICT, seconds, last_line(output))
 
 
-def judge_all_of(mutations: Sequence[Mutation], root: Path, limit: float = LIMIT_SECONDS) -> Iterator[Verdict]:
+def judge_all_of(
+    mutations: Sequence[Mutation], root: Path, limit: float = LIMIT_SECONDS
+) -> Iterator[Verdict]:
     """The verdicts on edits whose tests are of the same files, and must pass without any of them."""
     started = time.monotonic()
     status, output = run_tests(all_tests_of(mutations), root, limit * len(mutations))
@@ -130,12 +133,22 @@ def run_tests(tests: str, root: Path, limit: float) -> tuple[int | None, str]:
         "PYTHONPATH": str(root),
         # Scripts that the tests start take the first `python` there is.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        # An edit and its reversal may fall within one second, and so within one time stamp of a compiled file.
+        # An edit and its reversal may fall within one second,
+        # and so within one time stamp of a compiled file.
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, "-m", "pytest", "-x", "--tb=line", "-p", "no:cacheprovider", *shlex.split(tests)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "--tb=line",
+        "-p",
+        "no:cacheprovider",
+        *shlex.split(tests),
+    ]
     with subprocess.Popen(
         command,
         cwd=root,
@@ -218,10 +231,16 @@ def line_of(verdict: Verdict) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", metavar="WORD", default="", help="edits with this word in name, file or tests")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", metavar="WORD", default="", help="edits with this word in name, file or tests"
+    )
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="so many at a time")
-    parser.add_argument("--limit", metavar="SECONDS", type=float, default=LIMIT_SECONDS, help="for one run of pytest")
+    parser.add_argument(
+        "--limit", metavar="SECONDS", type=float, default=LIMIT_SECONDS, help="for one run of pytest"
+    )
     options = parser.parse_args()
 
     word = options.only
@@ -235,7 +254,9 @@ def main() -> int:
     numbers = Counter(verdict.outcome for verdict in verdicts)
     if wrong:
         print("\nNot as it should be:", *map(line_of, wrong), sep="\n")
-    counted = ", ".join(f"{numbers[outcome]} {outcome}" for outcome in (KILLED, EQUIVALENT, SURVIVED, NO_VERDICT))
+    counted = ", ".join(
+        f"{numbers[outcome]} {outcome}" for outcome in (KILLED, EQUIVALENT, SURVIVED, NO_VERDICT)
+    )
     print(f"\nMutations: {len(verdicts)}, in {(time.monotonic() - started) / 60:.1f} min: {counted}")
     return 1 if wrong else 0
 

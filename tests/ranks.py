@@ -2,10 +2,11 @@
 
     def body(rank, world_size, extra): ...      # a module-level function; what it returns must pickle
     results = run_on_ranks(2, body, extra)      # [result of rank 0, result of rank 1]
-    results = run_on_ranks(2, body, extra, device="cuda")       # with CPU tensors still over gloo, as in a real run
+    results = run_on_ranks(2, body, extra, device="cuda")       # CPU tensors still go over gloo, as in a run
 
-The worker processes are started once for the test session and reused, since a start costs seconds. Each call gets
-a fresh process group, torn down afterwards. A body that raises on any rank raises here with that rank's traceback.
+The worker processes are started once for the test session and reused, since a start costs seconds. Each
+call gets a fresh process group, torn down afterwards. A body that raises on any rank raises here with
+that rank's traceback.
 """
 
 import atexit
@@ -27,12 +28,16 @@ _workers: dict[str, list["_Worker"]] = {"cpu": [], "cuda": []}
 
 
 class _Worker:
-    """A process that runs bodies. One for the CPU sees no GPU, so that its bodies do the same on every machine."""
+    """A process that runs bodies. One for the CPU sees no GPU,
+    so that its bodies do the same on every machine.
+    """
 
     def __init__(self, device: str) -> None:
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
         with tempfile.TemporaryDirectory() as folder, Listener(str(Path(folder) / "socket")) as listener:
-            self.process = start_python("-m", "tests.ranks", listener.address, device, env={**os.environ, **hidden})
+            self.process = start_python(
+                "-m", "tests.ranks", listener.address, device, env={**os.environ, **hidden}
+            )
             self.pipe: Connection = listener.accept()
         # Where bodies are imported from, and what proves it a friend when it sends tensors.
         self.pipe.send((sys.path, bytes(current_process().authkey)))
@@ -45,9 +50,11 @@ class _Worker:
 def run_on_ranks(
     world_size: int, body: Callable[..., Any], *args: Any, device: str = "cpu", timeout: float = 120.0
 ) -> list[Any]:
-    """Calls `body(rank, world_size, *args)` on every rank of a fresh group; returns the results in rank order.
+    """Calls `body(rank, world_size, *args)` on every rank of a fresh group;
+    returns the results in rank order.
 
-    device: "cpu", or "cuda", where rank r has GPU r as its current device; skips the test if there are fewer GPUs.
+    device: "cpu", or "cuda", where rank r has GPU r as its current device;
+    skips the test if there are fewer GPUs.
     """
     if device == "cuda":
         needs_gpus(world_size)
@@ -61,7 +68,8 @@ def run_on_ranks(
         return _collect(workers[:world_size], timeout)
 
 
-# For `@EACH_DEVICE` above a test of (device, world_size): the same body on 1 and 2 CPU ranks and on 1 and 2 GPUs.
+# For `@EACH_DEVICE` above a test of (device, world_size): the same body on 1 and 2 CPU ranks
+# and on 1 and 2 GPUs.
 EACH_DEVICE = pytest.mark.parametrize(
     ("device", "world_size"),
     [
@@ -129,7 +137,9 @@ def _serve(pipe: Connection, device: str) -> None:
             if device == "cuda":
                 torch.cuda.set_device(rank)
                 options = {"backend": "cpu:gloo,cuda:nccl", "device_id": torch.device("cuda", rank)}
-            dist.init_process_group(init_method=f"file://{store}", rank=rank, world_size=world_size, **options)
+            dist.init_process_group(
+                init_method=f"file://{store}", rank=rank, world_size=world_size, **options
+            )
             result = (True, body(rank, world_size, *args))
             dist.barrier()
         except BaseException:  # CheckpointException of torch is not an Exception

@@ -1,4 +1,5 @@
-"""A tiny Llama trained in-process for a few steps: the body that the parallelism and step tests run on their ranks.
+"""A tiny Llama trained in-process for a few steps: the body that the parallelism and step tests
+run on their ranks.
 
 The same body runs on the CPU and on GPUs: `Setup.device` says where, and so does `device` of tests/ranks.py.
 """
@@ -23,9 +24,11 @@ VOCAB, SEQ_LEN, GLOBAL_BATCH = 64, 16, 8
 
 @dataclass(frozen=True)
 class Setup:
-    """Sections as {section: {key: value}}, how many steps, whether labels are padded, and where in which precision.
+    """Sections as {section: {key: value}}, how many steps, whether labels are padded,
+    and where in which precision.
 
-    device: "cpu", or "cuda": the rank's current GPU. dtype: of the sharded parameters in forward and backward.
+    device: "cpu", or "cuda": the rank's current GPU.
+    dtype: of the sharded parameters in forward and backward.
     """
 
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -38,7 +41,9 @@ class Setup:
 
 def config_of(setup: Setup, world_size: int) -> JobConfig:
     training = {
-        "local_batch_size": setup.sections.get("training", {}).get("local_batch_size", GLOBAL_BATCH // world_size),
+        "local_batch_size": setup.sections.get("training", {}).get(
+            "local_batch_size", GLOBAL_BATCH // world_size
+        ),
         "global_batch_size": GLOBAL_BATCH,
         "seq_len": SEQ_LEN,
         "mixed_precision_param": setup.dtype,
@@ -50,7 +55,9 @@ def config_of(setup: Setup, world_size: int) -> JobConfig:
         "training": {**training, **setup.sections.get("training", {})},
     }
     fields = JobConfig.model_fields
-    return JobConfig(**{name: fields[name].annotation.model_validate(keys) for name, keys in sections.items()})
+    return JobConfig(
+        **{name: fields[name].annotation.model_validate(keys) for name, keys in sections.items()}
+    )
 
 
 def make(setup: Setup, world_size: int, **options: Any) -> tuple[JobConfig, torch.nn.Module, TrainStep]:
@@ -59,7 +66,9 @@ def make(setup: Setup, world_size: int, **options: Any) -> tuple[JobConfig, torc
     spec = get_spec("llama3")
     overrides = {"dim": 32, "n_layers": 4, "ffn_dim": 48, **setup.overrides}
     shape = replace(get_flavor(spec, "debug", overrides), vocab_size=VOCAB)
-    device = torch.device("cpu") if setup.device == "cpu" else torch.device("cuda", torch.cuda.current_device())
+    device = (
+        torch.device("cpu") if setup.device == "cpu" else torch.device("cuda", torch.cuda.current_device())
+    )
     mesh = ParallelDims.resolve(config.parallelism, world_size).build_mesh(device.type)
     model = build_model(config, spec, shape, mesh, device)
     optimizer = build_optimizer(model, config.optimizer)
@@ -71,7 +80,8 @@ def batches_of(step: int, rank: int, world_size: int, config: JobConfig, padded:
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, VOCAB, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
     inputs, labels = ids[:, :-1], ids[:, 1:].clone()
-    if padded:  # row g keeps g + 1 labels, so ranks and microbatches have very different numbers of valid tokens
+    # Row g keeps g + 1 labels, so ranks and microbatches have very different numbers of valid tokens.
+    if padded:
         for row in range(GLOBAL_BATCH):
             labels[row, row + 1 :] = -100
     share = GLOBAL_BATCH // world_size
@@ -81,7 +91,9 @@ def batches_of(step: int, rank: int, world_size: int, config: JobConfig, padded:
 
 
 def train(rank: int, world_size: int, setup: Setup) -> dict[str, Any]:
-    """Runs `setup`; returns losses, gradient norms, checkpoint keys and hashes of the full tensors before and after."""
+    """Runs `setup`; returns losses, gradient norms, checkpoint keys and hashes of the full
+    tensors before and after.
+    """
     config, model, step_function = make(setup, world_size)
     before = hash_of(model)
     results = [

@@ -1,4 +1,6 @@
-"""TOML, command line and environment -> one validated config; every mistake is named with its place and remedy."""
+"""TOML, command line and environment -> one validated config;
+every mistake is named with its place and remedy.
+"""
 
 import pytest
 import tomli
@@ -81,7 +83,8 @@ def test_entries_of_model_overrides_come_from_file_and_command_line_together(tmp
 
 
 def test_every_problem_is_reported_at_once_with_its_line_and_the_nearest_name(tmp_path):
-    text = '[training]\nstepz = 5\nseq_len = "long"\n\n[optimiser]\nlr = 1.0\n\n[optimizer]\nlr = -1.0\nname = "adam"\n'
+    text = '[training]\nstepz = 5\nseq_len = "long"\n\n'
+    text += '[optimiser]\nlr = 1.0\n\n[optimizer]\nlr = -1.0\nname = "adam"\n'
     message = problems(tmp_path, text, "--training.local_batch_size", "many")
     lines = message.splitlines()
     assert len(lines) == 6
@@ -115,10 +118,11 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
 
 
 def test_sections_that_contradict_each_other_are_refused(tmp_path):
-    text = '[training]\nsteps = 10\n[lr_scheduler]\nschedule = "trapezoid"\nwarmup_steps = 8\ncooldown_steps = 8\n'
-    assert ["warmup_steps (8) + cooldown_steps (8)" in line for line in read(tmp_path, text).config.cross_checks()] == [
-        True
-    ]
+    text = '[training]\nsteps = 10\n[lr_scheduler]\nschedule = "trapezoid"\n'
+    text += "warmup_steps = 8\ncooldown_steps = 8\n"
+    assert [
+        "warmup_steps (8) + cooldown_steps (8)" in line for line in read(tmp_path, text).config.cross_checks()
+    ] == [True]
 
 
 def test_a_cool_down_after_a_decay_warns_of_its_jump(tmp_path):
@@ -134,7 +138,9 @@ def test_a_config_is_frozen(tmp_path):
 
 
 def test_a_section_s_own_keys_come_first_wherever_keys_are_shown(tmp_path):
-    """In training.* those of train_step.py, then the data's; in each room in the order in which they stand there."""
+    """In training.* those of train_step.py, then the data's;
+    in each room in the order in which they stand there.
+    """
     config = read(tmp_path, "").config
     config.write(tmp_path / "written.toml")
     written = tomli.loads((tmp_path / "written.toml").read_text())
@@ -143,9 +149,13 @@ def test_a_section_s_own_keys_come_first_wherever_keys_are_shown(tmp_path):
         assert keys[:2] == ["steps", "max_norm"] and keys.index("gc_freq") < keys.index("dataset")
         assert keys.index("seq_len") < keys.index("local_batch_size") < keys.index("mixed_precision_param")
         assert list(shown["optimizer"])[:2] == ["name", "lr"]
-    assert {s: set(k) for s, k in config.as_dict().items()} == {s: set(k) for s, k in config.model_dump().items()}
+    assert {s: set(k) for s, k in config.as_dict().items()} == {
+        s: set(k) for s, k in config.model_dump().items()
+    }
     page = schema_page()
-    assert page.index("| `name`*") < page.index("| `lr`") < page.index("| `muon_") < page.index("## [training]")
+    assert (
+        page.index("| `name`*") < page.index("| `lr`") < page.index("| `muon_") < page.index("## [training]")
+    )
     assert page.index("## [training]") < page.index("| `steps`") < page.index("| `dataset`*")
 
 
@@ -192,14 +202,18 @@ def test_an_old_key_is_translated_with_a_warning_that_names_the_new_one(tmp_path
 
 
 def test_old_keys_work_on_the_command_line_too(tmp_path):
-    config = read(tmp_path, "", "--training.batch_size", "2", "--optimizer.fused=false", "--training.compile").config
+    config = read(
+        tmp_path, "", "--training.batch_size", "2", "--optimizer.fused=false", "--training.compile"
+    ).config
     assert config.training.local_batch_size == 2
     assert config.optimizer.implementation == "foreach"
     assert config.compile.enable is True
 
 
 def test_a_feature_that_is_gone_is_accepted_only_switched_off(tmp_path):
-    loaded = read(tmp_path, "[training]\ntensor_parallel_degree = 1\n[float8]\nenable_float8_linear = false\n")
+    loaded = read(
+        tmp_path, "[training]\ntensor_parallel_degree = 1\n[float8]\nenable_float8_linear = false\n"
+    )
     assert len(loaded.warnings) == 2
     assert "training.tensor_parallel_degree = 8 is no longer supported" in problems(
         tmp_path, "[training]\ntensor_parallel_degree = 8\n"
@@ -214,8 +228,16 @@ def test_sections_know_nothing_of_the_loader():
 
 # What was a traceback, or was accepted, and what is said of it today. The file, then the arguments after it.
 REFUSED = {
-    "no value for the config file": (None, ["--job.config_file"], "--job.config_file needs the name of a file"),
-    "an empty name of the config file": (None, ["--job.config_file="], "--job.config_file needs the name of a file"),
+    "no value for the config file": (
+        None,
+        ["--job.config_file"],
+        "--job.config_file needs the name of a file",
+    ),
+    "an empty name of the config file": (
+        None,
+        ["--job.config_file="],
+        "--job.config_file needs the name of a file",
+    ),
     "a value that gets entries": (
         "",
         ["--model.overrides=3", "--model.overrides.dim=4"],
@@ -238,15 +260,27 @@ REFUSED = {
         "x.toml:2: optimizer.fused = 'no': must be of type bool",
     ),
     "another old key of another type": ("[metrics]\nenable_color_printing = 1\n", [], "must be of type bool"),
-    "a removed degree that is true": ("[training]\ntensor_parallel_degree = true\n", [], "no longer supported"),
-    "another user's home that is not there": ("", ["--job.dump_folder=~nosuchuser/x"], "there is no such user"),
+    "a removed degree that is true": (
+        "[training]\ntensor_parallel_degree = true\n",
+        [],
+        "no longer supported",
+    ),
+    "another user's home that is not there": (
+        "",
+        ["--job.dump_folder=~nosuchuser/x"],
+        "there is no such user",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_mistake_that_was_a_traceback_or_accepted_is_one_clear_error(tmp_path, name):
     text, arguments, expected = REFUSED[name]
-    given = [] if text is None else ["--job.config_file", str(write(tmp_path, text or "[job]\ndescription = 'x'\n"))]
+    given = (
+        []
+        if text is None
+        else ["--job.config_file", str(write(tmp_path, text or "[job]\ndescription = 'x'\n"))]
+    )
     with pytest.raises(ConfigError) as caught:
         load([*given, *arguments], ENVIRONMENT)
     assert expected in str(caught.value)

@@ -24,7 +24,11 @@ SMALL = [
     "--metrics.log_data_hash",
     "--comm.heartbeat_seconds=0",
 ]
-LLAMA = ["--model.overrides.dim=64", "--model.overrides.n_layers=2", "--training.mixed_precision_param=float32"]
+LLAMA = [
+    "--model.overrides.dim=64",
+    "--model.overrides.n_layers=2",
+    "--training.mixed_precision_param=float32",
+]
 RAVEN = [
     "--model.name=raven",
     "--model.flavor=debug-demo",
@@ -59,7 +63,9 @@ def test_a_run_saves_in_the_background_and_goes_on_as_if_it_had_never_stopped(de
     keys = ("step", "data_hash", "tokens_seen")
     assert [[row[key] for key in keys] for row in again] == [[row[key] for key in keys] for row in whole]
     tolerance = 0 if device == "cpu" else 1e-4  # a GPU's atomic additions have no fixed order
-    assert [row["loss"] for row in again] == pytest.approx([row["loss"] for row in whole], rel=tolerance, abs=0)
+    assert [row["loss"] for row in again] == pytest.approx(
+        [row["loss"] for row in whole], rel=tolerance, abs=0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +76,9 @@ def raven_on_one_rank(tmp_path_factory):
 
 
 @EACH_DEVICE
-def test_a_raven_in_bfloat16_trains_and_validates_as_in_float32(device, world_size, raven_on_one_rank, tmp_path):
+def test_a_raven_in_bfloat16_trains_and_validates_as_in_float32(
+    device, world_size, raven_on_one_rank, tmp_path
+):
     found = train(tmp_path, device, world_size, *RAVEN, "--training.steps=4")
     for row, expected in zip(found, raven_on_one_rank, strict=True):
         for key in ("data_hash", "num_steps_no_grad", "num_steps_with_grad"):
@@ -84,7 +92,9 @@ def test_a_raven_in_bfloat16_trains_and_validates_as_in_float32(device, world_si
 
 @pytest.mark.gpu
 def test_a_compiled_raven_in_bfloat16_trains_on_the_gpu(raven_on_one_rank, tmp_path):
-    found = train(tmp_path, "cuda", 1, *RAVEN, "--training.steps=4", "--compile.enable", "--compile.fail_on_recompile")
+    found = train(
+        tmp_path, "cuda", 1, *RAVEN, "--training.steps=4", "--compile.enable", "--compile.fail_on_recompile"
+    )
     losses = [[row["loss"] for row in run] for run in (found, raven_on_one_rank)]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
 
@@ -103,16 +113,24 @@ def short_documents(tmp_path_factory):
 def on_one_rank(short_documents, tmp_path_factory):
     """Losses with and without a document mask, on one CPU rank."""
     return [
-        [row["loss"] for row in train(tmp_path_factory.mktemp("run"), "cpu", 1, *short_documents, f"--{flag}")]
+        [
+            row["loss"]
+            for row in train(tmp_path_factory.mktemp("run"), "cpu", 1, *short_documents, f"--{flag}")
+        ]
         for flag in ("training.document_mask", "no-training.document_mask")
     ]
 
 
 @EACH_DEVICE
-def test_documents_are_masked_alike_on_each_device(device, world_size, short_documents, on_one_rank, tmp_path):
+def test_documents_are_masked_alike_on_each_device(
+    device, world_size, short_documents, on_one_rank, tmp_path
+):
     """By a dense mask on the CPU; by flex attention, forward and backward, on a GPU."""
     masked, unmasked = on_one_rank
-    losses = [row["loss"] for row in train(tmp_path, device, world_size, *short_documents, "--training.document_mask")]
+    losses = [
+        row["loss"]
+        for row in train(tmp_path, device, world_size, *short_documents, "--training.document_mask")
+    ]
     assert losses == pytest.approx(masked, rel=1e-5 if device == "cpu" else 1e-4)
     assert losses != pytest.approx(unmasked, rel=4e-4)
 
@@ -140,7 +158,13 @@ def test_the_host_waits_for_the_gpu_on_no_step_that_is_not_logged(model, optimiz
         watched.append(step) if watching else None
 
     monkeypatch.setattr(job.GarbageCollector, "run", at_the_start_of)
-    arguments = [*SMALL, *model, "--metrics.log_freq=6", "--training.steps=6", f"--optimizer.name={optimizer}"]
+    arguments = [
+        *SMALL,
+        *model,
+        "--metrics.log_freq=6",
+        "--training.steps=6",
+        f"--optimizer.name={optimizer}",
+    ]
     arguments += ["--no-metrics.log_data_hash", f"--job.dump_folder={tmp_path}"]
     arguments += ["--validation.freq=6"] if model is RAVEN else []
     environment = job.Environment(rank=0, local_rank=0, world_size=1, local_world_size=1, log_level="WARNING")

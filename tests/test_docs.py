@@ -12,11 +12,23 @@ ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 FOLDERS = ("torchtitan_rd", "tests", "benchmarks", "convert", "scripts", "docs")
 WRITTEN = [
-    *(path for folder in FOLDERS for kind in ("py", "md", "sh") for path in sorted((ROOT / folder).rglob(f"*.{kind}"))),
+    *(
+        path
+        for folder in FOLDERS
+        for kind in ("py", "md", "sh")
+        for path in sorted((ROOT / folder).rglob(f"*.{kind}"))
+    ),
     *sorted(path for kind in ("md", "sh") for path in ROOT.glob(f"*.{kind}")),
 ]
 # Marks of notes that were never part of the repository.
-ELSEWHERE = (r"\(T\d+(, T\d+)*\)", r"ancestors\.md", r"\bspecs/", r"DESIGN\.md", r"\breviews?/", r"performance\.md")
+ELSEWHERE = (
+    r"\(T\d+(, T\d+)*\)",
+    r"ancestors\.md",
+    r"\bspecs/",
+    r"DESIGN\.md",
+    r"\breviews?/",
+    r"performance\.md",
+)
 
 
 @pytest.mark.parametrize("pattern", ELSEWHERE)
@@ -52,7 +64,11 @@ def test_every_page_stands_in_the_architecture():
 
 def test_every_room_stands_in_the_architecture():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rooms = [path.stem for path in (ROOT / "torchtitan_rd").iterdir() if not path.name.startswith(("__", "py.typed"))]
+    rooms = [
+        path.stem
+        for path in (ROOT / "torchtitan_rd").iterdir()
+        if not path.name.startswith(("__", "py.typed"))
+    ]
     assert [room for room in rooms if room not in page] == []
 
 
@@ -62,6 +78,8 @@ def test_the_traps_name_code_and_tests_that_there_are():
         assert (ROOT / file).is_file() or (ROOT / "torchtitan_rd" / file).is_file(), file
     for file, test in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page):
         tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, f"{file}::{test}"
+        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, (
+            f"{file}::{test}"
+        )
     for trap in page.split("\n## ")[1:]:
         assert "\n- `" in trap and "`tests/" in trap, trap.splitlines()[0]

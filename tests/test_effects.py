@@ -1,4 +1,6 @@
-"""Keys that decide where and how a step computes, by what they change in it: numbers computed by hand beside each."""
+"""Keys that decide where and how a step computes, by what they change in it:
+numbers computed by hand beside each.
+"""
 
 import gc
 import logging
@@ -40,16 +42,17 @@ BYTES = 4  # of a float32
 E, KV, F, H = 32, 16, 48, 4
 MATRICES = {"wq": E * E, "wk": E * KV, "wv": E * KV, "wo": E * E, "w1": E * F, "w3": E * F, "w2": F * E}
 
-# Numbers a token that a block holds from forward to backward. Kept as it computes: of each of two norms the normed
-# input, its scale and the output, which is what the matrices behind it need; queries, keys and values, what attention
-# gives and its log-sum-exp a head; gate, its SiLU, up, and their product.
+# Numbers a token that a block holds from forward to backward. Kept as it computes: of each of two norms the
+# normed input, its scale and the output, which is what the matrices behind it need; queries, keys and values,
+# what attention gives and its log-sum-exp a head; gate, its SiLU, up, and their product.
 BLOCK = 2 * (2 * E + 1) + (E + 2 * KV) + (E + H) + 4 * F
-# What is recomputed holds its input; by op also attention's results and every second product: wq, wv, w1 and w2.
+# What is recomputed holds its input; by op also attention's results and every second product:
+# wq, wv, w1 and w2.
 BY_OP = E + (E + H) + (E + KV + F + E)
 
 MODES = {
-    # keys, numbers held by two blocks, matrices of two blocks that are multiplied again, attentions of two blocks.
-    # The last product of a block is not repeated: nothing in backward needs what it gives.
+    # keys, numbers held by two blocks, matrices of two blocks that are multiplied again, attentions of two
+    # blocks. The last product of a block is not repeated: nothing in backward needs what it gives.
     "none": ({"mode": "none"}, 2 * BLOCK, [], 2),
     "full": ({"mode": "full"}, 2 * E, 2 * ["wq", "wk", "wv", "wo", "w1", "w3"], 4),
     "every second block": (
@@ -95,7 +98,8 @@ def watched_step(rank, world_size, setup):
     }
 
 
-# tests/models/raven/tiny.py: two core blocks, and an adapter that takes state and embedded input side by side.
+# tests/models/raven/tiny.py: two core blocks, and an adapter that takes state and embedded
+# input side by side.
 REGIONS = {"iteration": E, "block": 2 * E + 2 * E}
 
 
@@ -103,7 +107,8 @@ REGIONS = {"iteration": E, "block": 2 * E + 2 * E}
 def test_the_recurrent_region_is_what_an_iteration_holds_and_repeats(region):
     """An iteration with gradient holds the state it starts from, or its adapter's and its blocks' inputs.
 
-    Four iterations against two. The blocks are repeated whole, as their last norm needs all that stands before it.
+    Four iterations against two. The blocks are repeated whole,
+    as their last norm needs all that stands before it.
     """
     two, four = (run_on_ranks(1, recurrent_step, region, k)[0] for k in (2, 4))
     tokens = GLOBAL_BATCH * SEQ_LEN
@@ -114,8 +119,12 @@ def test_the_recurrent_region_is_what_an_iteration_holds_and_repeats(region):
 
 
 def recurrent_step(rank, world_size, region, k):
-    config, model = recurrent(world_size, {"activation_checkpoint": {"mode": "full", "recurrent_region": region}})
-    step = TrainStep(model, build_optimizer(model, config.optimizer), config.training, CPU, forward_inputs=depth_of(k))
+    config, model = recurrent(
+        world_size, {"activation_checkpoint": {"mode": "full", "recurrent_region": region}}
+    )
+    step = TrainStep(
+        model, build_optimizer(model, config.optimizer), config.training, CPU, forward_inputs=depth_of(k)
+    )
     batches = batches_of(1, rank, world_size, config, padded=False)
     step(1, batches)
     with Watch(model) as watch:
@@ -137,14 +146,17 @@ def depth_of(k):
     return inputs
 
 
-# Units with parameters: Llama's 8 blocks, embedding, and norm with head; raven's 2 + 2 blocks, its loop, and its root.
+# Units with parameters: Llama's 8 blocks, embedding, and norm with head; raven's 2 + 2 blocks,
+# its loop, and its root.
 UNITS = {"llama3": (collectives.LLAMA, 8 + 2, None), "raven": (collectives.RAVEN, 2 + 2 + 1 + 1, (4, 4))}
 
 
 @pytest.mark.parametrize("name", UNITS)
 @pytest.mark.parametrize("policy", ["always", "never"])
 def test_units_are_gathered_by_policy_once_or_twice_in_a_step(name, policy):
-    """always: for forward and again for backward, without exception. never: once. Gradients are reduced once a unit."""
+    """always: for forward and again for backward, without exception. never: once.
+    Gradients are reduced once a unit.
+    """
     shape, units, draw = UNITS[name]
     with collectives.fake_ranks():
         config, model = collectives.build(name, shape, "FSDP", reshard=policy)
@@ -160,7 +172,9 @@ def test_units_are_gathered_by_policy_once_or_twice_in_a_step(name, policy):
 @pytest.mark.parametrize("param", ["float32", "bfloat16"])
 @pytest.mark.parametrize("reduce", ["float32", "bfloat16"])
 def test_types_at_the_collectives_are_those_of_the_precision_keys(param, reduce):
-    """Parameters are gathered in the one, gradients reduced in the other; sums of the step are of float32 and int64."""
+    """Parameters are gathered in the one, gradients reduced in the other;
+    sums of the step are of float32 and int64.
+    """
     keys = {"mixed_precision_param": param, "mixed_precision_reduce": reduce}
     for result in run_on_ranks(2, watched_step, Setup(sections={"training": keys})):
         types = {}
@@ -245,7 +259,9 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_rate_betas_eps_and_decay_reach_every_optimizer(name):
-    """Two updates, against Adam's formula in float64 on the gradients of these steps; Muon's for all but matrices."""
+    """Two updates, against Adam's formula in float64 on the gradients of these steps;
+    Muon's for all but matrices.
+    """
     keys = {"name": name, "lr": LR, "beta1": BETA1, "beta2": BETA2, "eps": EPS, **OPTIMIZERS[name]}
     training = {"max_norm": 1e6}
     ((before, gradients, after),) = run_on_ranks(
@@ -256,9 +272,12 @@ def test_rate_betas_eps_and_decay_reach_every_optimizer(name):
         if name == "Muon" and re.search(r"layers\..*w[qkvo123]", parameter):
             continue
         checked += 1
-        expected = adamw(weight.double(), [g[parameter].double() for g in gradients], OPTIMIZERS[name]["weight_decay"])
+        expected = adamw(
+            weight.double(), [g[parameter].double() for g in gradients], OPTIMIZERS[name]["weight_decay"]
+        )
         torch.testing.assert_close(after[parameter].double(), expected, atol=1e-6, rtol=1e-5, msg=parameter)
-    assert checked == (len(before) if name != "Muon" else 4 * 2 + 3)  # two norms a block; embedding, norm and head
+    # Two norms a block; embedding, norm and head.
+    assert checked == (len(before) if name != "Muon" else 4 * 2 + 3)
 
 
 def two_updates(rank, world_size, setup):
@@ -308,7 +327,9 @@ def test_documents_of_a_row_train_and_validate_as_rows_of_their_own(world_size):
     for packed, apart, joined in run_on_ranks(world_size, packed_and_apart):
         for key, value in apart.items():
             torch.testing.assert_close(packed[key], value, atol=1e-6, rtol=1e-4, msg=key)
-            assert not torch.allclose(packed[key], joined[key], atol=1e-6, rtol=1e-4), f"{key}: the mask has no effect"
+            assert not torch.allclose(packed[key], joined[key], atol=1e-6, rtol=1e-4), (
+                f"{key}: the mask has no effect"
+            )
 
 
 def packed_and_apart(rank, world_size):
@@ -376,7 +397,11 @@ def test_the_rate_of_the_schedule_is_the_one_that_each_update_has(tmp_path, monk
         return plain(self, *arguments, **options)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noting)
-    schedule = ["--lr_scheduler.schedule=cosine", "--lr_scheduler.warmup_steps=2", "--lr_scheduler.min_lr_factor=0.1"]
+    schedule = [
+        "--lr_scheduler.schedule=cosine",
+        "--lr_scheduler.warmup_steps=2",
+        "--lr_scheduler.min_lr_factor=0.1",
+    ]
     trainer(tmp_path, *schedule, "--optimizer.lr=0.5", "--metrics.log_freq=1").run()
     decay = [0.1 + 0.9 * (1 + math.cos(math.pi * quarter / 4)) / 2 for quarter in range(4)]
     expected = pytest.approx([0.5 * factor for factor in (1 / 3, 2 / 3, *decay)], rel=1e-12)

@@ -38,13 +38,15 @@ def test_a_program_has_its_own_arguments_environment_folder_and_output(tmp_path)
 
 def test_programs_know_nothing_of_each_other():
     run_python("-c", "import os, sys, torch; torch.manual_seed(5); torch.changed = os.environ['X'] = '1'")
-    assert run_python("-c", "import os, torch; print(hasattr(torch, 'changed'), 'X' in os.environ)").stdout == (
-        "False False\n"
-    )
+    assert run_python(
+        "-c", "import os, torch; print(hasattr(torch, 'changed'), 'X' in os.environ)"
+    ).stdout == ("False False\n")
 
 
 def test_a_running_program_hears_signals_and_none_outlives_its_context():
-    code = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(5)); print('ready', flush=True)"
+    code = (
+        "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(5)); print('ready', flush=True)"
+    )
     with (
         start_python("-c", code + "; time.sleep(60)") as first,
         start_python("-c", "import time; time.sleep(60)") as second,

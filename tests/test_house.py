@@ -42,7 +42,9 @@ def test_only_job_reads_the_environment():
 
 def test_user_mistakes_are_never_asserts():
     for path in SOURCES:
-        asserts = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+        asserts = [
+            node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)
+        ]
         assert not asserts, f"{path}: {asserts}"
 
 
@@ -59,7 +61,9 @@ def test_sources_are_ascii():
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
 def test_ruff_finds_nothing(command):
-    found = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
+    )
     assert found.returncode == 0, found.stdout + found.stderr
 
 
@@ -87,14 +91,17 @@ def test_every_shipped_config_loads_names_its_hardware_and_repeats_no_default(pa
         section, name, *_ = key.split(".")
         assert loaded.config.as_dict()[section][name] != defaults[section][name], f"{key} is the default"
     ranks = max(loaded.config.parallelism.data_parallel_shard_degree, 1)
-    trainer = Trainer(loaded, replace(ENVIRONMENT, world_size=ranks))  # every check that needs neither data nor peers
+    # Every check that needs neither data nor peers.
+    trainer = Trainer(loaded, replace(ENVIRONMENT, world_size=ranks))
     assert trainer.plan.shape.vocab_size in (256, 258, 32000, 65536)
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("train_*.sh")), ids=lambda path: path.name)
 def test_every_script_is_short_names_one_toml_that_exists_and_passes_its_arguments_on(script):
     text = script.read_text()
-    tomls = re.findall(r"train_configs/\S+\.toml", text.replace(" Arguments override train_configs/debug.toml.", ""))
+    tomls = re.findall(
+        r"train_configs/\S+\.toml", text.replace(" Arguments override train_configs/debug.toml.", "")
+    )
     assert len(tomls) == 1 and (ROOT / tomls[0]).exists()
     assert '"$@"' in text and "source scripts/env.sh" in text
     assert len([line for line in text.splitlines() if not line.startswith("#")]) <= 6
@@ -136,7 +143,9 @@ def test_every_key_is_documented():
 
 def test_the_configuration_page_is_generated_from_the_schema():
     page = (ROOT / "docs" / "configuration.md").read_text()
-    assert page == schema_page() + "\n", "run: python -m torchtitan_rd config --schema > docs/configuration.md"
+    assert page == schema_page() + "\n", (
+        "run: python -m torchtitan_rd config --schema > docs/configuration.md"
+    )
 
 
 LIGHT = """
@@ -154,7 +163,8 @@ def test_importing_the_trainer_loads_no_heavy_library():
 
 @pytest.fixture
 def keys_read(monkeypatch):
-    """(name of the section's class, key) of each read, but for those of validators and of what else loads a config.
+    """(name of the section's class, key) of each read, but for those of validators and of what
+    else loads a config.
 
     A validator that looks at each key in turn would otherwise hide every key that nothing else reads.
     """
@@ -206,7 +216,8 @@ def test_every_declared_key_is_read_by_the_code(keys_read, tmp_path):
         for key in info.annotation.model_fields
         if (info.annotation.__name__, key) not in keys_read
     ]
-    # Read on the way to a device or a library that is not here; and while a config is loaded, which names its own file.
+    # Read on the way to a device or a library that is not here; and while a config is loaded,
+    # which names its own file.
     only_elsewhere = {"metrics.wandb_project", "comm.trace_buf_size", "comm.save_traces_folder"}
     text = "".join(path.read_text() for path in SOURCES)
     assert set(unread) <= {*only_elsewhere, "job.config_file"}, unread
@@ -225,7 +236,12 @@ def runs_that_reach_every_key(tmp_path):
     trapezoid = ["--lr_scheduler.schedule=trapezoid", "--lr_scheduler.cooldown_steps=1"]
     profiled = ["--profiling.enable_profiling", "--profiling.profile_freq=4", "--metrics.enable_tensorboard"]
     held_out = ["--validation.enable", "--validation.dataset=pydoc-validation", "--validation.sequences=2"]
-    recurrent = ["--model.name=raven", "--model.flavor=debug-demo", "--model.vocab_size=258", "--training.throttle"]
+    recurrent = [
+        "--model.name=raven",
+        "--model.flavor=debug-demo",
+        "--model.vocab_size=258",
+        "--training.throttle",
+    ]
     recurrent += ["--recurrence.max_steps_no_grad=3", "--recurrence.mean_recurrence_start=4"]
     recurrent += ["--recurrence.mean_backprop_depth_start=2", "--training.mixed_precision_param=float32"]
     llama = ["--model.overrides.n_layers=1", "--training.mixed_precision_param=float32"]
@@ -246,7 +262,14 @@ def runs_that_reach_every_key(tmp_path):
         ("a", "--training.steps=5", "--checkpoint.exclude_from_loading=rng", "--training.on_nonfinite=skip"),
         ("b", "--training.steps=1", *seconds),
         ("c", "--checkpoint.create_seed_checkpoint"),
-        ("d", "--training.steps=2", *recurrent, *held_out, "--optimizer.name=ELLISAdam", "--optimizer.atan_adam"),
+        (
+            "d",
+            "--training.steps=2",
+            *recurrent,
+            *held_out,
+            "--optimizer.name=ELLISAdam",
+            "--optimizer.atan_adam",
+        ),
         ("e", "--training.steps=1", *llama, "--optimizer.name=Muon", "--training.goldfish_strategy=static"),
         (
             "f",
@@ -256,7 +279,13 @@ def runs_that_reach_every_key(tmp_path):
             "--training.goldfish_strategy=hash-table",
             "--training.loss_guard=99",
         ),
-        ("g", "--training.steps=2", *llama, "--training.batch_ramp_steps=2", "--training.global_batch_size=8"),
+        (
+            "g",
+            "--training.steps=2",
+            *llama,
+            "--training.batch_ramp_steps=2",
+            "--training.global_batch_size=8",
+        ),
     ):
         arguments = [*common, *variant, f"--job.dump_folder={tmp_path / folder}"]
         Trainer(load(arguments, ENVIRONMENT), ENVIRONMENT).run()

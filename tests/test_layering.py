@@ -1,4 +1,6 @@
-"""Imports run one way (docs/architecture.md): nothing imports what stands further right, and there is no circle."""
+"""Imports run one way (docs/architecture.md): nothing imports what stands further right,
+and there is no circle.
+"""
 
 import ast
 import sys
@@ -8,7 +10,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "torchtitan_rd"
 
-# The first name of a module below torchtitan_rd -> its place. Rooms of equal place may import each other, if allowed.
+# The first name of a module below torchtitan_rd -> its place.
+# Rooms of equal place may import each other, if allowed.
 PLACES = {
     **dict.fromkeys(("", "errors", "masking", "log", "config_loader", "model_spec", "batch"), 0),
     "parallelism": 1,
@@ -45,7 +48,8 @@ PLACES = {
 ALLOWED_NEIGHBOURS = {("config", "old_keys")}
 
 
-# Copied beside exported weights and run by the transformers library, which wants relative imports; nothing imports it.
+# Copied beside exported weights and run by the transformers library, which wants relative imports;
+# nothing imports it.
 REMOTE_CODE = PACKAGE / "models" / "raven" / "huggingface"
 
 
@@ -94,7 +98,9 @@ def test_nothing_imports_what_stands_further_right(module):
         assert base, f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("script", sorted((PACKAGE.parent / "convert").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", sorted((PACKAGE.parent / "convert").glob("*.py")), ids=lambda path: path.name
+)
 def test_the_converters_scripts_hold_no_logic(script):
     assert imports(script) and all(room(imported) == "conversion" for imported in imports(script))
     assert script.read_text().count("\n") < 40
@@ -128,7 +134,9 @@ def test_the_contract_of_the_models_imports_torch_alone():
         name.split(".")[0]
         for node in ast.walk(ast.parse((PACKAGE / "model_spec.py").read_text()))
         if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        for name in (
+            [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        )
     }
     assert imported - sys.stdlib_module_names == {"torch"}
 
@@ -156,7 +164,9 @@ OF_ONE_FAMILY = {"conversion.meta": "llama", "conversion.huginn": "raven", "conf
 
 
 def test_only_the_rooms_of_a_family_know_it():
-    families = {path.name for path in (PACKAGE / "models").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    families = {
+        path.name for path in (PACKAGE / "models").iterdir() if path.is_dir() and path.name != "__pycache__"
+    }
     assert families == {"llama", "raven"}
     for module, path in modules().items():
         name = module.removeprefix(f"{PACKAGE.name}.")

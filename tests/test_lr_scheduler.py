@@ -31,7 +31,9 @@ def test_constant_stays():
     [("linear", [1.0, 1.0, 0.75, 0.5, 0.25]), ("1-sqrt", [1.0, 1.0, 0.5, 1 - 0.5**0.5, 1 - 0.75**0.5])],
 )
 def test_a_trapezoid_is_flat_until_its_cooldown(kind, expected):
-    got = factors([5, 7, 8, 9, 10], 10, schedule="trapezoid", warmup_steps=2, cooldown_steps=4, cooldown_type=kind)
+    got = factors(
+        [5, 7, 8, 9, 10], 10, schedule="trapezoid", warmup_steps=2, cooldown_steps=4, cooldown_type=kind
+    )
     assert got == pytest.approx(expected)
 
 

@@ -1,4 +1,6 @@
-"""The table of mutations fits the code, and the program that runs it tells a killed edit from one that survives."""
+"""The table of mutations fits the code, and the program that runs it tells a killed edit from
+one that survives.
+"""
 
 import ast
 import re
@@ -8,7 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.mutations import EQUIVALENT, KILLED, NO_VERDICT, ROOT, SURVIVED, Mutation, copies, judge_all_of, read_table
+from tests.mutations import (
+    EQUIVALENT,
+    KILLED,
+    NO_VERDICT,
+    ROOT,
+    SURVIVED,
+    Mutation,
+    copies,
+    judge_all_of,
+    read_table,
+)
 
 MUTATIONS = read_table()
 FEWEST = 80
@@ -52,7 +64,9 @@ def problems_of(mutation):
 @cache
 def names_of_tests(file):
     tree = ast.parse((ROOT / file).read_text())
-    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name[:5] == "test_"}
+    return {
+        node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name[:5] == "test_"
+    }
 
 
 CODE = "def double(x):\n    return 2 * x  # twice\n\n\ndef half(x):\n    return x / 2\n"

@@ -76,6 +76,8 @@ def throttled(rank, world_size, throttle):
     def inputs(step, number, batch):
         return ForwardInputs({"num_steps": DRAWS[number], "initial_state": state}, DRAWS[number])
 
-    step = TrainStep(model, build_optimizer(model, config.optimizer), config.training, CPU, forward_inputs=inputs)
+    step = TrainStep(
+        model, build_optimizer(model, config.optimizer), config.training, CPU, forward_inputs=inputs
+    )
     result = step(1, batches)
     return (result.loss, total), {name: full(p.grad) for name, p in parameters.items()}, expected

@@ -35,7 +35,9 @@ def plain():
 
 
 def like(numbers: list[float], device: str, on_cpu: float):
-    """The numbers of the CPU, as they must be on `device`: to `on_cpu` there; a GPU's kernels sum in another order."""
+    """The numbers of the CPU, as they must be on `device`: to `on_cpu` there;
+    a GPU's kernels sum in another order.
+    """
     return pytest.approx(numbers, abs=on_cpu) if device == "cpu" else pytest.approx(numbers, rel=1e-3)
 
 
@@ -78,7 +80,9 @@ def test_hsdp_on_two_by_two_ranks_trains_as_one_rank_does(device, plain):
 
 @pytest.mark.parametrize("shard", [1, 2])
 def test_copies_of_the_model_exchange_gradients_once_a_step_however_many_microbatches(shard, plain):
-    """Two copies of 1 or 2 ranks each: the numbers of one rank's single microbatch, and the all-reduces of it."""
+    """Two copies of 1 or 2 ranks each: the numbers of one rank's single microbatch,
+    and the all-reduces of it.
+    """
     counts = []
     for local_batch_size in (4 // shard, 1):
         sections = {
@@ -124,7 +128,10 @@ def test_a_tied_head_stays_tied_and_trains_alike_on_one_and_two_ranks():
     for two in run_on_ranks(2, train, setup):
         assert two["losses"] == pytest.approx(one["losses"], abs=1e-6)
         torch.testing.assert_close(
-            two["gradients"]["tok_embeddings.weight"], one["gradients"]["tok_embeddings.weight"], atol=1e-6, rtol=1e-4
+            two["gradients"]["tok_embeddings.weight"],
+            one["gradients"]["tok_embeddings.weight"],
+            atol=1e-6,
+            rtol=1e-4,
         )
 
 
@@ -149,7 +156,9 @@ def test_gradients_are_summed_over_the_ranks_in_the_type_of_the_key(reduce):
 def test_the_key_for_offload_reaches_every_unit(offload, monkeypatch):
     """What FSDP is asked for: it offloads from a GPU alone."""
     asked = []
-    monkeypatch.setattr(fsdp, "fully_shard", lambda modules, **options: asked.append(options["offload_policy"]))
+    monkeypatch.setattr(
+        fsdp, "fully_shard", lambda modules, **options: asked.append(options["offload_policy"])
+    )
     model = tiny_llama()
     plan = get_spec("llama3").wrap_plan(model)
     fsdp.apply_fsdp(model, plan, None, fsdp.ShardingKeys(enable_cpu_offload=offload), "default")
@@ -188,7 +197,12 @@ PLAIN = (1 + 2) * (2 * 7 + 1)
 @pytest.mark.parametrize(
     ("mode", "attention", "matmuls"),
     # The last product of a block is never recomputed: nothing in backward needs what it gives.
-    [("none", 2, PLAIN), ("full", 4, PLAIN + 2 * 6), ("by op", 2, PLAIN + 2 * 3), ("every second block", 3, PLAIN + 6)],
+    [
+        ("none", 2, PLAIN),
+        ("full", 4, PLAIN + 2 * 6),
+        ("by op", 2, PLAIN + 2 * 3),
+        ("every second block", 3, PLAIN + 6),
+    ],
 )
 def test_what_is_recomputed_in_backward_follows_the_mode(mode, attention, matmuls):
     model, tokens = tiny_llama(), some_tokens()
@@ -206,7 +220,8 @@ def test_every_fused_attention_of_torch_is_kept_by_op():
         for name in names
         if name.startswith("_scaled_dot_product")
         and not name.endswith("_backward")
-        and not any(kind in name for kind in ("_math", "overrideable"))  # neither is one kernel of CUDA or CPU
+        # Neither is one kernel of CUDA or CPU.
+        and not any(kind in name for kind in ("_math", "overrideable"))
     }
     assert len(fused) == 4
     assert {getattr(torch.ops.aten, name).default for name in fused} <= _SAVED_OPS

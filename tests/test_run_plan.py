@@ -26,7 +26,8 @@ local_batch_size = 16
 global_batch_size = 40
 """
 EACH = (
-    "training.global_batch_size = 40 is not a multiple of training.local_batch_size = 16 times the {ranks} data ranks",
+    "training.global_batch_size = 40 is not a multiple of "
+    "training.local_batch_size = 16 times the {ranks} data ranks",
     "training.dataset = 'pydocs' is not a data set; did you mean 'pydoc'?",
     "model.flavor = 'debgu' is no flavor of llama3; did you mean 'debug'?",
     "training.throttle is for recurrent models, not for llama3",
@@ -88,7 +89,12 @@ def test_the_launch_script_lists_all_four_for_its_ranks_before_torchrun_starts(f
 
 def test_a_plan_says_what_runs(capfd):
     arguments = ["--ranks", "2", "train_configs/recurrent_debug.toml", "--training.batch_ramp_steps=9"]
-    assert __main__.main(["config", *arguments, "--training.batch_ramp_stages=2", "--training.local_batch_size=2"]) == 0
+    assert (
+        __main__.main(
+            ["config", *arguments, "--training.batch_ramp_stages=2", "--training.local_batch_size=2"]
+        )
+        == 0
+    )
     lines = capfd.readouterr().out.split("\n\n")[-1].splitlines()
     found = plan("--job.config_file=train_configs/recurrent_debug.toml", ranks=2)
     with torch.device("meta"):
@@ -110,15 +116,26 @@ def test_a_number_of_ranks_that_is_none_is_refused(ranks, capfd):
 
 def test_without_a_number_the_ranks_are_those_of_the_degrees(capfd):
     degrees = ["--parallelism.data_parallel_shard_degree=4", "--parallelism.data_parallel_replicate_degree=2"]
-    assert __main__.main(["config", "train_configs/debug.toml", *degrees, "--training.local_batch_size=4"]) == 0
+    assert (
+        __main__.main(["config", "train_configs/debug.toml", *degrees, "--training.local_batch_size=4"]) == 0
+    )
     assert "ranks: 8, 2 of the model's copies, each sharded over 4" in capfd.readouterr().out
 
 
 def test_a_mistake_in_one_section_does_not_hide_those_of_others():
     validation = ["--validation.enable", "--validation.dataset=pydocs-validation", "--validation.sequences=8"]
     lines = problems(
-        *("--parallelism.data_parallel_shard_degree=3", "--model.overrides.dimm=3", "--no-recurrence.lockstep"),
-        *("--training.dataset=primate", "--training.eos_id=5", "--training.stream", "--training.shuffle_seed=1"),
+        *(
+            "--parallelism.data_parallel_shard_degree=3",
+            "--model.overrides.dimm=3",
+            "--no-recurrence.lockstep",
+        ),
+        *(
+            "--training.dataset=primate",
+            "--training.eos_id=5",
+            "--training.stream",
+            "--training.shuffle_seed=1",
+        ),
         *validation,
         *("--lr_scheduler.schedule=trapezoid", "--lr_scheduler.cooldown_steps=9", "--training.steps=5"),
     )
@@ -140,7 +157,11 @@ def test_the_machine_is_asked_only_where_it_is_the_one_that_trains():
     flash = "--model.attention_backend=fa3"
     assert plan(offload, snapshot, flash).batch.global_batch_size == 8
     lines = problems(offload, snapshot, flash, device=torch.device("cpu"))
-    expected = ("enable_cpu_offload needs a GPU", "enable_memory_snapshot = true needs a CUDA device", "FA3 needs a")
+    expected = (
+        "enable_cpu_offload needs a GPU",
+        "enable_memory_snapshot = true needs a CUDA device",
+        "FA3 needs a",
+    )
     assert all(part in line for part, line in zip(expected, lines, strict=True)), lines
 
 
@@ -158,9 +179,19 @@ def test_the_tokenizer_is_read_once_and_not_at_all_where_it_is_handed_in(monkeyp
 
     for place in (run_plan, data):
         monkeypatch.setattr(place, "load_tokenizer", counted)
-    small = ["--training.seq_len=16", "--training.local_batch_size=1", "--training.steps=1", "--model.overrides.dim=32"]
+    small = [
+        "--training.seq_len=16",
+        "--training.local_batch_size=1",
+        "--training.steps=1",
+        "--model.overrides.dim=32",
+    ]
     small += ["--model.overrides.n_layers=1", "--validation.enable", "--validation.dataset=pydoc-validation"]
-    arguments = [*small, "--validation.sequences=1", "--comm.heartbeat_seconds=0", f"--job.dump_folder={tmp_path}"]
+    arguments = [
+        *small,
+        "--validation.sequences=1",
+        "--comm.heartbeat_seconds=0",
+        f"--job.dump_folder={tmp_path}",
+    ]
     train.Trainer(load(arguments, environment()), environment()).run()
     assert read == ["bytes"]
     assert plan("--model.tokenizer_path=nowhere", tokenizer=ByteTokenizer(vocab_size=300)).vocab_size == 300

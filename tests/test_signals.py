@@ -152,7 +152,12 @@ def test_two_signals_around_a_slow_save_in_the_background_keep_it(tmp_path, monk
 
     monkeypatch.setattr(Writer, "write", slowed)
     tell_at_microbatch(monkeypatch, 2)
-    arguments = [*SMALL, "--checkpoint.enable", "--checkpoint.async_mode=async", f"--job.dump_folder={tmp_path}"]
+    arguments = [
+        *SMALL,
+        "--checkpoint.enable",
+        "--checkpoint.async_mode=async",
+        f"--job.dump_folder={tmp_path}",
+    ]
     assert train.main([*arguments, "--training.steps=50"]) == 0
     status = status_of(tmp_path)
     assert (status["status"], status["step"], status["reason"]) == ("preempted", 2, "received SIGTERM")
@@ -165,7 +170,12 @@ def test_a_failed_save_after_a_signal_is_not_called_preempted(tmp_path, monkeypa
 
     monkeypatch.setattr(Writer, "write", full)
     tell_at_microbatch(monkeypatch, 2)
-    arguments = [*SMALL, "--checkpoint.enable", "--checkpoint.async_mode=async", f"--job.dump_folder={tmp_path}"]
+    arguments = [
+        *SMALL,
+        "--checkpoint.enable",
+        "--checkpoint.async_mode=async",
+        f"--job.dump_folder={tmp_path}",
+    ]
     assert train.main([*arguments, "--training.steps=50"]) == 1
     assert status_of(tmp_path)["status"] == "failed"
 
@@ -178,7 +188,9 @@ def test_without_checkpoints_a_signal_stops_and_claims_nothing(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("number", HANDLED)
-def test_a_signal_while_data_is_converted_ends_the_run_and_replaces_a_stale_status(number, tmp_path, monkeypatch):
+def test_a_signal_while_data_is_converted_ends_the_run_and_replaces_a_stale_status(
+    number, tmp_path, monkeypatch
+):
     def slow(*arguments, **options):
         tell(number)
         time.sleep(30)
@@ -259,7 +271,12 @@ def test_a_signal_during_the_export_stops_it_and_the_same_command_makes_it(tmp_p
         tell()
         time.sleep(30)
 
-    arguments = [*SMALL, "--checkpoint.enable", "--checkpoint.last_save_in_hf", f"--job.dump_folder={tmp_path}"]
+    arguments = [
+        *SMALL,
+        "--checkpoint.enable",
+        "--checkpoint.last_save_in_hf",
+        f"--job.dump_folder={tmp_path}",
+    ]
     monkeypatch.setattr(train, "to_hf", told)
     assert train.main([*arguments, "--training.steps=2"]) == 0
     assert (status_of(tmp_path)["status"], status_of(tmp_path)["step"]) == ("preempted", 2)
@@ -281,7 +298,11 @@ def test_a_signal_during_validation_cuts_it_short_and_saves(tmp_path, monkeypatc
 
     monkeypatch.setattr(validation, "count_valid", watched)
     arguments = [*SMALL, "--validation.enable", "--validation.freq=3", "--validation.sequences=8"]
-    arguments += ["--training.dataset=pydoc-train", "--validation.dataset=pydoc-validation", "--checkpoint.enable"]
+    arguments += [
+        "--training.dataset=pydoc-train",
+        "--validation.dataset=pydoc-validation",
+        "--checkpoint.enable",
+    ]
     assert train.main([*arguments, "--training.steps=50", f"--job.dump_folder={tmp_path}"]) == 0
     assert (status_of(tmp_path)["status"], status_of(tmp_path)["step"]) == ("preempted", 3)
     assert len(batches) == 2, "of 8"

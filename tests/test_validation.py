@@ -18,7 +18,9 @@ def train(rank, world_size, validating):
     for number in (1, 2, 3):
         losses.append(step(number, batches_of(number, rank, world_size, config, padded=True)).loss)
         if validating:
-            held_out_losses.append(validate(model, held_out, torch.device("cpu"), SINGLE_READ_OUT)["val_loss"])
+            held_out_losses.append(
+                validate(model, held_out, torch.device("cpu"), SINGLE_READ_OUT)["val_loss"]
+            )
     return losses, held_out_losses, hash_of(model), model.training
 
 

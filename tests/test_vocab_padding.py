@@ -85,7 +85,9 @@ def test_the_loss_of_a_step_is_over_all_rows(tmp_path):
     logits = model(batch.inputs).double()
     assert logits.shape[-1] == 320 and batch.inputs.max() < 258
     target = logits.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1)
-    over_all, over_true = ((part.logsumexp(-1) - target).mean().item() for part in (logits, logits[..., :258]))
+    over_all, over_true = (
+        (part.logsumexp(-1) - target).mean().item() for part in (logits, logits[..., :258])
+    )
     [row] = rows(tmp_path / "dump")
     assert row["loss"] == pytest.approx(over_all, abs=1e-5) and over_all - over_true > 0.05
 
@@ -107,8 +109,14 @@ def test_data_may_not_hold_a_padded_id(trained, held_out, tmp_path, monkeypatch)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     run = trainer(
         tmp_path,
-        *("--training.dataset=packed", f"--training.dataset_path={packed(tmp_path, 'train.parquet', trained)}"),
-        *("--validation.enable", f"--validation.dataset_path={packed(tmp_path, 'validation.parquet', held_out)}"),
+        *(
+            "--training.dataset=packed",
+            f"--training.dataset_path={packed(tmp_path, 'train.parquet', trained)}",
+        ),
+        *(
+            "--validation.enable",
+            f"--validation.dataset_path={packed(tmp_path, 'validation.parquet', held_out)}",
+        ),
         *("--model.vocab_size=100", "--training.local_batch_size=1", "--validation.sequences=2"),
     )
     assert run.plan.shape.vocab_size == 128
@@ -123,8 +131,14 @@ def test_spikes_keep_their_separator_and_an_export_states_it(tmp_path, monkeypat
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     counts = np.random.default_rng(0).poisson(0.5, (4, 7, 80)).tolist()
-    pq.write_table(pa.table({"spike_counts": pa.array(counts, pa.list_(pa.list_(pa.int32())))}), tmp_path / "s.parquet")
-    data = ["--training.dataset=primate", f"--training.dataset_path={tmp_path / 's.parquet'}", "--model.vocab_size=20"]
+    pq.write_table(
+        pa.table({"spike_counts": pa.array(counts, pa.list_(pa.list_(pa.int32())))}), tmp_path / "s.parquet"
+    )
+    data = [
+        "--training.dataset=primate",
+        f"--training.dataset_path={tmp_path / 's.parquet'}",
+        "--model.vocab_size=20",
+    ]
     run = trainer(tmp_path, *data, family="raven")
     run.run()
     weights = with_tokenizer(open_dcp(tmp_path / "dump" / "checkpoint" / "step-1"))

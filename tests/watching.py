@@ -1,4 +1,6 @@
-"""What a step does, seen from outside: FLOPs, memory that forward holds for backward, and types at the collectives."""
+"""What a step does, seen from outside: FLOPs, memory that forward holds for backward,
+and types at the collectives.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +18,8 @@ class Watch(TorchDispatchMode):
 
     operations: how often each was called, by its name without overload. matmul_flops: of matrix products.
     collective_types: (name of the collective, type of what it moves) of each that reached torch.distributed.
-    held: bytes of all that lived at the end of the last forward of `model` and was made since this context began.
+    held: bytes of all that lived at the end of the last forward of `model` and was made since
+        this context began.
     """
 
     def __init__(self, model: nn.Module):

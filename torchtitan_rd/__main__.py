@@ -1,4 +1,6 @@
-"""`python -m torchtitan_rd <command>` (or `torchtitan-rd`): a table of commands, each imported when called."""
+"""`python -m torchtitan_rd <command>` (or `torchtitan-rd`): a table of commands,
+each imported when called.
+"""
 
 import importlib
 import sys

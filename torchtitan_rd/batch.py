@@ -25,4 +25,6 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory."""
         documents = None if self.document_ids is None else self.document_ids.pin_memory()
-        return replace(self, inputs=self.inputs.pin_memory(), labels=self.labels.pin_memory(), document_ids=documents)
+        return replace(
+            self, inputs=self.inputs.pin_memory(), labels=self.labels.pin_memory(), document_ids=documents
+        )

@@ -12,8 +12,12 @@ from torchtitan_rd.model_spec import ModelSpec
 from torchtitan_rd.parallelism import allocate, init_weights, parallelize
 
 
-def build_model(config: JobConfig, spec: ModelSpec, shape: Any, mesh: DeviceMesh, device: torch.device) -> nn.Module:
-    """The model, sharded over `mesh`, with its initial weights on `device` (or in host memory if offloaded)."""
+def build_model(
+    config: JobConfig, spec: ModelSpec, shape: Any, mesh: DeviceMesh, device: torch.device
+) -> nn.Module:
+    """The model, sharded over `mesh`, with its initial weights on `device` (or in host
+    memory if offloaded).
+    """
     with torch.device("meta"):
         model = spec.build(shape)
     inits = spec.inits(model)
@@ -32,5 +36,7 @@ def build_model(config: JobConfig, spec: ModelSpec, shape: Any, mesh: DeviceMesh
     init_weights(model, inits, config.training.seed)
     model.train()
     count = sum(parameter.numel() for parameter in model.parameters())
-    logger.info("%s %s: %s parameters, vocabulary %d", spec.name, config.model.flavor, f"{count:,}", shape.vocab_size)
+    logger.info(
+        "%s %s: %s parameters, vocabulary %d", spec.name, config.model.flavor, f"{count:,}", shape.vocab_size
+    )
     return model

@@ -44,7 +44,8 @@ class JobConfig(Section):
         schedule, steps = self.lr_scheduler, self.training.steps
         if schedule.cooldown_steps and schedule.warmup_steps + schedule.cooldown_steps > steps:
             problems.append(
-                f"[lr_scheduler] warmup_steps ({schedule.warmup_steps}) + cooldown_steps ({schedule.cooldown_steps}) "
+                f"[lr_scheduler] warmup_steps ({schedule.warmup_steps}) + "
+                f"cooldown_steps ({schedule.cooldown_steps}) "
                 f"is more than [training] steps ({steps}): shorten one or train longer"
             )
         return problems
@@ -60,7 +61,9 @@ class JobConfig(Section):
         return mask_values(ordered)
 
     def write(self, path: Path) -> None:
-        """Writes a TOML file that loads to this same config, but for credentials (keys that are None are left out)."""
+        """Writes a TOML file that loads to this same config,
+        but for credentials (keys that are None are left out).
+        """
         sections = {s: {k: v for k, v in keys.items() if v is not None} for s, keys in self.as_dict().items()}
         path.write_text(tomli_w.dumps(sections), encoding="utf-8")
 
@@ -71,7 +74,8 @@ class JobConfig(Section):
             f"{section}.{key}"
             for section, info in cls.model_fields.items()
             for key, field in section_type(info).model_fields.items()
-            if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("on_resume") == "must_match"
+            if isinstance(field.json_schema_extra, dict)
+            and field.json_schema_extra.get("on_resume") == "must_match"
         )
 
 
@@ -82,6 +86,8 @@ def load(arguments: list[str], environment: Environment) -> Loaded[JobConfig]:
     """
     loaded = load_config(JobConfig, arguments, renamed=OLD_KEYS, environment=environment.overrides)
     if loaded.config.job.config_file is None and not loaded.origins:
-        raise ConfigError("no config: pass --job.config_file FILE.toml (see train_configs/) or --section.key value")
+        raise ConfigError(
+            "no config: pass --job.config_file FILE.toml (see train_configs/) or --section.key value"
+        )
     loaded.warnings += schedule_warnings(loaded.config.lr_scheduler)
     return loaded

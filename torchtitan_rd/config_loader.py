@@ -46,7 +46,9 @@ class Section(BaseModel):
     @classmethod
     def fields_in_order(cls) -> list[tuple[str, FieldInfo]]:
         """Every key as it is shown: the section's own ones first, then those that it has from other rooms."""
-        declared = [key for base in cls.__mro__ for key in inspect.get_annotations(base) if key in cls.model_fields]
+        declared = [
+            key for base in cls.__mro__ for key in inspect.get_annotations(base) if key in cls.model_fields
+        ]
         return [(key, cls.model_fields[key]) for key in dict.fromkeys(declared)]
 
     def cross_checks(self) -> list[str]:
@@ -62,7 +64,9 @@ def section_type(info: FieldInfo) -> type[Section]:
 
 
 def _expand_home(path: str | None) -> str | None:
-    """`~` and `~user` as a shell would read them, which it does not do within `--key=~/folder` or in a file."""
+    """`~` and `~user` as a shell would read them, which it does not do within `--key=~/folder` or
+    in a file.
+    """
     if path is None or not path.startswith("~"):
         return path
     try:
@@ -99,9 +103,9 @@ class Value:
 class RenamedKey:
     """A key of an older schema. `new` is its present `section.key` (None: removed).
 
-    `convert` turns the old value into the new one, and is called with values of `value_type` only (None: of any type,
-    since the present key checks it). A removed key is accepted only with a value in `harmless` (it asked for what
-    happens anyway); `remedy` says what to do otherwise.
+    `convert` turns the old value into the new one, and is called with values of `value_type` only (None: of
+    any type, since the present key checks it). A removed key is accepted only with a value in `harmless` (it
+    asked for what happens anyway); `remedy` says what to do otherwise.
     """
 
     new: str | None
@@ -129,16 +133,24 @@ class _Reader(Generic[C]):
     warnings: list[str] = field(default_factory=list)
 
     def take(self, key: str, value: Value) -> None:
-        """Records `section.key = value`, translated if the key is of an older schema; a later call overrides."""
+        """Records `section.key = value`, translated if the key is of an older schema;
+        a later call overrides.
+        """
         if key in self.renamed:
             old = self.renamed[key]
             if value.origin == "command line" and isinstance(value.raw, str):
                 value = Value(_guess(value.raw), value.origin)  # the old key's type is not declared anywhere
             if old.new is None:
-                if not any(type(value.raw) is type(allowed) and value.raw == allowed for allowed in old.harmless):
-                    self.problems.append(f"{value.origin}: {key} = {value.raw!r} is no longer supported: {old.remedy}")
+                if not any(
+                    type(value.raw) is type(allowed) and value.raw == allowed for allowed in old.harmless
+                ):
+                    self.problems.append(
+                        f"{value.origin}: {key} = {value.raw!r} is no longer supported: {old.remedy}"
+                    )
                 else:
-                    self.warnings.append(f"{value.origin}: {key} is no longer a key and is ignored ({old.remedy})")
+                    self.warnings.append(
+                        f"{value.origin}: {key} is no longer a key and is ignored ({old.remedy})"
+                    )
                 return
             if old.value_type is not None and not isinstance(value.raw, old.value_type):
                 self.problems.append(
@@ -160,7 +172,9 @@ class _Reader(Generic[C]):
         if section not in sections:
             return f"unknown section [{section}]{nearest(section, sections)}"
         fields = section_type(sections[section]).model_fields
-        if name in fields or (name.partition(".")[0] in fields and is_table(fields[name.partition(".")[0]].annotation)):
+        if name in fields or (
+            name.partition(".")[0] in fields and is_table(fields[name.partition(".")[0]].annotation)
+        ):
             return None
         elsewhere = [f"{s}.{name}" for s, f in sections.items() if name in section_type(f).model_fields]
         hint = f"; did you mean {elsewhere[0]}?" if elsewhere else nearest(name, fields)
@@ -177,7 +191,9 @@ class _Reader(Generic[C]):
                     continue
                 if not _nest(raw, key.split(".")[1:], self._typed(section, key, value)):
                     parent = key.rpartition(".")[0]
-                    self.problems.append(f"{value.origin}: {key}: {parent} has a value already and cannot hold entries")
+                    self.problems.append(
+                        f"{value.origin}: {key}: {parent} has a value already and cannot hold entries"
+                    )
             try:
                 sections[name] = section.model_validate(raw)
             except ValidationError as error:
@@ -196,10 +212,18 @@ class _Reader(Generic[C]):
 
     def _explain(self, section: str, entry: Mapping[str, Any]) -> str:
         name = str(entry["loc"][0]) if entry["loc"] else ""
-        found = [v for k, v in self.values.items() if k == f"{section}.{name}" or k.startswith(f"{section}.{name}.")]
+        found = [
+            v
+            for k, v in self.values.items()
+            if k == f"{section}.{name}" or k.startswith(f"{section}.{name}.")
+        ]
         origin = found[0].origin if found else "default"
         message = entry["msg"].removeprefix("Value error, ")
-        return f"{origin}: [{section}] {name} = {entry['input']!r}: {message}" if name else f"[{section}]: {message}"
+        return (
+            f"{origin}: [{section}] {name} = {entry['input']!r}: {message}"
+            if name
+            else f"[{section}]: {message}"
+        )
 
 
 def load_config(
@@ -210,7 +234,8 @@ def load_config(
     environment: Mapping[str, Any] | None = None,
     file_key: str = "job.config_file",
 ) -> Loaded[C]:
-    """Reads the file named by `--{file_key}`, then `environment`, then the command line, each overriding the last.
+    """Reads the file named by `--{file_key}`, then `environment`, then the command line,
+    each overriding the last.
 
     Raises ConfigError with every problem, one a line.
     """
@@ -233,7 +258,8 @@ def load_config(
         raise ConfigError("\n".join(reader.problems))
     origins = {key: value.origin for key, value in reader.values.items()}
     masked = [
-        f"{value.origin}: {key} had credentials, which were hidden (***) when this was written: give them again"
+        f"{value.origin}: {key} had credentials, which were hidden (***) when this was written: "
+        "give them again"
         for key, value in reader.values.items()
         if is_masked(value.raw)
     ]
@@ -241,13 +267,17 @@ def load_config(
 
 
 def read_file(path: Path) -> list[tuple[str, Value]]:
-    """The settings of a TOML file (or of the CLM ancestor's YAML, whose sections end in `_args`), in order."""
+    """The settings of a TOML file (or of the CLM ancestor's YAML, whose sections end in
+    `_args`), in order.
+    """
     try:
         path = path.expanduser()
         content = path.read_bytes()
         for mark, encoding in BYTE_ORDER_MARKS.items():
             if content.startswith(mark):
-                raise ConfigError(f"{path}: begins with a byte order mark ({encoding}); save it as UTF-8 without one")
+                raise ConfigError(
+                    f"{path}: begins with a byte order mark ({encoding}); save it as UTF-8 without one"
+                )
         text = content.decode()
         table = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else tomli.loads(text)
     except OSError as error:
@@ -273,7 +303,9 @@ def read_file(path: Path) -> list[tuple[str, Value]]:
 
 
 def parse_overrides(arguments: Sequence[str], problems: list[str]) -> list[tuple[str, str | bool]]:
-    """`--a.b 1`, `--a.b=1`, `--a.b` (true) and `--no-a.b` (false), in order; anything else goes to `problems`."""
+    """`--a.b 1`, `--a.b=1`, `--a.b` (true) and `--no-a.b` (false), in order;
+    anything else goes to `problems`.
+    """
     found: list[tuple[str, str | bool]] = []
     i = 0
     while i < len(arguments):
@@ -320,7 +352,9 @@ def _nest(table: dict[str, Any], path: list[str], value: Any) -> bool:
 
 
 def _parse(text: str, annotation: Any) -> Any:
-    """A command-line string as `annotation`; unchanged where it does not fit, so that validation can complain."""
+    """A command-line string as `annotation`; unchanged where it does not fit,
+    so that validation can complain.
+    """
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     if type(None) in options and text.lower() in ("none", "null"):
         return None

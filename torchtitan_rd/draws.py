@@ -1,4 +1,6 @@
-"""What forward takes beside tokens: nothing, or, for a recurrent model, the depth and the noise of each microbatch."""
+"""What forward takes beside tokens: nothing, or, for a recurrent model,
+the depth and the noise of each microbatch.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -75,8 +77,8 @@ class Draws:
     def flops(self, depths: Sequence[Sequence[tuple[int, int]]]) -> FlopCount | None:
         """The mean count per token at the pace of these depths; None where nothing is drawn.
 
-        depths: for each rank the (n, k) of its microbatches, all of the same steps. The costliest depth of a microbatch
-        sets its pace: the other ranks wait for it.
+        depths: for each rank the (n, k) of its microbatches, all of the same steps.
+        The costliest depth of a microbatch sets its pace: the other ranks wait for it.
         """
         if self.family is None:
             return None
@@ -84,7 +86,9 @@ class Draws:
         return self.spec.flops(self.shape, self.seq_len, num_steps=mean_depth(pace))
 
     def watch(self, model: nn.Module, *, watching: bool) -> AbstractContextManager[Any]:
-        """A context around a step that describes this rank's last microbatch, if the family can and `watching`."""
+        """A context around a step that describes this rank's last microbatch,
+        if the family can and `watching`.
+        """
         return self.spec.telemetry(model) if watching and self.spec.telemetry else nullcontext()
 
     def describe(self, telemetry: Any, depths: Sequence[tuple[int, int]]) -> dict[str, float]:

@@ -23,8 +23,10 @@ class ObjectiveKeys(Section):
     """The keys of [training] that the objective reads."""
 
     goldfish_strategy: Literal["none", "static", "hash-table"] = "none"
-    """Goldfish loss (arXiv 2406.10209): leave labels out of the loss so that text is not learned by heart. static:
-    every goldfish_k-th position; hash-table: about every goldfish_k-th label, the same one wherever its context is."""
+    """Goldfish loss (arXiv 2406.10209): leave labels out of the loss so that text is not learned by heart.
+    static: every goldfish_k-th position; hash-table: about every goldfish_k-th label, the same one
+    wherever its context is.
+    """
     goldfish_k: int = Field(4, ge=2)
     """Goldfish: one label in so many is left out."""
     goldfish_start_position: int = Field(0, ge=0)
@@ -32,10 +34,13 @@ class ObjectiveKeys(Section):
     goldfish_context_width: int = Field(13, ge=1)
     """Goldfish, hash-table: the labels that decide together whether the last of them is left out."""
     throttle: bool = False
-    """Recurrent models: divide the objective by the recurrences that have a gradient (num_steps_with_grad)."""
+    """Recurrent models: divide the objective by the recurrences that have
+    a gradient (num_steps_with_grad).
+    """
     loss_guard: float | None = Field(None, gt=0.0)
-    """Stop the run when the loss of a step exceeds this: neither its update nor a later one happens, and the error
-    comes at once, on a GPU while the next step runs. The Huginn runs used 6."""
+    """Stop the run when the loss of a step exceeds this: neither its update nor a later one happens,
+    and the error comes at once, on a GPU while the next step runs. The Huginn runs used 6.
+    """
     loss_guard_after_tokens: int = Field(10_000_000_000, ge=0)
     """loss_guard: the number of tokens that must have been trained on before it watches."""
 
@@ -47,7 +52,8 @@ class ObjectiveKeys(Section):
             value, default = getattr(self, name), ObjectiveKeys.model_fields[name].default
             if value != default and key not in used[self.goldfish_strategy]:
                 raise ValueError(
-                    f'{name} = {value} has no effect on goldfish_strategy = "{self.goldfish_strategy}": unset {name} '
+                    f'{name} = {value} has no effect on goldfish_strategy = "{self.goldfish_strategy}": '
+                    f"unset {name} "
                     f"or change goldfish_strategy"
                 )
         watch_from = ObjectiveKeys.model_fields["loss_guard_after_tokens"].default
@@ -85,8 +91,9 @@ def cross_entropy_sums(logits: torch.Tensor, labels: torch.Tensor, z_loss_weight
 class _CrossEntropySum(torch.autograd.Function):
     """F.cross_entropy(reduction="sum") whose backward holds one tensor of the logits' size instead of two.
 
-    Torch's own goes through the gradient of the log-probabilities, all zero but for one entry a token: filling that
-    tensor and reading it again costs more than the softmax itself. Here d logits = (softmax - onehot) d sum directly.
+    Torch's own goes through the gradient of the log-probabilities, all zero but for one entry a token:
+    filling that tensor and reading it again costs more than the softmax itself. Here
+    d logits = (softmax - onehot) d sum directly.
     """
 
     @staticmethod
@@ -108,14 +115,15 @@ class _CrossEntropySum(torch.autograd.Function):
 
 
 def goldfish_labels(labels: torch.Tensor, config: ObjectiveKeys) -> torch.Tensor:
-    """Goldfish loss (Hans et al., arXiv 2406.10209): labels that are left out, by position or by their context.
+    """Goldfish loss (Hans et al., arXiv 2406.10209): labels that are left out,
+    by position or by their context.
 
     `labels` (B, S) int64 on any device -> the same with the left-out ones set to -100; a copy if any can be.
 
     static: positions start, start + k, ... of every row.
-    hash-table: each window of `context_width` labels leaves out its last with a chance of 1/k, drawn from a table of
-    uniforms by the product of its labels (int64, wrapping) modulo the table's size. So positions 0 .. width - 2 are
-    always kept, and a label of -100 in the window counts as that number.
+    hash-table: each window of `context_width` labels leaves out its last with a chance of 1/k, drawn from a
+    table of uniforms by the product of its labels (int64, wrapping) modulo the table's size. So positions 0
+    .. width - 2 are always kept, and a label of -100 in the window counts as that number.
     Must come before valid labels are counted.
     """
     if config.goldfish_strategy == "none":
@@ -139,10 +147,11 @@ def _uniforms(device: torch.device) -> torch.Tensor:
 
 
 def exceeds_guard(config: ObjectiveKeys, loss: torch.Tensor, tokens_seen: int) -> torch.Tensor:
-    """Whether `loss` exceeds the guard after its number of tokens: 0-dim bool on the device of `loss`, for no host.
+    """Whether `loss` exceeds the guard after its number of tokens:
+    0-dim bool on the device of `loss`, for no host.
 
-    loss: the mean over the global batch, in nats, so that every rank decides alike. tokens_seen: those of this step
-    included.
+    loss: the mean over the global batch, in nats, so that every rank decides alike.
+    tokens_seen: those of this step included.
     """
     guard = config.loss_guard
     if guard is None or tokens_seen <= config.loss_guard_after_tokens:
@@ -153,6 +162,7 @@ def exceeds_guard(config: ObjectiveKeys, loss: torch.Tensor, tokens_seen: int) -
 def guard_error(config: ObjectiveKeys, step: int, loss: float, tokens_seen: int) -> TrainingError:
     """What to raise once the host knows that the guard was exceeded."""
     return TrainingError(
-        f"step {step}: loss {loss:.4f} exceeds training.loss_guard = {config.loss_guard} after {tokens_seen} tokens: "
-        f"resume from an older checkpoint (checkpoint.load_step) with a lower rate, or raise or unset the guard"
+        f"step {step}: loss {loss:.4f} exceeds training.loss_guard = {config.loss_guard} "
+        f"after {tokens_seen} tokens: resume from an older checkpoint (checkpoint.load_step) "
+        "with a lower rate, or raise or unset the guard"
     )

@@ -1,5 +1,6 @@
-"""What a model family must provide, as types. The trainer, the parallelisms and the converters know models only through
-this; it stands on the ground floor and imports torch alone."""
+"""What a model family must provide, as types. The trainer, the parallelisms and the converters know models
+only through this; it stands on the ground floor and imports torch alone.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -29,8 +30,9 @@ class AttentionShape(NamedTuple):
 
 
 class ModelShape(Protocol):
-    """What every family's shape has. It is a frozen dataclass: its fields are what `[model.overrides]` may replace, and
-    each decides about the weights or about what they compute."""
+    """What every family's shape has. It is a frozen dataclass: its fields are what `[model.overrides]` may
+    replace, and each decides about the weights or about what they compute.
+    """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -52,9 +54,9 @@ class ModelShape(Protocol):
 class Model(nn.Module):
     """A family's module: single-device maths only, built under `torch.device("meta")`.
 
-    `forward(tokens (B, S) int64, document_ids (B, S) int32 | None, **kwargs of its ForwardInputs)` -> logits (B, S, V)
-    in float32. Called with `read_out=`, forward returns the list of what that gives: one result, or as many as the
-    inputs ask for, with one set of logits in memory at a time.
+    `forward(tokens (B, S) int64, document_ids (B, S) int32 | None, **kwargs of its
+    ForwardInputs)` -> logits (B, S, V) in float32. Called with `read_out=`, forward returns the list of what
+    that gives: one result, or as many as the inputs ask for, with one set of logits in memory at a time.
     """
 
     def init_buffers(self, device: torch.device | str) -> None:
@@ -70,8 +72,8 @@ Family = TypeVar("Family", bound=Model)
 class Loop(NamedTuple):
     """A part of the model that one forward runs several times.
 
-    unit: the submodule whose forward holds the whole loop. It is one FSDP unit, and what lies in it is none: so it is
-        gathered once, and the number of collectives does not depend on the number of iterations.
+    unit: the submodule whose forward holds the whole loop. It is one FSDP unit, and what lies in it is none:
+        so it is gathered once, and the number of collectives does not depend on the number of iterations.
     iteration: the submodule of it that one iteration calls: a region of activation checkpointing.
     """
 
@@ -84,13 +86,14 @@ class WrapPlan:
     """What to wrap, as data: names of submodules (`layers.0`) in the order in which forward reaches them.
 
     blocks: each is one activation-checkpointed, compiled and, outside of loops, sharded unit.
-    shard_only: each tuple is one more FSDP unit (embedding; final norm with the head). The last one is needed first
-        in backward, so it is not resharded after forward unless the user says `always`.
+    shard_only: each tuple is one more FSDP unit (embedding; final norm with the head). The last one is needed
+        first in backward, so it is not resharded after forward unless the user says `always`.
     loops: what is run several times, if anything.
-    full_precision: names of small parameters that compute in float32 where the others do in a smaller type: every rank
-        then holds them whole (parallelism/fsdp.py). With float32 everywhere they are sharded as the others.
-    float32_units: the first name of each unit that is gathered in float32 too; "" is the root. What multiplies with a
-        matrix of such a unit casts it itself.
+    full_precision: names of small parameters that compute in float32 where the others do in a smaller
+        type: every rank then holds them whole (parallelism/fsdp.py). With float32 everywhere they are
+        sharded as the others.
+    float32_units: the first name of each unit that is gathered in float32 too; "" is the root.
+        What multiplies with a matrix of such a unit casts it itself.
     Parameters in none of the units stay with the root unit: tied embedding and head must both be there.
     """
 
@@ -116,8 +119,9 @@ class FlopCount:
 
 
 class CountFlops(Protocol[Shape_contra]):
-    """num_steps: the iterations where depths are drawn, in which the count is linear, so that means over draws give the
-    mean count; None: the model's mean depth. A family that draws none ignores it."""
+    """num_steps: the iterations where depths are drawn, in which the count is linear, so that means over
+    draws give the mean count; None: the model's mean depth. A family that draws none ignores it.
+    """
 
     def __call__(
         self, shape: Shape_contra, seq_len: int, num_steps: tuple[float, float] | None = None
@@ -128,7 +132,8 @@ class CountFlops(Protocol[Shape_contra]):
 class Microbatch:
     """Where a microbatch stands in the run: all that what a model draws may depend on.
 
-    step: the optimizer update, from 1. count: microbatches of one rank since the start of the run, this one included.
+    step: the optimizer update, from 1. count: microbatches of one rank since the start of the run,
+        this one included.
     samples: the row of each of its sequences in the global batch of the step, which knows no ranks.
     rank: data rank. seq_len, device, dtype: layout of the activations.
     """
@@ -144,8 +149,9 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class ForwardInputs:
-    """kwargs: what forward takes beside tokens and document ids. num_steps: the iterations that were drawn, for the
-    FLOP count and the log."""
+    """kwargs: what forward takes beside tokens and document ids. num_steps: the iterations that were drawn,
+    for the FLOP count and the log.
+    """
 
     kwargs: Mapping[str, Any]
     num_steps: NumSteps
@@ -177,7 +183,9 @@ class MakeInputs(Protocol[Shape_contra]):
     Raises ConfigError if the settings cannot go together.
     """
 
-    def __call__(self, shape: Shape_contra, recurrence: Any, /, *, seed: int, total_steps: int) -> DrawnInputs: ...
+    def __call__(
+        self, shape: Shape_contra, recurrence: Any, /, *, seed: int, total_steps: int
+    ) -> DrawnInputs: ...
 
 
 class Telemetry(AbstractContextManager["Telemetry"], Protocol):
@@ -212,10 +220,12 @@ class HuggingFaceLayout(Generic[Shape]):
     model_type: what its config.json says.
     key_map: shape -> {our name: theirs} of every weight that such a folder holds (a tied head is not stored).
     to_hf, from_hf: (our name, whole tensor, shape) -> the tensor on the other side; bitwise inverses.
-    config_fields: shape -> fields of config.json. Raises ConfigError for a shape that the class there does not have.
+    config_fields: shape -> fields of config.json.
+        Raises ConfigError for a shape that the class there does not have.
     shape_of: fields of config.json -> shape. Raises ConfigError for what our model does not compute.
     buffers: shape -> {their name: tensor} that a folder holds beside the weights.
-    derived: regular expression of their names that may be in a folder and follow from its config.json (rotary tables).
+    derived: regular expression of their names that may be in a folder and follow from its
+        config.json (rotary tables).
     code: files to put beside the weights, for a class that the transformers library does not have.
     forward_arguments: kwargs of our forward -> those with which their forward computes the same.
     example_arguments: shape -> what the example of the model card gives to their forward beside the tokens.
@@ -243,13 +253,15 @@ class ModelSpec(Generic[Shape, Family]):
     flavors: name -> shape.
     arithmetic: the fields of a shape that change what the same tensors compute.
     build: shape -> module.
-    inits: module -> {parameter name: fill(full tensor in place, generator)}; one entry for every unique parameter.
+    inits: module -> {parameter name: fill(full tensor in place, generator)};
+        one entry for every unique parameter.
     wrap_plan: module -> WrapPlan.
     flops: (shape, seq_len) -> FlopCount.
     hf: how it stands in a Hugging Face folder.
     inputs: what forward needs beside a batch; None if nothing.
     telemetry: None, or module -> what describes its forward passes.
-    foreign: field that the configs of other programs have and this family's lacks -> what to tell who overrides it.
+    foreign: field that the configs of other programs have and this family's lacks -> what to
+        tell who overrides it.
     """
 
     name: str

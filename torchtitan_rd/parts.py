@@ -34,7 +34,9 @@ from torchtitan_rd.validation import held_out_set
 
 @dataclass(frozen=True)
 class Parts:
-    """mesh: of the ranks. held_out: this rank's batches of the validation set. The others say it themselves."""
+    """mesh: of the ranks. held_out: this rank's batches of the validation set.
+    The others say it themselves.
+    """
 
     mesh: DeviceMesh
     loader: BatchLoader
@@ -60,8 +62,9 @@ class Builder:
     closing: ExitStack
 
     def build(self, lock_folder: Callable[[], FolderLock | None]) -> Parts:
-        """Collective. lock_folder: called before the first writing to disk, when all of the input is known to be
-        good."""
+        """Collective. lock_folder: called before the first writing to disk,
+        when all of the input is known to be good.
+        """
         config, plan = self.config, self.plan
         mesh = self._connect()
         loader, held_out = self._read(mesh)
@@ -115,7 +118,9 @@ class Builder:
             "vocab_size": plan.vocab_size,
             "seed": config.training.seed,
         }
-        loader = build_dataloader(config.training, plan.batch, **reading, pin_memory=self.device.type == "cuda")
+        loader = build_dataloader(
+            config.training, plan.batch, **reading, pin_memory=self.device.type == "cuda"
+        )
         self.closing.callback(loader.close)
         held_out = held_out_set(config.validation, config.training, plan.batch, **reading)
         job.set_timeouts(mesh, config.comm.init_timeout_seconds)
@@ -161,7 +166,11 @@ class Builder:
             dump_folder=self._dump_folder,
             job_config=config.as_dict(),
             must_match=JobConfig.must_match_keys(),
-            model_shape={"name": plan.spec.name, "flavor": config.model.flavor, **dataclasses.asdict(plan.shape)},
+            model_shape={
+                "name": plan.spec.name,
+                "flavor": config.model.flavor,
+                **dataclasses.asdict(plan.shape),
+            },
             arithmetic=plan.spec.arithmetic,
             open_released=lambda path: WeightsReader(open_released(path, model=config.model.name)),
             run_lock=lock,

@@ -1,8 +1,9 @@
-"""What will run, as a value: every decision that needs neither a disk nor a peer, and all that is wrong, at once.
+"""What will run, as a value: every decision that needs neither a disk nor a peer,
+and all that is wrong, at once.
 
-Made from the config and the number of ranks alone, so `torchtitan-rd config` shows on a laptop, and the launch script
-before torchrun or Slurm, what a run would find. What is cheap to look at is looked at: whether the path of the data
-exists, and the tokenizer, which is read here and nowhere else.
+Made from the config and the number of ranks alone, so `torchtitan-rd config` shows on a laptop, and the
+launch script before torchrun or Slurm, what a run would find. What is cheap to look at is looked at: whether
+the path of the data exists, and the tokenizer, which is read here and nowhere else.
 """
 
 import dataclasses
@@ -36,15 +37,16 @@ from torchtitan_rd.profiling import check_profiling
 from torchtitan_rd.validation import validation_keys
 
 T = TypeVar("T")
-
-_SOME_VOCABULARY = 256  # where the true one is not known for a mistake elsewhere: to find those of the model too
+# Where the true one is not known for a mistake elsewhere: to find those of the model too.
+_SOME_VOCABULARY = 256
 
 
 @dataclass(frozen=True)
 class RunPlan:
     """dims: of the ranks. batch: of the rows. dataset: what is trained on.
 
-    tokenizer: None where no data set is text. vocab_size: ids that the data may hold; the model may have more rows.
+    tokenizer: None where no data set is text. vocab_size: ids that the data may hold;
+        the model may have more rows.
     shape: of the model, with its vocabulary and context. draws: what forward takes beside tokens.
     """
 
@@ -68,7 +70,8 @@ class RunPlan:
         dims, batch = self.dims, self.batch
         per_rank = batch.accumulation * batch.stages
         lines = [
-            f"ranks: {dims.data_degree}, {dims.replicate} of the model's copies, each sharded over {dims.shard}",
+            f"ranks: {dims.data_degree}, {dims.replicate} of the model's copies, "
+            f"each sharded over {dims.shard}",
             f"batch: {batch.global_batch_size} sequences, {self.tokens_per_step:,} tokens a step; "
             f"{per_rank} x {batch.local_batch_size} sequences of {self.seq_len} tokens on each rank",
         ]
@@ -110,9 +113,11 @@ def resolve(
     device: torch.device | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> RunPlan:
-    """Decides what `config` runs on `environment.world_size` ranks. Raises one ConfigError with every contradiction.
+    """Decides what `config` runs on `environment.world_size` ranks.
+    Raises one ConfigError with every contradiction.
 
-    device: what each rank trains on; None where that machine is not this one, so that nothing is said about it.
+    device: what each rank trains on; None where that machine is not this one,
+        so that nothing is said about it.
     tokenizer: one that has been read already, so that `model.tokenizer_path` is not.
     """
     training, problems = config.training, _Problems()
@@ -128,7 +133,9 @@ def resolve(
     read: list[tuple[DatasetKeys, Dataset]] = [(training, dataset)] if dataset else []
     if config.validation.enable:
         keys = problems.found_by(validation_keys, config.validation, training, data_degree)
-        held_out = problems.found_by(get_dataset, keys, "validation", config.validation.split) if keys else None
+        held_out = (
+            problems.found_by(get_dataset, keys, "validation", config.validation.split) if keys else None
+        )
         read += [(keys, held_out)] if keys and held_out else []
 
     on_text = any(row.kind == "text" for _, row in read)
@@ -176,8 +183,9 @@ def fewest_ranks(config: ParallelismConfig) -> int:
 
 
 def resolve_shape(config: JobConfig, spec: ModelSpec, vocab_size: int) -> Any:
-    """The flavor with its overrides, for data of `vocab_size` ids. Raises ConfigError, also if it is to be exported
-    and cannot be."""
+    """The flavor with its overrides, for data of `vocab_size` ids.
+    Raises ConfigError, also if it is to be exported and cannot be.
+    """
     shape = get_flavor(spec, config.model.flavor, config.model.overrides)
     # What an export states as its context must cover what was trained.
     context = max(shape.max_seq_len, config.training.seq_len)
@@ -192,7 +200,9 @@ def _check_device(config: JobConfig, device: torch.device, problems: _Problems) 
         problems.lines.append("training.enable_cpu_offload needs a GPU to offload from; set it to false here")
     problems.found_by(check_profiling, config.profiling, device)
     dtype = getattr(torch, config.training.mixed_precision_param)
-    problems.found_by(choose_backend, config.model.attention_backend, device, dtype, config.training.document_mask)
+    problems.found_by(
+        choose_backend, config.model.attention_backend, device, dtype, config.training.document_mask
+    )
 
 
 def _vocab_size(
@@ -208,6 +218,10 @@ def _vocab_size(
 
 def _refuse_recurrence(config: JobConfig, spec: ModelSpec, problems: _Problems) -> None:
     if config.recurrence != type(config.recurrence)():
-        problems.lines.append(f"[recurrence] is for recurrent models, not for {spec.name}: leave its keys unset")
+        problems.lines.append(
+            f"[recurrence] is for recurrent models, not for {spec.name}: leave its keys unset"
+        )
     if config.training.throttle:
-        problems.lines.append(f"training.throttle is for recurrent models, not for {spec.name}: leave it unset")
+        problems.lines.append(
+            f"training.throttle is for recurrent models, not for {spec.name}: leave it unset"
+        )

@@ -49,16 +49,21 @@ USAGE = """Trains what a TOML file describes, on one rank or on those that torch
 python -m torchtitan_rd.train --job.config_file X.toml [--section.key value ...]
 torchrun --nproc_per_node RANKS -m torchtitan_rd.train --job.config_file X.toml [--section.key value ...]
 
-Keys on the command line override those of the file; a flag is --section.flag or --no-section.flag. For example:
+Keys on the command line override those of the file; a flag is --section.flag or --no-section.flag.
+For example:
 
-  torchrun --nproc_per_node 2 -m torchtitan_rd.train --job.config_file train_configs/debug.toml --training.steps 40
+  torchrun --nproc_per_node 2 -m torchtitan_rd.train --job.config_file train_configs/debug.toml \\
+      --training.steps 40
 
-`python -m torchtitan_rd config X.toml` checks a config and says what it runs; `python -m torchtitan_rd config --schema`
-(docs/configuration.md) lists every key. train_*.sh launch the shipped TOMLs, on one node or under Slurm."""
+`python -m torchtitan_rd config X.toml` checks a config and says what it runs;
+`python -m torchtitan_rd config --schema` (docs/configuration.md) lists every key.
+train_*.sh launch the shipped TOMLs, on one node or under Slurm."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains; returns the exit status. A user's mistake is one message, any other error a traceback naming the rank."""
+    """Trains; returns the exit status. A user's mistake is one message,
+    any other error a traceback naming the rank.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     if "-h" in arguments or "--help" in arguments:
         print(USAGE)
@@ -87,9 +92,13 @@ def _main(arguments: list[str], stop: StopRequest) -> int:
 
 
 class Trainer:
-    """Everything of one run. `__init__` checks what can be checked without touching a disk or a peer; `run` trains."""
+    """Everything of one run. `__init__` checks what can be checked without touching a disk or a peer;
+    `run` trains.
+    """
 
-    def __init__(self, loaded: Loaded[JobConfig], environment: job.Environment, stop: StopRequest | None = None):
+    def __init__(
+        self, loaded: Loaded[JobConfig], environment: job.Environment, stop: StopRequest | None = None
+    ):
         """stop: the signals to answer; without it none are."""
         config = self.config = loaded.config
         self.environment, self.stop = environment, stop or StopRequest()
@@ -98,7 +107,8 @@ class Trainer:
             logger.warning("%s", warning)
         self.device = environment.device()
         self.dump_folder = Path(config.job.dump_folder)
-        # A tokenizer on the hub is fetched by one rank for all: such a run is planned once the ranks have met.
+        # A tokenizer on the hub is fetched by one rank for all:
+        # such a run is planned once the ranks have met.
         self._plan = None if run_plan.reads_hub_tokenizer(config) else self._make_plan(tokenizer=None)
         self.step = 0
         self.tokens_seen = 0
@@ -141,7 +151,9 @@ class Trainer:
             had_status = any(job.gather(had_status))  # from here on any rank may write its own
             ranks = self._data_ranks()
             if self._plan is None:
-                self._plan = self._make_plan(load_tokenizer(ranks.tokenizer(self.config.model.tokenizer_path)))
+                self._plan = self._make_plan(
+                    load_tokenizer(ranks.tokenizer(self.config.model.tokenizer_path))
+                )
             with ExitStack() as closing:
                 self._parts = self._build(ranks, closing, holding)
                 self._begin()
@@ -164,7 +176,9 @@ class Trainer:
 
     def _tell(self, status: Status, reason: str) -> None:
         may_be_stale = not dist.is_initialized()  # before the ranks have met
-        write_exit_status(self.dump_folder, status, self.step, reason, self.environment.rank, replace=may_be_stale)
+        write_exit_status(
+            self.dump_folder, status, self.step, reason, self.environment.rank, replace=may_be_stale
+        )
 
     def _work(self) -> bool:
         """All between building and closing; returns False if a signal cut it short."""
@@ -195,7 +209,9 @@ class Trainer:
         return DataRanks(job.gather, self.environment.rank, self.environment.local_rank, states)
 
     def _build(self, ranks: DataRanks, closing: ExitStack, holding: ExitStack) -> Parts:
-        """What must be closed goes to `closing`, which closes the last built first; the folder's lock to `holding`."""
+        """What must be closed goes to `closing`, which closes the last built first;
+        the folder's lock to `holding`.
+        """
 
         def lock_folder() -> FolderLock | None:
             lock = holding.enter_context(locked_run_folder(self.dump_folder, stale=EXIT_STATUS))
@@ -216,13 +232,17 @@ class Trainer:
             (self.dump_folder / "data.json").write_text(record, encoding="utf-8")
 
     def _validate(self) -> dict[str, float]:
-        """val_loss, and for a recurrent model val_loss_<depth>; the same on all ranks. Nothing if all agree to stop."""
+        """val_loss, and for a recurrent model val_loss_<depth>; the same on all ranks.
+        Nothing if all agree to stop.
+        """
         self.parts.heartbeat.beat(self.step, "validation")
         read_outs = self.plan.draws.validation(self.config.validation.partial_depth_eval, self.parts.held_out)
         with self.parts.metrics.pause("validation"):
             losses = validate(self.parts.model, self.parts.held_out, self.device, read_outs, self.stop)
         if losses:
-            logger.info("step %d: %s", self.step, "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items()))
+            logger.info(
+                "step %d: %s", self.step, "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+            )
         return losses
 
     def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
@@ -247,7 +267,12 @@ class Trainer:
             self.parts.loader.load_state_dict(state["data"])
         if rng := job.own_rng_state(state.get("rng"), self.environment):
             job.set_rng_state(rng)
-        logger.info("resuming after step %d of %d (%d tokens)", self.step, self.config.training.steps, self.tokens_seen)
+        logger.info(
+            "resuming after step %d of %d (%d tokens)",
+            self.step,
+            self.config.training.steps,
+            self.tokens_seen,
+        )
 
     def _state(self) -> dict[str, Any]:
         """All that is not a tensor, the same on every rank."""
@@ -260,7 +285,9 @@ class Trainer:
     def _save_seed(self) -> None:
         """`step-0`: the weights that a run starts from, whatever the number of its ranks."""
         if self.step > 0:
-            raise CheckpointError("checkpoint.create_seed_checkpoint: this run has checkpoints; use another folder")
+            raise CheckpointError(
+                "checkpoint.create_seed_checkpoint: this run has checkpoints; use another folder"
+            )
         self.parts.checkpointer.save(0, {"model": self._tensors()["model"]}, {})
 
     def _write_hf(self, checkpoint: Path, folder: Path) -> None:
@@ -288,7 +315,9 @@ class Trainer:
             self.tokens_seen += batch.rows_at(self.step) * config.training.seq_len
 
             lr = set_lr(parts.optimizer, lr_factor(config.lr_scheduler, self.step, total_steps))
-            is_logged = parts.metrics.should_log(self.step) or config.validation.is_due(self.step, total_steps)
+            is_logged = parts.metrics.should_log(self.step) or config.validation.is_due(
+                self.step, total_steps
+            )
             watching = is_logged and self.environment.rank == 0
             with self.plan.draws.watch(parts.model, watching=watching) as telemetry:
                 result = parts.train_step(self.step, batches, self.tokens_seen)
@@ -311,7 +340,9 @@ class Trainer:
 
     def _stop_early(self) -> None:
         self.parts.train_step.settle()  # a last update that must not be ends the run as such
-        saving = "saving a checkpoint" if self.config.checkpoint.enable else "nothing is saved (checkpoint.enable)"
+        saving = (
+            "saving a checkpoint" if self.config.checkpoint.enable else "nothing is saved (checkpoint.enable)"
+        )
         logger.info("stopping after step %d: %s", self.step, saving)
 
     def _log(self, result: StepResult, batches: list[Batch], *, lr: float, telemetry: Any) -> None:
@@ -320,10 +351,16 @@ class Trainer:
         if self.config.validation.is_due(self.step, self.config.training.steps):
             extra |= self._validate()
         data_hash = hash_ids(batches) if self.config.metrics.log_data_hash else None
-        self.parts.metrics.log(self.step, lr=lr, tokens_seen=self.tokens_seen, data_hash=data_hash, extra=extra)
+        self.parts.metrics.log(
+            self.step, lr=lr, tokens_seen=self.tokens_seen, data_hash=data_hash, extra=extra
+        )
 
     def _save_if_due(self, stopping: bool) -> None:
-        heartbeat, train_step, checkpointer = self.parts.heartbeat, self.parts.train_step, self.parts.checkpointer
+        heartbeat, train_step, checkpointer = (
+            self.parts.heartbeat,
+            self.parts.train_step,
+            self.parts.checkpointer,
+        )
         last_step = self.step == self.config.training.steps
         heartbeat.beat(self.step, "checkpoint")
         if train_step.saved:
@@ -335,7 +372,9 @@ class Trainer:
             heartbeat.beat(self.step, "saving")
             with self.parts.metrics.pause("checkpoint"):
                 own = {"rng": job.rng_state()}
-                checkpointer.save(self.step, self._tensors(), self._state(), own_state=own, last_step=last_step)
+                checkpointer.save(
+                    self.step, self._tensors(), self._state(), own_state=own, last_step=last_step
+                )
             train_step.saved = False  # that was of the save before
 
 

@@ -1,4 +1,6 @@
-"""[training]: the microbatches of one step -> loss -> backward -> clip -> one optimizer update. Returns numbers."""
+"""[training]: the microbatches of one step -> loss -> backward -> clip -> one optimizer update.
+Returns numbers.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -37,11 +39,14 @@ class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys):
     z_loss_weight: float = Field(0.0, ge=0.0)
     """Weight of logsumexp(logits)^2 in the objective (PaLM used 1e-4)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a NaN or infinite loss or gradient does, on all ranks alike, before it reaches the parameters. stop: no
-    update happens any more, and the error that names the step comes at once, on a GPU one step later. skip:
-    that update is left out, without a trace in parameters, moments and counts."""
+    """What a NaN or infinite loss or gradient does, on all ranks alike, before it reaches the parameters.
+    stop: no update happens any more, and the error that names the step comes at once, on a GPU one step
+    later. skip: that update is left out, without a trace in parameters, moments and counts.
+    """
     max_consecutive_skips: int = Field(10, ge=1)
-    """on_nonfinite = "skip": more skipped updates in a row than this stop the run, as on_nonfinite = "stop" does."""
+    """on_nonfinite = "skip": more skipped updates in a row than this stop the run,
+    as on_nonfinite = "stop" does.
+    """
     seed: int = Field(0, ge=0, lt=2**64, json_schema_extra={"on_resume": "must_match"})
     """Decides initial weights and synthetic data; the same for every number of ranks."""
     deterministic: bool = False
@@ -80,7 +85,9 @@ class Verdict:
         self.must_stop = torch.zeros((), dtype=torch.bool, device=device)
 
     def __call__(self, loss: torch.Tensor, grad_norm: torch.Tensor, tokens_seen: int) -> torch.Tensor:
-        """-> 1.0 if the update is to be left out, else 0.0: float32 scalar on the device, the same on all ranks."""
+        """-> 1.0 if the update is to be left out, else 0.0: float32 scalar on the device,
+        the same on all ranks.
+        """
         finite = loss.isfinite() & grad_norm.isfinite()
         self.consecutive_skips = (self.consecutive_skips + 1) * ~finite
         too_many = self.consecutive_skips > self.skips_allowed
@@ -97,7 +104,9 @@ class Readback:
         self._arrived = torch.cuda.Event() if on_gpu else None
 
     def post(self, vector: torch.Tensor) -> Callable[[], list[float]]:
-        """Starts the copy; returns what waits for it. The vector before must have been read: there is one buffer."""
+        """Starts the copy; returns what waits for it. The vector before must have been read:
+        there is one buffer.
+        """
         self._host.copy_(vector, non_blocking=True)
         if self._arrived is not None:
             self._arrived.record()
@@ -112,9 +121,10 @@ class Readback:
 class TrainStep:
     """One optimizer update.
 
-    The numbers of a step decide whether its update may happen. On a GPU that is decided on the device and the host
-    learns of it during the next step (`late`), when the numbers arrived long ago; a GPU never runs out of work for it.
-    On a CPU, and for an optimizer that takes no flag from the device, the host reads them before the update.
+    The numbers of a step decide whether its update may happen. On a GPU that is decided on the device and
+    the host learns of it during the next step (`late`), when the numbers arrived long ago; a GPU never runs
+    out of work for it. On a CPU, and for an optimizer that takes no flag from the device, the host reads
+    them before the update.
 
     How many updates in a row were skipped is the only state; a resumed run starts counting anew.
     """
@@ -135,8 +145,9 @@ class TrainStep:
         """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
 
         forward_inputs: (step, microbatch from 0, batch) -> what forward takes beside tokens (draws.py).
-        asked_to_stop: whether a signal told this rank to stop (signals.py). has_saved: whether this rank has written
-        its share of the checkpoint that is written in the background. late: see above; by default as it says.
+        asked_to_stop: whether a signal told this rank to stop (signals.py). has_saved: whether this
+        rank has written its share of the checkpoint that is written in the background. late: see above;
+        by default as it says.
         """
         self.model = model
         self.optimizer = optimizer
@@ -155,13 +166,15 @@ class TrainStep:
         self._unread: StepResult | None = None
 
     def __call__(self, step: int, batches: Sequence[Batch], tokens_seen: int = 0) -> StepResult:
-        """Runs this rank's microbatches of update `step`. tokens_seen: this step's included, for the loss guard.
+        """Runs this rank's microbatches of update `step`. tokens_seen: this step's included,
+        for the loss guard.
 
-        Raises TrainingError on all ranks if training must stop, before any update that must not happen: for this step,
-        or (`late`) for the one before.
+        Raises TrainingError on all ranks if training must stop, before any update that must not happen:
+        for this step, or (`late`) for the one before.
         """
         batches = [self._place(batch) for batch in batches]
-        # The count comes first: every microbatch's gradient is then final, whatever the padding of the others.
+        # The count comes first: every microbatch's gradient is then final,
+        # whatever the padding of the others.
         valid = ValidTokens(batches)
         self.optimizer.zero_grad()
 
@@ -194,10 +207,11 @@ class TrainStep:
         return result
 
     def settle(self) -> None:
-        """Waits until the numbers of the last step are known, and acts on them: before anything outlives the step.
+        """Waits until the numbers of the last step are known, and acts on them:
+        before anything outlives the step.
 
-        To be called before a checkpoint, a validation or an export. Raises TrainingError on all ranks if training must
-        stop.
+        To be called before a checkpoint, a validation or an export.
+        Raises TrainingError on all ranks if training must stop.
         """
         if self._unread is None:
             return
@@ -216,14 +230,19 @@ class TrainStep:
             raise guard_error(self.config, result.step, numbers.loss, result.tokens_seen)
         else:
             raise TrainingError(
-                f"{what}: stopped before the update; training.on_nonfinite = {self.config.on_nonfinite!r} allows "
+                f"{what}: stopped before the update; "
+                f"training.on_nonfinite = {self.config.on_nonfinite!r} allows "
                 f"{self.verdict.skips_allowed} skipped updates in a row (training.max_consecutive_skips)"
             )
 
     def _place(self, batch: Batch) -> Batch:
-        """On the device, with the labels of the objective. Batches in page-locked memory are copied without a wait."""
+        """On the device, with the labels of the objective.
+        Batches in page-locked memory are copied without a wait.
+        """
         labels = batch.labels.to(self.device, non_blocking=True)
-        documents = None if batch.document_ids is None else batch.document_ids.to(self.device, non_blocking=True)
+        documents = (
+            None if batch.document_ids is None else batch.document_ids.to(self.device, non_blocking=True)
+        )
         inputs = batch.inputs.to(self.device, non_blocking=True)
         labels = goldfish_labels(labels, self.config)
         return replace(batch, inputs=inputs, labels=labels, document_ids=documents)
@@ -267,7 +286,9 @@ def hash_ids(batches: Sequence[Batch]) -> str | None:
     numbers = torch.tensor([row for batch in batches for row in batch.rows])
     ids = torch.cat([batch.inputs for batch in batches])
     numbered = torch.cat([numbers[:, None], ids], dim=1)
-    gathered = [torch.empty_like(numbered) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    gathered = (
+        [torch.empty_like(numbered) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    )
     dist.gather(numbered, gathered)
     if gathered is None:
         return None

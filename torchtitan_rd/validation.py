@@ -33,11 +33,13 @@ class ValidationConfig(Section):
     freq: int = Field(500, ge=1)
     """Steps from one validation to the next."""
     sequences: int = Field(64, ge=1)
-    """Size of the held-out set: so many sequences of training.seq_len, the same ones at every validation and on any
-    number of ranks. A multiple of training.local_batch_size times the data ranks."""
+    """Size of the held-out set: so many sequences of training.seq_len, the same ones at every validation and
+    on any number of ranks. A multiple of training.local_batch_size times the data ranks.
+    """
     partial_depth_eval: list[int] = Field(default_factory=lambda: [1, 4, 8, 16, 32, 64])
-    """Recurrent models: the depths at which the loss is measured too (val_loss_1, ...), beside the model's own mean
-    (val_loss)."""
+    """Recurrent models: the depths at which the loss is measured too (val_loss_1, ...),
+    beside the model's own mean (val_loss).
+    """
 
     @field_validator("partial_depth_eval")
     @classmethod
@@ -74,12 +76,18 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
     )
 
 
-def held_out_set(config: ValidationConfig, training: DatasetKeys, dims: BatchDims, **reading: Any) -> list[Batch]:
-    """What `config` names, nothing if it is not enabled. dims: of training. reading: as for `read_held_out`."""
+def held_out_set(
+    config: ValidationConfig, training: DatasetKeys, dims: BatchDims, **reading: Any
+) -> list[Batch]:
+    """What `config` names, nothing if it is not enabled. dims: of training.
+    reading: as for `read_held_out`.
+    """
     if not config.enable:
         return []
     keys = validation_keys(config, training, dims.data_degree)
-    return read_held_out(keys, BatchDims.resolve(keys, dims.data_rank, dims.data_degree), config.split, **reading)
+    return read_held_out(
+        keys, BatchDims.resolve(keys, dims.data_rank, dims.data_degree), config.split, **reading
+    )
 
 
 def read_held_out(
@@ -117,19 +125,23 @@ def validate(
     read_outs: ReadOuts,
     stop: StopRequest | None = None,
 ) -> dict[str, float]:
-    """Mean loss in nats per valid token of the held-out set, the same on all ranks, by the names of `read_outs`.
+    """Mean loss in nats per valid token of the held-out set, the same on all ranks,
+    by the names of `read_outs`.
 
-    Each batch is one forward, however many losses there are: logits are turned into a loss as soon as they are there.
+    Each batch is one forward, however many losses there are: logits are turned into a loss as soon
+    as they are there.
 
-    stop: asked before each batch, by all ranks together; once a rank was told to stop there are no losses. 64 sequences
-    of 131072 tokens would otherwise take the time that a launcher leaves for the checkpoint.
+    stop: asked before each batch, by all ranks together; once a rank was told to stop there are no losses.
+    64 sequences of 131072 tokens would otherwise take the time that a launcher leaves for the checkpoint.
     """
     was_training = model.training
     model.eval()
     results = max(read_outs.position.values()) + 1
-    sums = torch.zeros(results + 1, dtype=torch.float64, device=device)  # of the losses, and of the valid tokens
+    # Of the losses, and of the valid tokens.
+    sums = torch.zeros(results + 1, dtype=torch.float64, device=device)
     for number, batch in enumerate(batches):
-        # It waits for the batch before: the host would otherwise have asked for all of them before a GPU has begun.
+        # It waits for the batch before: the host would otherwise have asked for all of them
+        # before a GPU has begun.
         if stop is not None and stop.agree(device):
             break
         labels = batch.labels.to(device)

@@ -1,4 +1,6 @@
-"""A process dies at any point of a save: afterwards the old checkpoint or the new one is loaded, never a mixture."""
+"""A process dies at any point of a save: afterwards the old checkpoint or the new one is
+loaded, never a mixture.
+"""
 
 import shutil
 import signal

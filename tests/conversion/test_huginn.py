@@ -125,7 +125,13 @@ def test_names_of_a_compiled_a_wrapped_and_a_bare_model_are_known(tmp_path, pref
 
 
 def test_a_post_norm_model_with_its_unused_factors_and_an_untied_head_is_read(tmp_path):
-    before = {"block": "post", "qk_bias": False, "injection": "add", "init_strategy": "scaled", "n_kv_heads": 2}
+    before = {
+        "block": "post",
+        "qk_bias": False,
+        "injection": "add",
+        "init_strategy": "scaled",
+        "n_kv_heads": 2,
+    }
     model = tiny_raven(**before, tie_word_embeddings=False, norm_eps=1e-5)
     config = CONFIG | {
         "block_class_name": "TransformerPostNormBlock",
@@ -147,7 +153,12 @@ def test_a_post_norm_model_with_its_unused_factors_and_an_untied_head_is_read(tm
 
 def test_a_pre_norm_model_with_every_option_and_biased_grouped_keys_is_read(tmp_path):
     model = tiny_raven(block="pre", n_kv_heads=2, qk_norm=True, clip_qkv=8.0)
-    theirs = {"block_class_name": "TransformerPreNormBlock", "num_key_value_heads": 2, "qk_norm": True, "clip_qkv": 8}
+    theirs = {
+        "block_class_name": "TransformerPreNormBlock",
+        "num_key_value_heads": 2,
+        "qk_norm": True,
+        "clip_qkv": 8,
+    }
     weights = open_huginn(write(tmp_path / NAME, state_of(model, model_config={**CONFIG, **theirs})))
     assert weights.shape == model.shape
     assert_holds(weights, model)
@@ -187,7 +198,9 @@ def test_a_configuration_object_of_a_lost_class_is_read_by_its_attributes(tmp_pa
 
 def test_a_configuration_that_reduces_itself_to_a_table_is_read(tmp_path, lost):
     """As Huginn's dataclass: __getstate__ gives its fields, and nested ones as tables."""
-    fields = [(key, object, field(default_factory=lambda value=value: value)) for key, value in CONFIG.items()]
+    fields = [
+        (key, object, field(default_factory=lambda value=value: value)) for key, value in CONFIG.items()
+    ]
     kind = make_dataclass("RecurrentConfig", fields)
     kind.__getstate__ = lambda self: {**asdict(self), "_class_name": "RecurrentConfig"}
     kind.__setstate__ = lambda self, state: 1 / 0

@@ -1,4 +1,6 @@
-"""Meta's files: shards of every number and style give back the tensors bit by bit, and each defect one message."""
+"""Meta's files: shards of every number and style give back the tensors bit by bit,
+and each defect one message.
+"""
 
 import json
 import logging
@@ -35,7 +37,9 @@ def write(folder, model: Llama, shards: int = 1, *, embedding_dim: int = 0, **pa
     tensors = {name: parameter.data for name, parameter in model.named_parameters()}
     for rank in range(shards):
         state = {
-            name: tensor.chunk(shards, dims[name.split(".")[-2]])[rank].clone() if "norm" not in name else tensor
+            name: tensor.chunk(shards, dims[name.split(".")[-2]])[rank].clone()
+            if "norm" not in name
+            else tensor
             for name, tensor in tensors.items()
         }
         torch.save(state | {"rope.freqs": torch.ones(2)}, folder / f"consolidated.{rank:02}.pth")
@@ -110,7 +114,12 @@ def test_the_shape_is_that_of_params_json_and_of_the_tensors(tmp_path):
 def test_the_params_of_llama_1_say_less(tmp_path):
     write(tmp_path, llama(), 2, embedding_dim=1, vocab_size=-1, n_kv_heads=None, rope_theta=None)
     shape = open_meta(tmp_path).shape
-    assert (shape.vocab_size, shape.n_kv_heads, shape.rope_theta, shape.max_seq_len) == (64, 8, 10_000.0, 4096)
+    assert (shape.vocab_size, shape.n_kv_heads, shape.rope_theta, shape.max_seq_len) == (
+        64,
+        8,
+        10_000.0,
+        4096,
+    )
 
 
 def test_a_file_without_head_is_tied(tmp_path):
@@ -147,7 +156,8 @@ def test_the_subfolder_original_is_found_and_the_tokenizer_goes_along(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key", ["moe", "moe_args", "quantization_args", "lora_args", "vision_chunk_size", "sliding_window", "head_dim"]
+    "key",
+    ["moe", "moe_args", "quantization_args", "lora_args", "vision_chunk_size", "sliding_window", "head_dim"],
 )
 def test_a_setting_of_another_model_is_refused_by_name(tmp_path, key):
     with pytest.raises(ConfigError, match=rf"params\.json: {key} = 4 is not supported"):

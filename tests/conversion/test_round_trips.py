@@ -90,7 +90,9 @@ def test_a_training_file_of_huginn_becomes_a_folder_for_transformers(tmp_path):
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused():
-    with pytest.raises(ConfigError, match="'bytes' has bos_token_id = 256, beyond the model's vocabulary of 61"):
+    with pytest.raises(
+        ConfigError, match="'bytes' has bos_token_id = 256, beyond the model's vocabulary of 61"
+    ):
         with_tokenizer(weights_of(tiny("llama3")), "bytes")
 
 
@@ -131,7 +133,9 @@ def test_a_tied_head_that_is_stored_must_equal_the_embedding(tmp_path):
         if passes:
             assert same_bits(state(open_hf(tmp_path / "hf")), model.state_dict())
         else:
-            with pytest.raises(CheckpointError, match=r"is tied to model.embed_tokens.weight, and yet they differ"):
+            with pytest.raises(
+                CheckpointError, match=r"is tied to model.embed_tokens.weight, and yet they differ"
+            ):
                 open_hf(tmp_path / "hf")
 
 

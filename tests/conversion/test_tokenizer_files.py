@@ -169,7 +169,10 @@ def test_a_remote_tiktoken_file_is_read_too(tiktoken_file, monkeypatch):
     monkeypatch.setattr(blobfile, "BlobFile", lambda path, mode: io.BytesIO(tiktoken_file.read_bytes()))
     remote = tokenizer_files("az://account/container/tokenizer.model")
     local = tokenizer_files(str(tiktoken_file))
-    assert remote.files["tokenizer.json"] == local.files["tokenizer.json"] and remote.token_ids == local.token_ids
+    assert (
+        remote.files["tokenizer.json"] == local.files["tokenizer.json"]
+        and remote.token_ids == local.token_ids
+    )
 
 
 def test_a_tiktoken_file_with_a_gap_is_refused(tmp_path):
@@ -184,7 +187,9 @@ def test_a_tiktoken_file_with_a_gap_is_refused(tmp_path):
 
 def test_a_sentencepiece_model_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
-    with pytest.raises(ConfigError, match=r"sentencepiece model, .*folder with the tokenizer\.json .*or 'none'"):
+    with pytest.raises(
+        ConfigError, match=r"sentencepiece model, .*folder with the tokenizer\.json .*or 'none'"
+    ):
         tokenizer_files(str(tmp_path))
 
 

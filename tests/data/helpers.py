@@ -51,4 +51,6 @@ class Ranks:
 
 
 def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    return len(found) == len(expected) and all(
+        torch.equal(a, b) for a, b in zip(found, expected, strict=True)
+    )

@@ -1,4 +1,6 @@
-"""Who reads which rows, and how many: of every rank, microbatch and stage, in the numbers that the user gave."""
+"""Who reads which rows, and how many: of every rank, microbatch and stage, in the numbers that
+the user gave.
+"""
 
 import pytest
 
@@ -17,7 +19,9 @@ def ramp(steps, stages, batch=1024) -> BatchDims:
 
 
 def test_the_sizes_of_a_growing_batch_are_those_of_the_ancestor():
-    """Raven's own training: ceil(step / ramp * 16) is 1 at 4096, 2 at 4097, 8 at 32768 and 16 from 65536 on."""
+    """Raven's own training: ceil(step / ramp * 16) is 1 at 4096, 2 at 4097, 8 at 32768 and 16
+    from 65536 on.
+    """
     steps = (1, 4096, 4097, 32768, 65535, 65536, 10**6)
     assert [ramp(65536, 16).stages_at(step) for step in steps] == [1, 1, 2, 8, 16, 16, 16]
 
@@ -54,7 +58,12 @@ def test_the_ranks_together_hold_every_row_once_at_every_size_of_the_batch(degre
 def test_a_batch_knows_the_numbers_of_its_rows():
     """Two ranks, stages of 4 rows: a rank's rows of a stage stand together."""
     keys = DatasetKeys(
-        seq_len=8, local_batch_size=1, global_batch_size=8, batch_ramp_steps=2, batch_ramp_stages=2, shuffle_seed=0
+        seq_len=8,
+        local_batch_size=1,
+        global_batch_size=8,
+        batch_ramp_steps=2,
+        batch_ramp_stages=2,
+        shuffle_seed=0,
     )
     with Ranks(keys, 2) as run:
         for stages, of_rank_0, of_rank_1 in ((1, [0, 1], [2, 3]), (None, [0, 1, 4, 5], [2, 3, 6, 7])):
@@ -70,9 +79,13 @@ def test_stages_that_do_not_divide_the_batch_are_refused_by_both_keys(batch):
 
 
 def test_a_batch_that_its_microbatches_do_not_divide_is_refused_in_the_user_s_own_numbers():
-    with pytest.raises(ConfigError, match=r"training\.global_batch_size = 20 is not a multiple of .* 4 .* ranks = 8$"):
+    with pytest.raises(
+        ConfigError, match=r"training\.global_batch_size = 20 is not a multiple of .* 4 .* ranks = 8$"
+    ):
         dims(degree=4, local_batch_size=2, global_batch_size=20)
-    with pytest.raises(ConfigError, match=r"global_batch_size = 64 .*local_batch_size = 16 .* in each of the 8 stages"):
+    with pytest.raises(
+        ConfigError, match=r"global_batch_size = 64 .*local_batch_size = 16 .* in each of the 8 stages"
+    ):
         dims(local_batch_size=16, global_batch_size=64, batch_ramp_steps=100, batch_ramp_stages=8)
 
 

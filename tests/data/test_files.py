@@ -95,7 +95,11 @@ def test_files_of_other_splits_never_train_and_the_log_and_the_record_say_what_d
         (["a.jsonl", "contest.jsonl", "latest.jsonl"], "train", ["a.jsonl", "contest.jsonl", "latest.jsonl"]),
         (["a.jsonl", "dev.jsonl"], "train", ["a.jsonl"]),
         (["a.jsonl", "dev.jsonl"], "validation", ["dev.jsonl"]),
-        (["a.jsonl", "eval.jsonl", "evaluation/x.jsonl", "medieval.jsonl"], "train", ["a.jsonl", "medieval.jsonl"]),
+        (
+            ["a.jsonl", "eval.jsonl", "evaluation/x.jsonl", "medieval.jsonl"],
+            "train",
+            ["a.jsonl", "medieval.jsonl"],
+        ),
         (["train-test.jsonl", "a.jsonl"], "train", ["a.jsonl"]),
         (["train/test.jsonl", "train/b.jsonl"], "train", ["train/b.jsonl"]),
         (["a.jsonl", "heldout.jsonl"], "heldout", ["heldout.jsonl"]),
@@ -111,7 +115,9 @@ def test_the_split_of_a_file_is_told_by_its_name_or_its_folder(names, split, exp
 
 def test_a_folder_with_nothing_for_the_split_is_refused_and_files_that_are_written_out_are_read(tmp_path):
     write(tmp_path / "test.jsonl", "x")
-    with pytest.raises(DataError, match=r"each of its 1 data files is named after another split than 'train' \(test"):
+    with pytest.raises(
+        DataError, match=r"each of its 1 data files is named after another split than 'train' \(test"
+    ):
         find_files(str(tmp_path))
     for path in (tmp_path / "test.jsonl", tmp_path / "test*.jsonl"):
         assert texts(path) == ["x"]
@@ -151,7 +157,9 @@ def test_a_file_of_mixed_types_is_refused_with_the_row(bad, shown, tmp_path):
     rows = [{"text": 'She said "hi".\nNew line'}] * 50
     lines = [*rows[:30], {"text": bad}, *rows[30:]]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(DataError, match=rf"^.*a\.jsonl: row 30: column 'text' holds {shown}; expected text in every "):
+    with pytest.raises(
+        DataError, match=rf"^.*a\.jsonl: row 30: column 'text' holds {shown}; expected text in every "
+    ):
         build(keys(tmp_path))
     with pytest.raises(DataError, match=r"the stream cannot be read.*changed from string .* in row 30"):
         build(keys(tmp_path, stream=True)).next_step()
@@ -199,7 +207,9 @@ def test_files_without_rows_or_with_other_columns_are_refused_by_what_they_are(t
         pq.write_table(pa.table({"text": pa.array(rows, pa.string())}), tmp_path / f"{name}.parquet")
     with pytest.raises(DataError, match=r"b\.parquet: .*a parquet file without rows: remove it"):
         build(keys(tmp_path))
-    with pytest.raises(DataError, match=r"after row 1 .*the stream cannot be read: .*a parquet file without rows"):
+    with pytest.raises(
+        DataError, match=r"after row 1 .*the stream cannot be read: .*a parquet file without rows"
+    ):
         loader = build(keys(tmp_path, stream=True))
         for _ in range(9):
             loader.next_step()
@@ -209,7 +219,9 @@ def test_files_without_rows_or_with_other_columns_are_refused_by_what_they_are(t
         build(keys(tmp_path / "none"))
     write(tmp_path / "two" / "a.jsonl", "a")
     (tmp_path / "two" / "b.jsonl").write_text('{"text": "b", "id": 3}\n')
-    with pytest.raises(DataError, match=r"b\.jsonl: .*different columns: here id more and none less than in the first"):
+    with pytest.raises(
+        DataError, match=r"b\.jsonl: .*different columns: here id more and none less than in the first"
+    ):
         build(keys(tmp_path / "two"))
 
 
@@ -224,7 +236,9 @@ def test_an_arrow_file_that_cannot_be_mapped_is_refused_by_its_kind(tmp_path):
     assert texts(tmp_path / "a.arrow") == ["abc"] * 9
 
 
-@pytest.mark.parametrize("kind,expected", [("text", "expected text"), ("spikes", "lists"), ("packed", "lists of int")])
+@pytest.mark.parametrize(
+    "kind,expected", [("text", "expected text"), ("spikes", "lists"), ("packed", "lists of int")]
+)
 def test_a_column_of_another_type_is_refused_when_it_is_opened(kind, expected, tmp_path, monkeypatch):
     import datasets
 
@@ -275,7 +289,9 @@ def test_a_cache_that_cannot_be_written_serves_what_it_holds(tmp_path, own_cache
 
     monkeypatch.setattr(datasets.builder, "FileLock", ReadOnly)
     assert texts(tmp_path / "a.jsonl") == ["a"]
-    with pytest.raises(DataError, match=r"cannot be written and holds no converted copy: set HF_DATASETS_CACHE"):
+    with pytest.raises(
+        DataError, match=r"cannot be written and holds no converted copy: set HF_DATASETS_CACHE"
+    ):
         texts(tmp_path / "b.jsonl")
 
 

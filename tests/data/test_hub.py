@@ -1,4 +1,6 @@
-"""Data on the hub is read at one commit: asked by rank 0 alone, kept by the checkpoint, read again on resume."""
+"""Data on the hub is read at one commit: asked by rank 0 alone, kept by the checkpoint,
+read again on resume.
+"""
 
 import contextlib
 import json
@@ -20,7 +22,14 @@ from tests.ranks import run_on_ranks
 from torchtitan_rd import job, train
 from torchtitan_rd.commands.data import main as data_command
 from torchtitan_rd.config import load
-from torchtitan_rd.data import BatchDims, DataRanks, DatasetKeys, build_dataloader, get_dataset, load_tokenizer
+from torchtitan_rd.data import (
+    BatchDims,
+    DataRanks,
+    DatasetKeys,
+    build_dataloader,
+    get_dataset,
+    load_tokenizer,
+)
 from torchtitan_rd.data.hub import tokenizer_revision
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.job import Environment
@@ -32,7 +41,9 @@ KEYS = {"dataset": "text", "dataset_path": "some/data", "seq_len": 8, "local_bat
 
 
 class FakeHub:
-    """A hub whose repository has commits, each with texts; `cached` is what is left where it cannot be reached."""
+    """A hub whose repository has commits, each with texts;
+    `cached` is what is left where it cannot be reached.
+    """
 
     def __init__(self, monkeypatch, folder):
         self.commits = {OLD: ["old"] * 40}
@@ -48,7 +59,9 @@ class FakeHub:
         return SimpleNamespace(sha=self.newest if revision in (None, "main") else revision)
 
     def load(self, name, subset, split, streaming, revision=None):
-        """As the datasets library does it: without the hub, the newest copy in the cache, whatever is asked for."""
+        """As the datasets library does it: without the hub, the newest copy in the cache,
+        whatever is asked for.
+        """
         commit = self.cached or revision or self.newest
         self.read.append(commit)
         place = self._folder / commit
@@ -114,7 +127,9 @@ def test_another_commit_with_the_same_rows_is_continued_with_a_warning(hub, tmp_
     assert "the rows are the same" in caplog.text and NEW in caplog.text
 
 
-def test_without_the_hub_the_cached_copy_is_read_and_its_commit_noted_but_never_in_place_of_another(hub, tmp_path):
+def test_without_the_hub_the_cached_copy_is_read_and_its_commit_noted_but_never_in_place_of_another(
+    hub, tmp_path
+):
     hub.moves_on(["new"] * 40)
     hub.cached = OLD
     config = DatasetKeys(**KEYS)
@@ -130,14 +145,24 @@ def test_without_the_hub_the_cached_copy_is_read_and_its_commit_noted_but_never_
 def test_a_revision_of_data_that_is_not_on_the_hub_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     for keys in ({"dataset": "pydoc"}, {"dataset": "text", "dataset_path": str(tmp_path / "a.txt")}):
-        with pytest.raises(ConfigError, match=r"not read from the hub here: unset training\.dataset_revision"):
+        with pytest.raises(
+            ConfigError, match=r"not read from the hub here: unset training\.dataset_revision"
+        ):
             get_dataset(DatasetKeys(**keys, dataset_revision="main"))
 
 
 def test_a_run_that_resumes_goes_on_with_its_commit_after_the_hub_has_moved_on(hub, tmp_path):
     def run(steps):
-        arguments = [f"--job.dump_folder={tmp_path / 'dump'}", "--training.dataset=text", "--checkpoint.enable"]
-        arguments += ["--training.dataset_path=some/data", "--training.seq_len=8", "--training.local_batch_size=1"]
+        arguments = [
+            f"--job.dump_folder={tmp_path / 'dump'}",
+            "--training.dataset=text",
+            "--checkpoint.enable",
+        ]
+        arguments += [
+            "--training.dataset_path=some/data",
+            "--training.seq_len=8",
+            "--training.local_batch_size=1",
+        ]
         arguments += ["--model.overrides.n_layers=1", "--model.overrides.dim=32", f"--training.steps={steps}"]
         assert train.main(arguments) == 0
         return json.loads((tmp_path / "dump" / "data.json").read_text())["commit"]
@@ -171,8 +196,12 @@ def gather(value):
 @pytest.mark.parametrize(
     "nodes_share,stream,asking", [(True, False, [1, 0]), (False, False, [1, 1]), (True, True, [1, 1])]
 )
-def test_rank_0_alone_asks_the_hub_and_another_node_only_for_its_own_copy(nodes_share, stream, asking, tmp_path):
-    """Each rank is the first of its node. Every rank reads a stream from the hub itself, at the commit of rank 0."""
+def test_rank_0_alone_asks_the_hub_and_another_node_only_for_its_own_copy(
+    nodes_share, stream, asking, tmp_path
+):
+    """Each rank is the first of its node. Every rank reads a stream from the hub itself,
+    at the commit of rank 0.
+    """
     found = run_on_ranks(2, _read_together, tmp_path, nodes_share, stream)
     asked, loads, tokenizers, windows, revisions = zip(*found, strict=True)
     assert asked == (2, 0)  # training's and validation's repository
@@ -215,7 +244,8 @@ def test_what_fails_on_the_rank_that_asks_fails_on_all(tmp_path):
 
 def _ask_for_nothing(rank, world_size):
     def missing(name, revision=None, timeout=None):
-        raise RevisionNotFoundError.__new__(RevisionNotFoundError)  # its arguments are another hub version's others
+        # Its arguments are another hub version's others.
+        raise RevisionNotFoundError.__new__(RevisionNotFoundError)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(dataset_info=missing))
@@ -228,13 +258,16 @@ def _ask_for_nothing(rank, world_size):
 def test_a_rank_whose_held_out_data_is_another_s_is_refused(tmp_path):
     """Training's data is compared too (tests/data/test_changed_data.py)."""
     messages = run_on_ranks(2, _hold_out, tmp_path)
-    assert messages[0] == messages[1] and "rank 1: " in messages[0] and "the data: among rows 0" in messages[0]
+    assert (
+        messages[0] == messages[1] and "rank 1: " in messages[0] and "the data: among rows 0" in messages[0]
+    )
 
 
 def _hold_out(rank, world_size, folder):
     held = folder / str(rank)
     held.mkdir()
-    (held / "validation.jsonl").write_text(json.dumps({"text": f"held out {rank}"}) + "\n")  # and nothing to train on
+    # And nothing to train on.
+    (held / "validation.jsonl").write_text(json.dumps({"text": f"held out {rank}"}) + "\n")
     reading = {"tokenizer": load_tokenizer("bytes"), "vocab_size": 258, "seed": 0}
     validation = ValidationConfig(enable=True, dataset_path=str(held), sequences=4)
     training = DatasetKeys(dataset="text", dataset_path=str(held), seq_len=2, local_batch_size=1)
@@ -247,7 +280,11 @@ def _hold_out(rank, world_size, folder):
 def test_a_resumed_run_reads_the_tokenizer_at_the_commit_that_its_checkpoint_notes(tmp_path, monkeypatch):
     fetched = fake_tokenizers(monkeypatch, tmp_path)
     ranks = DataRanks(lambda value: [value], 0, 0)
-    assert ranks.tokenizer("bytes") == "bytes" and ranks.tokenizer(str(tmp_path)) == str(tmp_path) and not fetched
+    assert (
+        ranks.tokenizer("bytes") == "bytes"
+        and ranks.tokenizer(str(tmp_path)) == str(tmp_path)
+        and not fetched
+    )
     place = ranks.tokenizer("some/words").replace(NEW, OLD)
     noted = tmp_path / "state.json"
     noted.write_text(json.dumps({"data": {"fingerprint": tokenizer_revision(SimpleNamespace(folder=place))}}))
@@ -266,8 +303,16 @@ def _train_on_words(rank, world_size, folder):
     text = folder / "text"
     text.mkdir(exist_ok=True)
     (text / "a.jsonl").write_text((json.dumps({"text": "old new " * 40}) + "\n") * 8)
-    arguments = [f"--job.dump_folder={folder / 'dump'}", "--training.dataset=text", f"--training.dataset_path={text}"]
-    arguments += ["--model.tokenizer_path=some/words", "--training.seq_len=8", "--training.local_batch_size=1"]
+    arguments = [
+        f"--job.dump_folder={folder / 'dump'}",
+        "--training.dataset=text",
+        f"--training.dataset_path={text}",
+    ]
+    arguments += [
+        "--model.tokenizer_path=some/words",
+        "--training.seq_len=8",
+        "--training.local_batch_size=1",
+    ]
     arguments += ["--model.overrides.n_layers=1", "--model.overrides.dim=32", "--training.steps=1"]
     environment = Environment(rank, rank, world_size, world_size, "WARNING")
     with pytest.MonkeyPatch.context() as patch:
@@ -281,7 +326,11 @@ def _train_on_words(rank, world_size, folder):
 
 def test_the_data_check_reads_the_commit_of_the_run_in_its_dump_folder(hub, tmp_path):
     arguments = [f"--job.dump_folder={tmp_path / 'dump'}", "--training.dataset=text", "--checkpoint.enable"]
-    arguments += ["--training.dataset_path=some/data", "--training.seq_len=8", "--training.local_batch_size=1"]
+    arguments += [
+        "--training.dataset_path=some/data",
+        "--training.seq_len=8",
+        "--training.local_batch_size=1",
+    ]
     arguments += ["--model.overrides.n_layers=1", "--model.overrides.dim=32", "--training.steps=1"]
     assert train.main(arguments) == 0
     hub.moves_on(["new"] * 40)

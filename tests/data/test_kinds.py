@@ -66,13 +66,19 @@ def test_a_second_data_set_of_kind_packed_trains_on_whole_rows(folder_of, tmp_pa
         "comm.heartbeat_seconds": 0,
         "job.dump_folder": str(tmp_path / "dump"),
     }
-    assert Trainer(load([f"--{key}={value}" for key, value in arguments.items()], ALONE), ALONE).run() == "finished"
+    assert (
+        Trainer(load([f"--{key}={value}" for key, value in arguments.items()], ALONE), ALONE).run()
+        == "finished"
+    )
     _, rows = COLUMNS["packed"]
     assert trained_on == [row[:-1] for row in rows]
 
 
 def test_the_vocabulary_of_another_name_s_kind_is_that_of_the_kind(folder_of):
     for kind, expected, tokenizer in (("spikes", 256, None), ("text", 258, load_tokenizer("bytes"))):
-        assert dataset_vocab_size(DatasetKeys(dataset="mine", dataset_path=folder_of(kind)), tokenizer) == expected
+        assert (
+            dataset_vocab_size(DatasetKeys(dataset="mine", dataset_path=folder_of(kind)), tokenizer)
+            == expected
+        )
     with pytest.raises(ConfigError, match=r"model\.vocab_size must be given for training\.dataset = 'mine'"):
         dataset_vocab_size(DatasetKeys(dataset="mine", dataset_path=folder_of("packed")), None)

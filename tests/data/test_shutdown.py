@@ -19,7 +19,8 @@ from torchtitan_rd.data import BatchDims, DatasetKeys, build_dataloader, load_to
 if __name__ == "__main__":
     keys = DatasetKeys(local_batch_size=2, {keys})
     dims = BatchDims.resolve(keys, data_rank=0, data_degree=1)
-    loader = build_dataloader(keys, dims, tokenizer=load_tokenizer("bytes"), vocab_size=258, seed=0, pin_memory=False)
+    text = {{"tokenizer": load_tokenizer("bytes"), "vocab_size": 258}}
+    loader = build_dataloader(keys, dims, **text, seed=0, pin_memory=False)
     loader.next_step()
     loader.next_step()
     {end}
@@ -49,7 +50,9 @@ def test_a_program_that_streams_parquet_ends_with_0_and_says_nothing(workers, en
     assert (result.returncode, result.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("end", ["loader.close(); assert not multiprocessing.active_children()", "sys.exit(0)"])
+@pytest.mark.parametrize(
+    "end", ["loader.close(); assert not multiprocessing.active_children()", "sys.exit(0)"]
+)
 def test_a_program_with_workers_ends_with_0_and_says_nothing(end):
     result = run("seq_len=64, num_workers=2", end)
     assert (result.returncode, result.stderr) == (0, "")

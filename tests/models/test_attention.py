@@ -51,7 +51,9 @@ FA3, FA4 = "flash_attn_interface", "flash_attn.cute.interface"
         (8, (FA3, FA4), torch.bfloat16, "sdpa", "GPU 8.0"),
     ],
 )
-def test_auto_takes_the_fastest_kernel_that_is_there_and_says_why(machine, capability, modules, dtype, name, reason):
+def test_auto_takes_the_fastest_kernel_that_is_there_and_says_why(
+    machine, capability, modules, dtype, name, reason
+):
     machine(capability, *modules)
     chosen = choose_backend("auto", CUDA, dtype, document_mask=False)
     assert chosen.name == name and reason in chosen.reason
@@ -121,7 +123,9 @@ def test_an_active_flash_attention_is_not_outranked_by_cudnn(monkeypatch):
 
 
 class Installed:
-    """Stands for an installed FlashAttention 3: torch's registry activates and restores it as it does a real one."""
+    """Stands for an installed FlashAttention 3: torch's registry activates and restores it as
+    it does a real one.
+    """
 
     def __init__(self, load_error: Exception | None = None):
         self.load_error, self.removed = load_error, 0
@@ -164,14 +168,22 @@ def break_attention_while_fa3_is_active(monkeypatch):
 
 
 BROKEN = {
-    "does not load": (ImportError("undefined symbol"), "fa3 is installed but does not load: undefined symbol"),
-    "another package": (AttributeError("no attribute 'cute'"), "fa3 is installed but does not load: no attribute"),
+    "does not load": (
+        ImportError("undefined symbol"),
+        "fa3 is installed but does not load: undefined symbol",
+    ),
+    "another package": (
+        AttributeError("no attribute 'cute'"),
+        "fa3 is installed but does not load: no attribute",
+    ),
     "wrong numbers": (None, "is wrong: relative errors output 1.00e-01"),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_auto_warns_and_takes_sdpa_where_an_installed_flash_attention_is_broken(kind, install, monkeypatch, caplog):
+def test_auto_warns_and_takes_sdpa_where_an_installed_flash_attention_is_broken(
+    kind, install, monkeypatch, caplog
+):
     load_error, message = BROKEN[kind]
     installed = install(Installed(load_error))
     break_attention_while_fa3_is_active(monkeypatch)
@@ -232,17 +244,23 @@ def test_the_probe_passes_on_a_right_kernel(document_mask, dtype, kv_heads):
     "wrong",
     [
         lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
-        lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3),
+        lambda q, k, v, mask: F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True, scale=0.3
+        ),
         lambda q, k, v, mask: (
             F.scaled_dot_product_attention(q, k.detach(), v, is_causal=True, enable_gqa=True) + 0 * k.mean()
         ),
-        lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) * torch.nan,
+        lambda q, k, v, mask: (
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) * torch.nan
+        ),
     ],
     ids=["not causal", "wrong scale", "wrong dk", "nan"],
 )
 def test_the_probe_refuses_a_wrong_kernel_with_numbers(monkeypatch, wrong):
     monkeypatch.setattr(attention, "attend", wrong)
-    with pytest.raises(ConfigError, match=r"sdpa on cpu.* is wrong: relative errors output .*, dk .* exceed 2e-02"):
+    with pytest.raises(
+        ConfigError, match=r"sdpa on cpu.* is wrong: relative errors output .*, dk .* exceed 2e-02"
+    ):
         probe(Backend("sdpa", ""), SHAPE, CPU, torch.bfloat16, document_mask=False)
 
 
@@ -328,7 +346,10 @@ def backend_is_undone(monkeypatch):
 
 @pytest.mark.parametrize(
     ("device", "name"),
-    [("cpu", "sdpa"), *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ("sdpa", "fa3", "fa4", "flex"))],
+    [
+        ("cpu", "sdpa"),
+        *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ("sdpa", "fa3", "fa4", "flex")),
+    ],
 )
 def test_each_backend_has_the_gradients_of_float32_on_the_cpu(device, name, backend_is_undone):
     """In bfloat16, with grouped heads; skips a FlashAttention that is not to be had here."""
@@ -343,13 +364,17 @@ def test_each_backend_has_the_gradients_of_float32_on_the_cpu(device, name, back
 
     attention.activate(backend)
     mask = attention.build_mask(torch.zeros(2, 256, dtype=torch.int64, device=device), None)
-    kernels = [SDPBackend.FLASH_ATTENTION] if device == "cuda" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    kernels = (
+        [SDPBackend.FLASH_ATTENTION] if device == "cuda" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    )
     with sdpa_kernel(kernels):
         found = with_gradients(
             lambda *qkv: attention.attend(*qkv, mask), *(t.detach().to(device) for t in (q, k, v, out))
         )
     for number, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert (a.float().cpu() - b).norm() < 0.02 * b.norm(), f"{('output', 'dq', 'dk', 'dv')[number]} of {backend}"
+        assert (a.float().cpu() - b).norm() < 0.02 * b.norm(), (
+            f"{('output', 'dq', 'dk', 'dv')[number]} of {backend}"
+        )
 
 
 def dense(q, k, v, allowed):

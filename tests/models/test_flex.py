@@ -126,7 +126,9 @@ def stand_in(q, k, v, block_mask=None, enable_gqa=False):
 @pytest.mark.slow
 @pytest.mark.parametrize(("ac", "runs"), [("none", 1), ("op", 1), ("full", 2)])
 def test_selective_checkpointing_keeps_what_compiled_flex_attention_gave(ac, runs, monkeypatch):
-    """Inductor's kernel of an eager block is invisible to checkpointing but for the option that attention.py sets."""
+    """Inductor's kernel of an eager block is invisible to checkpointing but for the option that
+    attention.py sets.
+    """
     one = torch.zeros(2, LENGTH, dtype=torch.int32)
     expected = gradients("llama", "none", one)
     monkeypatch.setattr(attention, "_compiled", lambda function: function)

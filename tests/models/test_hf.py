@@ -14,7 +14,12 @@ SHAPES = {
     "gqa": {},
     "mha": {"n_kv_heads": 4},
     "scaled": {"rope_scaling": SCALING, "rope_theta": 100.0},
-    "mha scaled tied": {"n_kv_heads": 4, "rope_scaling": SCALING, "rope_theta": 100.0, "tie_word_embeddings": True},
+    "mha scaled tied": {
+        "n_kv_heads": 4,
+        "rope_scaling": SCALING,
+        "rope_theta": 100.0,
+        "tie_word_embeddings": True,
+    },
     "tied": {"tie_word_embeddings": True},
     "wide heads": {"head_dim": 16},
 }
@@ -64,7 +69,8 @@ def test_to_hf_and_from_hf_are_bitwise_inverses_and_change_only_rotated_weights(
 def test_a_config_survives_the_way_to_hugging_face_and_back(shape):
     config = tiny_config(**SHAPES[shape], norm_eps=1e-6, max_seq_len=77)
     transformers = pytest.importorskip("transformers")
-    written = transformers.LlamaConfig(**config_fields(config)).to_dict()  # as transformers itself would store it
+    # As transformers itself would store it.
+    written = transformers.LlamaConfig(**config_fields(config)).to_dict()
     assert shape_of(written) == shape_of(config_fields(config))
     back = shape_of(config_fields(config))
     assert (back.attention_shape, back.hidden_dim) == (config.attention_shape, config.hidden_dim)
@@ -79,7 +85,9 @@ def test_the_rope_parameters_of_transformers_5_are_read():
     theta, scaling = fields.pop("rope_theta"), fields.pop("rope_scaling")
     new = {**fields, "rope_parameters": {"rope_theta": theta, **scaling}}
     assert shape_of(new) == shape_of({**fields, "rope_theta": theta, "rope_scaling": scaling})
-    assert shape_of({**fields, "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}).rope_theta == 7.0
+    assert (
+        shape_of({**fields, "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}).rope_theta == 7.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,7 +129,10 @@ def test_layernorm_has_no_export():
         ({"rms_norm_eps": float("nan")}, r"rms_norm_eps = nan must be a finite number"),
         ({"tie_word_embeddings": "yes"}, r"tie_word_embeddings = 'yes' must be true or false"),
         ({"rope_scaling": "llama3"}, r"rope_scaling = 'llama3' must be a table"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": "8"}}, r"rope_scaling\.factor = '8' must be a finite"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": "8"}},
+            r"rope_scaling\.factor = '8' must be a finite",
+        ),
         ({"rope_scaling": {"rope_type": "llama3"}}, r"rope_scaling\.factor is missing"),
         ({"layer_types": "full_attention"}, r"layer_types = 'full_attention' must be a list"),
         ({"attention_bias": 0}, r"attention_bias = 0 is not supported, only False"),
@@ -173,8 +184,18 @@ def test_a_field_that_would_change_the_computation_is_refused_and_named(change):
 def test_the_same_fields_with_values_that_change_nothing_are_taken(caplog):
     fields = config_fields(tiny_config())
     config = shape_of(fields)
-    neutral = {"partial_rotary_factor": 1.0, "sliding_window": 4096, "use_sliding_window": False, "pruned_heads": {}}
-    neutral |= {"residual_multiplier": 1, "logits_scaling": 1.0, "quantization_config": None, "hidden_act": "swish"}
+    neutral = {
+        "partial_rotary_factor": 1.0,
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+        "pruned_heads": {},
+    }
+    neutral |= {
+        "residual_multiplier": 1,
+        "logits_scaling": 1.0,
+        "quantization_config": None,
+        "hidden_act": "swish",
+    }
     neutral |= {"layer_types": ["full_attention"] * 2, "is_causal": True}
     assert shape_of({**fields, **neutral}) == config and not caplog.text
     assert shape_of({**fields, "tempo": 3, "mood": "calm"}) == config
@@ -189,8 +210,14 @@ def test_both_keys_of_the_rotary_settings_are_taken_if_they_agree_and_refused_if
     for change, named in (
         ({"rope_parameters": {**scaling, "factor": 8.0}}, "rope_parameters and rope_scaling"),
         ({"rope_parameters": {"rope_type": "default"}}, "rope_parameters and rope_scaling"),
-        ({"rope_parameters": {**scaling, "rope_theta": 200.0}}, r"rope_parameters\.rope_theta and rope_theta"),
-        ({"rope_scaling": {**scaling, "type": "linear"}}, r"rope_scaling\.type = 'linear', but rope_type = 'llama3'"),
+        (
+            {"rope_parameters": {**scaling, "rope_theta": 200.0}},
+            r"rope_parameters\.rope_theta and rope_theta",
+        ),
+        (
+            {"rope_scaling": {**scaling, "type": "linear"}},
+            r"rope_scaling\.type = 'linear', but rope_type = 'llama3'",
+        ),
     ):
         with pytest.raises(ConfigError, match=f"config.json: {named}.*leave only"):
             shape_of({**fields, **change})

@@ -15,10 +15,10 @@ T = TypeVar("T")
 class RankGroup:
     """All ranks of the job; without a process group, this one process. Collective: make it on every rank.
 
-    seconds: None shares WORLD, with training's own time-outs: for brief questions of the training thread. A number
-        makes a gloo group of its own in which one rank may wait so long for another's work, and which another thread
-        may use while training goes on. Each such group is one more connection from every rank to every other, so there
-        should be few; no two threads may use a group at once.
+    seconds: None shares WORLD, with training's own time-outs: for brief questions of the training thread. A
+        number makes a gloo group of its own in which one rank may wait so long for another's work, and which
+        another thread may use while training goes on. Each such group is one more connection from every rank
+        to every other, so there should be few; no two threads may use a group at once.
     """
 
     def __init__(self, seconds: float | None = None) -> None:
@@ -27,12 +27,16 @@ class RankGroup:
         self.group: dist.ProcessGroup | None = dist.group.WORLD if distributed else None
         if distributed and seconds is not None:
             self._own = True
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds), group_desc="checkpoint")
+            self.group = dist.new_group(
+                backend="gloo", timeout=timedelta(seconds=seconds), group_desc="checkpoint"
+            )
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
 
     def from_rank0(self, make: Callable[[], T]) -> T:
-        """What `make()` returns on rank 0, on every rank. Raises CheckpointError on every rank if it fails there."""
+        """What `make()` returns on rank 0, on every rank.
+        Raises CheckpointError on every rank if it fails there.
+        """
         answer: list[Any] = [None, None]  # the result, or what failed
         cause: Exception | None = None
         if self.rank == 0:

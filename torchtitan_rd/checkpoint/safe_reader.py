@@ -1,8 +1,8 @@
 """Reads torch.distributed.checkpoint folders without trusting them.
 
-torch's own reader unpickles `.metadata` and byte entries without restriction, which runs whatever code they name, and
-follows a `relative_path` out of the folder. This one builds only the classes that torch writes for tensors, checks
-every name and number against the files, and gives each problem as a CheckpointError.
+torch's own reader unpickles `.metadata` and byte entries without restriction, which runs whatever code they
+name, and follows a `relative_path` out of the folder. This one builds only the classes that torch writes for
+tensors, checks every name and number against the files, and gives each problem as a CheckpointError.
 """
 
 import io
@@ -20,7 +20,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
@@ -29,7 +34,8 @@ from torchtitan_rd.errors import CheckpointError
 
 METADATA = ".metadata"
 MODEL_SHAPE = "model.json"
-# torch.save frames each tensor in a zip file of its own; more than this above the data would be something else.
+# torch.save frames each tensor in a zip file of its own;
+# more than this above the data would be something else.
 MAX_FRAME_BYTES = 1 << 20
 
 
@@ -63,12 +69,12 @@ class PlainReader(StorageReader):
 class SafeReader(PlainReader):
     """A `storage_reader` for `torch.distributed.checkpoint.load`.
 
-    Call `tensors()` or `read_metadata()` first: their CheckpointError is clear, while torch hides one raised inside its
-    own load in a CheckpointException, which is not even an Exception.
+    Call `tensors()` or `read_metadata()` first: their CheckpointError is clear,
+    while torch hides one raised inside its own load in a CheckpointException, which is not even an Exception.
 
     folder: holds `.metadata` and its data files.
-    prefix: only the tensors whose key starts with it are there at all; what a foreign program stored beside them
-        (an optimizer, pickled loader states) is neither checked nor read.
+    prefix: only the tensors whose key starts with it are there at all; what a foreign program stored beside
+        them (an optimizer, pickled loader states) is neither checked nor read.
     """
 
     def __init__(self, folder: Path | str, prefix: str = ""):
@@ -107,7 +113,8 @@ class SafeReader(PlainReader):
         return self._metadata
 
     def read(self, key: str) -> torch.Tensor:
-        """One whole tensor, put together from its parts, each checked against the checksum that torch stored with it.
+        """One whole tensor, put together from its parts, each checked against the checksum that
+        torch stored with it.
 
         key: as in `tensors()`. Raises CheckpointError. Memory: the tensor and twice its largest part.
         """
@@ -121,7 +128,9 @@ class SafeReader(PlainReader):
                 file.seek(info.offset)
                 part = _load_tensor(file.read(info.length), f"{path}: {key}", check_sum=True)
             if part.shape != chunk.sizes or part.dtype != entry.properties.dtype:
-                raise CheckpointError(f"{path}: {key} holds {part.dtype} {tuple(part.shape)}, not what {METADATA} says")
+                raise CheckpointError(
+                    f"{path}: {key} holds {part.dtype} {tuple(part.shape)}, not what {METADATA} says"
+                )
             if chunk.sizes == entry.size:
                 return part
             whole = torch.empty(entry.size, dtype=part.dtype) if whole is None else whole
@@ -175,7 +184,9 @@ class SafeReader(PlainReader):
             tensor = tensor.narrow(dim, start, length)
         target = planner.resolve_tensor(item).detach()
         if target.shape != tensor.shape:
-            raise CheckpointError(f"{file.name}: {key} has shape {tuple(tensor.shape)}, not {tuple(target.shape)}")
+            raise CheckpointError(
+                f"{file.name}: {key} has shape {tuple(tensor.shape)}, not {tuple(target.shape)}"
+            )
         target.copy_(tensor)
         planner.commit_tensor(item, target)
 
@@ -188,8 +199,12 @@ class SafeReader(PlainReader):
         sizes: dict[str, int] = {}
         for key, entry in entries.items():
             if isinstance(entry, BytesStorageMetadata):
-                raise CheckpointError(f"{key} is a pickled Python object, which is never loaded; only tensors are")
-            if not isinstance(entry, TensorStorageMetadata) or not isinstance(entry.properties.dtype, torch.dtype):
+                raise CheckpointError(
+                    f"{key} is a pickled Python object, which is never loaded; only tensors are"
+                )
+            if not isinstance(entry, TensorStorageMetadata) or not isinstance(
+                entry.properties.dtype, torch.dtype
+            ):
                 raise CheckpointError(f"{key} is not described as a tensor")
             if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
                 raise CheckpointError(f"{key}: its parts do not add up to shape {tuple(entry.size)}")
@@ -201,12 +216,16 @@ class SafeReader(PlainReader):
                 name = storage[index].relative_path
                 if name not in sizes:
                     sizes[name] = self._size_of(name)
-                _check_place(key, storage[index], sizes[name], prod(chunk.sizes) * entry.properties.dtype.itemsize)
+                _check_place(
+                    key, storage[index], sizes[name], prod(chunk.sizes) * entry.properties.dtype.itemsize
+                )
         planner_data = {key: path for key, path in (found.planner_data or {}).items() if key in entries}
         return Metadata(entries, planner_data, storage, version=found.version)
 
     def _size_of(self, name: Any) -> int:
-        """Size in bytes of a data file. Raises CheckpointError for anything but a regular file in the folder itself."""
+        """Size in bytes of a data file. Raises CheckpointError for anything but a regular file in
+        the folder itself.
+        """
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
             raise CheckpointError(f"it refers to {name!r}, which is outside the folder")
         if not _is_regular(self.folder / name):
@@ -219,11 +238,15 @@ def _check_chunk(key: str, entry: TensorStorageMetadata, chunk: dcp_metadata.Chu
         raise CheckpointError(f"{key}: a part has another number of dimensions than the whole")
     for offset, size, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True):
         if offset < 0 or size < 0 or offset + size > whole:
-            raise CheckpointError(f"{key}: the part at {tuple(chunk.offsets)} reaches beyond shape {tuple(entry.size)}")
+            raise CheckpointError(
+                f"{key}: the part at {tuple(chunk.offsets)} reaches beyond shape {tuple(entry.size)}"
+            )
 
 
 def _check_place(key: str, info: Any, file_size: int, data_bytes: int) -> None:
-    """A claimed length beyond the file, or a claimed tensor beyond its length, would be read as gigabytes of memory."""
+    """A claimed length beyond the file, or a claimed tensor beyond its length,
+    would be read as gigabytes of memory.
+    """
     if not isinstance(info, _StorageInfo) or info.transform_descriptors:
         raise CheckpointError(f"{key} is stored in a way that this program does not write")
     if info.offset < 0 or info.length < 0 or info.offset + info.length > file_size:
@@ -244,7 +267,9 @@ def _load_tensor(record: bytes, place: str, *, check_sum: bool = False) -> torch
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file can raise any
-        raise CheckpointError(f"{place} is damaged: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(
+            f"{place} is damaged: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{place} is a {type(tensor).__name__}, not a tensor")
     return tensor

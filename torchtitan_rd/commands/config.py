@@ -1,4 +1,5 @@
-"""Prints the resolved config with the origin of every value, and what it runs; status 1 and every contradiction if any.
+"""Prints the resolved config with the origin of every value, and what it runs;
+status 1 and every contradiction if any.
 
 torchtitan-rd config --job.config_file X.toml [--section.key value ...]
 torchtitan-rd config X.toml [--section.key value ...]
@@ -6,8 +7,8 @@ torchtitan-rd config --ranks 144 X.toml                      # as that many rank
 torchtitan-rd config --print-key job.dump_folder X.toml      # one value alone, for scripts
 torchtitan-rd config --schema                                # every key, its default and meaning (Markdown)
 
-Without --ranks they are as many as WORLD_SIZE says, else the fewest that [parallelism] allows. Whether this machine has
-the devices is not asked: it need not be the one that trains.
+Without --ranks they are as many as WORLD_SIZE says, else the fewest that [parallelism] allows.
+Whether this machine has the devices is not asked: it need not be the one that trains.
 """
 
 import json
@@ -82,7 +83,9 @@ def _plan(config: JobConfig, environment: Environment, ranks: str | None) -> Run
 
 
 def _origin(name: str, origins: dict[str, str]) -> str:
-    """Where a value came from; a table's entries (model.overrides.dim) may each have an origin of their own."""
+    """Where a value came from; a table's entries (model.overrides.dim) may each have an origin
+    of their own.
+    """
     found = [origin for key, origin in origins.items() if key == name or key.startswith(name + ".")]
     return ", ".join(dict.fromkeys(found)) or "default"
 
@@ -92,14 +95,14 @@ _PAGE_HEAD = """# Configuration
 Every key, as `python -m torchtitan_rd config --schema` prints it. A TOML file sets keys in sections;
 `--section.key value` on the command line overrides it (also `--section.key=value`, `--section.flag`,
 `--no-section.flag`). Unknown keys and wrong values are errors, all reported at once.
-`python -m torchtitan_rd config FILE.toml [overrides]` prints the resolved config with the origin of every value;
-the same config is stored in the dump folder and in each checkpoint. Names of the
-older torchtitan 0.1 schema load with a warning that says today's name (torchtitan_rd/old_keys.py). STREAM_HF_DATA=1 in
-the environment sets training.stream.
+`python -m torchtitan_rd config FILE.toml [overrides]` prints the resolved config with the origin of every
+value; the same config is stored in the dump folder and in each checkpoint. Names of the older torchtitan 0.1
+schema load with a warning that says today's name (torchtitan_rd/old_keys.py). STREAM_HF_DATA=1 in the
+environment sets training.stream.
 
 Credentials are hidden in every config that is written or printed: the login and the query of an address
-(`https://***@host/path?***`) and texts under names such as `api_key`. Such a file still loads, with a warning for each
-key that had one; a run that needs the value must be given it again, as on the command line.
+(`https://***@host/path?***`) and texts under names such as `api_key`. Such a file still loads, with a warning
+for each key that had one; a run that needs the value must be given it again, as on the command line.
 
 Keys marked * cannot change between a checkpoint and the run that resumes from it.
 """
@@ -119,7 +122,9 @@ def schema_page() -> str:
             )
             for key, field in section_type(info).fields_in_order()
         ]
-        table = tabulate(rows, headers=("key", "type", "default", "meaning"), tablefmt="github", disable_numparse=True)
+        table = tabulate(
+            rows, headers=("key", "type", "default", "meaning"), tablefmt="github", disable_numparse=True
+        )
         parts.append(f"## [{section}]\n\n{table}\n")
     return "\n".join(parts).removesuffix("\n")
 

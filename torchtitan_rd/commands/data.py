@@ -2,8 +2,8 @@
 
 torchtitan-rd data check X.toml [--section.key value ...]
 
-Status 0: every row can be trained on. Status 1: some cannot; each is printed with the reason, and the value of
-training.skip_ranges that leaves them out.
+Status 0: every row can be trained on. Status 1: some cannot; each is printed with the reason,
+and the value of training.skip_ranges that leaves them out.
 """
 
 import sys
@@ -49,7 +49,9 @@ def main(arguments: list[str]) -> int:
     bad = 0
     for dataset, (section, keys, split) in zip(datasets, parts, strict=True):
         keys = alone.pinned(keys, dataset, split)
-        report = scan(keys, tokenizer=tokenizer, vocab_size=vocab_size, seed=config.training.seed, split=split)
+        report = scan(
+            keys, tokenizer=tokenizer, vocab_size=vocab_size, seed=config.training.seed, split=split
+        )
         bad += len(report.problems)
         _print(section, report)
     return int(bad > 0)
@@ -61,8 +63,9 @@ def _print(section: str, report: Report) -> None:
     if len(report.problems) > _SHOWN:
         print(f"... and {len(report.problems) - _SHOWN} more")
     sys.stdout.write(
-        f"{section}: {report.rows:,} rows, {report.size:,} {report.unit}; {report.empty:,} empty, {report.skipped:,} "
-        f"skipped by training.skip_ranges, {len(report.problems):,} that would stop a run\n"
+        f"{section}: {report.rows:,} rows, {report.size:,} {report.unit}; "
+        f"{report.empty:,} empty, {report.skipped:,} skipped by training.skip_ranges, "
+        f"{len(report.problems):,} that would stop a run\n"
     )
     if report.problems:
         print(f"to leave these out: skip_ranges = {report.skip_ranges}")

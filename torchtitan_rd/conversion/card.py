@@ -1,4 +1,6 @@
-"""README.md of an exported folder: what the model is, how it was trained, how to load it. It promises nothing."""
+"""README.md of an exported folder: what the model is, how it was trained, how to load it.
+It promises nothing.
+"""
 
 import dataclasses
 import re
@@ -22,8 +24,8 @@ _PRIVATE = re.compile(r"^(/|~|[A-Za-z]:[\\/]|\\\\|file:)|[\s,;=:](/|~)(?!/)|://[
 def model_card(weights: Weights, *, dtype: str, config: Mapping[str, Any] | None) -> str:
     """Markdown with the front matter of the Hugging Face hub.
 
-    dtype: of the exported tensors. config: {section: {key: value}} of the run. Of it, only how the model was trained is
-    told, and nothing of the machine: no absolute paths, and no addresses that may hold a key.
+    dtype: of the exported tensors. config: {section: {key: value}} of the run. Of it, only how the model was
+    trained is told, and nothing of the machine: no absolute paths, and no addresses that may hold a key.
     """
     parts = [
         _front_matter(weights),
@@ -85,14 +87,21 @@ def _usage(weights: Weights) -> str:
     layout = weights.spec.hf
     given = "".join(f", {name}={value!r}" for name, value in layout.example_arguments(weights.shape).items())
     trust = ", trust_remote_code=True" if layout.code else ""
-    lines = ["from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if _has_tokenizer(weights) else "")]
+    lines = [
+        "from transformers import AutoModelForCausalLM"
+        + (", AutoTokenizer" if _has_tokenizer(weights) else "")
+    ]
     lines += ["", 'folder = "."  # this folder, or its name on the hub']
     lines += [f"model = AutoModelForCausalLM.from_pretrained(folder{trust})"]
     if _has_tokenizer(weights):
         lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
         lines += ['tokens = tokenizer("A text", return_tensors="pt").input_ids']
     else:
-        lines = ["import torch", *lines, "tokens = torch.tensor([[0, 1, 2]])  # ids of the data it was trained on"]
+        lines = [
+            "import torch",
+            *lines,
+            "tokens = torch.tensor([[0, 1, 2]])  # ids of the data it was trained on",
+        ]
     lines += [f"logits = model(tokens{given}).logits"]
     text = "```python\n" + "\n".join(lines) + "\n```"
     if layout.code:

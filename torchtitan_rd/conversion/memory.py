@@ -8,14 +8,16 @@ import psutil
 
 def available_bytes() -> float:
     """What the machine has free, and what the limits of the job leave of it."""
-    return min(psutil.virtual_memory().available, *cgroup_bytes(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
+    return min(
+        psutil.virtual_memory().available, *cgroup_bytes(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    )
 
 
 def cgroup_bytes(mount: Path, membership: Path) -> list[float]:
     """What each memory limit above this process leaves (Slurm sets such limits); [inf] without any.
 
-    mount, membership: /sys/fs/cgroup and /proc/self/cgroup, whose lines are `number:controllers:path`; version 2 has no
-    controllers there. Cached files count as free.
+    mount, membership: /sys/fs/cgroup and /proc/self/cgroup, whose lines are `number:controllers:path`;
+    version 2 has no controllers there. Cached files count as free.
     """
     found = [math.inf]
     for line in membership.read_text().splitlines() if membership.is_file() else []:

@@ -23,7 +23,8 @@ PREFIX = "model."
 
 
 class WeightsReader(PlainReader):
-    """A `storage_reader` for `torch.distributed.checkpoint.load`, with the keys of our checkpoints (`model.<name>`).
+    """A `storage_reader` for `torch.distributed.checkpoint.load`,
+    with the keys of our checkpoints (`model.<name>`).
 
     Each rank reads every whole tensor that it holds a part of, one at a time: rows change places on the way.
     """

@@ -23,7 +23,8 @@ class Weights:
     spec, shape: its family and its shape there.
     flavor: the name of the size, for people; the shape alone says what the model is.
     tensors: our name -> shape and type, in the order of the model's state dict.
-    read: our name -> the whole tensor on the CPU, perhaps a view of a mapped file: not to be changed in place.
+    read: our name -> the whole tensor on the CPU, perhaps a view of a mapped file:
+        not to be changed in place.
     origin: where they are stored, for messages and the model card.
     step: training step, where known.
     token_ids: bos_token_id, eos_token_id, pad_token_id (each an id, or None; eos also a list), where known.
@@ -46,7 +47,9 @@ class Weights:
 
 
 def travelling_files(weights: Weights) -> dict[str, bytes]:
-    """The files that go with the model, with the token ids in generation_config.json if they were elsewhere."""
+    """The files that go with the model, with the token ids in generation_config.json if
+    they were elsewhere.
+    """
     files = dict(weights.files)
     if weights.token_ids and GENERATION_CONFIG not in files:
         files[GENERATION_CONFIG] = json.dumps(dict(weights.token_ids), indent=2).encode()
@@ -79,7 +82,11 @@ def model_tensors(spec: ModelSpec, shape: ModelShape) -> tuple[dict[str, torch.S
     with torch.device("meta"):
         found = spec.build(shape).state_dict(keep_vars=True)
     first: dict[int, str] = {}
-    tied = {name: first[id(tensor)] for name, tensor in found.items() if first.setdefault(id(tensor), name) != name}
+    tied = {
+        name: first[id(tensor)]
+        for name, tensor in found.items()
+        if first.setdefault(id(tensor), name) != name
+    }
     return {name: tensor.shape for name, tensor in found.items()}, tied
 
 

@@ -87,7 +87,10 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
         (row.samples and config.dataset_path, "is made here: training.dataset_path has no effect on it"),
         (row.samples and config.stream, "is made here: set training.stream (STREAM_HF_DATA) = false"),
         (not (row.samples or row.hub or config.dataset_path), "needs training.dataset_path"),
-        (config.stream and config.skip_ranges, "is streamed, so its rows have no numbers: unset training.skip_ranges"),
+        (
+            config.stream and config.skip_ranges,
+            "is streamed, so its rows have no numbers: unset training.skip_ranges",
+        ),
         (config.stream and shuffled, "is streamed in order: unset training.shuffle_seed or training.stream"),
         (row.kind != "packed" and packed_keys, "is not packed: unset training.pad_id and training.eos_id"),
         (needs_eos and config.eos_id is None, "needs training.eos_id for training.pad_id or document_mask"),
@@ -98,7 +101,9 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
     if config.dataset_path:
         check_path(config.dataset_path, split)
     if config.dataset_revision and repository(config, row.hub, split) is None:
-        raise ConfigError(f"training.dataset = {name!r} is not read from the hub here: unset training.dataset_revision")
+        raise ConfigError(
+            f"training.dataset = {name!r} is not read from the hub here: unset training.dataset_revision"
+        )
     return row
 
 
@@ -110,7 +115,8 @@ def dataset_vocab_size(config: DatasetKeys, tokenizer: Tokenizer | None) -> int:
     kind = get_dataset(config).kind
     if kind == "packed":
         raise ConfigError(
-            f"model.vocab_size must be given for training.dataset = {config.dataset!r}: packed ids say nothing about it"
+            f"model.vocab_size must be given for training.dataset = {config.dataset!r}: "
+            "packed ids say nothing about it"
         )
     if kind == "spikes":
         return SPIKE_VOCAB_SIZE
@@ -132,10 +138,10 @@ def build_dataloader(
 ) -> BatchLoader:
     """The loader of one data rank, at the beginning of the data.
 
-    tokenizer: for text. vocab_size: of the model. split: of data that has several. The first window of every row is
-    read here, so that data that does not suit the model is found before anything expensive. ranks: all that build this
-    loader together, of which one asks the hub, and which must read the same; without it this rank stands alone.
-    Raises ConfigError or DataError.
+    tokenizer: for text. vocab_size: of the model. split: of data that has several. The first window of every
+    row is read here, so that data that does not suit the model is found before anything expensive. ranks: all
+    that build this loader together, of which one asks the hub, and which must read the same; without it this
+    rank stands alone. Raises ConfigError or DataError.
     """
     row = get_dataset(config, split=split)
     prepared: list[str] = []

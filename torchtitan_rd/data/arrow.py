@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 
 class Encoder(Protocol):
-    """How the cell of one row becomes ids: `read` the arrow value, `encode` it. `where` names the row in messages."""
+    """How the cell of one row becomes ids: `read` the arrow value, `encode` it.
+    `where` names the row in messages.
+    """
 
     @property
     def column(self) -> str: ...
@@ -133,9 +135,10 @@ def open_table(
 ) -> "datasets.Dataset | datasets.IterableDataset":
     """One split of a local path or of a repository on the hub; only columns and rows, no format.
 
-    found: what `check_path` says of the path and split, if that is known. revision: of a repository on the hub.
-    text_column: what must hold text in every row, if that is so. prepared: arrow files that hold this split of the
-    repository already, which are mapped and nobody is asked.
+    found: what `check_path` says of the path and split, if that is known.
+        revision: of a repository on the hub.
+    text_column: what must hold text in every row, if that is so. prepared: arrow files that hold this split
+    of the repository already, which are mapped and nobody is asked.
     Raises DataError with the remedy if it cannot be had.
     """
     import datasets
@@ -164,17 +167,18 @@ def _complaint(error: Exception, found: FileList, subset: str | None) -> str:
     """What was looked for, what is wrong with it, in one line, and the remedy."""
     if _read_only(error):
         return (
-            f"{found.path}: {_first_line(error)}; the cache of the datasets library cannot be written and holds no "
-            f"converted copy: set HF_DATASETS_CACHE to a folder that can be written, or name a save_to_disk folder or "
-            f".arrow files with training.dataset_path, which are mapped where they lie"
+            f"{found.path}: {_first_line(error)}; the cache of the datasets library cannot be written "
+            "and holds no converted copy: set HF_DATASETS_CACHE to a folder that can be written, "
+            "or name a save_to_disk folder or .arrow files with training.dataset_path, "
+            "which are mapped where they lie"
         )
     reason, file = causes(error), _file_being_read(error)
     if found.files or found.saved:
         return f"{file or found.path}: {reason}; is the file damaged or of another format?"
     return (
-        f"{found.path!r} (subset {subset or 'default'}, split {found.split}) on the hub or in its cache: {reason}; "
-        f"download it where the hub can be reached, or name an existing local copy with training.dataset_path; "
-        f"with HF_HUB_OFFLINE=1 only the cache is looked at"
+        f"{found.path!r} (subset {subset or 'default'}, split {found.split}) on the hub or in its cache: "
+        f"{reason}; download it where the hub can be reached, or name an existing local copy "
+        "with training.dataset_path; with HF_HUB_OFFLINE=1 only the cache is looked at"
     )
 
 
@@ -207,7 +211,9 @@ def _listed(columns: set[str]) -> str:
 
 
 def _file_being_read(error: BaseException | None) -> str | None:
-    """The file that a reader of `datasets` had open when it failed; the library says so only in its own log."""
+    """The file that a reader of `datasets` had open when it failed;
+    the library says so only in its own log.
+    """
     file = None
     while error is not None:
         trace = error.__traceback__
@@ -235,8 +241,8 @@ def _open_files(
         if builder == "json" and text_column is not None and _refuses_mixed_types():
             options["on_mixed_types"] = None
         return _load(builder, split="train", streaming=True, **options)
-    # The library keys its converted copies by path and time of change; a file that changed under the same time would be
-    # served from the old copy. A copy of JSON is of files that were checked for this column.
+    # The library keys its converted copies by path and time of change; a file that changed under the same
+    # time would be served from the old copy. A copy of JSON is of files that were checked for this column.
     checked = text_column if builder == "json" else None
     contents = [(name, c["digest"]) for name, c in found.contents.items()]
     options["name"] = f"content-{digest_of(*contents, *([checked] if checked else []))}"
@@ -251,8 +257,8 @@ def _mapped(file: Path) -> "datasets.Dataset":
     with file.open("rb") as opened:
         if opened.read(6) == b"ARROW1":
             raise DataError(
-                f"{file}: an arrow file of the random access kind (Feather), and only the stream kind is mapped: write "
-                f"it anew with pyarrow.ipc.new_stream, or as parquet"
+                f"{file}: an arrow file of the random access kind (Feather), and only the stream kind is "
+                f"mapped: write it anew with pyarrow.ipc.new_stream, or as parquet"
             )
     return datasets.Dataset.from_file(str(file))
 
@@ -293,7 +299,8 @@ def _load(*arguments: Any, split: str, streaming: bool, **options: Any) -> Any:
 def _load_prepared(*arguments: Any, split: str, **options: Any) -> "datasets.Dataset | None":
     """What a cache that cannot be written holds already, or None.
 
-    The library takes locks beside what it reads, so it is shown the cache through links in a temporary folder.
+    The library takes locks beside what it reads, so it is shown the cache through links in
+    a temporary folder.
     """
     import datasets
 
@@ -305,7 +312,9 @@ def _load_prepared(*arguments: Any, split: str, **options: Any) -> "datasets.Dat
         if not Path(builder.cache_dir, "dataset_info.json").is_file():
             return None
         files = [entry["filename"] for entry in builder.as_dataset(split=split).cache_files]
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(Path(f).resolve())) for f in files])
+        return datasets.concatenate_datasets(
+            [datasets.Dataset.from_file(str(Path(f).resolve())) for f in files]
+        )
 
 
 def _read_only(error: BaseException) -> bool:

@@ -1,6 +1,8 @@
-"""Who reads which rows of the global batch, and how many there are: decided once, here, in the user's own numbers.
+"""Who reads which rows of the global batch, and how many there are: decided once, here,
+in the user's own numbers.
 
-The sister of `parallelism.ParallelDims`. All that counts rows, microbatches or the tokens of a step asks BatchDims.
+The sister of `parallelism.ParallelDims`. All that counts rows,
+microbatches or the tokens of a step asks BatchDims.
 """
 
 from dataclasses import dataclass
@@ -21,9 +23,10 @@ class BatchKeys(Section):
     """Sequences per rank per microbatch."""
 
     global_batch_size: int = -1
-    """Sequences per step over all ranks; what exceeds one microbatch of every rank is accumulated.
-    -1: one microbatch of every rank, which changes with the number of ranks, so that only a fixed value lets a run
-    resume on another number of ranks."""
+    """Sequences per step over all ranks; what exceeds one microbatch of every rank is accumulated. -1: one
+    microbatch of every rank, which changes with the number of ranks, so that only a fixed value lets a run
+    resume on another number of ranks.
+    """
 
     batch_ramp_steps: int = Field(0, ge=0, json_schema_extra=_MUST_MATCH)
     """Steps over which the global batch grows to global_batch_size. 0: full size from the first step."""
@@ -42,11 +45,12 @@ class BatchKeys(Section):
 
 @dataclass(frozen=True)
 class BatchDims:
-    """The global batch of a full step: `stages` equal stages of `accumulation` microbatches of every data rank.
+    """The global batch of a full step: `stages` equal stages of `accumulation` microbatches
+    of every data rank.
 
-    Without a ramp there is one stage. The data is read stage by stage: a stage holds the rows of rank 0, then those of
-    rank 1, and so on, each cut into microbatches. So the position in the data is global, and no update depends on the
-    number of ranks. While the batch grows, a step trains on the first stages alone.
+    Without a ramp there is one stage. The data is read stage by stage: a stage holds the rows of rank 0, then
+    those of rank 1, and so on, each cut into microbatches. So the position in the data is global, and no
+    update depends on the number of ranks. While the batch grows, a step trains on the first stages alone.
     """
 
     data_rank: int
@@ -81,8 +85,8 @@ class BatchDims:
             each = f" in each of the {stages} stages (training.batch_ramp_stages)" if stages > 1 else ""
             raise ConfigError(
                 f"training.global_batch_size = {keys.global_batch_size} is not a multiple of "
-                f"training.local_batch_size = {keys.local_batch_size} times the {at_once // keys.local_batch_size} "
-                f"data ranks = {at_once}{each}"
+                f"training.local_batch_size = {keys.local_batch_size} times the "
+                f"{at_once // keys.local_batch_size} data ranks = {at_once}{each}"
             )
         return keys.global_batch_size // (at_once * stages)
 

@@ -22,7 +22,9 @@ _MADE_ON_DEMAND = 1000  # samples that are computed without end: a few stand for
 
 @dataclass
 class Report:
-    """rows: in all; size: counts, characters or ids (`unit`) of the good ones; problems: row number -> the error."""
+    """rows: in all; size: counts, characters or ids (`unit`) of the good ones;
+    problems: row number -> the error.
+    """
 
     rows: int
     unit: str
@@ -45,10 +47,11 @@ class Report:
 
 
 def scan(keys: DatasetKeys, *, tokenizer: Tokenizer | None, vocab_size: int, seed: int, split: str) -> Report:
-    """Checks every row that training.skip_ranges does not skip: its type, its counts or ids, whether it is empty.
+    """Checks every row that training.skip_ranges does not skip: its type, its counts or ids,
+    whether it is empty.
 
-    Text is not tokenised: a tokenizer that fits the vocabulary makes no id that does not. Raises ConfigError or
-    DataError for what no row can be read without.
+    Text is not tokenised: a tokenizer that fits the vocabulary makes no id that does not.
+    Raises ConfigError or DataError for what no row can be read without.
     """
     row = get_dataset(keys, split=split)
     if keys.stream:
@@ -70,7 +73,9 @@ def scan(keys: DatasetKeys, *, tokenizer: Tokenizer | None, vocab_size: int, see
             report.problems[index] = str(error)
         if time.monotonic() - reported > _REPORT_SECONDS:
             reported = time.monotonic()
-            logger.info("data: checked %d of %d rows, %d would stop a run", index, report.rows, len(report.problems))
+            logger.info(
+                "data: checked %d of %d rows, %d would stop a run", index, report.rows, len(report.problems)
+            )
     return report
 
 
@@ -79,7 +84,9 @@ def _count(source: TableSource | SampleSource) -> int:
 
 
 def _rows(source: TableSource | SampleSource) -> Iterator[tuple[int, Callable[[], Any]]]:
-    """The number of each row, and what reads its value. Rows of a table are taken many at a time, without a copy."""
+    """The number of each row, and what reads its value.
+    Rows of a table are taken many at a time, without a copy.
+    """
     if isinstance(source, SampleSource):
         yield from ((index, partial(source.samples.__getitem__, index)) for index in range(_count(source)))
         return

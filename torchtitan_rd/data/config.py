@@ -15,12 +15,14 @@ class DatasetKeys(BatchKeys):
     """Name of the data set: a row of the table in `torchtitan_rd/data/__init__.py` (see docs/data.md)."""
 
     dataset_path: OptionalUserPath = None
-    """Where to read it instead: a `save_to_disk` folder, a folder, glob or file of .parquet, .arrow, .jsonl or .txt,
-    or the name of a repository on the Hugging Face hub. Required for `text` and `packed`."""
+    """Where to read it instead: a `save_to_disk` folder, a folder, glob or file of .parquet, .arrow,
+    .jsonl or .txt, or the name of a repository on the Hugging Face hub. Required for `text` and `packed`.
+    """
 
     dataset_revision: str | None = None
-    """Branch, tag or commit of a data set on the hub. Unset: the commit that the run's checkpoints note, and in a new
-    run the newest one."""
+    """Branch, tag or commit of a data set on the hub. Unset: the commit that the run's checkpoints note,
+    and in a new run the newest one.
+    """
 
     column: str | None = Field(None, json_schema_extra=MUST_MATCH)
     """Column to read. Unset: `spike_counts` for spikes, `text` for text, `input_ids` for packed rows."""
@@ -32,25 +34,32 @@ class DatasetKeys(BatchKeys):
     """Seed of the order of the samples, another one in each epoch. Unset: the order of the files."""
 
     stream: bool = Field(False, json_schema_extra=MUST_MATCH)
-    """Read Hugging Face data as a stream, without preparing it on disk first. A stream is bound to the number of ranks
-    and cannot be shuffled. `STREAM_HF_DATA=1` in the environment sets this."""
+    """Read Hugging Face data as a stream, without preparing it on disk first. A stream is bound to the number
+    of ranks and cannot be shuffled. `STREAM_HF_DATA=1` in the environment sets this.
+    """
 
     num_workers: int = Field(0, ge=0)
-    """Reader processes per rank; 0 reads in a thread of the training process. The batches do not depend on it."""
+    """Reader processes per rank; 0 reads in a thread of the training process.
+    The batches do not depend on it.
+    """
 
     document_mask: bool = Field(False, json_schema_extra=MUST_MATCH)
     """Keep attention within a sample (a document, a recording) where a window holds parts of several."""
 
     pad_id: int | None = Field(None, json_schema_extra=MUST_MATCH)
-    """Packed rows only: the id that marks padding. It becomes `eos_id` in the inputs and is ignored in the labels."""
+    """Packed rows only: the id that marks padding.
+    It becomes `eos_id` in the inputs and is ignored in the labels.
+    """
 
     eos_id: int | None = Field(None, ge=0, json_schema_extra=MUST_MATCH)
     """Packed rows only: the id that ends a document. Needed by `pad_id` and by `document_mask`."""
 
     skip_ranges: list[list[int]] = Field(default_factory=list)
-    """Rows that are known to be bad, as pairs of the first and the last one: `[[41, 41], [100, 120]]`. The numbers are
-    those of error messages and of `torchtitan-rd data check`: from 0, over all files in order, before shuffling. Such a
-    row is never read and counts as empty, so all others keep their place, and a resumed run may change this key."""
+    """Rows that are known to be bad, as pairs of the first and the last one: `[[41, 41], [100, 120]]`. The
+    numbers are those of error messages and of `torchtitan-rd data check`: from 0, over all files in order,
+    before shuffling. Such a row is never read and counts as empty, so all others keep their place, and a
+    resumed run may change this key.
+    """
 
     cache_folder: OptionalUserPath = None
     """Where the ids of long documents are kept, which are encoded once and mapped by all ranks of a node.

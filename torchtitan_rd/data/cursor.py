@@ -1,11 +1,13 @@
 """Where a run stands in an indexable data set, and how to read on from there.
 
-Row g of the global batch is lane g: it has a cursor of its own and reads its own share of the samples. The sequence
-of global batches is therefore a function of the seed and the step alone, whatever the ranks, the workers or the
-accumulation; and since a cursor names the first id of the lane's next window, it is all the state there is.
+Row g of the global batch is lane g: it has a cursor of its own and reads its own share of the samples.
+The sequence of global batches is therefore a function of the seed and the step alone, whatever the ranks,
+the workers or the accumulation; and since a cursor names the first id of the lane's next window, it is
+all the state there is.
 
-A reader keeps no cursor: it is given one and returns the next. `BatchLoader` keeps those of its rank's lanes, as of the
-last step that it handed out; a checkpoint holds those of all lanes, in the order of lanes (`merge_states`).
+A reader keeps no cursor: it is given one and returns the next. `BatchLoader` keeps those of its rank's
+lanes, as of the last step that it handed out; a checkpoint holds those of all lanes, in the order of
+lanes (`merge_states`).
 """
 
 from typing import NamedTuple, Protocol
@@ -28,7 +30,9 @@ class Cursor(NamedTuple):
 
 
 class Source(Protocol):
-    """An indexable data set, as ids. `name` is for messages; `border_id` ends a document inside a sample (or None)."""
+    """An indexable data set, as ids. `name` is for messages;
+    `border_id` ends a document inside a sample (or None).
+    """
 
     name: str
     border_id: int | None
@@ -45,11 +49,12 @@ class Source(Protocol):
 class LaneReader:
     """Reads the windows of one lane; a pure function of the cursor but for the cached last unit.
 
-    A unit is a sample, or, where that would be fewer than `units_per_lane` for each lane, one of several nearly equal
-    pieces of it: no lane is left without data, and with enough units the lanes' shares are of like length, so that no
-    short document is repeated in one lane while another has not yet seen its own. In epoch e lane g reads the units at
-    the positions g + e, g + e + num_lanes, ... of that epoch's order: the lanes together read every unit once, and the
-    shift lets every lane see all the data in time even in file order.
+    A unit is a sample, or, where that would be fewer than `units_per_lane` for each lane, one of several
+    nearly equal pieces of it: no lane is left without data, and with enough units the lanes' shares are
+    of like length, so that no short document is repeated in one lane while another has not yet seen its
+    own. In epoch e lane g reads the units at the positions g + e, g + e + num_lanes, ... of that epoch's
+    order: the lanes together read every unit once, and the shift lets every lane see all the data in
+    time even in file order.
     """
 
     def __init__(
@@ -86,7 +91,8 @@ class LaneReader:
             if empty > self.num_units:
                 self._require_tokens()
                 empty = 0
-            if offset >= len(unit):  # more only where the unit is skipped now and was not when the position was saved
+            # More only where the unit is skipped now and was not when the position was saved.
+            if offset >= len(unit):
                 index, offset = index + 1, 0
                 if index == self._units_in(epoch):
                     epoch, index = epoch + 1, 0
@@ -135,7 +141,8 @@ def piece_of(items: np.ndarray, part: int, parts: int) -> np.ndarray:
 
 
 class SkippingSource:
-    """A source in which some samples are as if they were empty, and are never read; all others keep their numbers.
+    """A source in which some samples are as if they were empty, and are never read;
+    all others keep their numbers.
 
     ranges: pairs of the first and the last number to skip.
     """
@@ -160,8 +167,8 @@ class SkippingSource:
 def permuted(position: int, size: int, seed: int, epoch: int) -> int:
     """The element at `position` of a pseudo-random permutation of range(size), in O(1) time and memory.
 
-    A balanced Feistel network over the next power of four; values outside are sent through again until they fall
-    inside ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
+    A balanced Feistel network over the next power of four; values outside are sent through again until they
+    fall inside ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

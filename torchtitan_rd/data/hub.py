@@ -15,13 +15,16 @@ from torchtitan_rd.log import logger
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def pin_revision(config: DatasetKeys, hub: str | None, states: Iterable[Path], split: str = "train") -> str | None:
-    """The commit to read on all ranks; None for data that is not on the hub. For one rank, which alone asks the hub.
+def pin_revision(
+    config: DatasetKeys, hub: str | None, states: Iterable[Path], split: str = "train"
+) -> str | None:
+    """The commit to read on all ranks; None for data that is not on the hub.
+    For one rank, which alone asks the hub.
 
-    hub: the repository of the data set's row. states: the `state.json` of the run's checkpoints, newest first, of which
-    the first that can be read decides, so that a resumed run reads what it has read. Without one, a hub that cannot be
-    reached leaves None too: then the copy in its cache is read, and that one's commit noted.
-    Raises DataError if training.dataset_revision names what the hub does not have.
+    hub: the repository of the data set's row. states: the `state.json` of the run's checkpoints, newest
+    first, of which the first that can be read decides, so that a resumed run reads what it has read. Without
+    one, a hub that cannot be reached leaves None too: then the copy in its cache is read, and that one's
+    commit noted. Raises DataError if training.dataset_revision names what the hub does not have.
     """
     name = repository(config, hub, split)
     if name is None or _COMMIT.fullmatch(config.dataset_revision or ""):
@@ -36,22 +39,25 @@ def pin_revision(config: DatasetKeys, hub: str | None, states: Iterable[Path], s
         return huggingface_hub.HfApi().dataset_info(name, revision=config.dataset_revision, timeout=30.0).sha
     except RevisionNotFoundError as error:
         raise DataError(
-            f"training.dataset_revision = {config.dataset_revision!r}: {name} on the hub has no such branch, tag or "
-            f"commit"
+            f"training.dataset_revision = {config.dataset_revision!r}: {name} on the hub has no such branch, "
+            f"tag or commit"
         ) from error
     except Exception as error:  # of the hub and the network: a library boundary
         if config.dataset_revision is not None:
             raise DataError(
-                f"training.dataset_revision = {config.dataset_revision!r}: the hub cannot be asked which commit of "
-                f"{name} this is ({type(error).__name__}); name the commit itself, which a cache may hold"
+                f"training.dataset_revision = {config.dataset_revision!r}: "
+                f"the hub cannot be asked which commit of {name} this is ({type(error).__name__}); "
+                "name the commit itself, which a cache may hold"
             ) from error
-        logger.warning("data: the hub cannot be asked for %s (%s): a cached copy is read", name, type(error).__name__)
+        logger.warning(
+            "data: the hub cannot be asked for %s (%s): a cached copy is read", name, type(error).__name__
+        )
         return None
 
 
 def hub_tokenizer(path: str, states: Iterable[Path] = ()) -> str:
-    """The folder of a tokenizer on the hub, fetched at the commit that the run's checkpoints note, else the newest one;
-    any other `model.tokenizer_path` as it is. For one rank of a node, which alone asks the hub.
+    """The folder of a tokenizer on the hub, fetched at the commit that the run's checkpoints note, else the
+    newest one; any other `model.tokenizer_path` as it is. For one rank of a node, which alone asks the hub.
 
     Raises ConfigError if it cannot be had.
     """
@@ -66,11 +72,15 @@ def hub_tokenizer(path: str, states: Iterable[Path] = ()) -> str:
 def tokenizer_revision(tokenizer: Tokenizer) -> dict[str, dict[str, str]]:
     """For the fingerprint: repository and commit of one in the hub's cache, nothing for any other."""
     owned = re.search(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})$", str(tokenizer.folder))
-    return {"tokenizer_revision": {"repository": f"{owned[1]}/{owned[2]}", "commit": owned[3]}} if owned else {}
+    return (
+        {"tokenizer_revision": {"repository": f"{owned[1]}/{owned[2]}", "commit": owned[3]}} if owned else {}
+    )
 
 
 def repository(config: DatasetKeys, hub: str | None, split: str = "train") -> str | None:
-    """The repository on the hub that is read, None for data that lies here. Raises DataError as `check_path`."""
+    """The repository on the hub that is read, None for data that lies here.
+    Raises DataError as `check_path`.
+    """
     if config.dataset_path is None:
         return hub
     found = check_path(config.dataset_path, split)
@@ -80,14 +90,16 @@ def repository(config: DatasetKeys, hub: str | None, split: str = "train") -> st
 def check_revision(name: str, table: Any, wanted: str | None) -> str | None:
     """The commit that a table or stream of the hub holds, if that is known.
 
-    Where the hub cannot be reached, the datasets library reads the newest copy in its cache, whatever was asked for;
-    the commit is the name of the copy's folder. Raises DataError if that is another one than `wanted`.
+    Where the hub cannot be reached, the datasets library reads the newest copy in its cache,
+    whatever was asked for; the commit is the name of the copy's folder. Raises DataError if that is
+    another one than `wanted`.
     """
     files = getattr(table, "cache_files", None) or []
     held = {folder for entry in files if _COMMIT.fullmatch(folder := Path(entry["filename"]).parent.name)}
     if wanted is not None and held - {wanted}:
         raise DataError(
-            f"{name}: commit {wanted} of the data is to be read, but the hub cannot be reached and its cache holds "
+            f"{name}: commit {wanted} of the data is to be read, "
+            "but the hub cannot be reached and its cache holds "
             f"{', '.join(sorted(held))}: reach the hub, or set training.dataset_revision for a run of its own"
         )
     return wanted or next(iter(held), None)

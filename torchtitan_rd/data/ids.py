@@ -1,8 +1,8 @@
 """Documents that are cut into pieces, encoded once: the ids of all of them in a file that every reader maps.
 
-A tokenizer turns whole documents into ids, so a piece would cost as much as its document. The file is written by
-whichever process of a node comes first; its name is a digest of the data and of the encoder, so that it never serves
-another one, and any file of the folder may be deleted when no run reads it.
+A tokenizer turns whole documents into ids, so a piece would cost as much as its document. The file is written
+by whichever process of a node comes first; its name is a digest of the data and of the encoder, so that it
+never serves another one, and any file of the folder may be deleted when no run reads it.
 """
 
 import fcntl
@@ -20,7 +20,9 @@ from torchtitan_rd.log import logger
 
 
 class EncodedSource:
-    """A source whose documents are encoded already; `ids` (all documents one after another), `ends` (of each)."""
+    """A source whose documents are encoded already;
+    `ids` (all documents one after another), `ends` (of each).
+    """
 
     def __init__(self, source: Source, ids: np.ndarray, ends: np.ndarray):
         self.name, self.border_id = source.name, source.border_id
@@ -57,8 +59,8 @@ def encode_once(source: Source, dtype: np.dtype, folder: Path, key: str) -> Enco
                     _write(source, dtype, target)
         except OSError as error:
             logger.warning(
-                "data: %s: encoded documents cannot be kept in %s (%s), so this rank encodes them in its own memory; "
-                "set training.cache_folder to a folder that can be written",
+                "data: %s: encoded documents cannot be kept in %s (%s), so this rank encodes them in its own "
+                "memory; set training.cache_folder to a folder that can be written",
                 source.name,
                 folder,
                 error,

@@ -1,8 +1,8 @@
 """Whether a column of JSON files holds text in every row, told before the files are converted.
 
-The datasets library (5.x) stores rows of mixed types as JSON, texts in quotes and with escapes, and from its second
-block of 10 MB on casts that to the type of the first block: to a text like any other. Nothing shows in the table that
-comes of it, so the files themselves are looked at.
+The datasets library (5.x) stores rows of mixed types as JSON, texts in quotes and with escapes, and from its
+second block of 10 MB on casts that to the type of the first block: to a text like any other. Nothing shows in
+the table that comes of it, so the files themselves are looked at.
 """
 
 import json

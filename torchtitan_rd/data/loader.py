@@ -148,12 +148,14 @@ class BatchLoader:
         atexit.unregister(self.close)
 
     def _open(self) -> Iterator[_Stage | TorchtitanRDError]:
-        # A process that ends without close() would wait for its workers for ever, or abort in a stream's thread.
+        # A process that ends without close() would wait for its workers for ever,
+        # or abort in a stream's thread.
         atexit.register(self.close)
         windows = _Windows(self._readers, self._positions)
 
         if self.num_workers:
-            for reader in self._readers:  # what was read ahead in this process would only be copied into each worker
+            # What was read ahead in this process would only be copied into each worker.
+            for reader in self._readers:
                 reader.close()
             # Ours are those that appear below: torch keeps its list to itself, and close() must end them.
             others = set(multiprocessing.active_children())
@@ -216,7 +218,9 @@ class _Feed:
     def close(self) -> None:
         idle = self._reading.acquire(timeout=_CLOSE_SECONDS)
         if not idle:
-            logger.warning("data: a read has been hanging for %.0f s; closing regardless of it", _CLOSE_SECONDS)
+            logger.warning(
+                "data: a read has been hanging for %.0f s; closing regardless of it", _CLOSE_SECONDS
+            )
         self._rows = None  # the last reference to torch's loader, which ends its workers here
         if idle:
             self._reading.release()
@@ -248,7 +252,9 @@ class _Windows(torch.utils.data.IterableDataset):
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The states of all data ranks, in rank order -> the one state of the run, for `BatchLoader.load_state_dict`."""
+    """The states of all data ranks, in rank order -> the one state of the run,
+    for `BatchLoader.load_state_dict`.
+    """
     check_same_data([state["fingerprint"] for state in states])
     return {
         "fingerprint": states[0]["fingerprint"],
@@ -264,12 +270,16 @@ def _workers_for(readers: int, wanted: int) -> int:
     """The largest number of workers, at most `wanted`, that share the readers evenly."""
     workers = max((n for n in range(1, wanted + 1) if readers % n == 0), default=0)
     if workers != wanted:
-        logger.info("data: %d of training.num_workers = %d readers used: they serve whole rows", workers, wanted)
+        logger.info(
+            "data: %d of training.num_workers = %d readers used: they serve whole rows", workers, wanted
+        )
     return workers
 
 
 def _begin_worker(worker: int) -> None:
-    """A signal to the process group is the trainer's to answer (it saves): reader processes go on until it ends."""
+    """A signal to the process group is the trainer's to answer (it saves):
+    reader processes go on until it ends.
+    """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()

@@ -29,7 +29,9 @@ class PackedEncoder:
         """One row's ids from an arrow array of length 1: a list of integers."""
         values = cell.flatten() if is_list(cell.type) else cell
         if values is cell or not is_integer(values.type) or values.null_count or cell.null_count:
-            raise DataError(f"{where}: column {self.column!r} holds {cell.type}; expected a list of integers, no nulls")
+            raise DataError(
+                f"{where}: column {self.column!r} holds {cell.type}; expected a list of integers, no nulls"
+            )
         return values.to_numpy()
 
     def check_type(self, column: "pa.ChunkedArray", name: str) -> None:
@@ -38,7 +40,9 @@ class PackedEncoder:
             raise DataError(f"{name}: column {self.column!r} holds {column.type}; expected lists of integers")
 
     def check(self, row: np.ndarray, where: str) -> int:
-        """The number of ids. Raises DataError unless they are as many as a window has, and in the vocabulary."""
+        """The number of ids. Raises DataError unless they are as many as a window has,
+        and in the vocabulary.
+        """
         return len(self.encode(row, where))
 
     def piece(self, row: np.ndarray, where: str, part: int, parts: int) -> np.ndarray:
@@ -49,8 +53,8 @@ class PackedEncoder:
         """A row of `seq_len + 1` ids, padding marked."""
         if len(row) != self.seq_len + 1:
             raise DataError(
-                f"{where}: has {len(row)} ids, but training.seq_len = {self.seq_len} needs {self.seq_len + 1}; "
-                f"set training.seq_len, or pack the data for this length"
+                f"{where}: has {len(row)} ids, but training.seq_len = {self.seq_len} needs "
+                f"{self.seq_len + 1}; set training.seq_len, or pack the data for this length"
             )
         if self.pad_id is None:
             check_ids(row, self.vocab_size, where)

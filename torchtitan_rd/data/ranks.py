@@ -1,4 +1,6 @@
-"""What the ranks of a run do together before they read: ask the hub, prepare once a node, compare what they hold."""
+"""What the ranks of a run do together before they read: ask the hub, prepare once a node,
+compare what they hold.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +18,14 @@ T = TypeVar("T")
 
 @dataclass
 class DataRanks:
-    """This rank among those that read. Its methods are for all ranks to call together, and each raises on every rank
-    what it raises on one.
+    """This rank among those that read. Its methods are for all ranks to call together,
+    and each raises on every rank what it raises on one.
 
-    gather: the value of every rank, in rank order, on every rank. It may wait for hours: a large data set is converted
-    by one rank while the others wait. rank: among all; local_rank: among those of this node, numbered in one row.
-    states: the `state.json` of the run's checkpoints, newest first, which note the commits that the run reads.
+    gather: the value of every rank, in rank order, on every rank. It may wait for hours: a large data set is
+    converted by one rank while the others wait. rank: among all; local_rank: among those of this node,
+    numbered in one row.
+    states: the `state.json` of the run's checkpoints, newest first,
+        which note the commits that the run reads.
     """
 
     gather: Callable[[Any], list[Any]]
@@ -31,7 +35,9 @@ class DataRanks:
     _commits: dict[Any, str | None] = field(default_factory=dict)
 
     def pinned(self, config: DatasetKeys, row: Dataset, split: str = "train") -> DatasetKeys:
-        """The keys with the commit to read, for data on the hub, which rank 0 alone asks, and once for a repository."""
+        """The keys with the commit to read, for data on the hub, which rank 0 alone asks,
+        and once for a repository.
+        """
 
         def pin() -> str | None:
             asked = (config.dataset_path or row.hub, config.dataset_revision)
@@ -42,15 +48,20 @@ class DataRanks:
         return config.model_copy(update={"dataset_revision": self._once(pin, self.rank == 0)[0]})
 
     def tokenizer(self, path: str) -> str:
-        """`model.tokenizer_path`, of the hub's repositories as the folder with their files; see `hub_tokenizer`."""
+        """`model.tokenizer_path`, of the hub's repositories as the folder with their files;
+        see `hub_tokenizer`.
+        """
         return self._on_each_node(
             lambda: hub_tokenizer(path, self.states), lambda found: found == path or Path(found).is_dir()
         )
 
     def prepared(self, config: DatasetKeys, row: Dataset, split: str) -> list[str]:
-        """The arrow files into which data of the hub is converted; none for data that lies here and for streams."""
+        """The arrow files into which data of the hub is converted;
+        none for data that lies here and for streams.
+        """
         return self._on_each_node(
-            lambda: prepared_files(config, row, split), lambda files: all(Path(file).is_file() for file in files)
+            lambda: prepared_files(config, row, split),
+            lambda files: all(Path(file).is_file() for file in files),
         )
 
     def compare(self, fingerprint: dict[str, Any]) -> None:

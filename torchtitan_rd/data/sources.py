@@ -22,7 +22,8 @@ from torchtitan_rd.errors import ConfigError, DataError
 
 Kind = Literal["spikes", "text", "packed"]
 
-# Data sets of any size have far more samples than this; small ones are cut into so many pieces for each row of a batch.
+# Data sets of any size have far more samples than this;
+# small ones are cut into so many pieces for each row of a batch.
 _UNITS_PER_LANE = 16
 _FILES_NOTED = 1000  # of more files a checkpoint holds no names
 
@@ -37,8 +38,10 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """kind: how a sample becomes ids. Where samples come from: `hub` (and `subset`) on the Hugging Face hub unless
-    training.dataset_path names another place, or `samples(seed)`, made here; neither: dataset_path is required."""
+    """kind: how a sample becomes ids. Where samples come from: `hub` (and `subset`) on the Hugging Face
+    hub unless training.dataset_path names another place, or `samples(seed)`, made here; neither:
+    dataset_path is required.
+    """
 
     kind: Kind
     hub: str | None = None
@@ -53,14 +56,16 @@ def build_encoder(config: DatasetKeys, kind: Kind, tokenizer: Tokenizer | None, 
         return SpikeEncoder(vocab_size, **column)
     if kind == "packed":
         if config.eos_id is not None and config.eos_id >= vocab_size:
-            raise ConfigError(f"training.eos_id = {config.eos_id} is not below model.vocab_size = {vocab_size}")
+            raise ConfigError(
+                f"training.eos_id = {config.eos_id} is not below model.vocab_size = {vocab_size}"
+            )
         return PackedEncoder(config.seq_len, vocab_size, config.pad_id, config.eos_id, **column)
     if tokenizer is None:
         raise ValueError("text is read with a tokenizer, and none was given")
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"the tokenizer (model.tokenizer_path) has ids up to {tokenizer.vocab_size - 1}, but model.vocab_size = "
-            f"{vocab_size}: set it to {tokenizer.vocab_size} or more"
+            f"the tokenizer (model.tokenizer_path) has ids up to {tokenizer.vocab_size - 1}, "
+            f"but model.vocab_size = {vocab_size}: set it to {tokenizer.vocab_size} or more"
         )
     return TextEncoder(tokenizer, vocab_size, **column)
 
@@ -90,7 +95,9 @@ def open_rows(
     found = check_path(path, split) if config.dataset_path else FileList(path, split, Path(path))
     text_column = encoder.column if isinstance(encoder, TextEncoder) else None
     revision = config.dataset_revision
-    table = open_table(config.dataset, path, subset, config.stream, split, found, revision, text_column, prepared)
+    table = open_table(
+        config.dataset, path, subset, config.stream, split, found, revision, text_column, prepared
+    )
     if not found.files and not found.saved:
         found.commit = check_revision(config.dataset, table, revision)
         if found.commit is None and config.stream:
@@ -105,7 +112,9 @@ def open_source(
 ) -> tuple[TableSource | SampleSource, FileList]:
     """All samples, and the files they come from. Raises DataError."""
     if row.samples:
-        return SampleSource(config.dataset, row.samples(seed), encoder), FileList("this program", split, Path())
+        return SampleSource(config.dataset, row.samples(seed), encoder), FileList(
+            "this program", split, Path()
+        )
     table, found = open_rows(config, row, encoder, split, prepared)
     return TableSource(config.dataset, table, encoder), found
 
@@ -122,8 +131,8 @@ class Cutting:
     def __post_init__(self):
         if self.kind == "packed" and self.num_samples < self.num_lanes:
             raise DataError(
-                f"{self.config.dataset}: holds {self.num_samples} rows, fewer than the {self.num_lanes} of one global "
-                f"batch; lower training.global_batch_size"
+                f"{self.config.dataset}: holds {self.num_samples} rows, fewer than the {self.num_lanes} of "
+                f"one global batch; lower training.global_batch_size"
             )
 
     @property
@@ -196,7 +205,9 @@ def prepare(
     if config.skip_ranges:
         last = max(last for _, last in config.skip_ranges)
         if last >= len(source):
-            raise DataError(f"training.skip_ranges: {source.name} has no row {last}, its last is {len(source) - 1}")
+            raise DataError(
+                f"training.skip_ranges: {source.name} has no row {last}, its last is {len(source) - 1}"
+            )
         samples = SkippingSource(source, config.skip_ranges)
     if cutting.unit != "tokens":
         return samples

@@ -1,4 +1,6 @@
-"""Reading a stream of the `datasets` library: one stream a rank, whose position belongs to that number of ranks."""
+"""Reading a stream of the `datasets` library: one stream a rank,
+whose position belongs to that number of ranks.
+"""
 
 import gc
 from collections.abc import Iterator
@@ -15,8 +17,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 STREAM_START: dict[str, Any] = {"epoch": 0, "sample": 0, "offset": 0, "source": None}
-"""Position of a stream: the next id is token `offset` of this rank's row number `sample` of `epoch`, and `source` is
-the library's state just before that row (None: at the start of the epoch)."""
+"""Position of a stream: the next id is token `offset` of this rank's row number `sample` of `epoch`,
+and `source` is the library's state just before that row (None: at the start of the epoch).
+"""
 
 _NOTHING = np.empty(0, np.uint8)
 
@@ -24,8 +27,8 @@ _NOTHING = np.empty(0, np.uint8)
 class StreamReader:
     """Reads windows from this rank's share of a stream.
 
-    `table` must not be shuffled: what is in a shuffle buffer is not part of its state (huggingface/datasets#7444).
-    What a resume costs depends on the library and the files.
+    `table` must not be shuffled: what is in a shuffle buffer is not part of its state
+    (huggingface/datasets#7444). What a resume costs depends on the library and the files.
     """
 
     def __init__(
@@ -62,12 +65,18 @@ class StreamReader:
             return part
 
         parts = cut(take, self.seq_len)
-        self._position = {"epoch": self._epoch, "sample": self._sample, "offset": offset, "source": self._source}
+        self._position = {
+            "epoch": self._epoch,
+            "sample": self._sample,
+            "offset": offset,
+            "source": self._source,
+        }
         return pack(parts, self._position, self.document_mask, self.encoder.border_id)
 
     def close(self) -> None:
-        """Ends the stream. A half-read parquet stream that is left to the interpreter's exit prints or aborts there
-        (huggingface/datasets#7357)."""
+        """Ends the stream. A half-read parquet stream that is left to the interpreter's exit prints or aborts
+        there (huggingface/datasets#7357).
+        """
         self._rows = iter(())
         self._position = None
         self._tokens = _NOTHING
@@ -76,14 +85,18 @@ class StreamReader:
     def _seek(self, position: dict[str, Any]) -> None:
         self._begin(position["epoch"], position["sample"], position["source"])
         if not self._fetch():
-            raise DataError(f"{self.name}: the stream of data rank {self.data_rank} ends before row {self._sample}")
+            raise DataError(
+                f"{self.name}: the stream of data rank {self.data_rank} ends before row {self._sample}"
+            )
 
     def _advance(self) -> None:
         """Moves to the next row, of the next epoch if need be."""
         self._sample += 1
         while not self._fetch():
             if not self._found_tokens:
-                raise DataError(f"{self.name}: the share of data rank {self.data_rank} of {self.data_degree} is empty")
+                raise DataError(
+                    f"{self.name}: the share of data rank {self.data_rank} of {self.data_degree} is empty"
+                )
             self._begin(self._epoch + 1, 0, None)
 
     def _begin(self, epoch: int, sample: int, source: dict[str, Any] | None) -> None:
@@ -101,8 +114,8 @@ class StreamReader:
             row = next(self._rows, None)
         except Exception as error:  # of the hub, the network, the file system and arrow: a library boundary
             raise DataError(
-                f"{self.name}: after row {self._sample} of data rank {self.data_rank} the stream cannot be read: "
-                f"{causes(error)}"
+                f"{self.name}: after row {self._sample} of data rank {self.data_rank} the stream cannot be "
+                f"read: {causes(error)}"
             ) from error
         if row is None:
             return False

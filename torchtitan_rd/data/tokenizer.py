@@ -1,4 +1,5 @@
-"""Text <-> ids. Three kinds: the built-in bytes, a folder with a tokenizer.json, a tiktoken file of BPE merges.
+"""Text <-> ids. Three kinds: the built-in bytes, a folder with a tokenizer.json,
+a tiktoken file of BPE merges.
 
 No code of a tokenizer folder is ever run: only its JSON files are read.
 """
@@ -20,7 +21,9 @@ from torchtitan_rd.errors import ConfigError, DataError
 
 class Tokenizer(Protocol):
     """vocab_size: the largest id plus one. bos_id, eos_id: None where the tokenizer has no such token.
-    digest: of all that decides the ids, wherever the files lie. folder: where they lie, None where there is none."""
+    digest: of all that decides the ids, wherever the files lie. folder: where they lie,
+        None where there is none.
+    """
 
     @property
     def vocab_size(self) -> int: ...
@@ -38,14 +41,16 @@ class Tokenizer(Protocol):
     def folder(self) -> Path | None: ...
 
     def encode(self, text: str) -> np.ndarray:
-        """1-D integer ids of the text, without bos and eos. Names of special tokens in the text are plain text."""
+        """1-D integer ids of the text, without bos and eos.
+        Names of special tokens in the text are plain text.
+        """
 
     def decode(self, ids: Any) -> str: ...
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """`bytes`, a folder with tokenizer.json or a tiktoken tokenizer.model, such a file, its remote address, or the name
-    of a repository on the Hugging Face hub (from its local cache where that has it).
+    """`bytes`, a folder with tokenizer.json or a tiktoken tokenizer.model, such a file, its remote address,
+    or the name of a repository on the Hugging Face hub (from its local cache where that has it).
 
     Raises ConfigError if there is no such thing, DataError if it cannot be read.
     """
@@ -59,8 +64,8 @@ def load_tokenizer(path: str) -> Tokenizer:
     if is_hub_name(path):
         return JsonTokenizer(download_tokenizer(path) / "tokenizer.json")
     raise ConfigError(
-        f"model.tokenizer_path = {path!r}: expected 'bytes', a folder that holds tokenizer.json or tokenizer.model, "
-        f"the path of such a file, or a name on the Hugging Face hub"
+        f"model.tokenizer_path = {path!r}: expected 'bytes', a folder that holds tokenizer.json or "
+        f"tokenizer.model, the path of such a file, or a name on the Hugging Face hub"
     )
 
 
@@ -148,7 +153,8 @@ class JsonTokenizer:
         return None
 
 
-# Llama 3's way to cut text into words, and its special tokens in the order of their ids (meta-llama/llama3, tokenizer).
+# Llama 3's way to cut text into words, and its special tokens in the order of their ids
+# (meta-llama/llama3, tokenizer).
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
@@ -164,7 +170,9 @@ _MAX_CHARACTERS = 400_000
 
 
 class TiktokenTokenizer:
-    """Merges of a tiktoken file (lines of base64 and rank) with the words and the 256 special tokens of Llama 3."""
+    """Merges of a tiktoken file (lines of base64 and rank) with the words and the 256 special
+    tokens of Llama 3.
+    """
 
     def __init__(self, ranks: dict[bytes, int]):
         import tiktoken

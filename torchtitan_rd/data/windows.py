@@ -1,8 +1,9 @@
-"""Windows: how the ids of samples become rows of a batch. They are cut, packed and shifted here, whoever reads them.
+"""Windows: how the ids of samples become rows of a batch. They are cut, packed and shifted here,
+whoever reads them.
 
-Cut: a window holds `seq_len + 1` ids, and the next one begins where it ends (`cut`). Packed: parts of several samples
-follow one another without a gap (`pack`). Shifted: the first `seq_len` ids are a row's inputs, the last `seq_len` its
-labels (`to_batch`).
+Cut: a window holds `seq_len + 1` ids, and the next one begins where it ends (`cut`). Packed: parts of several
+samples follow one another without a gap (`pack`). Shifted: the first `seq_len` ids are a row's inputs, the
+last `seq_len` its labels (`to_batch`).
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +27,8 @@ class Window:
 def cut(take: Callable[[int], np.ndarray], seq_len: int) -> list[np.ndarray]:
     """The next `seq_len + 1` ids, as parts of samples.
 
-    take: count -> that many ids of the present sample, or fewer (none too) at its end; moves on by what it gives.
+    take: count -> that many ids of the present sample, or fewer (none too) at its end;
+    moves on by what it gives.
     """
     parts, needed = [], seq_len + 1
     while needed:
@@ -38,7 +40,9 @@ def cut(take: Callable[[int], np.ndarray], seq_len: int) -> list[np.ndarray]:
 
 
 def pack(parts: list[np.ndarray], position: object, document_mask: bool, border_id: int | None) -> Window:
-    """One window of consecutive parts of samples. Documents are the parts, or end at `border_id` if that is given."""
+    """One window of consecutive parts of samples. Documents are the parts,
+    or end at `border_id` if that is given.
+    """
     ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if not document_mask:
         return Window(ids, None, position)
@@ -56,5 +60,6 @@ def to_batch(windows: Sequence[Window], fill_id: int | None) -> Batch:
     inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     if fill_id is not None:
         inputs = inputs.masked_fill(inputs == IGNORE_INDEX, fill_id)  # a copy: with B = 1 they share memory
-    documents = [window.document_ids for window in windows if window.document_ids is not None]  # of all or of none
+    # Of all or of none.
+    documents = [window.document_ids for window in windows if window.document_ids is not None]
     return Batch(inputs, labels, torch.from_numpy(np.stack(documents)) if documents else None)

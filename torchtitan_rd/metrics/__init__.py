@@ -1,4 +1,6 @@
-"""[metrics]: what a run reports - console, metrics.jsonl, TensorBoard, Weights & Biases - and how it is measured."""
+"""[metrics]: what a run reports - console, metrics.jsonl, TensorBoard,
+Weights & Biases - and how it is measured.
+"""
 
 from torchtitan_rd.metrics.devices import peak_flops
 from torchtitan_rd.metrics.metrics import Metrics, MetricsConfig

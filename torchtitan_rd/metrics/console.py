@@ -9,14 +9,16 @@ from typing import Any
 
 from torchtitan_rd.log import logger
 
-_RED, _GREEN, _YELLOW, _BLUE, _MAGENTA, _CYAN, _RESET = (f"\033[{code}m" for code in (31, 32, 33, 34, 35, 36, 39))
+_RED, _GREEN, _YELLOW, _BLUE, _MAGENTA, _CYAN, _RESET = (
+    f"\033[{code}m" for code in (31, 32, 33, 34, 35, 36, 39)
+)
 
 
 class Console:
     """Prints rows through the package's logger.
 
-    On a terminal (stderr) lines are coloured, unless `color` is false, and a tqdm bar shows progress and ETA; elsewhere
-    each line ends with them.
+    On a terminal (stderr) lines are coloured, unless `color` is false, and a tqdm bar shows progress and ETA;
+    elsewhere each line ends with them.
     """
 
     def __init__(self, *, step: int, total_steps: int, color: bool):
@@ -29,7 +31,9 @@ class Console:
         if is_terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total_steps, initial=step, unit="step", file=sys.stderr, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total_steps, initial=step, unit="step", file=sys.stderr, dynamic_ncols=True
+            )
             self._handlers = [
                 handler
                 for handler in logger.handlers

@@ -1,4 +1,6 @@
-"""Turns what steps return into one row of numbers, and hands the row to the console, metrics.jsonl and the sinks."""
+"""Turns what steps return into one row of numbers, and hands the row to the console,
+metrics.jsonl and the sinks.
+"""
 
 import math
 import time
@@ -22,7 +24,9 @@ from torchtitan_rd.model_spec import FlopCount, NumSteps
 
 
 class MetricsConfig(Section):
-    """[metrics]: what is logged, how often and where. `metrics.jsonl` in the dump folder is always written."""
+    """[metrics]: what is logged, how often and where. `metrics.jsonl` in the dump folder
+    is always written.
+    """
 
     log_freq: int = Field(10, ge=1)
     """Log every so many steps; the first step of a run and the last are logged too."""
@@ -46,7 +50,9 @@ class MetricsConfig(Section):
     """Log the sha256 of the global batch's ids in row order, to compare the data of two runs."""
 
     peak_tflops: float | None = Field(None, gt=0)
-    """Peak TFLOP/s of one device, for the MFU. Unset: known devices by name, dense bf16; on others the MFU is n/a."""
+    """Peak TFLOP/s of one device, for the MFU. Unset: known devices by name, dense bf16;
+    on others the MFU is n/a.
+    """
 
 
 class Metrics:
@@ -65,18 +71,20 @@ class Metrics:
                 checkpointer.save(...)
         metrics.close()
 
-    A row describes its step, and the interval since the row before; a resumed run begins a new interval, so its first
-    row covers the steps since the checkpoint alone.
+    A row describes its step, and the interval since the row before; a resumed run begins a new interval,
+    so its first row covers the steps since the checkpoint alone.
 
-    - loss, loss_hex, loss_max, loss_max_rank, grad_norm, consecutive_skips: of the step itself (`StepNumbers`).
-    - loss_mean, loss_max_interval: the mean of the steps' losses, and the largest of their `loss_max`. Steps whose
-      update was skipped are left out; skipped_steps counts them.
-    - Rates and MFU are end to end: the wall time of the interval, data loading included, but not what was paused for.
-      That stands beside them as validation_seconds and checkpoint_seconds. A save follows the row of its step, so it
-      counts in the next row.
-    - Where ranks draw depths of their own, the deepest of each microbatch is what counts, since the others wait for it.
-    - memory_*: the highest value of all ranks; memory_max_rank is the rank with the most memory reserved (on a CPU,
-      resident).
+    - loss, loss_hex, loss_max, loss_max_rank, grad_norm, consecutive_skips:
+      of the step itself (`StepNumbers`).
+    - loss_mean, loss_max_interval: the mean of the steps' losses, and the largest of their `loss_max`.
+      Steps whose update was skipped are left out; skipped_steps counts them.
+    - Rates and MFU are end to end: the wall time of the interval, data loading included, but not what was
+      paused for. That stands beside them as validation_seconds and checkpoint_seconds. A save follows the row
+      of its step, so it counts in the next row.
+    - Where ranks draw depths of their own, the deepest of each microbatch is what counts,
+      since the others wait for it.
+    - memory_*: the highest value of all ranks; memory_max_rank is the rank with the most memory reserved
+      (on a CPU, resident).
     """
 
     def __init__(
@@ -96,9 +104,10 @@ class Metrics:
     ):
         """flops: count at the mean depth. own_depths: whether ranks may differ in depth.
 
-        flops_drawn: the interval's depths, for each rank those of its microbatches -> the mean count, or None where
-        nothing is drawn.
-        gather: numbers of this rank -> those of every rank on rank 0, None on others. A collective, once a row.
+        flops_drawn: the interval's depths, for each rank those of its microbatches -> the mean count,
+        or None where nothing is drawn.
+        gather: numbers of this rank -> those of every rank on rank 0, None on others.
+            A collective, once a row.
         """
         self._config = config
         self._dump_folder = dump_folder
@@ -144,10 +153,14 @@ class Metrics:
             self._sinks.append(TensorBoardSink(self._dump_folder / config.save_tb_folder, step))
         self._journal = Journal(self._dump_folder / "metrics.jsonl")
         self._journal.open(step)
-        self._console = Console(step=step, total_steps=self._total_steps, color=not config.disable_color_printing)
+        self._console = Console(
+            step=step, total_steps=self._total_steps, color=not config.disable_color_printing
+        )
 
     def should_log(self, step: int) -> bool:
-        """The first step, every `log_freq`-th and the last. A function of the step alone: a restart logs the same."""
+        """The first step, every `log_freq`-th and the last. A function of the step alone:
+        a restart logs the same.
+        """
         return step == 1 or step % self._config.log_freq == 0 or step == self._total_steps
 
     @contextmanager
@@ -186,14 +199,16 @@ class Metrics:
         data_hash: str | None = None,
         extra: Mapping[str, float] | None = None,
     ) -> None:
-        """Writes one row for `step`, the last that was added. Every rank calls it: it gathers memory peaks and depths.
+        """Writes one row for `step`, the last that was added.
+        Every rank calls it: it gathers memory peaks and depths.
 
         tokens_seen: tokens of all ranks since step 0, every input position counted, since each costs FLOPs.
         extra: more numbers for the row.
         """
         memory, flops = self._of_all_ranks()
         if self._writes:
-            # Reading waits for the device, so the clock is read after it: the interval covers work, not launches.
+            # Reading waits for the device, so the clock is read after it:
+            # the interval covers work, not launches.
             losses = self._losses()
             row: dict[str, Any] = {
                 "step": step,
@@ -277,9 +292,10 @@ class Metrics:
     def _speed(self, step: int, tokens_seen: int, flops: FlopCount) -> dict[str, float | None]:
         """Rates of the interval, what it paused for left out.
 
-        MFU is model FLOPs per second over the device's peak, in 0..1, recomputation not counted (PaLM paper,
-        arXiv:2204.02311, appendix B). `full` counts attention over all S x S pairs, as that paper and Megatron do;
-        `causal` only the pairs that a causal mask leaves. `tflops` is per device, full convention.
+        MFU is model FLOPs per second over the device's peak, in 0..1, recomputation not counted (PaLM
+        paper, arXiv:2204.02311, appendix B). `full` counts attention over all S x S pairs, as that
+        paper and Megatron do; `causal` only the pairs that a causal mask leaves. `tflops` is per
+        device, full convention.
         """
         seconds = time.perf_counter() - self._begin - math.fsum(self._paused.values())
         steps = step - self._first_step

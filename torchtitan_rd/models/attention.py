@@ -1,9 +1,9 @@
 """The one place that picks the attention kernel, proves that it works, and calls it.
 
 Shapes: B batch, H heads, S sequence, D head dim. `sdpa`, `fa3` and `fa4` all go through
-F.scaled_dot_product_attention: torch dispatches it to FlashAttention 3 or 4 once that is activated. A document mask
-goes through compiled flex attention on CUDA; flex has no backward on CPU, where the same mask goes densely
-through SDPA.
+F.scaled_dot_product_attention: torch dispatches it to FlashAttention 3 or 4 once that is activated. A
+document mask goes through compiled flex attention on CUDA; flex has no backward on CPU, where the same mask
+goes densely through SDPA.
 """
 
 import importlib.util
@@ -66,11 +66,13 @@ _FLASH: dict[str, _Flash] = {
 }
 _PREFERRED: dict[int, BackendName] = {9: "fa3", 10: "fa4"}  # by major compute capability
 
-# Relative error in the Frobenius norm against float32: twice what rounding gives, far below what a wrong kernel gives.
+# Relative error in the Frobenius norm against float32: twice what rounding gives,
+# far below what a wrong kernel gives.
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}
 
-# Whether flex attention is used without a document mask too. One for the process, as torch's own choice of a flash
-# kernel is: `activate` sets it before training, `build_mask` reads it in each forward. No model has to hand it through.
+# Whether flex attention is used without a document mask too. One for the process, as torch's own choice of
+# a flash kernel is: `activate` sets it before training, `build_mask` reads it in each forward. No model
+# has to hand it through.
 _flex_without_documents = False
 
 
@@ -79,9 +81,10 @@ def setup_attention(
 ) -> Backend:
     """Chooses, activates and probes the backend for the whole process, and logs the choice.
 
-    requested: `model.attention_backend`. shape: the model shape's `attention_shape`. dtype: that of the activations.
-    Raises ConfigError if the backend is not to be had here, cannot do what the run needs, or computes wrongly; but
-    where `auto` took an installed FlashAttention that is broken, this warns and takes `sdpa`.
+    requested: `model.attention_backend`. shape: the model shape's `attention_shape`. dtype: that of
+    the activations. Raises ConfigError if the backend is not to be had here, cannot do what the run
+    needs, or computes wrongly; but where `auto` took an installed FlashAttention that is broken, this
+    warns and takes `sdpa`.
     """
     backend = choose_backend(requested, device, dtype, document_mask)
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
@@ -91,7 +94,9 @@ def setup_attention(
     except ConfigError as error:
         if requested != "auto" or backend.name not in _FLASH:
             raise
-        logger.warning("attention: auto takes sdpa, since %s is installed but broken here: %s", backend.name, error)
+        logger.warning(
+            "attention: auto takes sdpa, since %s is installed but broken here: %s", backend.name, error
+        )
         _deactivate(cudnn)
         backend = Backend("sdpa", f"auto: {backend.name} is installed but broken, see the warning")
         kernel = probe(backend, shape, device, dtype, document_mask)
@@ -99,7 +104,9 @@ def setup_attention(
     return backend
 
 
-def choose_backend(requested: Requested, device: torch.device, dtype: torch.dtype, document_mask: bool) -> Backend:
+def choose_backend(
+    requested: Requested, device: torch.device, dtype: torch.dtype, document_mask: bool
+) -> Backend:
     """Resolves `auto`, or checks that the requested backend is to be had here. Raises ConfigError."""
     on_cuda = device.type == "cuda"
     if requested == "flex" and not on_cuda:
@@ -123,7 +130,9 @@ def choose_backend(requested: Requested, device: torch.device, dtype: torch.dtyp
         return Backend("sdpa", f"auto: the only one that trains on {device.type}")
     preferred = _PREFERRED.get(_capability(device))
     if preferred is None:
-        return Backend("sdpa", f"auto: neither fa3 nor fa4 is preferred on {torch.cuda.get_device_name(device)}")
+        return Backend(
+            "sdpa", f"auto: neither fa3 nor fa4 is preferred on {torch.cuda.get_device_name(device)}"
+        )
     obstacle = _obstacle(_FLASH[preferred], device, dtype)
     if obstacle:
         return Backend("sdpa", f"auto: {preferred} would be preferred, but {obstacle}")
@@ -145,7 +154,8 @@ def activate(backend: Backend) -> None:
                 f"model.attention_backend: {backend.name} is installed but does not load: {error}; "
                 f"reinstall it for this torch ({_FLASH[backend.name].remedy}), or use 'sdpa'"
             ) from error
-        torch.backends.cuda.enable_cudnn_sdp(False)  # SDPA may rank it above flash, and then FA3/FA4 never runs
+        # SDPA may rank it above flash, and then FA3/FA4 never runs.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _deactivate(cudnn: bool) -> None:
@@ -158,7 +168,8 @@ def _deactivate(cudnn: bool) -> None:
 def probe(
     backend: Backend, shape: AttentionShape, device: torch.device, dtype: torch.dtype, document_mask: bool
 ) -> str:
-    """Runs a small forward and backward of `shape`, compares them with the math kernel in float32; -> kernel's name.
+    """Runs a small forward and backward of `shape`, compares them with the math kernel in
+    float32; -> kernel's name.
 
     Raises ConfigError with the errors if the kernel fails or is off by more than rounding.
     """
@@ -173,7 +184,9 @@ def probe(
     allowed = _visible(tokens if documents is None else documents)
     where = f"model.attention_backend: {backend.name} on {device.type}, {dtype}, {shape}"
     try:
-        kernel = "flex" if backend.name == "flex" else _sdpa_kernel(q, k, v, allowed if document_mask else None)
+        kernel = (
+            "flex" if backend.name == "flex" else _sdpa_kernel(q, k, v, allowed if document_mask else None)
+        )
         found = _gradients(lambda q, k, v: attend(q, k, v, build_mask(tokens, documents)), q, k, v, grad)
     except Exception as error:  # a kernel may raise anything, and each is the same mistake to the user
         raise ConfigError(f"{where} fails: {error}; use another backend") from error
@@ -216,7 +229,9 @@ def _compiled(function: Callable) -> Callable:
 
 @cache
 def _compiled_flex(function: Callable) -> Callable:
-    """As one operator that selective activation checkpointing sees and can keep; else it sees nothing of it."""
+    """As one operator that selective activation checkpointing sees and can keep;
+    else it sees nothing of it.
+    """
     return torch.compile(function, options={"wrap_inductor_compiled_regions": True})
 
 
@@ -225,7 +240,9 @@ def _document_block_mask(document_ids: torch.Tensor) -> BlockMask:
         return (q >= k) & (document_ids[b, q] == document_ids[b, k])
 
     batch, length = document_ids.shape
-    return _compiled(create_block_mask)(same_document, batch, None, length, length, device=document_ids.device)
+    return _compiled(create_block_mask)(
+        same_document, batch, None, length, length, device=document_ids.device
+    )
 
 
 @cache
@@ -239,7 +256,9 @@ def _visible(document_ids: torch.Tensor) -> torch.Tensor:
     return same.tril()
 
 
-def _gradients(function: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor) -> list:
+def _gradients(
+    function: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor
+) -> list:
     """-> [output, dq, dk, dv]."""
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     with torch.enable_grad():
@@ -265,7 +284,8 @@ def _obstacle(flash: _Flash, device: torch.device, dtype: torch.dtype) -> str | 
         here = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return f"{flash.torch_name} needs a {flash.gpus} GPU and this is {here}; use 'auto'"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"{flash.torch_name} computes in bfloat16 or float16, not {dtype}; set training.mixed_precision_param"
+        remedy = "set training.mixed_precision_param"
+        return f"{flash.torch_name} computes in bfloat16 or float16, not {dtype}; {remedy}"
     if not _installed(flash.module):
         return f"{flash.torch_name} is not installed: {flash.remedy} (docs/attention.md)"
     return None

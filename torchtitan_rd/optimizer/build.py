@@ -13,8 +13,12 @@ from torchtitan_rd.optimizer.muon import Muon, MuonAdamW
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
-    """The optimizer over `model`'s parameters; build it after sharding. `base_lr` of a group is its full rate."""
-    groups = parameter_groups(model, config.lr, config.weight_decay, not config.no_weight_decay_for_bias_and_norm)
+    """The optimizer over `model`'s parameters; build it after sharding.
+    `base_lr` of a group is its full rate.
+    """
+    groups = parameter_groups(
+        model, config.lr, config.weight_decay, not config.no_weight_decay_for_bias_and_norm
+    )
     adam: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     kernels: dict[str, Any] = {name: config.implementation == name for name in ("fused", "foreach")}
     if config.name == "ELLISAdam":
@@ -22,7 +26,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     if config.name == "Muon":
         matrices = [group for group in groups if group["kind"] == MATRICES]
         others = [group for group in groups if group["kind"] != MATRICES]
-        return MuonAdamW(Muon(matrices, lr=config.lr, keys=config), torch.optim.AdamW(others, **adam, **kernels))
+        return MuonAdamW(
+            Muon(matrices, lr=config.lr, keys=config), torch.optim.AdamW(others, **adam, **kernels)
+        )
     return getattr(torch.optim, config.name)(groups, **adam, **kernels)
 
 
@@ -36,8 +42,8 @@ def set_lr(optimizer: Optimizer, factor: float) -> float:
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.Tensor]:
     """`<parameter name>.<state name>` -> the state tensor itself (not a copy), sharded like its parameter.
 
-    Rates and betas are not part of it: they come from the config and the step. State that the optimizer would only
-    make at its first update is made now, so that a checkpoint can be loaded into it.
+    Rates and betas are not part of it: they come from the config and the step. State that the optimizer would
+    only make at its first update is made now, so that a checkpoint can be loaded into it.
     """
     if not optimizer.state:
         _materialize(optimizer)
@@ -50,7 +56,9 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.T
 
 
 def _materialize(optimizer: Optimizer) -> None:
-    """One update with zero gradients and zero rate: creates the state and leaves every parameter bit-equal."""
+    """One update with zero gradients and zero rate: creates the state and leaves
+    every parameter bit-equal.
+    """
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0

@@ -1,7 +1,8 @@
 """ELLISAdam, the AdamW variant that trained Huginn-0125 (arXiv 2502.05171), over plain or sharded parameters.
 
-Means, norms and checks are over a whole tensor, wherever its parts lie. Each kind that an option asks for costs one
-all-reduce of one number a tensor in a step (update_clipping, as in the Huginn runs: one), and nothing without options.
+Means, norms and checks are over a whole tensor, wherever its parts lie. Each kind that an option asks for
+costs one all-reduce of one number a tensor in a step (update_clipping, as in the Huginn runs: one), and
+nothing without options.
 """
 
 import math
@@ -25,20 +26,27 @@ class EllisKeys(Section):
     """The [optimizer] keys of name = "ELLISAdam"."""
 
     update_clipping: bool = False
-    """ELLISAdam: divide a tensor's rate by the root mean square of g / sqrt(v) where that exceeds 1 (AdaFactor,
-    arXiv 1804.04235); v is clamped at eps^2 in place."""
+    """ELLISAdam: divide a tensor's rate by the root mean square of g / sqrt(v) where that exceeds 1
+    (AdaFactor, arXiv 1804.04235); v is clamped at eps^2 in place.
+    """
     atan_adam: bool = False
-    """ELLISAdam: update by atan2(m, sqrt(v)), which needs no eps (arXiv 2407.05872), instead of m / (sqrt(v) + eps)."""
+    """ELLISAdam: update by atan2(m, sqrt(v)), which needs no eps (arXiv 2407.05872),
+    instead of m / (sqrt(v) + eps).
+    """
     running_init: bool = False
-    """ELLISAdam: begin the moments as the first gradient and its square instead of zero. Bias corrections stay on, so
-    the first update is 1 / (1 - beta1) times as large."""
+    """ELLISAdam: begin the moments as the first gradient and its square instead of zero.
+    Bias corrections stay on, so the first update is 1 / (1 - beta1) times as large.
+    """
     decouple_wd: bool = True
-    """ELLISAdam: decay by weight_decay times the schedule's factor; if false, times the rate, as AdamW does."""
+    """ELLISAdam: decay by weight_decay times the schedule's factor; if false, times the rate,
+    as AdamW does.
+    """
     kahan_sum_compensation: bool = Field(False, json_schema_extra=_MUST_MATCH)
     """ELLISAdam: keep what each update of a parameter loses to rounding, and add it to the next."""
     buffer_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", json_schema_extra=_MUST_MATCH)
-    """ELLISAdam: type in which the moments are kept; arithmetic is in that of the parameters. float16 loses squared
-    gradients below 6e-8."""
+    """ELLISAdam: type in which the moments are kept; arithmetic is in that of the parameters.
+    float16 loses squared gradients below 6e-8.
+    """
     nesterov: bool = False
     """ELLISAdam: look one gradient ahead in the first moment (Nesterov)."""
     poly_ema_p: float | None = Field(None, gt=0.0)
@@ -48,8 +56,10 @@ class EllisKeys(Section):
     eps_adjustment: bool = False
     """ELLISAdam: m / sqrt(v + eps^2) instead of m / (sqrt(v) + eps)."""
     tensor_wise_finite_check: bool = False
-    """ELLISAdam: leave out the tensors whose gradient is not finite; one host synchronisation a step. It matters only
-    where a step with such a gradient is not stopped or skipped as a whole (training.on_nonfinite)."""
+    """ELLISAdam: leave out the tensors whose gradient is not finite; one host synchronisation a step. It
+    matters only where a step with such a gradient is not stopped or skipped as a whole
+    (training.on_nonfinite).
+    """
     adafactor_like_beta_corrections: bool = False
     """ELLISAdam: betas (b^t - b) / (b^t - 1) that grow towards b, in place of bias corrections."""
     brute_force_clip: float | None = Field(None, gt=0.0)
@@ -58,7 +68,9 @@ class EllisKeys(Section):
 
 @dataclass
 class _Batch:
-    """This rank's parts of parameters that are updated alike: same rate and decay, same number of updates before."""
+    """This rank's parts of parameters that are updated alike: same rate and decay,
+    same number of updates before.
+    """
 
     step: int  # of the update under way; the first is 1
     lr: float
@@ -71,16 +83,18 @@ class _Batch:
 
 
 class ELLISAdam(Optimizer):
-    """Adam with the options of EllisKeys. lr here is lr_0, the rate that decoupled weight decay is relative to.
+    """Adam with the options of EllisKeys.
+    lr here is lr_0, the rate that decoupled weight decay is relative to.
 
     For gradient g, update t = 1, 2, ..., rate lr:  m <- lerp(m, g, 1 - b1);  v <- b2 v + (1 - b2) g^2;
     p <- p (1 - lr/lr_0 wd) - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps).
 
-    The state exists from the beginning, so that a checkpoint can be loaded into it; whether an update is a parameter's
-    first is told by its `step`.
+    The state exists from the beginning, so that a checkpoint can be loaded into it;
+    whether an update is a parameter's first is told by its `step`.
 
-    found_inf: a flag on the device that keeps the next update from happening (optimizer/skipping.py). The update is
-    then made on copies of the moments and the parameters, which replace them unless the flag is set.
+    found_inf: a flag on the device that keeps the next update from happening
+    (optimizer/skipping.py). The update is then made on copies of the moments and the parameters,
+    which replace them unless the flag is set.
     """
 
     found_inf: Tensor | None = None
@@ -156,13 +170,15 @@ class ELLISAdam(Optimizer):
             state = self.state[parameter]
             state["step"] += 1
             alike = int(state["step"].item()), group["lr"], group["weight_decay"]
-            # An update that may be taken back works on copies: one tensor at a time, so that few are alive at once.
+            # An update that may be taken back works on copies: one tensor at a time,
+            # so that few are alive at once.
             key = alike if self.found_inf is None else (*alike, number)
             batch = batches.setdefault(key, _Batch(*alike))
             batch.owners.append(parameter)
             batch.params.append(local(parameter))
             batch.grads.append(grad)
-            batch.exp_avgs.append(local(state["exp_avg"]).to(parameter.dtype))  # a copy only if the types differ
+            # a copy only if the types differ.
+            batch.exp_avgs.append(local(state["exp_avg"]).to(parameter.dtype))
             batch.exp_avg_sqs.append(local(state["exp_avg_sq"]).to(parameter.dtype))
         return list(batches.values())
 
@@ -253,7 +269,9 @@ class ELLISAdam(Optimizer):
 
 
 def _rounds_factors(tensors: Sequence[Tensor]) -> bool:
-    """Whether torch would round a factor to the tensors' type first, as it does on CPU: 0.999 to 1 in bfloat16."""
+    """Whether torch would round a factor to the tensors' type first, as it does on CPU:
+    0.999 to 1 in bfloat16.
+    """
     return tensors[0].is_cpu and tensors[0].dtype.itemsize < 4
 
 

@@ -1,4 +1,6 @@
-"""What the optimizers share: the own part of a tensor, sums over all of its parts, the flag that skips an update."""
+"""What the optimizers share: the own part of a tensor, sums over all of its parts,
+the flag that skips an update.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -22,7 +24,9 @@ def set_flag(optimizer: Optimizer, skip: Tensor | None) -> None:
 
 
 def replace_unless(skip: Tensor | None, old: Tensor, new: Tensor) -> None:
-    """Overwrites `old` by `new` (cast to its type), unless `skip` (0-dim on the device) is set: decided there."""
+    """Overwrites `old` by `new` (cast to its type), unless `skip` (0-dim on the device) is
+    set: decided there.
+    """
     if skip is None:
         old.copy_(new)
     else:
@@ -30,10 +34,11 @@ def replace_unless(skip: Tensor | None, old: Tensor, new: Tensor) -> None:
 
 
 def sum_over_shards(parts: Sequence[Tensor], owners: Sequence[Tensor]) -> Tensor:
-    """Adds up each scalar `parts[i]` over the ranks that share `owners[i]`: (len(parts),), the same on all ranks.
+    """Adds up each scalar `parts[i]` over the ranks that share `owners[i]`: (len(parts),),
+    the same on all ranks.
 
-    Collective, and one all-reduce for all owners of one mesh (on a mesh of replicas and shards, over the shards
-    only), however many they are. An owner that is not sharded keeps its part.
+    Collective, and one all-reduce for all owners of one mesh (on a mesh of replicas and shards,
+    over the shards only), however many they are. An owner that is not sharded keeps its part.
     """
     if len({part.device for part in parts}) > 1:  # under CPU offload, what is not sharded stays on the GPU
         parts = [part.cpu() for part in parts]
@@ -41,7 +46,9 @@ def sum_over_shards(parts: Sequence[Tensor], owners: Sequence[Tensor]) -> Tensor
     together = defaultdict(list)
     for i, owner in enumerate(owners):
         if isinstance(owner, DTensor):
-            sharded = tuple(dim for dim, placement in enumerate(owner.placements) if not placement.is_replicate())
+            sharded = tuple(
+                dim for dim, placement in enumerate(owner.placements) if not placement.is_replicate()
+            )
             together[owner.device_mesh, sharded].append(i)
     for (mesh, dims), members in together.items():
         totals = torch.stack([parts[i] for i in members])

@@ -44,8 +44,8 @@ def parallelize(
 ) -> None:
     """Changes `model` (on the meta device) in place: activation checkpointing -> compile -> FSDP.
 
-    Tensor and context parallelism, once they exist, come before the three. The optimizer must be built afterwards:
-    one built before would hold the unsharded parameters and never get a gradient
+    Tensor and context parallelism, once they exist, come before the three. The optimizer must be built
+    afterwards: one built before would hold the unsharded parameters and never get a gradient
     (docs/pytorch_traps.md, Order of wrapping).
     """
     blocks = {name: model.get_submodule(name) for name in plan.blocks}

@@ -1,7 +1,7 @@
 """[activation_checkpoint]: which activations are thrown away in forward and recomputed in backward.
 
-A block's `forward` is replaced in place instead of wrapping the module, so parameter names never change (a wrapper
-module shows in `named_parameters()`: pytorch/torchtitan#2622).
+A block's `forward` is replaced in place instead of wrapping the module,
+so parameter names never change (a wrapper module shows in `named_parameters()`: pytorch/torchtitan#2622).
 """
 
 from collections import defaultdict
@@ -24,7 +24,8 @@ _SAVED_OPS = frozenset(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.higher_order.flex_attention,
-        torch.ops.higher_order.inductor_compiled_code,  # in an eager block: flex attention, compiled by itself
+        # In an eager block: flex attention, compiled by itself.
+        torch.ops.higher_order.inductor_compiled_code,
     }
 )
 
@@ -36,7 +37,9 @@ class ActivationCheckpointConfig(Section):
     """A number k: recompute every k-th block. "op": in every block keep attention and every second matmul."""
 
     recurrent_region: Literal["iteration", "block"] = "iteration"
-    """mode = "full" of a recurrent model: recompute each iteration of the core as a whole, or each of its blocks."""
+    """mode = "full" of a recurrent model: recompute each iteration of the core as a whole,
+    or each of its blocks.
+    """
 
     @field_validator("selective_ac_option")
     @classmethod
@@ -47,7 +50,9 @@ class ActivationCheckpointConfig(Section):
 
 
 def checkpoint_regions(plan: WrapPlan, config: ActivationCheckpointConfig) -> list[str]:
-    """The names of what is recomputed as one: the blocks, or the iterations of loops in place of their blocks."""
+    """The names of what is recomputed as one: the blocks,
+    or the iterations of loops in place of their blocks.
+    """
     if config.recurrent_region == "block" or config.mode != "full":
         return list(plan.blocks)
     looped = tuple(f"{iteration}." for _, iteration in plan.loops)
@@ -76,7 +81,9 @@ def _recomputed(forward: Callable, options: dict) -> Callable:
 
 
 def _save_attention_and_half_of_the_matmuls():
-    """Contexts for forward and recomputation. Both must count alike, hence one counter for each of the two passes."""
+    """Contexts for forward and recomputation. Both must count alike,
+    hence one counter for each of the two passes.
+    """
     matmuls: dict[bool, int] = defaultdict(int)
 
     def policy(context, op: Callable, *args, **kwargs) -> CheckpointPolicy:

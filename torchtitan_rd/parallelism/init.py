@@ -1,8 +1,8 @@
 """Initial weights that do not depend on the number of ranks.
 
 `nn.init` on a sharded CPU tensor gives every rank the same numbers, and others than an unsharded model gets
-(pytorch/pytorch#168058). So each parameter is drawn whole from a generator seeded by its own name, and every rank
-keeps its part. This costs each rank the drawing of all parameters, one at a time; no communication.
+(pytorch/pytorch#168058). So each parameter is drawn whole from a generator seeded by its own name, and every
+rank keeps its part. This costs each rank the drawing of all parameters, one at a time; no communication.
 """
 
 import hashlib

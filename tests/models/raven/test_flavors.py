@@ -27,7 +27,12 @@ def test_the_raven_of_131072_spikes_is_huginns_block_in_magpies_sizes_with_heads
     asked = {"vocab_size": 256, "rope_theta": 500_000.0, "max_seq_len": 131_072, "n_heads": 8}
     expected = asdict(HUGINN) | {name: getattr(MAGPIE, name) for name in SIZES} | asked
     assert asdict(built) == expected
-    assert (built.qk_bias, built.norm_eps, built.block, built.init_strategy) == (True, 1e-6, "sandwich", "takase")
+    assert (built.qk_bias, built.norm_eps, built.block, built.init_strategy) == (
+        True,
+        1e-6,
+        "sandwich",
+        "takase",
+    )
 
 
 def test_an_override_replaces_its_field_alone():

@@ -98,7 +98,12 @@ def test_the_test_above_leaves_no_field_at_its_default():
 
 
 def test_a_public_config_that_sets_the_options_is_the_flavor_with_these_options():
-    theirs = {"qk_norm": True, "clip_qkv": 8, "block_class_name": "TransformerPreNormBlock", "num_key_value_heads": 11}
+    theirs = {
+        "qk_norm": True,
+        "clip_qkv": 8,
+        "block_class_name": "TransformerPreNormBlock",
+        "num_key_value_heads": 11,
+    }
     ours = {"qk_norm": True, "clip_qkv": 8.0, "n_kv_heads": 11}
     assert shape_of({**RELEASED, **theirs}) == replace(RAVEN_FLAVORS["corone-raven-3.5b"], **ours)
 
@@ -175,7 +180,9 @@ def test_a_value_of_a_wrong_type_or_an_unknown_effect_is_one_line_that_names_the
         shape_of({**RELEASED, **change})
 
 
-@pytest.mark.parametrize("scheme", ["poisson-lognormal", "bptt", "non-uniform", "gupta", "negative-binomial", "sobol"])
+@pytest.mark.parametrize(
+    "scheme", ["poisson-lognormal", "bptt", "non-uniform", "gupta", "negative-binomial", "sobol"]
+)
 def test_every_scheme_of_the_reference_survives_a_conversion(scheme):
     for name in (scheme, f"{scheme}-curriculum-100"):
         assert config_fields(shape_of({**RELEASED, "sampling_scheme": name}))["sampling_scheme"] == name
@@ -192,7 +199,9 @@ def test_stretched_rotary_is_refused():
         shape_of({**RELEASED, "rope_settings": {"rope_condense_ratio": 2}})
 
 
-@pytest.mark.parametrize("key", ["n_embd", "vocab_size", "n_layers_in_coda", "mean_recurrence", "num_attention_heads"])
+@pytest.mark.parametrize(
+    "key", ["n_embd", "vocab_size", "n_layers_in_coda", "mean_recurrence", "num_attention_heads"]
+)
 def test_a_missing_size_is_named(key):
     del (fields := dict(RELEASED))[key]
     with pytest.raises(ConfigError, match=f"config.json: {key.replace('num_attention', 'n')} is missing"):
@@ -238,7 +247,9 @@ def test_the_remote_code_is_there_and_named_as_auto_map_says():
     modules = {value.split(".")[0] for value in config_fields(tiny_config())["auto_map"].values()}
     names = {path.stem for path in HF.code}
     imported = {
-        name for path in HF.code for name in re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE)
+        name
+        for path in HF.code
+        for name in re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE)
     }
     assert names == modules | imported and all(path.is_file() for path in HF.code)
     assert set(HF.code) == set(HF.code[0].parent.glob("*.py"))

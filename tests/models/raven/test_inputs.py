@@ -1,4 +1,6 @@
-"""models/raven/inputs.py: depth and first state are functions of the step and the sample, never of the ranks."""
+"""models/raven/inputs.py: depth and first state are functions of the step and the sample,
+never of the ranks.
+"""
 
 import math
 from dataclasses import replace
@@ -55,8 +57,16 @@ def test_drawing_touches_no_global_generator():
 @pytest.mark.parametrize("kind", STATE_INITS)
 def test_each_state_init_has_its_distribution(kind):
     config = tiny_config(state_init=kind, dim=64)
-    drawn = initial_state(config, seed=0, step=1, samples=[0, 7], seq_len=2000, device=CPU, dtype=torch.float32)
-    spread = {"like-init": math.sqrt(0.4) * 0.98658, "normal": 1, "embed": 1 / 8, "zero": 0, "unit": math.sqrt(63 / 64)}
+    drawn = initial_state(
+        config, seed=0, step=1, samples=[0, 7], seq_len=2000, device=CPU, dtype=torch.float32
+    )
+    spread = {
+        "like-init": math.sqrt(0.4) * 0.98658,
+        "normal": 1,
+        "embed": 1 / 8,
+        "zero": 0,
+        "unit": math.sqrt(63 / 64),
+    }
     assert float(drawn.std(unbiased=False)) == pytest.approx(spread[kind], rel=0.01)
     assert abs(float(drawn.mean())) < 0.01
     if kind == "like-init":
@@ -101,4 +111,6 @@ def test_settings_that_cannot_go_together_are_refused():
     with pytest.raises(ConfigError, match=r"recurrence\.lockstep = false needs an injection"):
         RavenInputs(tiny_config(injection="none"), RecurrenceConfig(lockstep=False), seed=0, total_steps=1)
     with pytest.raises(ConfigError, match=r'draw_per = "microbatch" needs an injection'):
-        RavenInputs(tiny_config(injection="none"), RecurrenceConfig(draw_per="microbatch"), seed=0, total_steps=1)
+        RavenInputs(
+            tiny_config(injection="none"), RecurrenceConfig(draw_per="microbatch"), seed=0, total_steps=1
+        )

@@ -1,4 +1,6 @@
-"""models/raven/model.py, init.py and shape.py: the mathematics of docs/recurrence.md, its gradients, sizes and cost."""
+"""models/raven/model.py, init.py and shape.py: the mathematics of docs/recurrence.md,
+its gradients, sizes and cost.
+"""
 
 import math
 
@@ -83,7 +85,9 @@ class Restated:
 
     def embed(self, tokens):
         scale = math.sqrt(self.shape.dim) if self.shape.init_strategy == "takase" else 1.0
-        return self.blocks(self.w["transformer.wte.weight"][tokens] * scale, "prelude", self.shape.n_layers_prelude)
+        return self.blocks(
+            self.w["transformer.wte.weight"][tokens] * scale, "prelude", self.shape.n_layers_prelude
+        )
 
     def iterate(self, s, e):
         injected = {"add": s + e, "gate": s * e, "none": s}
@@ -167,7 +171,8 @@ def test_documents_do_not_see_each_other():
     documents = (torch.arange(12) >= 5).int().expand(2, 12)
     joined = model(tokens, documents, num_steps=(2, 1), initial_state=some_state())
     alone = model(tokens[:, 5:], num_steps=(2, 1), initial_state=some_state()[:, 5:])
-    torch.testing.assert_close(joined[:, 5:], alone, atol=1e-5, rtol=1e-5)  # rotary scores know distances only
+    # Rotary scores know distances only.
+    torch.testing.assert_close(joined[:, 5:], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +181,8 @@ def test_documents_do_not_see_each_other():
         ("nebel-raven-3.5b", 3_564_976_800, 1_637_349_120),
         ("nebel-baseline-3.5b", 3_564_976_800, 1_637_349_120),
         ("deluge-raven-4b", 4_426_421_120, 1_982_520_320),
-        ("corone-raven-3.5b", 3_564_976_800 - 8 * 2 * 5280, 1_637_349_120 - 4 * 2 * 5280),  # two norms a block less
+        # Two norms a block less.
+        ("corone-raven-3.5b", 3_564_976_800 - 8 * 2 * 5280, 1_637_349_120 - 4 * 2 * 5280),
         ("debug-demo", 304_000, 271_104),
     ],
 )
@@ -214,7 +220,9 @@ def test_initial_weights_have_the_documented_spread(orthogonal):
         else:
             expected = std / math.sqrt(2 * depth) if ".proj." in name else std
             rms = float(value.detach().square().mean().sqrt())
-            assert rms == pytest.approx(expected * (1 if orthogonal else 0.98658), rel=1e-4 if orthogonal else 0.03)
+            assert rms == pytest.approx(
+                expected * (1 if orthogonal else 0.98658), rel=1e-4 if orthogonal else 0.03
+            )
             if not orthogonal:
                 assert value.abs().max() <= 3 * expected
 
@@ -222,7 +230,9 @@ def test_initial_weights_have_the_documented_spread(orthogonal):
 def test_orthogonal_init_treats_queries_keys_values_gates_and_ups_apart():
     weights = filled(init_orthogonal=True)
     std = math.sqrt(2 / (5 * 64))
-    qkv = next(value for name, value in weights.items() if name.endswith("prelude.0.attn.Wqkv.weight")).detach()
+    qkv = next(
+        value for name, value in weights.items() if name.endswith("prelude.0.attn.Wqkv.weight")
+    ).detach()
     for part in qkv.split(64):
         torch.testing.assert_close(part @ part.T, torch.eye(64) * std**2 * 64, atol=1e-5, rtol=0)
     fc = next(value for name, value in weights.items() if name.endswith("prelude.0.mlp.fc.weight")).detach()
@@ -268,7 +278,9 @@ def test_the_flop_formula_equals_what_torch_counts(variant, draw):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens, num_steps=draw, initial_state=some_state()).sum().backward()
     flops = count_flops(model.shape, 12, draw)
-    assert counter.get_total_flops() == pytest.approx(tokens.numel() * (flops.matmul + flops.attention_full), rel=1e-12)
+    assert counter.get_total_flops() == pytest.approx(
+        tokens.numel() * (flops.matmul + flops.attention_full), rel=1e-12
+    )
     assert flops.attention_causal * 2 * 12 == pytest.approx(flops.attention_full * 13)
 
 
@@ -318,7 +330,10 @@ def test_a_training_step_of_the_reference_shape_takes_at_most_6110_aten_ops():
         ({"qk_norm": 1}, "model.overrides.qk_norm = 1: Input should be a valid boolean"),
         ({"qk_nrom": True}, "did you mean 'qk_norm'"),
         *(({name: 1}, f"model.overrides.{name}: what {name} = ") for name in NOT_BUILT),
-        ({"norm_class_name": "LayerNorm"}, "model.overrides.norm_class_name: what norm_class_name = 'RMSNorm_llama'"),
+        (
+            {"norm_class_name": "LayerNorm"},
+            "model.overrides.norm_class_name: what norm_class_name = 'RMSNorm_llama'",
+        ),
         ({"n_embd": 64}, "model.overrides.n_embd: dim is its name here"),
         ({"block_class_name": "SandwichBlock"}, "block is its name here"),
         ({"padding_multiple": 8}, "set model.vocab_padding_multiple"),

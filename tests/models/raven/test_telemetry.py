@@ -83,7 +83,9 @@ def described_step(rank, world_size, mode):
     def inputs(step, number, batch):
         return ForwardInputs({"num_steps": draws[number], "initial_state": states[number]}, draws[number])
 
-    step = TrainStep(model, build_optimizer(model, config.optimizer), config.training, CPU, forward_inputs=inputs)
+    step = TrainStep(
+        model, build_optimizer(model, config.optimizer), config.training, CPU, forward_inputs=inputs
+    )
     with spec.telemetry(model) as telemetry:
         step(1, batches)
     found = telemetry.read()
@@ -123,7 +125,11 @@ def test_the_depths_of_a_row_are_the_mean_draws_of_its_step(draw_per, tmp_path):
     """Two microbatches a step: the same draw twice, or the draws number 2 s - 1 and 2 s of step s."""
     raven = [key for key in SMALL if "n_layers" not in key]
     raven += ["--model.name=raven", "--model.flavor=debug-demo", "--model.overrides.n_heads=2"]
-    raven += [f"--recurrence.draw_per={draw_per}", "--training.local_batch_size=1", "--training.global_batch_size=2"]
+    raven += [
+        f"--recurrence.draw_per={draw_per}",
+        "--training.local_batch_size=1",
+        "--training.global_batch_size=2",
+    ]
     run = Trainer(load([*raven, "--metrics.log_freq=1", f"--job.dump_folder={tmp_path}"], ALONE), ALONE)
     run.run()
     sampler = DepthSampler(

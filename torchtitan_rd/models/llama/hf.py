@@ -1,7 +1,7 @@
 """Llama to and from Hugging Face's LlamaForCausalLM, one tensor at a time.
 
-Both sides hold the same numbers. Ours (as Meta's release) turns the rotary pairs (2i, 2i + 1) of a head, Hugging Face
-the pairs (i, D/2 + i), so the rows of wq and wk change places within each head.
+Both sides hold the same numbers. Ours (as Meta's release) turns the rotary pairs (2i, 2i + 1) of a head,
+Hugging Face the pairs (i, D/2 + i), so the rows of wq and wk change places within each head.
 """
 
 import dataclasses
@@ -35,12 +35,16 @@ _LAYER = {
 
 
 def key_map(shape: LlamaShape) -> dict[str, str]:
-    """Our name -> Hugging Face's, for every tensor that a Hugging Face folder holds (a tied head is not stored)."""
+    """Our name -> Hugging Face's, for every tensor that a Hugging Face folder holds
+    (a tied head is not stored).
+    """
     names = dict(_TOP)
     if shape.tie_word_embeddings:
         del names["output.weight"]
     for layer in range(shape.n_layers):
-        names |= {f"layers.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in _LAYER.items()}
+        names |= {
+            f"layers.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in _LAYER.items()
+        }
     return names
 
 
@@ -67,8 +71,12 @@ def _reorder(weight: torch.Tensor, shape: LlamaShape, pairs: tuple[int, int]) ->
 def config_fields(shape: LlamaShape) -> dict[str, Any]:
     """The fields of config.json. Raises ConfigError for a shape that LlamaForCausalLM does not have."""
     if shape.norm_type != "rmsnorm":
-        raise ConfigError(f"norm_type = {shape.norm_type!r} has no counterpart in Hugging Face's Llama, only 'rmsnorm'")
-    scaling = {"rope_type": "llama3", **dataclasses.asdict(shape.rope_scaling)} if shape.rope_scaling else None
+        raise ConfigError(
+            f"norm_type = {shape.norm_type!r} has no counterpart in Hugging Face's Llama, only 'rmsnorm'"
+        )
+    scaling = (
+        {"rope_type": "llama3", **dataclasses.asdict(shape.rope_scaling)} if shape.rope_scaling else None
+    )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -94,8 +102,8 @@ def config_fields(shape: LlamaShape) -> dict[str, Any]:
 def shape_of(fields: Mapping[str, Any]) -> LlamaShape:
     """The shape that a config.json describes (of transformers 4, or 5 with its `rope_parameters`).
 
-    What may be left out has the default of transformers' LlamaConfig. Raises ConfigError for what our Llama does not
-    compute, and for values of a wrong type.
+    What may be left out has the default of transformers' LlamaConfig.
+    Raises ConfigError for what our Llama does not compute, and for values of a wrong type.
     """
     read = Fields(fields)
     read.only("model_type", "llama")
@@ -108,7 +116,9 @@ def shape_of(fields: Mapping[str, Any]) -> LlamaShape:
         )
     for kind in read.listed("layer_types"):
         if kind != "full_attention":
-            raise ConfigError(f"config.json: layer_types has {kind!r}, which is not supported, only 'full_attention'")
+            raise ConfigError(
+                f"config.json: layer_types has {kind!r}, which is not supported, only 'full_attention'"
+            )
     heads = read.whole("num_attention_heads")
     theta, scaling = _rotary(read)
     shape = LlamaShape(
@@ -131,8 +141,9 @@ def shape_of(fields: Mapping[str, Any]) -> LlamaShape:
 
 
 def _rotary(read: Fields) -> tuple[float, RopeScaling | None]:
-    """-> (theta, scaling). Of `rope_parameters` and `rope_scaling` some versions of transformers take the one, others
-    the other, so they must agree if both are there; and so must all that state theta."""
+    """-> (theta, scaling). Of `rope_parameters` and `rope_scaling` some versions of transformers take the
+    one, others the other, so they must agree if both are there; and so must all that state theta.
+    """
     tables = {key: read.table(key) for key in ("rope_parameters", "rope_scaling") if key in read.given}
     thetas = {f"{key}.rope_theta": table.number("rope_theta", None) for key, table in tables.items()}
     thetas["rope_theta"] = read.number("rope_theta", None)
@@ -142,8 +153,8 @@ def _rotary(read: Fields) -> tuple[float, RopeScaling | None]:
         for key, other in others:
             if other != value:
                 raise ConfigError(
-                    f"config.json: {first} and {key} say different things ({value} and {other}), and it depends on the "
-                    f"version of transformers which one counts: leave only the right one"
+                    f"config.json: {first} and {key} say different things ({value} and {other}), and it "
+                    f"depends on the version of transformers which one counts: leave only the right one"
                 )
     theta = next((theta for theta in thetas.values() if theta is not None), 10_000.0)
     return theta, next(iter(scalings.values()), None)
@@ -153,12 +164,15 @@ def _scaling(rope: Fields) -> RopeScaling | None:
     kind = rope.only("rope_type" if "rope_type" in rope.given else "type", "default", "llama3")
     names = [field.name for field in dataclasses.fields(RopeScaling)] if kind == "llama3" else []
     values = {
-        name: rope.whole(name) if name == "original_max_position_embeddings" else rope.number(name) for name in names
+        name: rope.whole(name) if name == "original_max_position_embeddings" else rope.number(name)
+        for name in names
     }
     for key in rope.given.keys() - {"type", "rope_type", "rope_theta", *names}:
         rope.only(key, *([1] if key == "partial_rotary_factor" else [None]))
     if rope.given.get("type", kind) != kind:
-        raise ConfigError(f"{rope.where}type = {rope.given['type']!r}, but rope_type = {kind!r}: leave only one")
+        raise ConfigError(
+            f"{rope.where}type = {rope.given['type']!r}, but rope_type = {kind!r}: leave only one"
+        )
     return RopeScaling(**values) if names else None
 
 

@@ -13,8 +13,8 @@ def inits(model: Llama) -> dict[str, InitFn]:
 
     wq, wk, wv, w1: std init_std. (The ancestor cuts at an absolute 2, which is 100 std: no cut.)
     wo, w2, w3: init_std / sqrt(2 * number of layers up to this one), or of all layers without depth_init.
-    Head: std dim^-0.5, cut at 3 std. Embedding: std 1. Tied, they have init_std, as Hugging Face's: a token's own
-    embedding is most of the first residual stream, so a larger one would make each token predict itself.
+    Head: std dim^-0.5, cut at 3 std. Embedding: std 1. Tied, they have init_std, as Hugging Face's: a token's
+    own embedding is most of the first residual stream, so a larger one would make each token predict itself.
     Norms: 1.
     """
     shape = model.shape

@@ -1,6 +1,8 @@
-"""The Llama model, as mathematics on one device. Shapes: B batch, S sequence, E dim, H heads, D head dim, V vocabulary.
+"""The Llama model, as mathematics on one device. Shapes: B batch, S sequence, E dim, H heads,
+D head dim, V vocabulary.
 
-Parameter names and the interleaved rotary pairs are those of Meta's release; hf.py maps them to Hugging Face's.
+Parameter names and the interleaved rotary pairs are those of Meta's release;
+hf.py maps them to Hugging Face's.
 """
 
 import torch

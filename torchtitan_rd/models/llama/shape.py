@@ -18,8 +18,8 @@ class LlamaShape:
     """The shape of a Llama. Raises ConfigError for values at odds with each other.
 
     head_dim: dim / n_heads unless given.
-    ffn_dim: hidden width of the feed-forward; unless given, 8/3 dim * ffn_dim_multiplier, rounded up to a multiple of
-        multiple_of.
+    ffn_dim: hidden width of the feed-forward; unless given, 8/3 dim * ffn_dim_multiplier,
+        rounded up to a multiple of multiple_of.
     tie_word_embeddings: the head's weight is the embedding's.
     depth_init: the initial std of wo, w2 and w3 shrinks with the layer's own depth, else with the model's.
     max_seq_len: the context that an export states (`max_position_embeddings`). It sizes nothing.
@@ -52,7 +52,9 @@ class LlamaShape:
         if self.n_heads % self.n_kv_heads:
             raise ConfigError(f"n_heads = {self.n_heads} is not divisible by n_kv_heads = {self.n_kv_heads}")
         if self.attention_shape.head_dim % 2:
-            raise ConfigError(f"head_dim = {self.attention_shape.head_dim} must be even: rotary embedding turns pairs")
+            raise ConfigError(
+                f"head_dim = {self.attention_shape.head_dim} must be even: rotary embedding turns pairs"
+            )
 
     @property
     def attention_shape(self) -> AttentionShape:
@@ -61,7 +63,9 @@ class LlamaShape:
     def resolved(self) -> "LlamaShape":
         """The same with every size stated that follows from others."""
         head_dim = self.attention_shape.head_dim
-        return replace(self, head_dim=head_dim, ffn_dim=self.hidden_dim, ffn_dim_multiplier=1.0, multiple_of=1)
+        return replace(
+            self, head_dim=head_dim, ffn_dim=self.hidden_dim, ffn_dim_multiplier=1.0, multiple_of=1
+        )
 
     @property
     def hidden_dim(self) -> int:
@@ -80,16 +84,23 @@ def count_flops(shape: LlamaShape, seq_len: int, num_steps: tuple[float, float] 
     heads, kv_heads, head_dim = shape.attention_shape
     layer = shape.dim * head_dim * 2 * (heads + kv_heads) + 3 * shape.dim * shape.hidden_dim
     weights = shape.n_layers * layer + shape.dim * shape.vocab_size
-    per_pair = 3 * 4 * shape.n_layers * heads * head_dim  # q @ k and p @ v, 2 each, forward and twice backward
+    # q @ k and p @ v, 2 each, forward and twice backward.
+    per_pair = 3 * 4 * shape.n_layers * heads * head_dim
     return FlopCount(6 * weights, per_pair * seq_len, per_pair * (seq_len + 1) / 2)
 
 
-def _neural(dim: int, n_layers: int, n_heads: int, n_kv_heads: int, theta: float, **fields: Any) -> LlamaShape:
-    return LlamaShape(dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, rope_theta=theta, **fields)
+def _neural(
+    dim: int, n_layers: int, n_heads: int, n_kv_heads: int, theta: float, **fields: Any
+) -> LlamaShape:
+    return LlamaShape(
+        dim=dim, n_layers=n_layers, n_heads=n_heads, n_kv_heads=n_kv_heads, rope_theta=theta, **fields
+    )
 
 
 def _clm(dim: int, n_layers: int, n_heads: int, n_kv_heads: int) -> LlamaShape:
-    return _neural(dim, n_layers, n_heads, n_kv_heads, 10_000.0, vocab_size=49152, multiple_of=128, max_seq_len=2048)
+    return _neural(
+        dim, n_layers, n_heads, n_kv_heads, 10_000.0, vocab_size=49152, multiple_of=128, max_seq_len=2048
+    )
 
 
 LLAMA3_FLAVORS = {  # dim, layers, heads, kv heads, rope theta

@@ -1,7 +1,8 @@
 """Depth-recurrent transformers (Huginn, arXiv 2502.05171).
 
-Parameter names are those of the released Hugging Face state dict but for the two modules that hold the loop: dropping
-`recurrence.iteration.` from `transformer.recurrence.iteration.{adapter,core_block.<i>}...` gives the released name.
+Parameter names are those of the released Hugging Face state dict but for the two modules that hold the
+loop: dropping `recurrence.iteration.` from `transformer.recurrence.iteration.{adapter,core_block.<i>}...`
+gives the released name.
 """
 
 from torchtitan_rd.model_spec import ModelSpec

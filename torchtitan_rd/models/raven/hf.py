@@ -1,7 +1,7 @@
 """Raven to and from the layout of the released Hugging Face model, one tensor at a time.
 
-Both sides hold the same numbers under the same names, but for the two modules that hold the loop here. The fields of
-config.json are those of the released RavenConfig, so that its modelling file reads an export too.
+Both sides hold the same numbers under the same names, but for the two modules that hold the loop here. The
+fields of config.json are those of the released RavenConfig, so that its modelling file reads an export too.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,8 @@ from torchtitan_rd.models.raven.model import Raven
 from torchtitan_rd.models.raven.released import BLOCK_OF, BLOCKS, COMPUTED, OPTIONS, ROTARY, SIZES
 from torchtitan_rd.models.raven.shape import RavenShape
 
-# What else the released class and transformers write: it says nothing about one forward, or follows from the others.
+# What else the released class and transformers write: it says nothing about one forward,
+# or follows from the others.
 _UNUSED = (
     *("auto_map", "rope_settings", "n_layers", "num_hidden_layers", "hidden_size", "max_position_embeddings"),
     *("num_attention_heads", "head_dim", "tie_word_embeddings", "padding_multiple", "padded_vocab_size"),
@@ -25,7 +26,9 @@ _UNUSED = (
 
 
 def key_map(shape: RavenShape) -> dict[str, str]:
-    """Our name -> Hugging Face's, for every tensor that a Hugging Face folder holds (a tied head is not stored)."""
+    """Our name -> Hugging Face's, for every tensor that a Hugging Face folder holds
+    (a tied head is not stored).
+    """
     with torch.device("meta"):
         model = Raven(shape)
     return {name: name.replace("recurrence.iteration.", "") for name, _ in model.named_parameters()}
@@ -55,7 +58,8 @@ def config_fields(shape: RavenShape) -> dict[str, Any]:
 
 
 def shape_of(fields: Mapping[str, Any]) -> RavenShape:
-    """The shape that a config.json describes: an export of ours, a released one, or either as transformers saves it.
+    """The shape that a config.json describes: an export of ours, a released one,
+    or either as transformers saves it.
 
     Raises ConfigError for a missing field and for what our model does not compute.
     """
@@ -87,7 +91,9 @@ def shape_of(fields: Mapping[str, Any]) -> RavenShape:
 
 
 def buffers(shape: RavenShape) -> dict[str, torch.Tensor]:
-    """freqs_cis: (1, block_size, 1, D/2, 2) float32, cosines and sines: the released class loads it as a buffer."""
+    """freqs_cis: (1, block_size, 1, D/2, 2) float32, cosines and sines:
+    the released class loads it as a buffer.
+    """
     head_dim = shape.attention_shape.head_dim
     frequencies = 1.0 / (shape.rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
     angles = torch.outer(torch.arange(shape.max_seq_len, dtype=torch.float32), frequencies)
@@ -105,8 +111,9 @@ def _forward_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 _USAGE = (
     "`num_steps` is the number of iterations of the recurrent part.\n\n"
-    "To finetune: `labels` are the input ids themselves and are shifted inside, as in every class of transformers. The "
-    "class released with huginn-0125 takes them shifted; labels made for it are to be given as `shift_labels`."
+    "To finetune: `labels` are the input ids themselves and are shifted inside, "
+    "as in every class of transformers. The class released with huginn-0125 takes them shifted; "
+    "labels made for it are to be given as `shift_labels`."
 )
 _CODE = Path(__file__).parent / "huggingface"
 

@@ -14,10 +14,11 @@ from torchtitan_rd.models.raven.model import Raven
 def inits(model: Raven) -> dict[str, InitFn]:
     """How each unique parameter starts, by its name in the unwrapped model.
 
-    std = sqrt(2 / (5 dim)); attn.proj and mlp.proj: std / sqrt(2 * effective depth); normals cut at 3 std, or
-    orthogonal matrices (one for each of query, key and value, and of gate and up) whose entries have that rms.
-    Norms: 1; qk_bias: 0. Source: takase (arXiv 2312.16903) and scaled (arXiv 2210.15424) as Huginn was trained with:
-    both halves of fc have std, although the released modelling file gives the second one that of the projections.
+    std = sqrt(2 / (5 dim)); attn.proj and mlp.proj: std / sqrt(2 * effective depth); normals cut at 3 std,
+    or orthogonal matrices (one for each of query, key and value, and of gate and up) whose entries have
+    that rms. Norms: 1; qk_bias: 0. Source: takase (arXiv 2312.16903) and scaled (arXiv 2210.15424) as
+    Huginn was trained with: both halves of fc have std, although the released modelling file gives the
+    second one that of the projections.
     """
     shape = model.shape
     heads, kv_heads, head_dim = shape.attention_shape
@@ -38,8 +39,12 @@ def inits(model: Raven) -> dict[str, InitFn]:
     return fills
 
 
-def orthogonal_(tensor: torch.Tensor, generator: torch.Generator, std: float, rows: tuple[int, ...] | None) -> None:
-    """Fills each group of `rows` (None: all) with a uniformly drawn semi-orthogonal matrix of root mean square std."""
+def orthogonal_(
+    tensor: torch.Tensor, generator: torch.Generator, std: float, rows: tuple[int, ...] | None
+) -> None:
+    """Fills each group of `rows` (None: all) with a uniformly drawn semi-orthogonal matrix of
+    root mean square std.
+    """
     for part in tensor.split(rows) if rows else (tensor,):
         nn.init.orthogonal_(part, std * math.sqrt(max(part.shape)), generator)
 

@@ -18,15 +18,21 @@ VALIDATION_STEP = 0  # updates count from 1, so validation has noise of its own,
 class RavenInputs:
     """Draws for the microbatches of a run. Raises ConfigError if the settings cannot go together."""
 
-    def __init__(self, shape: RavenShape, recurrence: RecurrenceConfig | None, *, seed: int, total_steps: int):
+    def __init__(
+        self, shape: RavenShape, recurrence: RecurrenceConfig | None, *, seed: int, total_steps: int
+    ):
         """recurrence: [recurrence]; None: its defaults. seed: training.seed. total_steps: training.steps."""
         recurrence = recurrence or RecurrenceConfig()
         if shape.injection == "none" and not recurrence.lockstep:
-            # Without injection, embedding and prelude have a gradient only at n = 0: ranks would not reduce alike.
+            # Without injection, embedding and prelude have a gradient only at n = 0:
+            # ranks would not reduce alike.
             raise ConfigError('recurrence.lockstep = false needs an injection: it is "none" in this model')
         if shape.injection == "none" and recurrence.draw_per == "microbatch":
-            # The same from one microbatch to the next: what copies of the model (HSDP) hold back would come too late.
-            raise ConfigError('recurrence.draw_per = "microbatch" needs an injection: it is "none" in this model')
+            # The same from one microbatch to the next: what copies of the model (HSDP) hold back
+            # would come too late.
+            raise ConfigError(
+                'recurrence.draw_per = "microbatch" needs an injection: it is "none" in this model'
+            )
         self.shape, self.seed = shape, seed
         self.float32_state = recurrence.state_dtype == "float32"
         self.mean_depth = shape.mean_recurrence
@@ -47,19 +53,20 @@ class RavenInputs:
         """What is drawn, and what a cap takes from it."""
         recurrence, sampler = self.sampler.config, self.sampler
         scheme = recurrence.sampling_scheme or self.shape.sampling_scheme
-        text = f"depths: {scheme}, mean {sampler.mean_recurrence.end}, with gradient {sampler.mean_backprop_depth.end}"
+        text = f"depths: {scheme}, mean {sampler.mean_recurrence.end}"
+        text += f", with gradient {sampler.mean_backprop_depth.end}"
+
         if recurrence.max_steps_no_grad is not None:
-            text += (
-                f"; max_steps_no_grad = {recurrence.max_steps_no_grad} cuts {sampler.share_capped():.2%} of the draws"
-            )
+            text += f"; max_steps_no_grad = {recurrence.max_steps_no_grad}"
+            text += f" cuts {sampler.share_capped():.2%} of the draws"
         return text
 
     def at_depths(self, depths: Sequence[int], microbatch: Microbatch) -> ForwardInputs:
         """The inputs of a validation microbatch, of which only the samples and the layout count.
 
-        depths: iterations, ascending, all of them without gradient. A smaller depth is the first part of a larger
-        one, as state and embedded input are the same, so one forward to the last of them passes them all.
-        Raises ConfigError below 1.
+        depths: iterations, ascending, all of them without gradient. A smaller depth is the first part of a
+        larger one, as state and embedded input are the same, so one forward to the last of them passes them
+        all. Raises ConfigError below 1.
         """
         if depths[0] < 1:
             raise ConfigError(f"a depth of {depths[0]} iterations cannot be evaluated: use at least 1")
@@ -99,11 +106,12 @@ def initial_state(
 ) -> torch.Tensor | None:
     """-> (B, S, E) first states, a function of (seed, step, sample) in each row; None for injection "none".
 
-    like-init: a standard normal cut at 3, times the embedding's initial std and scale; normal: std 1; embed: std
-    E^-0.5; zero; unit: normal, standardised over E (unbiased std).
+    like-init: a standard normal cut at 3, times the embedding's initial std and scale; normal: std 1;
+    embed: std E^-0.5; zero; unit: normal, standardised over E (unbiased std).
 
-    One generator a row, on the device itself: a row of 131072 x 5280 numbers takes seconds on a CPU core. Values
-    therefore repeat on the same kind of device, not from CPU to GPU. Drawn in float32; costs one such row of memory.
+    One generator a row, on the device itself: a row of 131072 x 5280 numbers takes seconds on a CPU
+    core. Values therefore repeat on the same kind of device, not from CPU to GPU. Drawn in float32;
+    costs one such row of memory.
     """
     if shape.injection == "none":
         return None

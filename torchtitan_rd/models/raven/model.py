@@ -1,10 +1,11 @@
 """The raven model, as mathematics on one device (arXiv 2502.05171).
 
-Shapes: B batch, S sequence, E dim, H heads, D head dim, V vocabulary. Letters: e embedded input, s state, n and k
-iterations without and with gradient.
+Shapes: B batch, S sequence, E dim, H heads, D head dim, V vocabulary. Letters: e embedded input, s state,
+n and k iterations without and with gradient.
 
-Precision: matmuls and attention compute in the type of the matrices. What lies between them is of `state_dtype`: e, the
-state and the residual stream, in which sums and norms are made. Where all types are equal, no cast is an operation.
+Precision: matmuls and attention compute in the type of the matrices. What lies between them is of
+`state_dtype`: e, the state and the residual stream, in which sums and norms are made. Where all types are
+equal, no cast is an operation.
 """
 
 from collections.abc import Collection
@@ -18,12 +19,14 @@ from torchtitan_rd.models.attention import Mask, attend, build_mask
 from torchtitan_rd.models.layers import Linear, RMSNorm, Rotary, apply_rotary
 from torchtitan_rd.models.raven.shape import RavenShape
 
-QK_NORM_EPS = torch.finfo(torch.float32).eps  # what Huginn's training program has in float32, here in every type
+# What Huginn's training program has in float32, here in every type.
+QK_NORM_EPS = torch.finfo(torch.float32).eps
 
 
 class Attention(nn.Module):
-    """Causal self-attention: one matrix for queries, keys and values, then, as configured: all three clamped, biases on
-    queries and keys, rotary positions, queries and keys normalised."""
+    """Causal self-attention: one matrix for queries, keys and values, then, as configured: all three clamped,
+    biases on queries and keys, rotary positions, queries and keys normalised.
+    """
 
     def __init__(self, shape: RavenShape):
         super().__init__()
@@ -57,7 +60,10 @@ class Attention(nn.Module):
     def _copied(self, qk: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with a key head and a value head for each query head: their biases differ."""
         q, k = qk.split((qk.shape[-1] - v.shape[-1], v.shape[-1]), dim=-1)
-        k, v = (t.unflatten(-1, (-1, self.head_dim)).repeat_interleave(self.copies, -2).flatten(-2) for t in (k, v))
+        k, v = (
+            t.unflatten(-1, (-1, self.head_dim)).repeat_interleave(self.copies, -2).flatten(-2)
+            for t in (k, v)
+        )
         return torch.cat((q, k), dim=-1), v
 
 
@@ -129,8 +135,9 @@ def blocks(shape: RavenShape, number: int) -> nn.ModuleList:
 
 
 class Iteration(nn.Module):
-    """One step of the recurrence: takes e into the state, then runs the core blocks. A module, so that activation
-    checkpointing can replace its `forward`."""
+    """One step of the recurrence: takes e into the state, then runs the core blocks.
+    A module, so that activation checkpointing can replace its `forward`.
+    """
 
     def __init__(self, shape: RavenShape):
         super().__init__()
@@ -139,7 +146,9 @@ class Iteration(nn.Module):
             self.adapter = Linear(2 * shape.dim, shape.dim, bias=False)
         self.core_block = blocks(shape, shape.n_layers_core)
 
-    def forward(self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
+    def forward(
+        self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask
+    ) -> torch.Tensor:
         if self.injection == "linear":
             dtype = self.adapter.weight.dtype
             s_BSE = self.adapter(torch.cat((s_BSE.to(dtype), e_BSE.to(dtype)), dim=-1)).type_as(e_BSE)
@@ -169,7 +178,9 @@ class Recurrence(nn.Module):
         num_steps: tuple[int, int],
         early_read_outs: Collection[int] = (),
     ) -> list[torch.Tensor]:
-        """-> the states after as many iterations without gradient as `early_read_outs` name, then the last one."""
+        """-> the states after as many iterations without gradient as `early_read_outs` name,
+        then the last one.
+        """
         num_steps_no_grad, num_steps_with_grad = num_steps
         early = []
         with torch.no_grad():
@@ -221,16 +232,19 @@ class Raven(Model):
         state_dtype: torch.dtype | None = None,
         head_dtype: torch.dtype | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """num_steps: iterations without gradient, then with. Those without are run on the state alone: e gets its
-        gradient through the others, so the gradients are those of the last k iterations from a given state.
+        """num_steps: iterations without gradient, then with. Those without are run on the state
+        alone: e gets its gradient through the others, so the gradients are those of the last k
+        iterations from a given state.
 
         initial_state: (B, S, E); None, and only then, if injection is "none", where the state starts at e.
 
-        early_read_outs: numbers of iterations, of those without gradient, after which `read_out` is given the logits
-        too; those of the last state come last. It costs a coda and a head each, and a state that is held till then.
+        early_read_outs: numbers of iterations, of those without gradient, after which `read_out` is given
+        the logits too; those of the last state come last. It costs a coda and a head each, and a state
+        that is held till then.
 
         state_dtype: of e, the residual stream and the state; None: that of the embedding.
-        head_dtype: in which the head multiplies; None: that of its weight, which may be a float32 embedding's.
+        head_dtype: in which the head multiplies; None: that of its weight,
+            which may be a float32 embedding's.
         """
         layers = self.transformer
         rotary, mask = self.rotary(tokens_BS.shape[1]), build_mask(tokens_BS, document_ids)

@@ -10,9 +10,9 @@ def wrap_plan(model: Raven) -> WrapPlan:
     ln_f stays in the root, as it is used twice; so do embedding and head if they are tied
     (docs/pytorch_traps.md, Tied parameters).
 
-    All but the matrices, that is norms and qk_bias, keep full precision: one step of bfloat16 at 1.0 is 0.8 %, so a
-    rounded norm weight gives its feature a gain that is wrong by up to 0.4 % in every iteration. So does the embedding,
-    which is e before the prelude and comes back in every iteration.
+    All but the matrices, that is norms and qk_bias, keep full precision: one step of bfloat16 at 1.0 is
+    0.8 %, so a rounded norm weight gives its feature a gain that is wrong by up to 0.4 % in every iteration.
+    So does the embedding, which is e before the prelude and comes back in every iteration.
     """
     layers = model.transformer
     core = "transformer.recurrence.iteration"

@@ -1,5 +1,5 @@
-"""What Huginn's configurations call the fields of a raven's shape: the one table for its released class (config.json),
-which our exports follow, and for its training program (model_config).
+"""What Huginn's configurations call the fields of a raven's shape: the one table for its released class
+(config.json), which our exports follow, and for its training program (model_config).
 """
 
 from typing import Any, NamedTuple
@@ -27,8 +27,9 @@ SIZES = {  # ours -> theirs; whole numbers that both always state
 
 
 class Option(NamedTuple):
-    """name: theirs. released: what the released class takes where it is left out; its type is the field's. trained:
-    the same of the training program, or REQUIRED."""
+    """name: theirs. released: what the released class takes where it is left out; its type is the field's.
+    trained: the same of the training program, or REQUIRED.
+    """
 
     name: str
     released: Any
@@ -85,7 +86,8 @@ ROTARY: dict[str, tuple[Any, ...]] = {"use_rope": (True,), "rope_condense_ratio"
 
 FOREIGN = {
     **{
-        name: f"what {name} = {known[0]!r} means in Huginn's configurations is the only thing built: leave it out"
+        name: f"what {name} = {known[0]!r} means in Huginn's configurations is the only thing built: "
+        "leave it out"
         for name, known in {**NOT_BUILT, "norm_class_name": COMPUTED["norm_class_name"]}.items()
     },
     **{theirs: f"{ours} is its name here" for ours, theirs in SIZES.items() if ours != theirs},

@@ -25,23 +25,25 @@ class RavenShape:
     """The shape of a raven. Raises ConfigError for values at odds with each other.
 
     ffn_dim: hidden width of the gated feed-forward.
-    n_layers_prelude, n_layers_core, n_layers_coda: blocks before, in and after the recurrence; 0 prelude or coda
-        blocks are legal.
+    n_layers_prelude, n_layers_core, n_layers_coda: blocks before, in and after the recurrence;
+        0 prelude or coda blocks are legal.
     n_kv_heads: n_heads unless given.
-    block: where a block's norms stand. sandwich: before and after each branch (Huginn). post: after the residual sum.
-        pre: before each branch, so that the residual stream is never normalised between iterations.
+    block: where a block's norms stand. sandwich: before and after each branch (Huginn). post:
+        after the residual sum. pre: before each branch, so that the residual stream is never
+        normalised between iterations.
     clip_qkv: queries, keys and values are clamped to +- this, right after their projection.
-    qk_bias: one bias for queries and one for keys, added before the rotary embedding. Each query head has its own bias
-        on the keys too, so with fewer kv heads the keys and values are copied for each query head, as in Huginn's
-        training program: the kernel then sees n_heads of them.
-    qk_norm: queries and keys are divided by their root mean square over the head, after the rotary embedding, without
-        a weight.
+    qk_bias: one bias for queries and one for keys, added before the rotary embedding. Each query head has its
+        own bias on the keys too, so with fewer kv heads the keys and values are copied for each query head,
+        as in Huginn's training program: the kernel then sees n_heads of them.
+    qk_norm: queries and keys are divided by their root mean square over the head,
+        after the rotary embedding, without a weight.
     injection: how an iteration takes in the embedded input e. linear: a learned map of [s, e]; add: s + e;
         gate: s * e; none: not at all, the state starts at e.
     state_init: the distribution of the first state (inputs.py).
     mean_recurrence, mean_backprop_depth: means of the iterations in all and of those that are differentiated.
     sampling_scheme: how depths are drawn in training, unless [recurrence] says otherwise (recurrence.py).
-    init_strategy: takase: embeddings are scaled by sqrt(dim) after the lookup; scaled: they are not. See init.py.
+    init_strategy: takase: embeddings are scaled by sqrt(dim) after the lookup;
+        scaled: they are not. See init.py.
     init_orthogonal: initial matrices are orthogonal instead of truncated normals, of the same spread.
     max_seq_len: the context that an export states (`block_size`). It sizes nothing.
     """
@@ -79,11 +81,15 @@ class RavenShape:
                 raise ConfigError(f"{name} = {value} must be positive and finite")
         for name, known in (("injection", INJECTIONS), ("state_init", STATE_INITS)):
             if getattr(self, name) not in known:
-                raise ConfigError(f"{name} = {getattr(self, name)!r} is unknown{nearest(getattr(self, name), known)}")
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)!r} is unknown{nearest(getattr(self, name), known)}"
+                )
         parse_scheme(self.sampling_scheme)
         heads, kv_heads, head_dim = self.attention_shape
         if self.dim % heads or head_dim % 2:
-            raise ConfigError(f"dim = {self.dim} must be an even multiple of n_heads = {heads}: rotary turns pairs")
+            raise ConfigError(
+                f"dim = {self.dim} must be an even multiple of n_heads = {heads}: rotary turns pairs"
+            )
         if heads % kv_heads:
             raise ConfigError(f"n_heads = {heads} is not divisible by n_kv_heads = {kv_heads}")
 
@@ -102,7 +108,9 @@ class RavenShape:
 
     @property
     def weight_std(self) -> float:
-        """Initial spread of weights and embeddings: sqrt(2 / (5 dim)) (Nguyen and Salazar, arXiv 1910.05895)."""
+        """Initial spread of weights and embeddings: sqrt(2 / (5 dim)) (Nguyen and
+        Salazar, arXiv 1910.05895).
+        """
         return math.sqrt(2 / (5 * self.dim))
 
     @property
@@ -112,10 +120,11 @@ class RavenShape:
 
 
 def count_flops(shape: RavenShape, seq_len: int, num_steps: tuple[float, float] | None = None) -> FlopCount:
-    """FLOPs of one training step per token at a draw of (n without gradient, k with gradient) iterations, k >= 1.
+    """FLOPs of one training step per token at a draw of (n without gradient, k with gradient)
+    iterations, k >= 1.
 
-    An iteration without gradient costs its forward alone, a third of one with gradient. The count is linear in n and
-    k, so means over steps give the mean count. num_steps: by default the mean depth.
+    An iteration without gradient costs its forward alone, a third of one with gradient. The count is linear
+    in n and k, so means over steps give the mean count. num_steps: by default the mean depth.
     """
     if num_steps is None:
         k = min(shape.mean_backprop_depth, shape.mean_recurrence)
@@ -133,7 +142,9 @@ def count_flops(shape: RavenShape, seq_len: int, num_steps: tuple[float, float] 
 Layers: TypeAlias = tuple[int, int, int]
 
 
-def _huginn(dim: int, heads: int, ffn_dim: int, layers: Layers, mean: int, backprop: int, **fields: Any) -> RavenShape:
+def _huginn(
+    dim: int, heads: int, ffn_dim: int, layers: Layers, mean: int, backprop: int, **fields: Any
+) -> RavenShape:
     prelude, core, coda = layers
     return RavenShape(
         dim=dim,
@@ -151,8 +162,9 @@ def _huginn(dim: int, heads: int, ffn_dim: int, layers: Layers, mean: int, backp
 def _post_norm(
     dim: int, heads: int, ffn_dim: int, layers: Layers, mean: int, backprop: int, **fields: Any
 ) -> RavenShape:
-    """The shapes that came before Huginn. They differ from it in more than the block: `[model.overrides]` replaces
-    single fields, so Huginn's block in one of these shapes is a `_huginn` row of its own."""
+    """The shapes that came before Huginn. They differ from it in more than the block: `[model.overrides]`
+    replaces single fields, so Huginn's block in one of these shapes is a `_huginn` row of its own.
+    """
     before = {
         "block": "post",
         "qk_bias": False,

@@ -1,4 +1,5 @@
-"""The blocks of a depth-recurrent transformer (Huginn, arXiv 2502.05171), and what a forward hands to each of them.
+"""The blocks of a depth-recurrent transformer (Huginn, arXiv 2502.05171),
+and what a forward hands to each of them.
 
 Shapes: B batch, S sequence, K keys (cached ones and S), E n_embd, H heads, D head dim.
 """
@@ -14,7 +15,9 @@ from .configuration_raven import RavenConfig
 
 
 class Context(NamedTuple):
-    """Of one forward. mask: (B, 1, S, K) or (S, K), True where a query may look. None: causal, or one new token."""
+    """Of one forward. mask: (B, 1, S, K) or (S, K), True where a query may look.
+    None: causal, or one new token.
+    """
 
     cos: torch.Tensor  # (B or 1, S, 1, D/2) float32
     sin: torch.Tensor
@@ -36,7 +39,9 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """One matrix for several outputs of `rows` features. rows and ends_branch matter to `_init_weights` alone."""
+    """One matrix for several outputs of `rows` features.
+    rows and ends_branch matter to `_init_weights` alone.
+    """
 
     def __init__(self, fan_in: int, *rows: int, ends_branch: bool = False):
         super().__init__(fan_in, sum(rows), bias=False)
@@ -50,13 +55,19 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Attention(nn.Module):
-    """Causal self-attention: one matrix for queries, keys and values, then, as configured: all three clamped, biases on
-    queries and keys (one a query head: grouped keys are copied), rotary positions, queries and keys normalised."""
+    """Causal self-attention: one matrix for queries, keys and values, then, as configured: all three
+    clamped, biases on queries and keys (one a query head: grouped keys are copied), rotary positions,
+    queries and keys normalised.
+    """
 
     def __init__(self, config: RavenConfig):
         super().__init__()
         self.config = config
-        heads, kv_heads, self.head_dim = config.n_heads, config.num_key_value_heads, config.n_embd // config.n_heads
+        heads, kv_heads, self.head_dim = (
+            config.n_heads,
+            config.num_key_value_heads,
+            config.n_embd // config.n_heads,
+        )
         self.heads, self.clip_qkv, self.qk_norm = (heads, kv_heads, kv_heads), config.clip_qkv, config.qk_norm
         self.Wqkv = Linear(config.n_embd, *(number * self.head_dim for number in self.heads))
         self.qk_bias = nn.Parameter(torch.zeros(2, 1, heads, self.head_dim)) if config.qk_bias else None
@@ -81,12 +92,15 @@ class Attention(nn.Module):
         if self.config._attn_implementation == "eager":
             y = attend(q, k, v, context.mask)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=gqa)
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=gqa
+            )
         return self.proj(y.transpose(1, 2).flatten(-2))
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v of (B, H, S, D), (B, H_kv, K, D) twice -> (B, H, S, D), with the softmax in float32.
+    """softmax(q k^T / sqrt(D)) v of (B, H, S, D), (B, H_kv, K, D) twice -> (B, H, S, D),
+    with the softmax in float32.
 
     The "eager" implementation, which shows each step; mask is that of Context.
     """
@@ -159,12 +173,20 @@ def positions_and_mask(
     batch, length, _ = embeds.shape
     keys = torch.arange(past + length, device=embeds.device)
     if attention_mask is not None and attention_mask.shape != (batch, past + length):
-        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, but must be {(batch, past + length)}")
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)}, but must be {(batch, past + length)}"
+        )
     if position_ids is None:
         counted = keys[None] if attention_mask is None else attention_mask.long().cumsum(-1) - 1
         position_ids = counted[:, past:].clamp(min=0)
-    if attention_mask is not None and length > 1 and not torch.compiler.is_compiling() and bool(attention_mask.all()):
-        # The causal kernels are faster and need no mask. Neither compiled code nor each new token waits for the answer.
+    if (
+        attention_mask is not None
+        and length > 1
+        and not torch.compiler.is_compiling()
+        and bool(attention_mask.all())
+    ):
+        # The causal kernels are faster and need no mask.
+        # Neither compiled code nor each new token waits for the answer.
         attention_mask = None
     if attention_mask is None and (past == 0 or length == 1):
         return position_ids, None

@@ -11,18 +11,20 @@ STATE_INITS = ("like-init", "normal", "embed", "zero", "unit")
 
 
 class RavenConfig(PretrainedConfig):
-    """The fields of the released `huginn_raven` config, and no other. Raises ValueError for what has no meaning here.
+    """The fields of the released `huginn_raven` config, and no other.
+    Raises ValueError for what has no meaning here.
 
     n_embd, n_heads, num_key_value_heads (n_heads unless given), intermediate_size, vocab_size: sizes.
-    n_layers_in_prelude, n_layers_in_recurrent_block, n_layers_in_coda: blocks before, in and after the recurrence.
-    mean_recurrence: iterations in evaluation, and their mean in training. mean_backprop_depth: the mean of those that
-        are differentiated. sampling_scheme: how depths are drawn in training.
-    block_class_name: SandwichBlock has norms before and after each branch, TransformerPostNormBlock after the sums,
-        TransformerPreNormBlock before each branch.
+    n_layers_in_prelude, n_layers_in_recurrent_block, n_layers_in_coda: blocks before, in and after the
+        recurrence.
+    mean_recurrence: iterations in evaluation, and their mean in training. mean_backprop_depth: the mean of
+        those that are differentiated. sampling_scheme: how depths are drawn in training.
+    block_class_name: SandwichBlock has norms before and after each branch,
+        TransformerPostNormBlock after the sums, TransformerPreNormBlock before each branch.
     clip_qkv: bound of queries, keys and values, right after their projection; None: none.
     qk_norm: queries and keys are divided by their root mean square, after the rotary embedding.
-    injection_type: how an iteration takes in the embedded input e. linear: a learned map of [s, e]; add: s + e;
-        gate: s * e; none: not at all, the state starts at e.
+    injection_type: how an iteration takes in the embedded input e. linear: a learned map of [s, e];
+        add: s + e; gate: s * e; none: not at all, the state starts at e.
     state_init: the distribution of the first state. init_strategy: takase scales embeddings by sqrt(n_embd).
     block_size: the context of training; it sizes nothing.
     """
