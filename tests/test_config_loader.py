@@ -117,14 +117,6 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     assert "stands outside a [section]" in problems(tmp_path, "steps = 5\n")
 
 
-def test_sections_that_contradict_each_other_are_refused(tmp_path):
-    text = '[training]\nsteps = 10\n[lr_scheduler]\nschedule = "trapezoid"\n'
-    text += "warmup_steps = 8\ncooldown_steps = 8\n"
-    assert [
-        "warmup_steps (8) + cooldown_steps (8)" in line for line in read(tmp_path, text).config.cross_checks()
-    ] == [True]
-
-
 def test_a_cool_down_after_a_decay_warns_of_its_jump(tmp_path):
     text = '[lr_scheduler]\nschedule = "cosine"\nwarmup_steps = 0\ncooldown_steps = 2\n'
     assert any("jumps up" in warning for warning in read(tmp_path, text).warnings)

@@ -152,6 +152,19 @@ def test_a_mistake_in_one_section_does_not_hide_those_of_others():
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), lines
 
 
+def test_packed_rows_are_validated_on_text_too(tmp_path):
+    """The ids of padding and of a document's end are those of packed rows alone."""
+    (tmp_path / "train.parquet").touch()
+    packed = [f"--training.dataset_path={tmp_path}", "--training.pad_id=0", "--training.eos_id=1"]
+    packed += ["--training.dataset=packed", "--model.vocab_size=258", "--validation.enable"]
+    plan(*packed, "--validation.dataset=pydoc-validation", "--validation.sequences=8")
+
+
+def test_a_mistake_in_the_held_out_data_is_told_of_its_own_keys():
+    found = problems("--validation.enable", "--validation.dataset=text", "--validation.sequences=8")
+    assert found == ["validation.dataset = 'text' needs validation.dataset_path"]
+
+
 def test_the_machine_is_asked_only_where_it_is_the_one_that_trains():
     offload, snapshot = "--training.enable_cpu_offload", "--profiling.enable_memory_snapshot"
     flash = "--model.attention_backend=fa3"
@@ -203,7 +216,8 @@ def test_the_tokenizer_is_read_once_and_not_at_all_where_it_is_handed_in(monkeyp
 def test_asked_for_help_the_trainer_shows_an_example_that_can_be_typed(program):
     found = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0 and not found.stderr
-    (example,) = [line.split() for line in found.stdout.splitlines() if line.startswith("  torchrun")]
+    shown = found.stdout.replace("\\\n", " ").splitlines()  # as a shell joins them
+    (example,) = [line.split() for line in shown if line.startswith("  torchrun")]
     arguments = example[example.index("torchtitan_rd.train") + 1 :]
     assert arguments[0] == "--job.config_file"
     assert plan(*arguments, ranks=2).batch.global_batch_size == 32

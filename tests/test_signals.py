@@ -233,7 +233,7 @@ def test_ranks_that_never_meet_leave_no_stale_status(tmp_path, monkeypatch):
 
 
 def test_a_status_that_another_run_leaves_while_this_one_starts_is_removed(tmp_path, monkeypatch):
-    """The other one held the folder until it had written it: a requeue overlaps with the end of the run before."""
+    """The other one held the folder until it had written it, as where a requeue overlaps with its end."""
     build, seen = parts.build_dataloader, []
 
     def build_while_another_ends(*arguments, **options):

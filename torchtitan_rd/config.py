@@ -1,4 +1,4 @@
-"""JobConfig: every section in one place; the checks between them that need nothing else."""
+"""JobConfig: every section in one place. What is wrong between sections is found in run_plan.py."""
 
 from pathlib import Path
 from typing import Any
@@ -37,18 +37,6 @@ class JobConfig(Section):
     metrics: MetricsConfig = MetricsConfig()
     profiling: ProfilingConfig = ProfilingConfig()
     comm: CommConfig = CommConfig()
-
-    def cross_checks(self) -> list[str]:
-        """What is wrong between sections, one line each, for `run_plan.resolve`; empty if nothing is."""
-        problems = []
-        schedule, steps = self.lr_scheduler, self.training.steps
-        if schedule.cooldown_steps and schedule.warmup_steps + schedule.cooldown_steps > steps:
-            problems.append(
-                f"[lr_scheduler] warmup_steps ({schedule.warmup_steps}) + "
-                f"cooldown_steps ({schedule.cooldown_steps}) "
-                f"is more than [training] steps ({steps}): shorten one or train longer"
-            )
-        return problems
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Section -> key -> plain value, with credentials hidden: for whatever is written or shown."""

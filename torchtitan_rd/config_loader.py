@@ -19,6 +19,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tomli
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from torchtitan_rd.errors import ConfigError
@@ -31,6 +32,10 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
+
+
+MUST_MATCH: JsonDict = {"on_resume": "must_match"}
+"""`json_schema_extra` of a key that a resumed run may not change."""
 
 
 class Section(BaseModel):
@@ -50,10 +55,6 @@ class Section(BaseModel):
             key for base in cls.__mro__ for key in inspect.get_annotations(base) if key in cls.model_fields
         ]
         return [(key, cls.model_fields[key]) for key in dict.fromkeys(declared)]
-
-    def cross_checks(self) -> list[str]:
-        """What is wrong between its sections, of a schema that is made of sections."""
-        return []
 
 
 def section_type(info: FieldInfo) -> type[Section]:

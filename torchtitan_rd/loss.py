@@ -1,6 +1,7 @@
 """The training objective, always as a SUM over valid tokens: the caller divides by their global number.
 
-Also the labels that goldfish loss leaves out, and a guard that stops a run whose loss has gone up for good.
+Also the labels that goldfish loss leaves out, and a guard that stops a run once the loss of a step exceeds a
+bound. What a NaN does is decided in train_step.py (`Verdict`).
 """
 
 import math

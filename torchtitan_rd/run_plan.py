@@ -3,7 +3,7 @@ and all that is wrong, at once.
 
 Made from the config and the number of ranks alone, so `torchtitan-rd config` shows on a laptop, and the
 launch script before torchrun or Slurm, what a run would find. What is cheap to look at is looked at: whether
-the path of the data exists, and the tokenizer, which is read here and nowhere else.
+the path of the data exists, and the tokenizer of text, unless one is handed in.
 """
 
 import dataclasses
@@ -121,7 +121,7 @@ def resolve(
     tokenizer: one that has been read already, so that `model.tokenizer_path` is not.
     """
     training, problems = config.training, _Problems()
-    problems.lines += config.cross_checks()
+    _check_schedule(config, problems)
     if device is not None:
         _check_device(config, device, problems)
 
@@ -193,6 +193,16 @@ def resolve_shape(config: JobConfig, spec: ModelSpec, vocab_size: int) -> Any:
     if config.checkpoint.last_save_in_hf:
         spec.hf.config_fields(shape)
     return shape
+
+
+def _check_schedule(config: JobConfig, problems: _Problems) -> None:
+    schedule, steps = config.lr_scheduler, config.training.steps
+    if schedule.cooldown_steps and schedule.warmup_steps + schedule.cooldown_steps > steps:
+        problems.lines.append(
+            f"[lr_scheduler] warmup_steps ({schedule.warmup_steps}) + "
+            f"cooldown_steps ({schedule.cooldown_steps}) is more than [training] steps ({steps}): "
+            "shorten one or train longer"
+        )
 
 
 def _check_device(config: JobConfig, device: torch.device, problems: _Problems) -> None:

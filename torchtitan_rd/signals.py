@@ -4,8 +4,8 @@ and what `exit_status.json` says afterwards.
 One state machine. Before the first step and during an export a signal ends what runs there, since no step is
 under way that could be saved. From the first step on it is remembered: the step is finished and saved on all
 ranks alike, for the flag of each rank is one number among those that a step sums over all ranks
-(parallelism/step_sums.py). Further signals change nothing, so that an impatient launcher does not lose the
-save it asked for; only a hasty third one ends the run.
+(parallelism/step_sums.py), and `Trainer._train` saves and ends. Further signals change nothing, so that an
+impatient launcher does not lose the save it asked for; only a hasty third one ends the run.
 """
 
 import json

@@ -340,9 +340,8 @@ class Trainer:
 
     def _stop_early(self) -> None:
         self.parts.train_step.settle()  # a last update that must not be ends the run as such
-        saving = (
-            "saving a checkpoint" if self.config.checkpoint.enable else "nothing is saved (checkpoint.enable)"
-        )
+        saved = self.config.checkpoint.enable
+        saving = "a checkpoint is saved" if saved else "nothing is saved (checkpoint.enable)"
         logger.info("stopping after step %d: %s", self.step, saving)
 
     def _log(self, result: StepResult, batches: list[Batch], *, lr: float, telemetry: Any) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torchtitan_rd.batch import Batch
+from torchtitan_rd.config_loader import MUST_MATCH
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.errors import TrainingError
 from torchtitan_rd.log import logger
@@ -47,8 +48,9 @@ class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys):
     """on_nonfinite = "skip": more skipped updates in a row than this stop the run,
     as on_nonfinite = "stop" does.
     """
-    seed: int = Field(0, ge=0, lt=2**64, json_schema_extra={"on_resume": "must_match"})
-    """Decides initial weights and synthetic data; the same for every number of ranks."""
+    seed: int = Field(0, ge=0, lt=2**64, json_schema_extra=MUST_MATCH)
+    """Decides initial weights, the state noise of a recurrent model and synthetic data; the same for every
+    number of ranks."""
     deterministic: bool = False
     """Only kernels that repeat bit for bit (slower on GPUs)."""
     gc_freq: int = Field(50, ge=1)
@@ -126,7 +128,7 @@ class TrainStep:
     out of work for it. On a CPU, and for an optimizer that takes no flag from the device, the host reads
     them before the update.
 
-    How many updates in a row were skipped is the only state; a resumed run starts counting anew.
+    Nothing of it is kept in a checkpoint: a resumed run counts the updates skipped in a row anew.
     """
 
     def __init__(

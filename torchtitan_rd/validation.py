@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_rd.batch import Batch
 from torchtitan_rd.config_loader import OptionalUserPath, Section
-from torchtitan_rd.data import BatchDims, DataRanks, DatasetKeys, Tokenizer, build_dataloader
+from torchtitan_rd.data import DATASETS, BatchDims, DataRanks, DatasetKeys, Tokenizer, build_dataloader
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.loss import count_valid, cross_entropy_sums
@@ -61,9 +61,11 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
             f"validation.sequences = {config.sequences} is not a multiple of training.local_batch_size = "
             f"{training.local_batch_size} times the {data_degree} data ranks = {at_once}"
         )
-    same = config.dataset in (None, training.dataset)
+    name = config.dataset or training.dataset
+    same = name == training.dataset
+    is_packed = name in DATASETS and DATASETS[name].kind == "packed"
     return DatasetKeys(
-        dataset=config.dataset or training.dataset,
+        dataset=name,
         dataset_path=config.dataset_path or (training.dataset_path if same else None),
         dataset_revision=training.dataset_revision if same and config.dataset_path is None else None,
         column=training.column if same else None,
@@ -71,8 +73,8 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
         local_batch_size=training.local_batch_size,
         global_batch_size=config.sequences,
         document_mask=training.document_mask,
-        pad_id=training.pad_id,
-        eos_id=training.eos_id,
+        pad_id=training.pad_id if is_packed else None,
+        eos_id=training.eos_id if is_packed else None,
     )
 
 

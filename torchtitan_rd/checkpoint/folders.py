@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: names, staging, the one commit, retention. Called on rank 0 only.
+"""The folder of a run's checkpoints: names, staging, the one commit, retention. Rank 0 alone writes here.
 
 A checkpoint is a real folder `step-N` with a manifest. Everything that this module makes, renames or
 removes has one of the names below; whatever else lies in the folder, symbolic links included, is the user's

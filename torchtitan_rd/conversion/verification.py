@@ -1,5 +1,5 @@
 """Proves a conversion: the same tokens through our model and through the transformers library's,
-in float32 on CPU.
+in float32 on CPU. conversion/pipeline.py refuses what does not pass.
 
 Both read the same numbers, so the type that they are stored in does not count.
 One model is in memory at a time. Shapes: B batch, S sequence, V vocabulary.

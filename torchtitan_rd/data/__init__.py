@@ -84,9 +84,9 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
     packed_keys = config.pad_id is not None or config.eos_id is not None
     needs_eos = row.kind == "packed" and (config.pad_id is not None or config.document_mask)
     remarks = (
-        (row.samples and config.dataset_path, "is made here: training.dataset_path has no effect on it"),
+        (row.samples and config.dataset_path, f"is made here: {section}.dataset_path has no effect on it"),
         (row.samples and config.stream, "is made here: set training.stream (STREAM_HF_DATA) = false"),
-        (not (row.samples or row.hub or config.dataset_path), "needs training.dataset_path"),
+        (not (row.samples or row.hub or config.dataset_path), f"needs {section}.dataset_path"),
         (
             config.stream and config.skip_ranges,
             "is streamed, so its rows have no numbers: unset training.skip_ranges",
@@ -102,7 +102,7 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
         check_path(config.dataset_path, split)
     if config.dataset_revision and repository(config, row.hub, split) is None:
         raise ConfigError(
-            f"training.dataset = {name!r} is not read from the hub here: unset training.dataset_revision"
+            f"{section}.dataset = {name!r} is not read from the hub here: unset training.dataset_revision"
         )
     return row
 

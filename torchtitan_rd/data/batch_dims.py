@@ -10,12 +10,9 @@ from functools import cached_property
 from itertools import accumulate
 
 from pydantic import Field, field_validator
-from pydantic.config import JsonDict
 
-from torchtitan_rd.config_loader import Section
+from torchtitan_rd.config_loader import MUST_MATCH, Section
 from torchtitan_rd.errors import ConfigError
-
-_MUST_MATCH: JsonDict = {"on_resume": "must_match"}
 
 
 class BatchKeys(Section):
@@ -28,10 +25,10 @@ class BatchKeys(Section):
     resume on another number of ranks.
     """
 
-    batch_ramp_steps: int = Field(0, ge=0, json_schema_extra=_MUST_MATCH)
+    batch_ramp_steps: int = Field(0, ge=0, json_schema_extra=MUST_MATCH)
     """Steps over which the global batch grows to global_batch_size. 0: full size from the first step."""
 
-    batch_ramp_stages: int = Field(8, ge=2, json_schema_extra=_MUST_MATCH)
+    batch_ramp_stages: int = Field(8, ge=2, json_schema_extra=MUST_MATCH)
     """batch_ramp_steps: the number of sizes on the way, of equal distance: step s of r trains on
     ceil(s * stages / r) / stages of the full batch. Must divide global_batch_size."""
 

@@ -1,13 +1,11 @@
 """The keys of [training] that the data room reads; `train_step.TrainingConfig` inherits them."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator
 
-from torchtitan_rd.config_loader import OptionalUserPath
+from torchtitan_rd.config_loader import MUST_MATCH, OptionalUserPath
 from torchtitan_rd.data.batch_dims import BatchKeys
-
-MUST_MATCH: dict[str, Any] = {"on_resume": "must_match"}
 
 
 class DatasetKeys(BatchKeys):

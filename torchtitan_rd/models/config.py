@@ -3,11 +3,8 @@
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
-from pydantic.config import JsonDict
 
-from torchtitan_rd.config_loader import Section, UserPath
-
-MUST_MATCH: JsonDict = {"on_resume": "must_match"}
+from torchtitan_rd.config_loader import MUST_MATCH, Section, UserPath
 
 
 class ModelConfig(Section):

@@ -4,14 +4,13 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from torchtitan_rd.config_loader import MUST_MATCH
 from torchtitan_rd.optimizer.ellis_adam import EllisKeys
 from torchtitan_rd.optimizer.muon import MuonKeys
 
 
 class OptimizerConfig(EllisKeys, MuonKeys):
-    name: Literal["AdamW", "Adam", "ELLISAdam", "Muon"] = Field(
-        "AdamW", json_schema_extra={"on_resume": "must_match"}
-    )
+    name: Literal["AdamW", "Adam", "ELLISAdam", "Muon"] = Field("AdamW", json_schema_extra=MUST_MATCH)
     """Adam here has no weight decay unless weight_decay is set (then it is L2 in the gradient).
     ELLISAdam: the AdamW variant of the Huginn runs. Muon: for the matrices, with AdamW for embeddings,
     head, norms and biases.

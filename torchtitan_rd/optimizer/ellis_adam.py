@@ -16,10 +16,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchtitan_rd.config_loader import Section
+from torchtitan_rd.config_loader import MUST_MATCH, Section
 from torchtitan_rd.optimizer.shards import local, replace_unless, sum_over_shards
-
-_MUST_MATCH: dict[str, Any] = {"on_resume": "must_match"}  # they decide which tensors a checkpoint holds
 
 
 class EllisKeys(Section):
@@ -41,9 +39,9 @@ class EllisKeys(Section):
     """ELLISAdam: decay by weight_decay times the schedule's factor; if false, times the rate,
     as AdamW does.
     """
-    kahan_sum_compensation: bool = Field(False, json_schema_extra=_MUST_MATCH)
+    kahan_sum_compensation: bool = Field(False, json_schema_extra=MUST_MATCH)
     """ELLISAdam: keep what each update of a parameter loses to rounding, and add it to the next."""
-    buffer_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", json_schema_extra=_MUST_MATCH)
+    buffer_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", json_schema_extra=MUST_MATCH)
     """ELLISAdam: type in which the moments are kept; arithmetic is in that of the parameters.
     float16 loses squared gradients below 6e-8.
     """

@@ -19,22 +19,18 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from torchtitan_rd.config_loader import Section
+from torchtitan_rd.config_loader import MUST_MATCH, Section
 from torchtitan_rd.model_spec import WrapPlan
 
 
 class ShardingKeys(Section):
     """The [training] keys that decide the precision and the place of the sharded parameters."""
 
-    mixed_precision_param: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", json_schema_extra={"on_resume": "must_match"}
-    )
+    mixed_precision_param: Literal["bfloat16", "float32"] = Field("bfloat16", json_schema_extra=MUST_MATCH)
     """Type in which gathered parameters and activations compute.
     Parameters themselves are kept in float32.
     """
-    mixed_precision_reduce: Literal["float32", "bfloat16"] = Field(
-        "float32", json_schema_extra={"on_resume": "must_match"}
-    )
+    mixed_precision_reduce: Literal["float32", "bfloat16"] = Field("float32", json_schema_extra=MUST_MATCH)
     """Type in which gradients are summed over the ranks, and with copies of the model (HSDP)
     over microbatches too.
     """

@@ -69,7 +69,10 @@ def _reorder(weight: torch.Tensor, shape: LlamaShape, pairs: tuple[int, int]) ->
 
 
 def config_fields(shape: LlamaShape) -> dict[str, Any]:
-    """The fields of config.json. Raises ConfigError for a shape that LlamaForCausalLM does not have."""
+    """The fields of config.json that follow from the shape; conversion/huggingface.py adds the others.
+
+    Raises ConfigError for a shape that LlamaForCausalLM does not have.
+    """
     if shape.norm_type != "rmsnorm":
         raise ConfigError(
             f"norm_type = {shape.norm_type!r} has no counterpart in Hugging Face's Llama, only 'rmsnorm'"

@@ -1,4 +1,8 @@
-"""What a raven's forward takes beside tokens: the depth and the first state, both functions of the step."""
+"""What a raven's forward takes beside tokens: the depth and the first state.
+
+The depth is a function of the step (and of the rank, where each draws its own); the state is one of the
+seed, the step and the row.
+"""
 
 import hashlib
 import math
