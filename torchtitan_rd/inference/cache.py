@@ -29,7 +29,8 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=layout.dtype, device=device)
         self.values = torch.zeros(shape, dtype=layout.dtype, device=device)
         self.start = self.length = 0
-        self._real = torch.ones(batch, positions, dtype=torch.bool, device=device)
+        # Added to scores: 0 where a position may be looked at. Kernels would make it of booleans in each layer.
+        self._bias = torch.zeros(batch, positions, dtype=layout.dtype, device=device)
         self._held = torch.full((batch, positions), sharing.slots, device=device)  # of the core's slots, how many
         possible = range(sharing.depth + 1)
         self._written = torch.tensor([sharing.written(steps) for steps in possible], device=device)
@@ -61,7 +62,7 @@ class KVCache:
         self.length = self.start + count
         self.writers = None
         if real is not None and not bool(real.all()):
-            self._real[:, self.start : self.length] = real
+            self._bias[:, self.start : self.length].masked_fill_(~real, -torch.inf)
             self._padded = True
         if self._ragged:
             self._held[:, self.start : self.length] = self.sharing.slots
@@ -86,26 +87,26 @@ class KVCache:
         self.length -= count
 
     def visible(self, core: int | None) -> tuple[torch.Tensor | None, bool]:
-        """-> mask (B or 1, 1, S or 1, T') of the open positions in a slot of the core (None: another), True
-        where a query may look, or None; and whether it is plain causal."""
+        """-> what is added to the scores (B or 1, 1, S or 1, T') of the open positions in a slot of the core (None:
+        another one), -inf where a query may not look, or None; and whether it is plain causal."""
         if core is None or not self._ragged:
             return self._mask, self._causal
-        held = (self._held[:, : self.length] > core)[:, None, None]
-        return (held if self._mask is None else self._mask & held), False
+        absent = (self._held[:, : self.length] <= core)[:, None, None]
+        mask = torch.zeros_like(absent, dtype=self._bias.dtype) if self._mask is None else self._mask
+        return mask.masked_fill(absent, -torch.inf), False
 
     def _mask_of(self, count: int) -> tuple[torch.Tensor | None, bool]:
         """The same where no position was left early."""
+        bias = self._bias[:, None, None, : self.length]
         if count == 1:
-            return (self._real[:, None, None, : self.length] if self._padded else None), False
+            return (bias if self._padded else None), False
         if self.start == 0 and not self._padded:
             return None, True
-        keys = torch.arange(self.length, device=self._real.device)
+        keys = torch.arange(self.length, device=bias.device)
         queries = keys[self.start :, None]
-        causal = keys <= queries
-        if not self._padded:
-            return causal[None, None], False
+        mask = (bias if self._padded else bias[:1]).masked_fill(keys > queries, -torch.inf)
         # Padding sees itself: a query that sees nothing would be undefined.
-        return (causal & self._real[:, None, None, : self.length]) | (keys == queries), False
+        return mask.masked_fill(keys == queries, 0.0), False
 
 
 class _Slot(KeyValues):

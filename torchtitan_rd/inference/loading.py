@@ -124,19 +124,21 @@ def _filled(weights: Weights, dtype: torch.dtype | None, device: torch.device) -
     wide = set(plan.full_precision)
     if plan.float32_units:
         wide |= {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    placed: dict[str, torch.Tensor] = {}
 
-    def place(name: str, tensor: torch.Tensor) -> None:
+    def place(name: str, parameter: nn.Parameter) -> None:
         owner, _, leaf = name.rpartition(".")
-        placed[name] = tensor
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        setattr(model.get_submodule(owner), leaf, parameter)
 
     for name in weights.tensors:
         if name not in tied:
             tensor = weights.read(name).to(device)
-            place(name, tensor.to(torch.float32 if name in wide else dtype or tensor.dtype, copy=True))
+            kept = torch.float32 if name in wide else dtype or tensor.dtype
+            place(name, nn.Parameter(tensor.to(kept, copy=True), requires_grad=False))
     for second, first in tied.items():
-        place(second, placed[first].to(dtype or weights.tensors[first].dtype))  # shared if the types are equal
+        owner, _, leaf = first.rpartition(".")
+        shared = getattr(model.get_submodule(owner), leaf)
+        kept = dtype or weights.tensors[first].dtype
+        place(second, shared if shared.dtype == kept else nn.Parameter(shared.to(kept), requires_grad=False))
     model.init_buffers(device)
     return lay_out(model.eval())
 

@@ -126,7 +126,8 @@ def raster(path: Path, prompt: SpikePrompt, generated: np.ndarray) -> None:
     shown = {"prompt and generated": np.concatenate((prompt.counts, generated), axis=1)}
     if prompt.truth is not None:
         shown["recorded"] = prompt.truth
-    most = max(int(counts.max()) for counts in shown.values()) or 1
+    # A recording says what counts are usual; a poor model's largest would leave nothing of it to be seen.
+    most = int(shown.get("recorded", shown["prompt and generated"]).max()) or 1
     figure, axes = pyplot.subplots(len(shown), sharex=True, squeeze=False, figsize=(9, 3.2 * len(shown)))
     for axis, (title, counts) in zip(axes[:, 0], shown.items(), strict=True):
         image = axis.imshow(counts, aspect="auto", interpolation="nearest", cmap="Greys", vmin=0, vmax=most)
