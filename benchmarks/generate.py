@@ -102,7 +102,7 @@ def runs() -> dict[str, Run]:
     return {
         f"transformers {transformers.__version__} Llama": peer,
         "our Llama": ours(llama),
-        f"our raven, {DEPTH} iterations": ours(raven, depth=DEPTH),
+        f"our raven, {DEPTH} iterations": ours(raven, depth=DEPTH, init_scale=0.0),
     }
 
 

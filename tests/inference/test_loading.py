@@ -53,7 +53,7 @@ def test_a_step_folder_and_a_hugging_face_folder_are_the_model_that_was_saved(fo
 
 
 def test_what_training_keeps_in_float32_stays_float32(folders):
-    family, model, step, _ = folders
+    family, _, step, _ = folders
     loaded = load_model(step, dtype=torch.bfloat16)
     kinds = {name: p.dtype for name, p in loaded.model.named_parameters(remove_duplicate=False)}
     wide = {name for name, dtype in kinds.items() if dtype == torch.float32}
@@ -123,5 +123,5 @@ def test_a_run_on_text_comes_with_its_tokenizer_and_a_run_on_spikes_without(tmp_
         assert loaded.source.kind == kind and (loaded.tokenizer is None) == (kind == "spikes")
         assert loaded.source.vocab_size == (256 if kind == "spikes" else 258)
     assert load_model(tmp_path / "pydoc", tokenizer_path="none").tokenizer is None
-    with pytest.raises(ConfigError, match="the tokenizer has ids up to 257, .* vocabulary of 256"):
+    with pytest.raises(ConfigError, match=r"the tokenizer has ids up to 257, .* vocabulary of 256"):
         load_model(tmp_path / "synthetic", tokenizer_path="bytes")
