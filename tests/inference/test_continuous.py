@@ -11,8 +11,8 @@ DEPTH = 4
 
 @torch.no_grad()
 def by_hand(model, prompt: list[int], count: int) -> list[int]:
-    """The whole sequence once more for every token: the prompt from noise, each later position from the final state of
-    the one before it."""
+    """The whole sequence once more for every token: the prompt from noise, each later position from the final state
+    of the one before it."""
     steps = model.spec.steps(model.model)
     first = [steps.first_state(0, position, 1.0) for position in range(len(prompt))]
     ids, found = list(prompt), []

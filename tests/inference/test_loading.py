@@ -8,10 +8,11 @@ import torch
 
 from tests.conversion.common import tiny, weights_of
 from tests.inference.common import prompts
+from tests.launch import launch
 from torchtitan_rd.conversion.dcp import write_dcp
 from torchtitan_rd.conversion.huggingface import write_hf
 from torchtitan_rd.errors import CheckpointError, ConfigError
-from torchtitan_rd.inference import Settings, generate, load_model
+from torchtitan_rd.inference import ExitPolicy, Settings, generate, load_model
 from torchtitan_rd.inference.loading import lay_out
 from torchtitan_rd.train import Trainer
 
@@ -125,3 +126,27 @@ def test_a_run_on_text_comes_with_its_tokenizer_and_a_run_on_spikes_without(tmp_
     assert load_model(tmp_path / "pydoc", tokenizer_path="none").tokenizer is None
     with pytest.raises(ConfigError, match=r"the tokenizer has ids up to 257, .* vocabulary of 256"):
         load_model(tmp_path / "synthetic", tokenizer_path="bytes")
+
+
+def test_a_checkpoint_of_two_ranks_is_the_model_that_one_rank_trains(tmp_path):
+    common = ["--training.seq_len=16", "--training.global_batch_size=2", "--training.local_batch_size=1"]
+    common += ["--model.name=raven", "--model.flavor=debug-demo", "--model.vocab_size=258", "--model.overrides.dim=32"]
+    common += ["--training.mixed_precision_param=float32", "--training.steps=1", "--checkpoint.enable"]
+    found = []
+    for ranks in (1, 2):
+        finished = launch(ranks, [*common, f"--job.dump_folder={tmp_path / str(ranks)}"])
+        assert finished.codes == [0] * ranks, finished.errors
+        found.append(load_model(tmp_path / str(ranks)))
+    one, two = (dict(loaded.model.named_parameters()) for loaded in found)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=1e-4)
+    assert ids(found[0]) == ids(found[1])
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_tokens_of_the_cpu(folders):
+    _, _, step, _ = folders
+    assert ids(load_model(step, device="cuda")) == ids(load_model(step))
+    for kv in ("full", "latest-m4") if load_model(step).spec.name == "raven" else ():
+        options = {"kv": kv, "exits": ExitPolicy("latent-diff", 0.5)}
+        assert ids(load_model(step, device="cuda"), **options) == ids(load_model(step), **options)

@@ -89,3 +89,9 @@ def test_a_row_draws_the_same_in_any_batch():
 def test_a_value_out_of_range_is_named(fields):
     with pytest.raises(ConfigError, match=next(iter(fields))):
         Sampling(**fields)
+
+
+def test_the_smallest_top_p_leaves_the_most_likely_token():
+    logits = torch.randn(4, 61, generator=torch.Generator().manual_seed(0))
+    left = ~restrict(logits, Sampling(1.0, top_p=1e-12)).isinf()
+    assert left.sum(-1).tolist() == [1] * 4 and torch.equal(left.float().argmax(-1), logits.argmax(-1))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tests.inference.common import loaded, prompts
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference import CRITERIA, ExitPolicy, Settings, Sharing, Stepper, generate, think
+from torchtitan_rd.inference.cache import KVCache
 from torchtitan_rd.models.attention import KeyValues
 
 CORE = 2  # layers in the recurrence of the tiny model
@@ -241,3 +242,9 @@ def test_default_thresholds():
 def test_a_wrong_strategy_is_refused_with_the_nearest_name(name, message):
     with pytest.raises(ConfigError, match=message):
         Sharing(name, core=4, depth=8)
+
+
+def test_a_cache_beyond_the_memory_is_refused_with_its_size():
+    model = loaded("raven")
+    with pytest.raises(ConfigError, match=r"the cache needs 3670016\.0 GiB \(14 slots.*compress-s4"):
+        KVCache(model.spec.steps(model.model).layout, Sharing("full", 2, 6), 1, 2**40, torch.device("cpu"))

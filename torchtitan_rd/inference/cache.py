@@ -6,9 +6,12 @@ One step writes S positions of all rows and attends to the T' before them: nothi
 All rows have the same positions in the cache (prompts of different lengths are padded on the left).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
+from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.sharing import Sharing
 from torchtitan_rd.models.attention import KeyValues
 from torchtitan_rd.models.spec import CacheLayout
@@ -26,8 +29,16 @@ class KVCache:
         self.layout, self.sharing = layout, sharing
         slots = layout.before + sharing.slots + layout.after
         shape = (slots, batch, layout.kv_heads, positions, layout.head_dim)
-        self.keys = torch.zeros(shape, dtype=layout.dtype, device=device)
-        self.values = torch.zeros(shape, dtype=layout.dtype, device=device)
+        try:
+            self.keys = torch.zeros(shape, dtype=layout.dtype, device=device)
+            self.values = torch.zeros(shape, dtype=layout.dtype, device=device)
+        except RuntimeError as error:  # an OutOfMemoryError on GPUs, and nothing more exact on a CPU
+            needed = 2 * math.prod(shape) * layout.dtype.itemsize / 2**30
+            smaller = ", a smaller depth, or a strategy with fewer slots such as compress-s4" if layout.core else ""
+            raise ConfigError(
+                f"the cache needs {needed:.1f} GiB ({slots} slots, {batch} rows, {positions} positions), more than "
+                f"{device} has: fewer prompts at once, fewer new tokens{smaller}"
+            ) from error
         self.start = self.length = 0
         # Added to scores: 0 where a position may be looked at. Kernels would make it of booleans in each layer.
         self._bias = torch.zeros(batch, positions, dtype=layout.dtype, device=device)
@@ -105,7 +116,7 @@ class KVCache:
         keys = torch.arange(self.length, device=bias.device)
         queries = keys[self.start :, None]
         mask = (bias if self._padded else bias[:1]).masked_fill(keys > queries, -torch.inf)
-        # Padding sees itself: a query that sees nothing would be undefined.
+        # Padding sees itself: what a query gives that sees nothing depends on the kernel (zeros in torch's for CPUs).
         return mask.masked_fill(keys == queries, 0.0), False
 
 
