@@ -1,13 +1,17 @@
 """`torchtitan-rd generate` and `generate-spikes`, as a user calls them."""
 
 import json
+import re
+import shlex
+import subprocess
 
 import numpy as np
 import pytest
 
-from tests.conversion.common import tiny, weights_of
+from tests.conversion.common import ROOT, tiny, weights_of
 from tests.ranks import run_on_ranks
 from torchtitan_rd.__main__ import main
+from torchtitan_rd.commands.generate_spikes import _parser as spikes_parser
 from torchtitan_rd.conversion.dcp import write_dcp
 from torchtitan_rd.conversion.tokenizer_files import tokenizer_files
 
@@ -183,3 +187,13 @@ def test_recordings_from_nothing_begin_with_a_tenth_of_the_neurons(models, capsy
 def test_a_mistake_about_recordings_is_one_line(models, capsys, arguments, message):
     status, _, err = call(capsys, "generate-spikes", models["spikes"], *arguments)
     assert status == 1 and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("generate_*.sh")), ids=lambda path: path.name)
+def test_every_script_calls_the_command_with_arguments_that_it_has(script):
+    assert subprocess.run(["bash", "-n", script]).returncode == 0
+    (line,) = re.findall(r"^python -m torchtitan_rd generate-spikes (.*)$", script.read_text(), flags=re.MULTILINE)
+    words = shlex.split(line)
+    assert words[-1] == "$@" and words[0] == "$CHECKPOINT"
+    chosen = spikes_parser().parse_args(words[:-1])
+    assert chosen.dataset == script.name.split("_")[1] and chosen.split == "test" and chosen.raster

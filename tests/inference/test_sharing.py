@@ -236,6 +236,9 @@ def test_default_thresholds():
         ("compress-s0", "at least 1"),
         ("full-", "is no strategy"),
         ("compress-", "is no strategy"),
+        ("fullcompress-s4", "is no strategy"),
+        ("latest-m4-compress", "is no strategy"),
+        ("always-last-m4-compress-s4", "nothing is left to compress"),
         ("", "is no strategy"),
     ],
 )

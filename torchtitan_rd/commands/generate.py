@@ -58,12 +58,11 @@ def main(arguments: list[str]) -> int:
     if chosen.interactive:
         return _converse(loaded, chosen, settings)
     prompts = _prompts(loaded, chosen)
+    runs: list[int | None] = [*depths] or [settings.depth]
     with process_group(environment):
-        for depth in depths or [settings.depth]:  # nothing is computed before all of them are known to be good
+        for depth in runs:  # nothing is computed before all of them are known to be good
             replace(settings, depth=depth).check(loaded, prompts)
-        reports = [
-            _run(loaded, prompts, replace(settings, depth=d), chosen, environment) for d in depths or [settings.depth]
-        ]
+        reports = [_run(loaded, prompts, replace(settings, depth=d), chosen, environment) for d in runs]
     if environment.rank == 0:
         _print(chosen, prompts, loaded, depths, reports)
     return 0
@@ -117,8 +116,8 @@ def _print(
     else:
         for number, report in enumerate(reports[0]):
             print(f"[{number}] {_text(report.rows[0])}")
-    for depth, by_prompt in zip(depths or [None], reports, strict=True):
-        print(_summary(depth, by_prompt), file=sys.stderr)
+    for number, by_prompt in enumerate(reports):
+        print(_summary(depths[number] if depths else None, by_prompt), file=sys.stderr)
 
 
 def _text(answer: Answer) -> str:

@@ -30,12 +30,12 @@ from torchtitan_rd.errors import ConfigError
 
 
 class Seen(NamedTuple):
-    """What a criterion may look at after an iteration. logits: (B, V), or None for one on states. real: (B,
+    """What a criterion may look at after an iteration. logits: (B, V); empty for one on states. real: (B,
     S) bool, False where a prompt is padded; None: no padding."""
 
     state: torch.Tensor
     previous: torch.Tensor
-    logits: torch.Tensor | None
+    logits: torch.Tensor
     real: torch.Tensor | None
 
 

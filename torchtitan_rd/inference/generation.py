@@ -19,7 +19,7 @@ from torchtitan_rd.inference.loading import Loaded
 from torchtitan_rd.inference.sampling import Sampling, choose, penalise, uniforms
 from torchtitan_rd.inference.sharing import Sharing
 from torchtitan_rd.inference.speculative import Drafting, speculate
-from torchtitan_rd.inference.stepper import Stepper, resolve_depth, think
+from torchtitan_rd.inference.stepper import Stepper, resolve_depth, steps_of, think
 from torchtitan_rd.inference.text import TextRow
 
 Constraint = Callable[[int, torch.Tensor], torch.Tensor]
@@ -71,7 +71,7 @@ class Settings:
 
     def check(self, loaded: Loaded, prompts: Sequence[Sequence[int]]) -> None:
         """Raises ConfigError if the model cannot do what is asked."""
-        steps = loaded.spec.steps(loaded.model)
+        steps = steps_of(loaded.spec, loaded.model)
         depth = resolve_depth(loaded.spec, steps.mean_depth, self.depth)
         sharing = Sharing(self.kv, steps.layout.core, depth)
         if self.drafting is not None and depth:
@@ -178,7 +178,6 @@ def _one_by_one(
     if not sampling.is_greedy:
         drawn = uniforms(settings.seed, numbers, settings.max_new_tokens).to(stepper.device)
     seen = None
-    alive = torch.ones(len(tokens), dtype=torch.bool, device=stepper.device)
     in_prompt = policy if policy is not None and policy.in_prefill else None
     thought = think(stepper, tokens, real=real, policy=in_prompt)
     for number in range(settings.max_new_tokens):
@@ -212,7 +211,7 @@ class _Rows:
         on_text: Callable[[int, str], None] | None,
     ):
         self.prompts = [list(prompt) for prompt in prompts]
-        self.recurrent = loaded.spec.steps(loaded.model).mean_depth is not None
+        self.recurrent = steps_of(loaded.spec, loaded.model).mean_depth is not None
         self.ids: list[list[int]] = [[] for _ in prompts]
         self.steps: list[list[int]] = [[] for _ in prompts]
         self.values: list[list[list[float]]] = [[] for _ in prompts]

@@ -78,7 +78,7 @@ def open_weights(path: Path, *, model: str | None = None, flavor: str | None = N
     for place in (path, path / CHECKPOINT_FOLDER):
         steps = [p for p in place.iterdir() if STEP.fullmatch(p.name)] if place.is_dir() else []
         if steps:
-            path = max(steps, key=lambda p: step_of(p.name))
+            path = max(steps, key=lambda p: step_of(p.name) or 0)
             logger.info("reading %s", path)
             break
     if path.is_dir() and (path / ".metadata").exists():
@@ -119,7 +119,7 @@ def _tokenizer_of(weights: Weights, source: Source, tokenizer_path: str | None) 
 def _filled(weights: Weights, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
     _, tied = model_tensors(weights.spec, weights.shape)
     with torch.device("meta"):
-        model = weights.spec.build(weights.shape)
+        model: Any = weights.spec.build(weights.shape)
     plan = weights.spec.wrap_plan(model)
     wide = set(plan.full_precision)
     if plan.float32_units:

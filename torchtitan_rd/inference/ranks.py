@@ -1,7 +1,7 @@
 """Prompts over ranks. Every rank holds the whole model: what no single device can hold is not generated from
 here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def process_group(environment: Environment):
+def process_group(environment: Environment) -> Iterator[None]:
     """A gloo group of the launcher's ranks; none for a process alone. Answers are small, so they go by the CPU."""
     if environment.world_size == 1 or dist.is_initialized():
         yield

@@ -74,13 +74,13 @@ def speculate(
             states = stepper.iterate(states, embedded, step)
         logits = stepper.predict(states, keep=ahead)
         logits = torch.stack([allowed(count + i, logits[:, i]) for i in range(ahead)], dim=1)
-        best, drafts = logits.argmax(-1), torch.stack(drafts, dim=1)
+        best, guesses = logits.argmax(-1), torch.stack(drafts, dim=1)
         if drafting.threshold < 1:
             p = logits.softmax(-1)
-            likely = p.gather(-1, drafts[..., None])[..., 0] >= drafting.threshold * p.amax(-1)
-            best = drafts.where(likely, best)
+            likely = p.gather(-1, guesses[..., None])[..., 0] >= drafting.threshold * p.amax(-1)
+            best = guesses.where(likely, best)
         going = torch.tensor(alive, device=stepper.device)
-        agreed = ((best == drafts) | ~going[:, None]).all(0).tolist()
+        agreed = ((best == guesses) | ~going[:, None]).all(0).tolist()
         right = agreed.index(False) if False in agreed else ahead
         taken = min(right + 1, ahead)  # at the first disagreement the verified token is the right one
         stepper.cache.rewind(ahead - taken)

@@ -13,8 +13,7 @@ import torch
 
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data import DATASETS, DatasetKeys
-from torchtitan_rd.data.sources import open_source
-from torchtitan_rd.data.spikes import SpikeEncoder
+from torchtitan_rd.data.sources import build_encoder, open_source
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.generation import Constraint
 
@@ -49,8 +48,8 @@ def conditional(
         known = [name for name, other in DATASETS.items() if other.kind == "spikes"]
         raise ConfigError(f"--dataset {dataset} is no data set of spikes{nearest(dataset, known)}")
     _at_least_1(ctx_t=ctx_t, gen_t=gen_t)
-    encoder = SpikeEncoder(vocab_size)
-    source, _ = open_source(DatasetKeys(dataset=dataset, dataset_path=path), row, encoder, seed, split)
+    keys = DatasetKeys.model_validate({"dataset": dataset, "dataset_path": path})
+    source, _ = open_source(keys, row, build_encoder(keys, row.kind, "none", vocab_size), seed, split)
     if not 0 <= index < len(source):
         raise ConfigError(f"--data-idx {index}: {dataset} has the rows 0 to {len(source) - 1}")
     counts = counts_of(source.tokens(index), vocab_size - 1)

@@ -22,7 +22,7 @@ from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.cache import KVCache
 from torchtitan_rd.inference.exits import ExitPolicy, Seen
 from torchtitan_rd.inference.sharing import Sharing
-from torchtitan_rd.models.spec import ModelSpec
+from torchtitan_rd.models.spec import ModelSpec, Steps
 
 
 class Stepper:
@@ -41,7 +41,7 @@ class Stepper:
         seed: int = 0,
         scale: float = 1.0,
     ):
-        self.steps = spec.steps(model)
+        self.steps = steps_of(spec, model)
         self.depth = resolve_depth(spec, self.steps.mean_depth, depth)
         layout = self.steps.layout
         self.device = next(model.parameters()).device
@@ -50,6 +50,7 @@ class Stepper:
         self._table = self.steps.rotary(positions)
         self._padding = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self._padded = False
+        self._positions: slice | torch.Tensor = slice(0, 0)
         self._noise: torch.Tensor | None = None
         self.real: torch.Tensor | None = None
 
@@ -85,9 +86,10 @@ class Stepper:
         """-> (B, S, E) or (1, S, E) of the open positions: noise that depends on (seed, position) alone."""
         if self._noise is None:
             rows = [self.steps.first_state(self.seed, position, self.scale) for position in range(len(self._table))]
-            if rows[0] is None:
+            known = [row for row in rows if row is not None]
+            if not known:
                 return None
-            self._noise = torch.stack(rows).to(self.device)
+            self._noise = torch.stack(known).to(self.device)
         state = self._noise[self._positions]
         return state if state.ndim == 3 else state[None]
 
@@ -157,7 +159,7 @@ def think(
         if measure is None:
             vocab_size = 0 if logits is None else logits.shape[-1]
             measure = policy.rule.start(batch, vocab_size, stepper.device)
-        value = measure(Seen(s, previous, logits, stepper.real))
+        value = measure(Seen(s, previous, s.new_empty(0) if logits is None else logits, stepper.real))
         values.append(value.float().where(inside, torch.nan))
         if step + 1 >= policy.min_steps:
             inside = inside & ~policy.leaves(value)
@@ -177,6 +179,13 @@ def _step_of(stepper: Stepper, s: torch.Tensor, e: torch.Tensor, step: int, insi
     new = stepper.iterate(s, e, step)
     stepper.cache.writers = None
     return new.where(inside[:, None, None], s)
+
+
+def steps_of(spec: ModelSpec, model: nn.Module) -> Steps:
+    """Raises ConfigError for a family that gives no forward in parts."""
+    if spec.steps is None:
+        raise ConfigError(f"a {spec.name} cannot generate: its ModelSpec has no `steps`")
+    return spec.steps(model)
 
 
 def resolve_depth(spec: ModelSpec, mean_depth: int | None, depth: int | None) -> int:

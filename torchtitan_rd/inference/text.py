@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,8 @@ def encode_chat(folder: Path, messages: Sequence[dict[str, str]]) -> list[int]:
         raise ConfigError(f"--chat: no tokenizer that transformers can read lies in {folder}: {error}") from None
     if not tokenizer.chat_template:
         raise ConfigError(f"--chat: the tokenizer in {folder} has no chat template; leave the flag out")
-    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+    ids: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+    return list(ids)
 
 
 class TextRow:

@@ -17,7 +17,7 @@ class LlamaSteps:
     def __init__(self, model: Llama):
         self.model = model
         shape = model.config.attention_shape
-        dtype = model.layers[0].attention.wk.weight.dtype
+        dtype = model.get_parameter("layers.0.attention.wk.weight").dtype
         self.layout = CacheLayout(shape.n_kv_heads, shape.head_dim, dtype, before=model.config.n_layers)
 
     def rotary(self, length: int) -> torch.Tensor:

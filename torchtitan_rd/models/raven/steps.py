@@ -24,7 +24,7 @@ class RavenSteps:
         self.layout = CacheLayout(
             kv_heads=heads if model.config.qk_bias else kv_heads,  # each query head has its own bias on the keys
             head_dim=head_dim,
-            dtype=model.transformer.recurrence.iteration.core_block[0].attn.Wqkv.weight.dtype,
+            dtype=model.get_parameter("transformer.recurrence.iteration.core_block.0.attn.Wqkv.weight").dtype,
             before=model.config.n_layers_prelude,
             core=model.config.n_layers_core,
             after=model.config.n_layers_coda,
@@ -59,8 +59,8 @@ class RavenSteps:
             nn.init.trunc_normal_(noise, 0.0, std, -3 * std, 3 * std, generator=generator)
             return noise * config.embedding_scale
         if config.state_init == "unit":
-            std, mean = torch.std_mean(noise, dim=-1, keepdim=True)
-            noise = (noise - mean) / std
+            spread, mean = torch.std_mean(noise, dim=-1, keepdim=True)
+            noise = (noise - mean) / spread
         return noise * (scale * config.dim**-0.5 if config.state_init == "embed" else scale)
 
     def iterate(
