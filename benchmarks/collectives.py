@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan_rd.build_model import build_model
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.data import Batch
+from torchtitan_rd.model_spec import ForwardInputs
 from torchtitan_rd.models import get_spec
-from torchtitan_rd.models.llama.config import LlamaConfig
-from torchtitan_rd.models.raven.config import RavenConfig
-from torchtitan_rd.models.spec import ForwardInputs
+from torchtitan_rd.models.llama.shape import LlamaShape
+from torchtitan_rd.models.raven.shape import RavenShape
 from torchtitan_rd.optimizer import build_optimizer
 from torchtitan_rd.parallelism import ParallelDims
 from torchtitan_rd.train_step import TrainStep
@@ -41,8 +41,18 @@ LAYOUTS = {"FSDP": 1, "HSDP": 2}  # name -> copies of the model
 ACCUMULATIONS = (1, 4)
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "of the step")
 NO_COLLECTIVES = ("wait_tensor", "_wrap_tensor_autograd")  # of the namespaces of collectives
-RAVEN = RavenConfig(64, 4, 96, 2, 4, 2, 32, 8, vocab_size=64)  # nebel's layers: prelude 2, core 4, coda 2
-LLAMA = LlamaConfig(dim=64, n_layers=8, n_heads=4, n_kv_heads=4, ffn_dim=96, vocab_size=64)
+RAVEN = RavenShape(  # nebel's layers
+    dim=64,
+    n_heads=4,
+    ffn_dim=96,
+    n_layers_prelude=2,
+    n_layers_core=4,
+    n_layers_coda=2,
+    mean_recurrence=32,
+    mean_backprop_depth=8,
+    vocab_size=64,
+)
+LLAMA = LlamaShape(dim=64, n_layers=8, n_heads=4, n_kv_heads=4, ffn_dim=96, vocab_size=64)
 
 
 class CountCollectives(TorchDispatchMode):
@@ -116,7 +126,7 @@ def count(
         config.training,
         torch.device("cpu"),
         beat=counter.beat,
-        **({} if draw is None else {"inputs": lambda step, number, batch: inputs_of(draw)}),
+        **({} if draw is None else {"forward_inputs": lambda step, number, batch: inputs_of(draw)}),
     )
     ids = torch.zeros(1, SEQ_LEN, dtype=torch.int64)
     with counter:

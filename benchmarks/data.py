@@ -27,7 +27,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, Features, Sequence, Value
 
-from torchtitan_rd.data import DatasetKeys, build_dataloader, load_tokenizer
+from torchtitan_rd.data import BatchDims, DatasetKeys, build_dataloader, load_tokenizer
 from torchtitan_rd.data.arrow import TableSource, open_table
 from torchtitan_rd.data.cursor import Cursor, LaneReader
 from torchtitan_rd.data.spikes import SpikeEncoder, SyntheticRecordings
@@ -98,10 +98,9 @@ def measure_document(megabytes: float, batches: list[int], steps: int) -> None:
                     began = time.process_time()
                     loader = build_dataloader(
                         keys,
-                        tokenizer_path=tokenizer,
+                        BatchDims.resolve(keys, data_rank=0, data_degree=1),
+                        tokenizer=load_tokenizer(tokenizer),
                         vocab_size=4096,
-                        data_rank=0,
-                        data_degree=1,
                         seed=0,
                         pin_memory=False,
                     )

@@ -34,12 +34,12 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torchtitan_rd.inference import Loaded, Settings, generate  # noqa: E402
 from torchtitan_rd.inference.loading import Source, lay_out  # noqa: E402
 from torchtitan_rd.models import get_spec  # noqa: E402
-from torchtitan_rd.models.llama.config import LlamaConfig  # noqa: E402
-from torchtitan_rd.models.raven.config import RavenConfig  # noqa: E402
+from torchtitan_rd.models.llama.shape import LlamaShape  # noqa: E402
+from torchtitan_rd.models.raven.shape import RavenShape  # noqa: E402
 
 VOCAB, DEPTH = 8192, 8
-LLAMA = LlamaConfig(dim=256, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=768, vocab_size=VOCAB)
-RAVEN = RavenConfig(
+LLAMA = LlamaShape(dim=256, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=768, vocab_size=VOCAB)
+RAVEN = RavenShape(
     dim=256,
     n_heads=4,
     ffn_dim=1024,
@@ -66,7 +66,7 @@ class CountOps(TorchDispatchMode):
 
 
 @torch.no_grad()
-def fresh(family: str, shape: LlamaConfig | RavenConfig) -> Loaded:
+def fresh(family: str, shape: LlamaShape | RavenShape) -> Loaded:
     spec = get_spec(family)
     model = spec.build(shape).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)

@@ -44,19 +44,29 @@ from torchtitan_rd.build_model import build_model  # noqa: E402
 from torchtitan_rd.config import JobConfig  # noqa: E402
 from torchtitan_rd.data import Batch  # noqa: E402
 from torchtitan_rd.loss import cross_entropy_sums  # noqa: E402
+from torchtitan_rd.model_spec import NO_INPUTS, ForwardInputs  # noqa: E402
 from torchtitan_rd.models import get_spec  # noqa: E402
-from torchtitan_rd.models.llama.config import LlamaConfig, count_flops  # noqa: E402
-from torchtitan_rd.models.raven.config import RavenConfig  # noqa: E402
-from torchtitan_rd.models.raven.config import count_flops as raven_flops  # noqa: E402
-from torchtitan_rd.models.spec import NO_INPUTS, ForwardInputs  # noqa: E402
+from torchtitan_rd.models.llama.shape import LlamaShape, count_flops  # noqa: E402
+from torchtitan_rd.models.raven.shape import RavenShape  # noqa: E402
+from torchtitan_rd.models.raven.shape import count_flops as raven_flops  # noqa: E402
 from torchtitan_rd.optimizer import build_optimizer  # noqa: E402
 from torchtitan_rd.parallelism import ParallelDims  # noqa: E402
 from torchtitan_rd.train_step import TrainStep  # noqa: E402
 
 BATCH, SEQ_LEN = 4, 512
 RAVEN_DRAW = (4, 4)  # iterations without and with gradient
-RAVEN_CONFIG = RavenConfig(256, 4, 1024, 2, 4, 2, 8, 4, vocab_size=8192)
-CONFIG = LlamaConfig(dim=256, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=768, vocab_size=8192)
+RAVEN_CONFIG = RavenShape(
+    dim=256,
+    n_heads=4,
+    ffn_dim=1024,
+    n_layers_prelude=2,
+    n_layers_core=4,
+    n_layers_coda=2,
+    mean_recurrence=8,
+    mean_backprop_depth=4,
+    vocab_size=8192,
+)
+CONFIG = LlamaShape(dim=256, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=768, vocab_size=8192)
 
 
 class CountOps(TorchDispatchMode):
@@ -83,12 +93,12 @@ def ours() -> nn.Module:
 def transformers_llama() -> nn.Module:
     from transformers import LlamaForCausalLM
 
-    from torchtitan_rd.models.llama.hf import hf_config
+    from torchtitan_rd.models.llama.hf import config_fields
 
     class Logits(nn.Module):
         def __init__(self):
             super().__init__()
-            self.llama = LlamaForCausalLM(LlamaForCausalLM.config_class(**hf_config(CONFIG), use_cache=False))
+            self.llama = LlamaForCausalLM(LlamaForCausalLM.config_class(**config_fields(CONFIG), use_cache=False))
 
         def forward(self, tokens):
             return self.llama(tokens).logits
@@ -185,7 +195,7 @@ def real_step(name: str) -> Callable[[], float]:
         return ForwardInputs({"num_steps": RAVEN_DRAW, "initial_state": state}, RAVEN_DRAW)
 
     update = TrainStep(
-        model, build_optimizer(model, config.optimizer), config.training, torch.device("cpu"), inputs=inputs
+        model, build_optimizer(model, config.optimizer), config.training, torch.device("cpu"), forward_inputs=inputs
     )
     batch = Batch(*text())
     return lambda: update(1, [batch]).loss

@@ -8,12 +8,10 @@ import sys
 from torchtitan_rd.conversion import cli
 from torchtitan_rd.conversion.pipeline import open_released
 
-FAMILIES = ("llama3", "aixsim", "raven")
-
 
 def main(arguments: list[str]) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--model", choices=FAMILIES, required=True, help="family of the model")
+    parser.add_argument("--model", choices=cli.FAMILIES, required=True, help="family of the model")
     parser.add_argument("--flavor", help="size, for a training checkpoint that does not tell it")
     given = parser.parse_args(arguments)
     cli.import_(given, open_released(given.input_dir, model=given.model, flavor=given.flavor))

@@ -142,7 +142,7 @@ training_args:
   warmup_steps: 1415
 """
 
-RUNS = {  # ancestors.md 18
+RUNS = {  # what the configurations of the Neural Pile differ in
     "primate": {"log": 390, "save": 390, "lr": 3e-4, "warmup": 1000, "steps": 50000, "dataset": "primate"},
     "lang_primate": {"log": 235, "save": 235, "lr": 3e-4, "warmup": 1000, "steps": 30000, "dataset": "primate"},
     "synthetic_primate": {"log": 240, "save": 240, "lr": 3e-4, "warmup": 1000, "steps": 50000, "dataset": "primate"},

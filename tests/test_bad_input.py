@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fork_server import run_python
 from tests.launch import Run, launch, wait_for_step
 from torchtitan_rd import train
 
@@ -80,16 +81,36 @@ def test_spikes_that_collide_with_the_separator_are_named_by_row(tmp_path, capfd
     assert not written(tmp_path / "dump")
 
 
+# A file system in a mount namespace of this process, which ends with both.
+ON_A_SMALL_DISK = """
+import ctypes, os, subprocess, sys
+folder, size, script, *arguments = sys.argv[1:]
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 1 << 18
+libc = ctypes.CDLL(None)
+if libc.unshare(CLONE_NEWNS) or libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None):
+    sys.exit(77)
+if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
+    sys.exit(77)
+subprocess.run(["bash", "-c", script])
+from torchtitan_rd import train
+status = train.main([f"--job.dump_folder={folder}/dump", *arguments])
+subprocess.run(f"ls -A {folder}/dump; cat {folder}/dump/exit_status.json", shell=True, stderr=subprocess.DEVNULL)
+sys.exit(status)
+"""
+
+
+def run_on_a_small_disk(folder: Path, size: str, script: str, *arguments: str):
+    """A run with its dump folder below `folder`, where such a file system is mounted and `script` has run."""
+    found = run_python("-c", ON_A_SMALL_DISK, folder, size, script, *arguments)
+    if found.returncode == 77:
+        pytest.skip("may not mount a file system here")
+    return found
+
+
 def test_a_full_disk_ends_the_run_with_the_path_and_the_free_bytes(tmp_path):
     """A file system of its own, 1 MiB large, in a mount namespace; skipped where the user may not make one."""
-    script = f"""
-        mount -t tmpfs -o size=1m tmpfs {tmp_path} || exit 77
-        cd {ROOT} && {sys.executable} -m torchtitan_rd.train --job.dump_folder={tmp_path}/dump \
-            {" ".join(GOOD)} --model.overrides.dim=256 --training.steps=3 --checkpoint.interval=1
-    """
-    found = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=120)
-    if found.returncode == 77 or "unshare" in found.stderr:
-        pytest.skip("may not mount a file system here")
+    arguments = [*GOOD, "--model.overrides.dim=256", "--training.steps=3", "--checkpoint.interval=1"]
+    found = run_on_a_small_disk(tmp_path, "1m", "", *arguments)
     assert found.returncode == 1, found.stderr
     assert "CheckpointError" in found.stderr and "free" in found.stderr and str(tmp_path) in found.stderr
     assert "Traceback" not in found.stderr
@@ -100,18 +121,12 @@ def test_a_disk_that_is_full_from_the_start_is_one_line_and_leaves_no_status_of_
     """Not a byte left for the lock, for the metrics of the first step, or for its checkpoint."""
     mount = tmp_path / "full"
     mount.mkdir()
-    run = f"{sys.executable} -m torchtitan_rd.train --job.dump_folder={mount}/dump {' '.join(GOOD)}"
     script = f"""
-        mount -t tmpfs -o size=4m tmpfs {mount} || exit 77
         mkdir {mount}/dump && echo '{{"status": "finished"}}' > {mount}/dump/exit_status.json
         head -c {room} /dev/zero > {mount}/room; cat /dev/zero > {mount}/filler 2> {tmp_path}/error; rm {mount}/room
-        cd {ROOT} && {run} --training.steps=3 --checkpoint.interval=1
-        echo "status $?"; ls -A {mount}/dump; cat {mount}/dump/exit_status.json
     """
-    found = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=120)
-    if found.returncode == 77 or "unshare" in found.stderr:
-        pytest.skip("may not mount a file system here")
-    assert "status 1\n" in found.stdout, found
+    found = run_on_a_small_disk(mount, "4m", script, *GOOD, "--training.steps=3", "--checkpoint.interval=1")
+    assert found.returncode == 1, found
     assert "Traceback" not in found.stderr
     assert "space" in found.stderr and str(mount) in found.stderr, found.stderr
     assert "finished" not in found.stdout and ".lock" not in found.stdout

@@ -3,6 +3,7 @@
 import pytest
 import tomli
 
+from torchtitan_rd.commands.config import schema_page
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import load_config
 from torchtitan_rd.errors import ConfigError
@@ -115,7 +116,9 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
 
 def test_sections_that_contradict_each_other_are_refused(tmp_path):
     text = '[training]\nsteps = 10\n[lr_scheduler]\nschedule = "trapezoid"\nwarmup_steps = 8\ncooldown_steps = 8\n'
-    assert "warmup_steps (8) + cooldown_steps (8)" in problems(tmp_path, text)
+    assert ["warmup_steps (8) + cooldown_steps (8)" in line for line in read(tmp_path, text).config.cross_checks()] == [
+        True
+    ]
 
 
 def test_a_cool_down_after_a_decay_warns_of_its_jump(tmp_path):
@@ -128,6 +131,22 @@ def test_a_config_is_frozen(tmp_path):
     config = read(tmp_path, "", "--training.steps", "5").config
     with pytest.raises(ValueError, match="frozen"):
         config.training.steps = 6
+
+
+def test_a_section_s_own_keys_come_first_wherever_keys_are_shown(tmp_path):
+    """In training.* those of train_step.py, then the data's; in each room in the order in which they stand there."""
+    config = read(tmp_path, "").config
+    config.write(tmp_path / "written.toml")
+    written = tomli.loads((tmp_path / "written.toml").read_text())
+    for shown in (config.as_dict(), written):
+        keys = list(shown["training"])
+        assert keys[:2] == ["steps", "max_norm"] and keys.index("gc_freq") < keys.index("dataset")
+        assert keys.index("seq_len") < keys.index("local_batch_size") < keys.index("mixed_precision_param")
+        assert list(shown["optimizer"])[:2] == ["name", "lr"]
+    assert {s: set(k) for s, k in config.as_dict().items()} == {s: set(k) for s, k in config.model_dump().items()}
+    page = schema_page()
+    assert page.index("| `name`*") < page.index("| `lr`") < page.index("| `muon_") < page.index("## [training]")
+    assert page.index("## [training]") < page.index("| `steps`") < page.index("| `dataset`*")
 
 
 def test_the_written_config_loads_to_the_same_config(tmp_path):

@@ -19,7 +19,7 @@ START = [1.0, -2.0, 0.5, 4.0]
 GRADS = [[0.1, -0.2, 0.3, 0.0], [0.1, 0.2, -0.3, 0.4], [1.0, 0.0, 0.5, -0.5]]
 HUGINN = {"update_clipping": True, "atan_adam": True, "running_init": True}
 
-# ancestors.md 5, "Parity (run)": options, rate, number of updates -> parameters
+# Run with the optimizer of Huginn's training program: options, rate, number of updates -> parameters
 VECTORS = [
     (HUGINN, 4e-5, 1, [0.999872029, -1.999832034, 0.499891996, 3.999840021]),
     (HUGINN, 4e-5, 3, [0.999750495, -1.999636412, 0.499814272, 3.999509811]),
@@ -73,7 +73,7 @@ def test_the_ancestors_vectors(keys, lr, updates, expected):
 
 
 def restated(p, grads, lr, k, b1=0.9, b2=0.95, eps=1e-3, wd=4e-5, lr_0=4e-5):
-    """ancestors.md 5 (a) to (h), one tensor, float64."""
+    """Each option as its formula, for one tensor in float64."""
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     for t, g in enumerate(grads, 1):
         g = g / g.norm() if k.tensor_wise_gradient_normalization else g
@@ -329,3 +329,27 @@ def one_bad_part(rank, world_size):
     update(optimizer, parameters, gradients, 1e-2)
     kept, moved = (parameter.full_tensor() for parameter in parameters)
     return torch.equal(kept, torch.ones(4, 2)), not torch.equal(moved, torch.ones(4, 2))
+
+
+class LongestList(TorchDispatchMode):
+    """How many tensors one operation took at most."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.most = max([self.most, *(len(arg) for arg in args if isinstance(arg, list | tuple))])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("flagged", [False, True])
+def test_an_update_that_may_be_taken_back_copies_one_tensor_at_a_time(flagged):
+    """Its copies are of moments and parameters: of all tensors at once they would be three more models in memory."""
+    parameters = [nn.Parameter(torch.ones(2, 2)) for _ in range(5)]
+    optimizer = ELLISAdam(parameters, **options_of())
+    for parameter in parameters:
+        parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    optimizer.found_inf = torch.zeros(()) if flagged else None
+    with LongestList() as seen:
+        optimizer.step()
+    assert seen.most == (1 if flagged else 5)

@@ -4,8 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from torchtitan_rd.loss import ObjectiveKeys, count_valid, exceeds_guard, goldfish_labels, guard_error
-from torchtitan_rd.loss.goldfish import _uniforms
+from torchtitan_rd.loss import ObjectiveKeys, _uniforms, count_valid, exceeds_guard, goldfish_labels, guard_error
 
 HASH = ObjectiveKeys(goldfish_strategy="hash-table")
 

@@ -4,14 +4,13 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from tests.fork_server import start_python
 from tests.ranks import run_on_ranks
 from torchtitan_rd import heartbeat as module
 from torchtitan_rd.heartbeat import Heartbeat, Pace
@@ -95,7 +94,7 @@ for step in range(1, 10**6):
 def test_a_rank_whose_process_is_stopped_is_named(tmp_path):
     with Collected() as log:
         heartbeat = Heartbeat(tmp_path, rank=0, world_size=2, interval=0.1, warn_after=1.0)
-        process = subprocess.Popen([sys.executable, "-c", RANK_1, str(tmp_path)])
+        process = start_python("-c", RANK_1, tmp_path)
         try:
             wait_until(lambda: (tmp_path / "rank_1.json").exists() and read(tmp_path, 1)["step"] > 3)
             os.kill(process.pid, signal.SIGSTOP)
@@ -103,8 +102,7 @@ def test_a_rank_whose_process_is_stopped_is_named(tmp_path):
             heartbeat.beat(stopped_at, "data")  # before, beside or beyond rank 1: it is silent, so it is the suspect
             wait_until(log.warnings)
         finally:
-            process.kill()
-            process.wait()
+            process.close()
             heartbeat.close()
     (warning,) = log.warnings()
     assert "no sign of life from rank 1 (host " in warning and "rank 0" not in warning

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tomli
 
+from tests.fork_server import run_python
 from tests.test_metrics_outputs import FakeWandb
 from torchtitan_rd import train
 from torchtitan_rd.config import JobConfig, load
@@ -63,13 +63,11 @@ def files_with(folder: Path, canary: str) -> list[str]:
     return [str(path) for path in folder.rglob("*") if path.is_file() and canary.encode() in path.read_bytes()]
 
 
-def run(dump: Path, *arguments: str) -> subprocess.CompletedProcess:
+def run(dump: Path, *arguments: str):
     """A run in a process of its own, with canaries in the environment that its libraries read."""
     environment = {name: f"{CANARY}-{name}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
-    command = [sys.executable, "-m", "torchtitan_rd.train", f"--job.dump_folder={dump}", *SMALL, *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
-    )
+    command = ("-m", "torchtitan_rd.train", f"--job.dump_folder={dump}", *SMALL, *arguments)
+    return run_python(*command, env={**os.environ, **environment})
 
 
 def test_no_file_and_no_line_of_a_run_or_of_its_export_holds_a_credential(tmp_path):

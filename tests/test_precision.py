@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from tests.checkpoint.common import checkpointer, digest
 from tests.ranks import run_on_ranks
-from tests.small_run import GLOBAL_BATCH, SEQ_LEN, VOCAB, Setup, all_equal, batches_of, config_of
+from tests.small_run import SEQ_LEN, VOCAB, Setup, all_equal, batches_of, config_of
 from torchtitan_rd.build_model import build_model
 from torchtitan_rd.checkpoint.manifest import verify
-from torchtitan_rd.data.batch_ramp import BatchRamp
+from torchtitan_rd.data import BatchDims
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state
@@ -46,22 +46,18 @@ def train(rank: int, world_size: int, setup: Setup) -> dict[str, Any]:
     torch._dynamo.reset()
     config, spec, shape, model = build(setup, world_size)
     optimizer = build_optimizer(model, config.optimizer)
-    accumulation = GLOBAL_BATCH // world_size // config.training.local_batch_size
     draws = Draws(
         spec,
         shape,
         config.recurrence,
+        BatchDims.resolve(config.training, rank, world_size),
         seed=0,
         total_steps=setup.steps,
         seq_len=SEQ_LEN,
-        ramp=BatchRamp(config.training, GLOBAL_BATCH),
-        accumulation=accumulation,
-        rank=rank,
-        data_degree=world_size,
         device=CPU,
         dtype=getattr(torch, config.training.mixed_precision_param),
     )
-    step_function = TrainStep(model, optimizer, config.training, CPU, inputs=draws.training)
+    step_function = TrainStep(model, optimizer, config.training, CPU, forward_inputs=draws.training)
     types = types_in(model) if not config.compile.enable else {}
     results = [
         step_function(step, batches_of(step, rank, world_size, config, padded=True))

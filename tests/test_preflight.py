@@ -11,8 +11,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.ranks import run_on_ranks
 from tests.test_bad_input import GOOD
+from torchtitan_rd import parts, train
 from torchtitan_rd import preflight as module
-from torchtitan_rd import train
 from torchtitan_rd.errors import ClusterError
 from torchtitan_rd.log import logger
 from torchtitan_rd.parallelism import ParallelDims, ParallelismConfig
@@ -123,7 +123,7 @@ def test_a_run_whose_ranks_cannot_add_ends_before_anything_is_built_or_written(t
         message += 1
 
     monkeypatch.setattr(dist, "all_reduce", spoiled)
-    monkeypatch.setattr(train, "build_model", None)  # never reached
+    monkeypatch.setattr(parts, "build_model", None)  # never reached
     assert train.main([*GOOD, f"--job.dump_folder={tmp_path / 'dump'}"]) == 1
     assert "ClusterError: pre-flight all-reduce over all ranks (1 ranks) gave a wrong sum" in capfd.readouterr().err
     assert not (tmp_path / "dump").exists()

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.models.raven.tiny import tiny_config
 from tests.models.tiny import some_tokens, tiny_llama
 from tests.ranks import run_on_ranks
-from tests.small_run import GLOBAL_BATCH, SEQ_LEN, VOCAB, Setup, batches_of, config_of
+from tests.small_run import SEQ_LEN, VOCAB, Setup, batches_of, config_of
 from torchtitan_rd.build_model import build_model
-from torchtitan_rd.data.batch_ramp import BatchRamp
+from torchtitan_rd.data import BatchDims
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.models import get_spec
 from torchtitan_rd.models.raven.inputs import VALIDATION_STEP, initial_state
@@ -39,13 +39,10 @@ def prepare(rank, world_size, fields=None, **sections):
         spec,
         shape,
         config.recurrence,
+        BatchDims.resolve(config.training, rank, world_size),
         seed=7,
         total_steps=10,
         seq_len=SEQ_LEN,
-        ramp=BatchRamp(config.training, GLOBAL_BATCH),
-        accumulation=1,
-        rank=rank,
-        data_degree=world_size,
         device=CPU,
         dtype=torch.float32,
     )
@@ -59,7 +56,7 @@ def separately(model, batches, rank, depth):
     for number, batch in enumerate(batches):
         first = (rank * len(batches) + number) * MICROBATCH
         state = initial_state(
-            model.config,
+            model.shape,
             seed=7,
             step=VALIDATION_STEP,
             samples=range(first, first + MICROBATCH),

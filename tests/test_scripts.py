@@ -33,19 +33,6 @@ SMALL = [
 ]
 
 
-def test_the_demo_trains_on_two_ranks_and_resumes_when_run_again(tmp_path):
-    arguments = [*SMALL, f"--job.dump_folder={tmp_path}"]
-    first = run(["bash", "train_debug.sh", *arguments, "--training.steps=3"])
-    assert first.returncode == 0, first.stderr
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3] and rows[-1]["tokens_seen"] == 3 * 2 * 16
-    second = run(["bash", "train_debug.sh", *arguments, "--training.steps=5"])
-    assert second.returncode == 0, second.stderr
-    assert "resuming after step 3 of 5" in second.stderr
-    third = run(["bash", "train_debug.sh", *arguments, "--training.steps=5"])
-    assert "all 5 steps are done" in third.stderr and third.returncode == 0
-
-
 def test_a_131k_script_trains_a_small_model_on_a_folder_of_spikes(tmp_path):
     import numpy as np
     import pyarrow as pa
@@ -96,10 +83,15 @@ def test_ctrl_c_in_a_terminal_saves_and_the_same_command_goes_on(tmp_path):
     assert code == 0, output
     assert "finishing this step" in output and "the same command goes on from there" in output
     status = json.loads((tmp_path / "exit_status.json").read_text())
+    stopped_at = status["step"]
     assert status["status"] == "preempted"
-    assert (tmp_path / "checkpoint" / f"step-{status['step']}" / "manifest.json").exists()
-    again = run([*command, f"--training.steps={status['step'] + 1}"])
-    assert again.returncode == 0 and f"resuming after step {status['step']}" in again.stderr
+    assert (tmp_path / "checkpoint" / f"step-{stopped_at}" / "manifest.json").exists()
+
+    again = run([*command, f"--training.steps={stopped_at + 2}"])
+    assert again.returncode == 0 and f"resuming after step {stopped_at} of {stopped_at + 2}" in again.stderr
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, stopped_at + 3))
+    assert rows[-1]["tokens_seen"] == (stopped_at + 2) * 2 * 16, "two ranks with a sequence of 16 each"
 
 
 # Where torchrun would be: it starts a rank in a session of its own, passes the first signal on, and dies of a second.
@@ -144,7 +136,7 @@ def with_false_torchrun(folder: Path, signals: int) -> tuple[list[str], Path]:
     return ["bash", "-c", script], folder / "ready"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT])
 def test_torchrun_hears_one_signal_and_its_ranks_hear_all(number, tmp_path):
     command, ready = with_false_torchrun(tmp_path, 3)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -175,7 +167,8 @@ def cluster(tmp_path):
     (bin_folder / "scontrol").write_text(
         f'#!/bin/bash\necho "scontrol $*" >> {calls}\n[ "$1" = show ] && echo node7\nexit 0\n'
     )
-    # srun runs what it is given once; `python` answers the config question and pretends to be torchrun.
+    # srun runs what it is given once. `python` pretends to be torchrun, and answers the question for the dump folder,
+    # unless the real command is asked.
     (bin_folder / "srun").write_text(
         f'#!/bin/bash\necho "srun $*" >> {calls}\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n'
     )
@@ -184,6 +177,9 @@ def cluster(tmp_path):
 if [ "$2" = torch.distributed.run ]; then
     echo "{{\\"status\\": \\"$PRETENDED_STATUS\\"}}" > {tmp_path}/dump/exit_status.json
     exit $PRETENDED_CODE
+elif [ "$2" = torchtitan_rd ] && [ -z "$ASKS_THE_CONFIG" ]; then
+    echo {tmp_path}/dump
+    exit
 fi
 exec {sys.executable} "$@"
 """
@@ -192,7 +188,7 @@ exec {sys.executable} "$@"
         path.chmod(0o755)
     (tmp_path / "dump").mkdir()
 
-    def submit(status: str, code: int) -> tuple[int, str]:
+    def submit(status: str, code: int, asks_the_config: str = "") -> tuple[int, str]:
         found = run(
             ["bash", "train_primate_8B_131k.sh", f"--job.dump_folder={tmp_path / 'dump'}"],
             PATH=f"{bin_folder}:{os.environ['PATH']}",
@@ -203,6 +199,7 @@ exec {sys.executable} "$@"
             GPUS_PER_NODE="4",
             PRETENDED_STATUS=status,
             PRETENDED_CODE=str(code),
+            ASKS_THE_CONFIG=asks_the_config,
         )
         return found.returncode, calls.read_text()
 
@@ -210,7 +207,7 @@ exec {sys.executable} "$@"
 
 
 def test_under_slurm_every_node_joins_the_rendezvous_of_the_first(cluster):
-    code, calls = cluster("finished", 0)
+    code, calls = cluster("finished", 0, asks_the_config="yes")
     assert code == 0
     assert "--nnodes 36 --nproc_per_node 4" in calls and "--rdzv_id 4711" in calls
     assert "--rdzv_endpoint node7:24711" in calls and "requeue" not in calls

@@ -16,8 +16,8 @@ from tests.small_run import SEQ_LEN, VOCAB, Setup, batches_of, make
 from torchtitan_rd import job, train_step
 from torchtitan_rd.config import load
 from torchtitan_rd.data import Batch
+from torchtitan_rd.model_spec import ForwardInputs
 from torchtitan_rd.models import get_flavor, get_spec
-from torchtitan_rd.models.spec import ForwardInputs
 from torchtitan_rd.optimizer import OptimizerConfig, build_optimizer
 from torchtitan_rd.train import Trainer
 from torchtitan_rd.train_step import Readback, TrainingConfig, TrainStep
@@ -86,7 +86,7 @@ def test_nothing_in_a_step_waits_for_the_device(family, name, a_rank_of_eight, m
     for module in ("torch.utils._foreach_utils", "torch.optim.optimizer"):  # else fused Adam refuses this device
         monkeypatch.setattr(sys.modules[module], "_get_fused_kernels_supported_devices", lambda: ["meta"])
     model = on_meta(family, {"dim": 32, "n_heads": 2, "ffn_dim": 48} | ({"n_layers": 2} if family == "llama3" else {}))
-    inputs = {"inputs": raven_inputs} if family == "raven" else {}
+    inputs = {"forward_inputs": raven_inputs} if family == "raven" else {}
     config = TrainingConfig(goldfish_strategy="hash-table", z_loss_weight=1e-4, loss_guard=9.0, on_nonfinite="skip")
     optimizer = build_optimizer(model, OptimizerConfig(name=name))
     step = TrainStep(model, optimizer, config, META, late=True, **inputs)

@@ -1,6 +1,5 @@
-"""The shape of a run's model, and the sharded model with its initial weights."""
+"""The sharded model of a run, with its initial weights."""
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -9,24 +8,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.log import logger
-from torchtitan_rd.models import get_flavor
-from torchtitan_rd.models.spec import ModelSpec
+from torchtitan_rd.model_spec import ModelSpec
 from torchtitan_rd.parallelism import allocate, init_weights, parallelize
-
-
-def resolve_shape(config: JobConfig, spec: ModelSpec, vocab_size: int) -> Any:
-    """The flavor with its overrides, for data of `vocab_size` ids. Raises ConfigError, also if it is to be exported
-    and cannot be."""
-    shape = get_flavor(spec, config.model.flavor, config.model.overrides)
-    # What an export states as its context must cover what was trained.
-    context = max(shape.max_seq_len, config.training.seq_len)
-    rows = config.model.padded(vocab_size)
-    shape = dataclasses.replace(shape, vocab_size=rows, max_seq_len=context)
-    if rows > vocab_size:
-        logger.info("vocabulary of %d ids, padded to %d", vocab_size, rows)
-    if config.checkpoint.last_save_in_hf:
-        spec.hf.config_fields(shape)
-    return shape
 
 
 def build_model(config: JobConfig, spec: ModelSpec, shape: Any, mesh: DeviceMesh, device: torch.device) -> nn.Module:

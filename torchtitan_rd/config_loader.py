@@ -7,6 +7,7 @@ Every problem found is gathered, and all are raised as one ConfigError before an
 import ast
 import codecs
 import difflib
+import inspect
 import re
 import types
 import typing
@@ -18,6 +19,7 @@ from typing import Annotated, Any, Generic, TypeVar
 import tomli
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.masking import is_masked
@@ -40,6 +42,23 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @classmethod
+    def fields_in_order(cls) -> list[tuple[str, FieldInfo]]:
+        """Every key as it is shown: the section's own ones first, then those that it has from other rooms."""
+        declared = [key for base in cls.__mro__ for key in inspect.get_annotations(base) if key in cls.model_fields]
+        return [(key, cls.model_fields[key]) for key in dict.fromkeys(declared)]
+
+    def cross_checks(self) -> list[str]:
+        """What is wrong between its sections, of a schema that is made of sections."""
+        return []
+
+
+def section_type(info: FieldInfo) -> type[Section]:
+    """The class of a section, from a schema's field."""
+    if not isinstance(info.annotation, type) or not issubclass(info.annotation, Section):
+        raise TypeError(f"{info.annotation} is no Section")
+    return info.annotation
 
 
 def _expand_home(path: str | None) -> str | None:
@@ -102,8 +121,8 @@ class Loaded(Generic[C]):
 
 
 @dataclass
-class _Reader:
-    schema: type[Section]
+class _Reader(Generic[C]):
+    schema: type[C]
     renamed: Mapping[str, RenamedKey]
     values: dict[str, Value] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -140,33 +159,32 @@ class _Reader:
         sections = self.schema.model_fields
         if section not in sections:
             return f"unknown section [{section}]{nearest(section, sections)}"
-        fields = sections[section].annotation.model_fields
+        fields = section_type(sections[section]).model_fields
         if name in fields or (name.partition(".")[0] in fields and is_table(fields[name.partition(".")[0]].annotation)):
             return None
-        elsewhere = [f"{s}.{name}" for s, f in sections.items() if name in f.annotation.model_fields]
+        elsewhere = [f"{s}.{name}" for s, f in sections.items() if name in section_type(f).model_fields]
         hint = f"; did you mean {elsewhere[0]}?" if elsewhere else nearest(name, fields)
         return f"unknown key {name!r} in section [{section}]{hint}"
 
-    def build(self) -> Section | None:
+    def build(self) -> C | None:
         """The validated config, or None after adding every section's problems."""
         sections = {}
         for name, info in self.schema.model_fields.items():
             raw: dict[str, Any] = {}
+            section = section_type(info)
             for key, value in self.values.items():
                 if not key.startswith(name + "."):
                     continue
-                if not _nest(raw, key.split(".")[1:], self._typed(info.annotation, key, value)):
+                if not _nest(raw, key.split(".")[1:], self._typed(section, key, value)):
                     parent = key.rpartition(".")[0]
                     self.problems.append(f"{value.origin}: {key}: {parent} has a value already and cannot hold entries")
             try:
-                sections[name] = info.annotation.model_validate(raw)
+                sections[name] = section.model_validate(raw)
             except ValidationError as error:
                 self.problems += [self._explain(name, entry) for entry in error.errors()]
         if self.problems:
             return None
-        config = self.schema(**sections)
-        self.problems += config.cross_checks()
-        return config
+        return self.schema(**sections)
 
     def _typed(self, section: type[Section], key: str, value: Value) -> Any:
         """Command-line values arrive as strings: read them as the type that the key declares."""
@@ -199,19 +217,19 @@ def load_config(
     reader = _Reader(schema, renamed or {})
     overrides = parse_overrides(arguments, reader.problems)
     files = [value for key, value in overrides if key == file_key]
-    if files and (files[-1] is True or not files[-1]):
+    if files and (not isinstance(files[-1], str) or not files[-1]):
         reader.problems.append(
             f"command line: --{file_key} needs the name of a file; is a variable of the script unset?"
         )
     elif files:
-        for key, value in read_file(Path(files[-1])):
+        for key, value in read_file(Path(str(files[-1]))):
             reader.take(key, value)
     for key, raw in (environment or {}).items():
         reader.take(key, Value(raw, "environment"))
     for key, raw in overrides:
         reader.take(key, Value(raw, "command line"))
     config = reader.build()
-    if reader.problems:
+    if config is None or reader.problems:
         raise ConfigError("\n".join(reader.problems))
     origins = {key: value.origin for key, value in reader.values.items()}
     masked = [

@@ -117,8 +117,14 @@ class Heartbeat:
         self._local = _node_folder(folder)
         self._state = (0, 0, "start", time.time())  # step, index of the beat in the step, phase, since
         self._closing = threading.Event()
-        self._thread = None
-        if interval <= 0:
+        self._thread: threading.Thread | None = None
+        now = time.monotonic()
+        self._seen = [_Seen(None, now, now) for _ in range(world_size)] if rank == 0 else []
+        self._warnings = 0
+        self._stuck_since = (self._state, now)
+        self._stacks_written = False
+        self._write_failed = False
+        if interval <= 0:  # beats are kept for nobody: no files and no thread
             return
         folder.mkdir(parents=True, exist_ok=True)
         if self._ranks_per_file > 1:
@@ -128,12 +134,6 @@ class Heartbeat:
                 path.unlink(missing_ok=True)
         if rank == 0:
             self._remove_old_files()
-        now = time.monotonic()
-        self._seen = [_Seen(None, now, now) for _ in range(world_size)] if rank == 0 else []
-        self._warnings = 0
-        self._stuck_since = (self._state, now)
-        self._stacks_written = False
-        self._write_failed = False
         self._write()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
@@ -227,8 +227,7 @@ class Heartbeat:
         head = f"no rank has advanced for {silence:.0f} s; "
         tail = f"; Python stacks: {self._folder}/rank_*.stacks"
         if not suspects:
-            beat = self._seen[0].beat
-            return head + f"all are alive and at the same place: step {beat['step']}, phase {beat['phase']}" + tail
+            return head + f"all are alive and at the same place: {_phase(self._seen[0].beat)}" + tail
         named = ", ".join(
             f"rank {r} ({_where(self._seen[r].beat)}, for {now - self._seen[r].advanced:.0f} s)"
             for r in suspects[:_MAX_NAMED]
@@ -272,7 +271,9 @@ def _position(beat: dict | None) -> tuple[int, int]:
     return (-1, -1) if beat is None else (beat["step"], beat["index"])
 
 
+def _phase(beat: dict | None) -> str:
+    return "no heartbeat file yet" if beat is None else f"step {beat['step']}, phase {beat['phase']}"
+
+
 def _where(beat: dict | None) -> str:
-    if beat is None:
-        return "no heartbeat file yet"
-    return f"host {beat['host']}, pid {beat['pid']}, step {beat['step']}, phase {beat['phase']}"
+    return _phase(beat) if beat is None else f"host {beat['host']}, pid {beat['pid']}, {_phase(beat)}"

@@ -21,6 +21,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan_rd.config_loader import OptionalUserPath, Section, Subfolder, UserPath
 from torchtitan_rd.errors import ConfigError
 
+PREPARING = 24 * 3600.0
+"""Seconds that a rank waits for another one that fetches and converts data. A rank that dies meanwhile is noticed."""
+
 
 class JobKeys(Section):
     config_file: OptionalUserPath = None
@@ -165,10 +168,17 @@ def set_determinism(seed: int, deterministic: bool, device: torch.device) -> Non
 def rng_state() -> dict[str, Any]:
     """The state of this rank's generators, as JSON."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    mersenne = numpy["state"]
     return {
         "python": [version, list(words), gauss],
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "numpy": [
+            numpy["bit_generator"],
+            mersenne["key"].tolist(),
+            mersenne["pos"],
+            numpy["has_gauss"],
+            numpy["gauss"],
+        ],
         "torch": _encode(torch.get_rng_state()),
         "cuda": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
     }

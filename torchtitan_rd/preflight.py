@@ -36,8 +36,9 @@ def preflight(mesh: DeviceMesh, device: torch.device, least_bandwidth: float | N
     Raises ClusterError, naming the group and what to look at, where a sum is wrong or torch reports a failure.
     """
     least = LEAST_BANDWIDTH[device.type] if least_bandwidth is None else least_bandwidth
-    named = {dist.group.WORLD: "all ranks"}
-    for dimension in mesh.mesh_dim_names:
+    world = dist.group.WORLD  # None without a process group, and then there is no mesh
+    named: dict[dist.ProcessGroup, str] = {} if world is None else {world: "all ranks"}
+    for dimension in mesh.mesh_dim_names or ():
         named.setdefault(mesh.get_group(dimension), dimension)
     for group, name in named.items():
         size = group.size()

@@ -164,11 +164,14 @@ class StopRequest:
         os._exit(STOPPED)
 
 
-def write_exit_status(folder: Path, status: Status, step: int, reason: str = "", rank: int = 0) -> None:
+def write_exit_status(
+    folder: Path, status: Status, step: int, reason: str = "", rank: int = 0, replace: bool = False
+) -> None:
     """`exit_status.json`, by which the launch scripts decide whether to requeue: only a preempted run is.
 
-    The first rank that writes is the one that tells: the others often fail only because it has. Best effort, since it
-    often tells of the full disk that it is to be written on.
+    The first rank that writes is the one that tells: the others often fail only because it has. replace: writes in
+    place of what is there, an earlier run's perhaps. Best effort, since it often tells of the full disk that it is to
+    be written on.
     """
     path = folder / EXIT_STATUS
     staged = folder / f".{EXIT_STATUS}-{rank}"
@@ -176,7 +179,10 @@ def write_exit_status(folder: Path, status: Status, step: int, reason: str = "",
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staged.write_text(json.dumps(told) + "\n")
-        _publish(staged, path)
+        if replace:
+            staged.replace(path)
+        else:
+            _publish(staged, path)
     except OSError as error:
         logger.warning("cannot write %s: %s", path, error.strerror or error)
     finally:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Literal
 
 import torch
@@ -11,8 +11,7 @@ from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from torchtitan_rd.data import Batch
-from torchtitan_rd.data.batch_ramp import BatchRampKeys
+from torchtitan_rd.batch import Batch
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.errors import TrainingError
 from torchtitan_rd.log import logger
@@ -25,12 +24,12 @@ from torchtitan_rd.loss import (
     guard_error,
 )
 from torchtitan_rd.metrics import StepNumbers, StepResult
-from torchtitan_rd.models.spec import NO_INPUTS, ForwardInputs
+from torchtitan_rd.model_spec import NO_INPUTS, ForwardInputs
 from torchtitan_rd.optimizer import take_back_counts, takes_flag, update_unless
 from torchtitan_rd.parallelism import ShardingKeys, StepSums, StepTotals, prepare_microbatch
 
 
-class TrainingConfig(DatasetKeys, BatchRampKeys, ObjectiveKeys, ShardingKeys):
+class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys):
     steps: int = Field(10000, ge=1)
     """Optimizer updates of the whole run, those before a resume included."""
     max_norm: float = Field(1.0, gt=0.0)
@@ -128,20 +127,25 @@ class TrainStep:
         device: torch.device,
         *,
         beat: Callable[[int, str], None] = lambda step, phase: None,
-        inputs: Callable[[int, int, Batch], ForwardInputs] = lambda step, number, batch: NO_INPUTS,
+        forward_inputs: Callable[[int, int, Batch], ForwardInputs] = lambda step, number, batch: NO_INPUTS,
         asked_to_stop: Callable[[], bool] = lambda: False,
         has_saved: Callable[[], bool] = lambda: False,
         late: bool | None = None,
     ):
         """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
 
-        inputs: (step, microbatch from 0, batch) -> what forward takes beside tokens (a recurrent model's draws).
+        forward_inputs: (step, microbatch from 0, batch) -> what forward takes beside tokens (draws.py).
         asked_to_stop: whether a signal told this rank to stop (signals.py). has_saved: whether this rank has written
         its share of the checkpoint that is written in the background. late: see above; by default as it says.
         """
-        self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
-        self.beat, self.inputs = beat, inputs
-        self.asked_to_stop, self.has_saved = asked_to_stop, has_saved
+        self.model = model
+        self.optimizer = optimizer
+        self.config = config
+        self.device = device
+        self.beat = beat
+        self.forward_inputs = forward_inputs
+        self.asked_to_stop = asked_to_stop
+        self.has_saved = has_saved
         self.late = (device.type == "cuda" and takes_flag(optimizer, device)) if late is None else late
         self.sums = StepSums([p for group in optimizer.param_groups for p in group["params"]], device)
         self.verdict = Verdict(config, device)
@@ -166,9 +170,9 @@ class TrainStep:
         for number, batch in enumerate(batches):
             self.beat(step, f"microbatch {number + 1} of {len(batches)}")
             prepare_microbatch(self.model, is_last=number == len(batches) - 1)
-            extra = self.inputs(step, number, batch)
-            local_sum += self._backward(batch, valid, extra)
-            depths.append(extra.num_steps)
+            drawn = self.forward_inputs(step, number, batch)
+            local_sum += self._backward(batch, valid, drawn)
+            depths.append(drawn.num_steps)
 
         self.beat(step, "update")
         mean_loss = local_sum / valid.local.clamp(min=1)
@@ -221,13 +225,14 @@ class TrainStep:
         labels = batch.labels.to(self.device, non_blocking=True)
         documents = None if batch.document_ids is None else batch.document_ids.to(self.device, non_blocking=True)
         inputs = batch.inputs.to(self.device, non_blocking=True)
-        return Batch(inputs, goldfish_labels(labels, self.config), documents)
+        labels = goldfish_labels(labels, self.config)
+        return replace(batch, inputs=inputs, labels=labels, document_ids=documents)
 
-    def _backward(self, batch: Batch, valid: ValidTokens, extra: ForwardInputs) -> torch.Tensor:
+    def _backward(self, batch: Batch, valid: ValidTokens, drawn: ForwardInputs) -> torch.Tensor:
         """Adds one microbatch's share to the gradients; returns its cross-entropy sum."""
-        logits = self.model(batch.inputs, batch.document_ids, **extra.kwargs)
+        logits = self.model(batch.inputs, batch.document_ids, **drawn.kwargs)
         sums = cross_entropy_sums(logits, batch.labels, self.config.z_loss_weight)
-        scale = valid.total() * max(extra.num_steps[1], 1) if self.config.throttle else valid.total()
+        scale = valid.total() * max(drawn.num_steps[1], 1) if self.config.throttle else valid.total()
         (sums.objective / scale).backward()
         return sums.cross_entropy
 
@@ -254,16 +259,18 @@ def _parse(values: Sequence[float]) -> StepNumbers:
     return StepNumbers(loss, loss_max, int(rank), grad_norm, bool(skipped), int(in_a_row), *map(bool, flags))
 
 
-def hash_ids(batches: Sequence[Batch], stages: int = 1) -> str | None:
+def hash_ids(batches: Sequence[Batch]) -> str | None:
     """sha256 of the global batch's input ids, int64 little-endian, in row order; on rank 0 alone, else None.
-
-    stages: batches of the loader that this global batch consists of, each spread over all ranks (data/batch_ramp.py).
 
     Gathers the ids of all ranks: a check to switch on when two runs are to be compared.
     """
-    rows = torch.cat([batch.inputs for batch in batches]).unflatten(0, (stages, -1)).contiguous()
-    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
-    dist.gather(rows, gathered)
+    numbers = torch.tensor([row for batch in batches for row in batch.rows])
+    ids = torch.cat([batch.inputs for batch in batches])
+    numbered = torch.cat([numbers[:, None], ids], dim=1)
+    gathered = [torch.empty_like(numbered) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    dist.gather(numbered, gathered)
     if gathered is None:
         return None
-    return hashlib.sha256(torch.cat(gathered, dim=1).numpy().astype("<i8").tobytes()).hexdigest()
+    everything = torch.cat(gathered)
+    in_order = everything[everything[:, 0].argsort(), 1:]
+    return hashlib.sha256(in_order.numpy().astype("<i8").tobytes()).hexdigest()

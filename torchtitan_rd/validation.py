@@ -11,12 +11,13 @@ from pydantic import Field, field_validator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from torchtitan_rd.batch import Batch
 from torchtitan_rd.config_loader import OptionalUserPath, Section
-from torchtitan_rd.data import Batch, DatasetKeys, build_dataloader
+from torchtitan_rd.data import BatchDims, DataRanks, DatasetKeys, Tokenizer, build_dataloader
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.loss import count_valid, cross_entropy_sums
-from torchtitan_rd.models.spec import ReadOuts
+from torchtitan_rd.model_spec import ReadOuts
 from torchtitan_rd.signals import StopRequest
 
 
@@ -73,27 +74,34 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
     )
 
 
-def held_out_set(config: ValidationConfig, training: DatasetKeys, *, data_degree: int, **reading: Any) -> list[Batch]:
-    """What `config` names, nothing if it is not enabled. reading: the other arguments of `read_held_out`."""
+def held_out_set(config: ValidationConfig, training: DatasetKeys, dims: BatchDims, **reading: Any) -> list[Batch]:
+    """What `config` names, nothing if it is not enabled. dims: of training. reading: as for `read_held_out`."""
     if not config.enable:
         return []
-    keys = validation_keys(config, training, data_degree)
-    return read_held_out(keys, config.split, data_degree=data_degree, **reading)
+    keys = validation_keys(config, training, dims.data_degree)
+    return read_held_out(keys, BatchDims.resolve(keys, dims.data_rank, dims.data_degree), config.split, **reading)
 
 
 def read_held_out(
-    keys: DatasetKeys, split: str, *, tokenizer_path: str, vocab_size: int, data_rank: int, data_degree: int, seed: int
+    keys: DatasetKeys,
+    dims: BatchDims,
+    split: str,
+    *,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    seed: int,
+    ranks: DataRanks | None = None,
 ) -> list[Batch]:
     """This rank's share of the held-out set: the first global batch of `keys`, which is kept in memory."""
     loader = build_dataloader(
         keys,
-        tokenizer_path=tokenizer_path,
+        dims,
+        tokenizer=tokenizer,
         vocab_size=vocab_size,
-        data_rank=data_rank,
-        data_degree=data_degree,
         seed=seed,
         pin_memory=False,
         split=split,
+        ranks=ranks,
     )
     try:
         return loader.next_step()
@@ -133,7 +141,7 @@ def validate(
     model.train(was_training)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # the next forward must gather anew; a kept copy would be of these parameters (T2)
+            module.reshard()  # the next forward must gather anew; a kept copy would be of these parameters
     if stop is not None and stop.agreed:
         logger.warning("validation cut short by a signal: no losses of it")
         return {}

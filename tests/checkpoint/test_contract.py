@@ -6,6 +6,7 @@ import torch
 from tests.checkpoint.common import JOB, SHAPE, checkpointer, digest, load_once, save_steps, training_state
 from torchtitan_rd.checkpoint.contract import arithmetic_differences
 from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.models.raven import RAVEN
 
 
 def load_into(dump, tensors, **options):
@@ -38,8 +39,11 @@ def test_a_field_that_an_older_checkpoint_does_not_know_is_at_rest_there(saved, 
 
 def test_initial_weights_of_other_arithmetic_in_the_attention_are_told():
     plain, other = {"clip_qkv": None, "qk_norm": False}, {"clip_qkv": 8.0, "qk_norm": True}
-    assert [line.split()[0] for line in arithmetic_differences(plain, other)] == ["clip_qkv", "qk_norm"]
-    assert arithmetic_differences(other, other) == []
+    assert [line.split()[0] for line in arithmetic_differences(plain, other, RAVEN.arithmetic)] == [
+        "clip_qkv",
+        "qk_norm",
+    ]
+    assert arithmetic_differences(other, other, RAVEN.arithmetic) == []
 
 
 def test_settings_that_must_match_are_refused_all_at_once_with_the_remedy(saved):

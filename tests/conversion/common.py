@@ -53,7 +53,7 @@ def weights_of(model: nn.Module, family: str = "llama3", **fields) -> Weights:
     """A model in memory as weights."""
     tensors = model.state_dict()
     infos = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    return Weights(get_spec(family), model.config, "custom", infos, tensors.__getitem__, "memory", **fields)
+    return Weights(get_spec(family), model.shape, "custom", infos, tensors.__getitem__, "memory", **fields)
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:

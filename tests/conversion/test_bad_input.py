@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.conversion.common import script, tiny, weights_of
 from torchtitan_rd.conversion.dcp import open_dcp
-from torchtitan_rd.conversion.pipeline import to_dcp, to_hf
+from torchtitan_rd.conversion.pipeline import open_released, to_dcp, to_hf
 from torchtitan_rd.errors import CheckpointError
 
 META = {
@@ -297,3 +297,9 @@ def test_a_result_that_transformers_cannot_load_is_kept_under_another_name_too(f
 
 def tree(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_config_json_of_brackets_within_brackets_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"a":' * 50_000)
+    with pytest.raises(CheckpointError, match=r"config\.json is not readable JSON: maximum recursion depth"):
+        open_released(tmp_path)

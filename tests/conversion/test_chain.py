@@ -118,17 +118,18 @@ def exported_loss(folder: Path, run: list[str]) -> float:
     from transformers import AutoModelForCausalLM
 
     from torchtitan_rd.config import load
+    from torchtitan_rd.data import BatchDims
     from torchtitan_rd.job import Environment
     from torchtitan_rd.validation import read_held_out, validation_keys
 
     config = load(run, Environment(rank=0, local_rank=0, world_size=1, local_world_size=1, log_level="WARNING")).config
+    keys = validation_keys(config.validation, config.training, 1)
     batches = read_held_out(
-        validation_keys(config.validation, config.training, 1),
+        keys,
+        BatchDims.resolve(keys, data_rank=0, data_degree=1),
         config.validation.split,
-        tokenizer_path="bytes",
+        tokenizer=None,
         vocab_size=256,
-        data_rank=0,
-        data_degree=1,
         seed=config.training.seed,
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -11,8 +11,8 @@ from torchtitan_rd.conversion import meta
 from torchtitan_rd.conversion.meta import open_meta
 from torchtitan_rd.errors import CheckpointError, ConfigError
 from torchtitan_rd.models.layers import RopeScaling
-from torchtitan_rd.models.llama.config import LlamaConfig
 from torchtitan_rd.models.llama.model import Llama
+from torchtitan_rd.models.llama.shape import LlamaShape
 
 COLUMNS, ROWS = ("wq", "wk", "wv", "w1", "w3", "output"), ("wo", "w2")
 PARAMS = {"dim": 32, "n_layers": 2, "n_heads": 8, "n_kv_heads": 8, "norm_eps": 1e-5, "vocab_size": 64}
@@ -91,8 +91,16 @@ def test_the_model_that_is_opened_computes_the_same_logits(tmp_path):
 
 def test_the_shape_is_that_of_params_json_and_of_the_tensors(tmp_path):
     weights = open_meta(write(tmp_path, llama(n_kv_heads=2), 2, n_kv_heads=2))
-    assert weights.shape == LlamaConfig(
-        32, 2, 8, 2, vocab_size=64, ffn_dim=48, norm_eps=1e-5, rope_theta=500_000.0, max_seq_len=8192
+    assert weights.shape == LlamaShape(
+        dim=32,
+        n_layers=2,
+        n_heads=8,
+        n_kv_heads=2,
+        vocab_size=64,
+        ffn_dim=48,
+        norm_eps=1e-5,
+        rope_theta=500_000.0,
+        max_seq_len=8192,
     )
     assert (weights.spec.name, weights.flavor, weights.origin) == ("llama3", "custom", str(tmp_path))
     assert weights.step is None

@@ -79,4 +79,4 @@ def test_exported_folders_load_offline_and_compute_the_same(version, tmp_path):
             assert (torch.tensor(logits) - model(ids, **own)).abs().max() <= 1e-5
         assert cached == uncached
         assert text == list("Hi \u00e9".encode())
-        assert tied == model.config.tie_word_embeddings
+        assert tied == model.shape.tie_word_embeddings

@@ -14,6 +14,7 @@ from torch import nn
 from tests.models.tiny import tiny_config
 from torchtitan_rd.checkpoint import TensorInfo
 from torchtitan_rd.conversion import verification
+from torchtitan_rd.conversion.memory import cgroup_bytes
 from torchtitan_rd.conversion.verification import (
     Comparison,
     Native,
@@ -300,7 +301,7 @@ def test_what_stands_against_a_comparison_is_said_with_the_remedy(monkeypatch):
 )
 def test_the_limit_of_the_job_counts_and_its_cached_files_do_not(line, base, limit, usage, cached, tmp_path):
     membership = tmp_path / "membership"
-    assert verification._cgroup_bytes(tmp_path, membership) == [float("inf")]
+    assert cgroup_bytes(tmp_path, membership) == [float("inf")]
     membership.write_text(f"7:cpu,cpuacct:/job\n{line}\n")
     for name, most in (("job", "1000"), ("job/step", "max")):
         folder = tmp_path / base / name
@@ -308,7 +309,7 @@ def test_the_limit_of_the_job_counts_and_its_cached_files_do_not(line, base, lim
         (folder / limit).write_text(most)
         (folder / usage).write_text("700\n")
         (folder / "memory.stat").write_text(f"anon 600\n{cached} 100\n")
-    assert min(verification._cgroup_bytes(tmp_path, membership)) == 400
+    assert min(cgroup_bytes(tmp_path, membership)) == 400
 
 
 def test_importing_the_module_imports_neither_transformers_nor_the_hub():

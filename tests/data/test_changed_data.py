@@ -11,9 +11,10 @@ import pytest
 
 from tests.data.helpers import Ranks, build, merge_states
 from tests.ranks import run_on_ranks
-from torchtitan_rd import job, train
-from torchtitan_rd.data import DatasetKeys, check_same_data, content
+from torchtitan_rd import job, parts, train
+from torchtitan_rd.data import DatasetKeys, content
 from torchtitan_rd.data.content import Digest, digest_of_table
+from torchtitan_rd.data.fingerprint import check_same_data
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.log import logger
 
@@ -202,7 +203,7 @@ def test_the_trainer_compares_the_ranks_before_it_builds_the_model(monkeypatch, 
         return [value, {**value, "num_samples": 5}] if isinstance(value, dict) else [value]
 
     monkeypatch.setattr(job, "gather", gather)
-    monkeypatch.setattr(train, "build_model", None)
+    monkeypatch.setattr(parts, "build_model", None)
     assert train.main([f"--job.dump_folder={tmp_path}", "--training.seq_len=8"]) == 1
     assert "rank 1: num_samples, the number of rows (was 79, now 5)" in capsys.readouterr().err
 

@@ -53,7 +53,7 @@ def test_every_bad_row_is_printed_with_its_reason_and_with_what_skips_it(spikes,
 
 def test_with_the_ranges_that_it_proposes_a_run_reads_everything(spikes):
     keys = DatasetKeys(dataset="primate", dataset_path=spikes, seq_len=300, local_batch_size=1)
-    report = scan(keys, tokenizer_path="bytes", vocab_size=256, seed=0, split="train")
+    report = scan(keys, tokenizer=None, vocab_size=256, seed=0, split="train")
     loader = build(keys, vocab_size=256)
     with pytest.raises(DataError, match="row 41"):
         [loader.next_step() for _ in range(20)]

@@ -88,7 +88,7 @@ def test_an_epoch_of_all_lanes_holds_every_sample_once_also_when_shuffled():
         while cursor.epoch == 0:
             row = reader.read(cursor)
             cursor = row.position
-            found += row.ids[: 2 if cursor.epoch == 0 or cursor.index == 0 else 1].tolist()
+            found += row.ids[: 2 if cursor.epoch == 0 or cursor.unit == 0 else 1].tolist()
     assert sorted(found) == list(range(103))
 
 

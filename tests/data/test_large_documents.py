@@ -1,15 +1,19 @@
 """Documents that lanes share are encoded once; recordings are cut between time bins."""
 
+import errno
 import json
 import os
 
 import numpy as np
 import pytest
 
+from tests.data import helpers
 from tests.data.helpers import Ranks, build, equal
 from tests.ranks import run_on_ranks
-from torchtitan_rd.data import DATASETS, DatasetKeys, sources
+from torchtitan_rd.data import DATASETS, DatasetKeys, ids
+from torchtitan_rd.data.arrow import SampleSource
 from torchtitan_rd.data.sources import Dataset
+from torchtitan_rd.data.text import TextEncoder
 from torchtitan_rd.data.tokenizer import ByteTokenizer
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.log import logger
@@ -36,7 +40,7 @@ def encodes(monkeypatch):
             lengths.append(len(text))
             return super().encode(text)
 
-    monkeypatch.setattr(sources, "load_tokenizer", lambda path: Counting())
+    monkeypatch.setattr(helpers, "load_tokenizer", lambda path: Counting())
     return lengths
 
 
@@ -108,6 +112,17 @@ def test_a_folder_that_cannot_be_written_costs_memory_and_a_warning(encodes, tmp
     logger.propagate = True
     assert first_batch(keys(tmp_path, cache_folder=str(tmp_path / "file"))).equal(expected)
     assert "encoded documents cannot be kept" in caplog.text and "training.cache_folder" in caplog.text
+
+
+def test_a_disk_that_fills_up_keeps_nothing_of_the_ids_that_did_not_fit(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ids, "_sync", full)
+    source = SampleSource("mine", ["some text"] * 3, TextEncoder(ByteTokenizer(), 258))
+    encoded = ids.encode_once(source, np.dtype(np.uint16), tmp_path / "cache", "key")
+    assert len(encoded) == 3 and encoded.tokens(2).tolist() == source.tokens(2).tolist()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["key.lock"]
 
 
 def test_small_recordings_are_cut_between_time_bins(tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 from tests.data.helpers import Ranks, build, equal
 from tests.ranks import run_on_ranks
-from torchtitan_rd.data import DATASETS, DatasetKeys, accumulation_steps, check_dataset, merge_states
+from torchtitan_rd.data import DATASETS, DatasetKeys, get_dataset, merge_states
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.log import logger
 
@@ -204,16 +204,9 @@ def test_document_ids_follow_the_rows_through_workers():
     assert steps.sum() < 100 * len(starts), "and nowhere else"
 
 
-def test_accumulation_follows_from_the_batch_sizes():
-    assert accumulation_steps(DatasetKeys(local_batch_size=2, global_batch_size=24), 4) == 3
-    assert accumulation_steps(DatasetKeys(local_batch_size=2), 4) == 1
-    with pytest.raises(ConfigError, match=r"training\.global_batch_size = 20 is not a multiple of .* = 8"):
-        accumulation_steps(DatasetKeys(local_batch_size=2, global_batch_size=20), 4)
-
-
 def test_a_data_set_that_is_not_in_the_table_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"training\.dataset = 'primates' is not a data set; did you mean 'primate'"):
-        check_dataset(DatasetKeys(dataset="primates"))
+        get_dataset(DatasetKeys(dataset="primates"))
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -222,7 +215,7 @@ def test_every_row_of_the_table_is_complete(name, tmp_path):
     assert not (row.hub and row.samples)
     (tmp_path / "rows.parquet").touch()
     path = None if row.hub or row.samples else str(tmp_path)
-    assert check_dataset(DatasetKeys(dataset=name, dataset_path=path)) is row
+    assert get_dataset(DatasetKeys(dataset=name, dataset_path=path)) is row
 
 
 def test_importing_the_room_loads_no_heavy_library():

@@ -153,11 +153,11 @@ def test_a_tokenizer_larger_than_the_model_is_refused_at_the_start(json_folder):
 
 
 def test_the_open_vocabulary_size_is_that_of_the_data(json_folder):
-    assert dataset_vocab_size(DatasetKeys(dataset="primate"), "bytes") == 256
-    assert dataset_vocab_size(DatasetKeys(), "bytes") == 258
-    assert dataset_vocab_size(DatasetKeys(), str(json_folder)) == 400
+    assert dataset_vocab_size(DatasetKeys(dataset="primate"), load_tokenizer("bytes")) == 256
+    assert dataset_vocab_size(DatasetKeys(), load_tokenizer("bytes")) == 258
+    assert dataset_vocab_size(DatasetKeys(), load_tokenizer(str(json_folder))) == 400
     with pytest.raises(ConfigError, match=r"model\.vocab_size must be given"):
-        dataset_vocab_size(DatasetKeys(dataset="packed", dataset_path=str(json_folder)), "bytes")
+        dataset_vocab_size(DatasetKeys(dataset="packed", dataset_path=str(json_folder)), load_tokenizer("bytes"))
 
 
 def test_the_pydoc_topics_are_english_prose_and_any_tokenizer_reads_them(json_folder):

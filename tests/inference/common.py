@@ -21,7 +21,7 @@ def loaded(family: str, tokenizer: Tokenizer | None = None, sharp: float = 2.0, 
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("wq", "wk", "wv", "Wqkv", "proj", "wo", "w2")):
             parameter *= sharp
-    shape = model.config
+    shape = model.shape
     source = Source(Path("memory"), None, shape.vocab_size, ())
     return Loaded(get_spec(family), shape, model.requires_grad_(False), tokenizer, source)
 

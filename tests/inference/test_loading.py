@@ -44,7 +44,7 @@ def test_a_step_folder_and_a_hugging_face_folder_are_the_model_that_was_saved(fo
     for loaded in found:
         assert (
             loaded.spec.name == family
-            and loaded.shape.attention_shape == model.config.attention_shape
+            and loaded.shape.attention_shape == model.shape.attention_shape
             and not loaded.model.training
         )
         parameters = dict(loaded.model.named_parameters())

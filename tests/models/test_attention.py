@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention import (
+    SDPBackend,
     current_flash_attention_impl,
     register_flash_attention_impl,
     restore_flash_attention_impl,
+    sdpa_kernel,
 )
 
 from tests.models.tiny import some_tokens, tiny_llama
@@ -314,6 +316,54 @@ def test_fsdp_mixed_precision_leaves_the_rotary_table_exact():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_automatic_choice_passes_its_probe_on_the_gpu(document_mask, dtype):
     setup_attention("auto", AttentionShape(8, 2, 64), CUDA, dtype, document_mask)
+
+
+@pytest.fixture
+def backend_is_undone(monkeypatch):
+    monkeypatch.setattr(attention, "_flex_without_documents", False)
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    yield
+    attention._deactivate(cudnn)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [("cpu", "sdpa"), *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ("sdpa", "fa3", "fa4", "flex"))],
+)
+def test_each_backend_has_the_gradients_of_float32_on_the_cpu(device, name, backend_is_undone):
+    """In bfloat16, with grouped heads; skips a FlashAttention that is not to be had here."""
+    try:
+        backend = choose_backend(name, torch.device(device), torch.bfloat16, document_mask=False)
+    except ConfigError as obstacle:
+        pytest.skip(str(obstacle))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, out = (torch.randn(2, heads, 256, 64, generator=generator).bfloat16() for heads in (8, 2, 2, 8))
+    causal = torch.ones(256, 256, dtype=torch.bool).tril()
+    expected = with_gradients(lambda *qkv: dense(*qkv, causal), *(t.float() for t in (q, k, v, out)))
+
+    attention.activate(backend)
+    mask = attention.build_mask(torch.zeros(2, 256, dtype=torch.int64, device=device), None)
+    kernels = [SDPBackend.FLASH_ATTENTION] if device == "cuda" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels):
+        found = with_gradients(
+            lambda *qkv: attention.attend(*qkv, mask), *(t.detach().to(device) for t in (q, k, v, out))
+        )
+    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert (a.float().cpu() - b).norm() < 0.02 * b.norm(), f"{('output', 'dq', 'dk', 'dv')[number]} of {backend}"
+
+
+def dense(q, k, v, allowed):
+    """Attention as its formula says it, each key-value head repeated for its query heads."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ v
+
+
+def with_gradients(function, q, k, v, out):
+    """-> output, dq, dk, dv for the gradient `out` of the output."""
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    output = function(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, out)]
 
 
 @pytest.mark.gpu

@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.tiny import initialise, some_tokens, tiny_config, tiny_llama
 from torchtitan_rd.models.layers import RMSNorm, RopeScaling, Rotary, apply_rotary
-from torchtitan_rd.models.llama.config import count_flops
-from torchtitan_rd.models.llama.model import Llama, inits
+from torchtitan_rd.models.llama.init import inits
+from torchtitan_rd.models.llama.model import Llama
+from torchtitan_rd.models.llama.shape import count_flops
 
 
 def test_a_later_token_never_changes_earlier_logits():

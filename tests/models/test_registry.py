@@ -7,11 +7,11 @@ import torch
 from pydantic import ValidationError
 
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.model_spec import Microbatch
 from torchtitan_rd.models import MODELS, get_flavor, get_spec
 from torchtitan_rd.models.config import ModelConfig
 from torchtitan_rd.models.layers import RopeScaling
 from torchtitan_rd.models.raven import RecurrenceConfig
-from torchtitan_rd.models.spec import Microbatch
 
 LLAMA3, AIXSIM = MODELS["llama3"], MODELS["aixsim"]
 

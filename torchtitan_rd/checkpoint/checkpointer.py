@@ -3,8 +3,9 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Checkpointer:
     job_config: {section: {key: value}}, stored with each checkpoint and compared on resume.
     must_match: the `section.key` that must not change within a run.
     model_shape: name, flavor and every field of the model, as JSON values.
+    arithmetic: those of its fields that are told if initial weights were made with others (`ModelSpec.arithmetic`).
     open_released: folder of released weights -> a reader of them, for `initial_load_path`; raises CheckpointError.
     run_lock: rank 0's lock of a folder around this one, which is then enough. The checkpoints have a lock of their own
         without it, and where a symbolic link leads them elsewhere.
@@ -50,6 +52,7 @@ class Checkpointer:
         job_config: Mapping[str, Mapping[str, Any]],
         must_match: frozenset[str],
         model_shape: Mapping[str, Any],
+        arithmetic: Collection[str] = (),
         open_released: Callable[[Path], TensorReader] | None = None,
         run_lock: FolderLock | None = None,
     ):
@@ -61,6 +64,7 @@ class Checkpointer:
         self.must_match = must_match
         self._open_released = open_released
         self._config_text = tomli_w.dumps(_without_none(job_config))
+        self._arithmetic = arithmetic
         self._model_text = json.dumps(model_shape, indent=1, sort_keys=True)
         self._folder = CheckpointFolder(Path(dump_folder) / config.folder)
         # A group must not be used by two threads at once: while a save is in flight `_ranks` is its writer's, and this
@@ -191,14 +195,15 @@ class Checkpointer:
         candidates = self._ranks.from_rank0(lambda: loading.initial_candidates(own, self.config.initial_load_path))
         refused = []
         for path in candidates:
-            if self._ranks.from_rank0(lambda path=path: loading.has_checksums(path)):
+            if self._ranks.from_rank0(partial(loading.has_checksums, path)):
                 problems = self._verify(path)
             else:
                 logger.warning("%s has no checksums: damage to it would not be seen", path)
                 problems = []
             if not problems:
                 reader = self._reader_of(path)
-                for line in contract.arithmetic_differences(reader.model_shape(), json.loads(self._model_text)):
+                wanted = json.loads(self._model_text)
+                for line in contract.arithmetic_differences(reader.model_shape(), wanted, self._arithmetic):
                     logger.warning("initial weights: %s", line)
                 loading.load_initial_weights(reader, path, model, self.config.exclude_from_loading, self._ranks)
                 return path
@@ -224,9 +229,7 @@ class Checkpointer:
     def _reader_of(self, path: Path) -> TensorReader:
         if (path / METADATA).exists() or self._open_released is None:
             return SafeReader(path, prefix="model.")
-        opened = []
-        self._ranks.agree(lambda: opened.append(self._open_released(path)))
-        return opened[0]
+        return self._ranks.agree_on_own(partial(self._open_released, path))
 
     def export(self, step: int, write: Callable[[Path, Path], None]) -> None:
         """Calls `write(checkpoint, folder to make)` on rank 0 for the saved step, unless its export exists already.
@@ -265,7 +268,8 @@ class Checkpointer:
         if export:
             dtype = getattr(torch, self.config.export_dtype)
             kept, stored = ({"model": _converted(found["model"], dtype)} for found in (kept, stored))
-        documents, own_documents = {CONFIG: self._config_text, MODEL_SHAPE: self._model_text}, {}
+        documents = {CONFIG: self._config_text, MODEL_SHAPE: self._model_text}
+        own_documents: dict[str, str] = {}
         if resumable:
             own, own_documents = rank_state.divide(own_state, self._ranks)
             asked = branch.record(self.config.load_step, self._excluded)
@@ -278,10 +282,10 @@ class Checkpointer:
         if self.config.async_mode == "async_with_pinned_mem":
             if self._pinned is None:
                 self._pinned = _stager(pinned=True)
-            copies = self._pinned.stage(snapshot.tensors)
+            copies = _stage(self._pinned, snapshot.tensors)
         else:
             stager = _stager(pinned=False)
-            copies = stager.stage(snapshot.tensors)
+            copies = _stage(stager, snapshot.tensors)
             stager.close()
         return dataclasses.replace(snapshot, tensors=copies)
 
@@ -324,7 +328,7 @@ class Checkpointer:
             logger.warning("not loading %s: checkpoint.exclude_from_loading", ", ".join(excluded))
         loading.read_tensors(SafeReader(path), wanted, self._ranks)
         for name in damaged:
-            moved = self._ranks.from_rank0(lambda name=name: self._folder.set_aside(name, "corrupt"))
+            moved = self._ranks.from_rank0(partial(self._folder.set_aside, name, "corrupt"))
             logger.warning("%s is now %s", name, moved)
         self._saved_step = manifest.step
         logger.info("resumed from %s", path)
@@ -362,6 +366,11 @@ def _stager(*, pinned: bool) -> DefaultStager:
         use_pinned_memory=pinned, use_non_blocking_copy=pinned, use_shared_memory=False, use_async_staging=False
     )
     return DefaultStager(options)
+
+
+def _stage(stager: DefaultStager, tensors: dict[str, Any]) -> dict[str, Any]:
+    copies = stager.stage(tensors)
+    return copies.result() if isinstance(copies, Future) else copies
 
 
 def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

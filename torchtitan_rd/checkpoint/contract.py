@@ -7,11 +7,6 @@ from torchtitan_rd.checkpoint.manifest import TensorTable
 from torchtitan_rd.errors import CheckpointError
 
 Tables = Mapping[str, Any]
-# Fields of a model's shape that change what the same tensors compute.
-_ARITHMETIC = (
-    *("norm_type", "norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings"),
-    *("block", "injection", "init_strategy", "clip_qkv", "qk_norm"),
-)
 
 
 def check_model_shape(saved: Tables, wanted: Tables, name: str) -> None:
@@ -26,11 +21,14 @@ def check_model_shape(saved: Tables, wanted: Tables, name: str) -> None:
         )
 
 
-def arithmetic_differences(saved: Tables, wanted: Tables) -> list[str]:
-    """What makes initial weights mean something else in this run than where they come from, one line each."""
+def arithmetic_differences(saved: Tables, wanted: Tables, arithmetic: Iterable[str]) -> list[str]:
+    """What makes initial weights mean something else in this run than where they come from, one line each.
+
+    arithmetic: the fields of the model's shape that change what the same tensors compute (`ModelSpec.arithmetic`).
+    """
     return [
         f"{field} is {wanted[field]!r} in this run, {saved[field]!r} where the weights were made"
-        for field in _ARITHMETIC
+        for field in arithmetic
         if field in saved and field in wanted and saved[field] != wanted[field]
     ]
 
@@ -59,8 +57,8 @@ def check_tensors(saved: TensorTable, wanted: TensorTable, name: str) -> None:
     """Both must have the same keys, shapes and types: torch itself ignores surplus keys and casts in silence."""
     absent, surplus = sorted({*wanted} - {*saved}), sorted({*saved} - {*wanted})
     if absent or surplus:
-        parts = [f"has no {some(absent)}"] if absent else []
-        parts += [f"holds {some(surplus)}, which this run does not load"] if surplus else []
+        parts = [f"has no {listed(absent)}"] if absent else []
+        parts += [f"holds {listed(surplus)}, which this run does not load"] if surplus else []
         groups = sorted({key.partition(".")[0] for key in absent + surplus} - {"model"})
         remedy = (
             f"; to start {' and '.join(groups)} afresh, checkpoint.exclude_from_loading = {groups}" if groups else ""
@@ -82,7 +80,8 @@ def plan_initial_load(saved: TensorTable, wanted: TensorTable, excluded: Sequenc
     """
     taken = [key for key in wanted if key in saved and not is_excluded(key, excluded)]
     if not taken:
-        raise CheckpointError(f"{name} has none of the wanted tensors {some(wanted)}; it holds {some(sorted(saved))}")
+        there = listed(sorted(saved))
+        raise CheckpointError(f"{name} has none of the wanted tensors {listed(wanted)}; it holds {there}")
     differing = [key for key in taken if saved[key].shape != wanted[key].shape]
     if differing:
         lines = _lines(f"{key}: {_shown(saved, key)} there, {_shown(wanted, key)} here" for key in differing)
@@ -127,7 +126,7 @@ def flat_keys(state: Mapping[str, Any], path: str = "") -> list[str]:
     return found
 
 
-def some(keys: Collection[str], limit: int = 6) -> str:
+def listed(keys: Collection[str], limit: int = 6) -> str:
     """`a, b, c and 12 more`."""
     shown = ", ".join(list(keys)[:limit])
     return shown if len(keys) <= limit else f"{shown} and {len(keys) - limit} more"

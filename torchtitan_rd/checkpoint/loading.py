@@ -102,7 +102,7 @@ def load_initial_weights(
         reason = "excluded by checkpoint.exclude_from_loading" if key in saved else f"not in {path}"
         logger.warning("%s keeps its initial value: %s", key, reason)
     if converted := [key for key in taken if saved[key].dtype != wanted[key].dtype]:
-        logger.warning("converted from %s: %s", saved[converted[0]].dtype, contract.some(converted))
+        logger.warning("converted from %s: %s", saved[converted[0]].dtype, contract.listed(converted))
     if unused := sorted({*saved} - {*wanted}):
-        logger.warning("%s also holds %s, which this model does not have", path, contract.some(unused))
+        logger.warning("%s also holds %s, which this model does not have", path, contract.listed(unused))
     logger.info("initial weights: %d of %d tensors from %s", len(taken), len(wanted), path)

@@ -78,8 +78,8 @@ class SafeReader(PlainReader):
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Shape and type of every tensor by its flat key (`model.layers.0...`), without reading any data."""
-        found = self.read_metadata().state_dict_metadata
-        return {key: TensorInfo(entry.size, entry.properties.dtype) for key, entry in found.items()}
+        entries = {key: self._entry(key) for key in self.read_metadata().state_dict_metadata}
+        return {key: TensorInfo(entry.size, entry.properties.dtype) for key, entry in entries.items()}
 
     def model_shape(self) -> dict[str, Any]:
         """The fields of `model.json`; empty in a folder of another program. Raises CheckpointError."""
@@ -112,8 +112,8 @@ class SafeReader(PlainReader):
         key: as in `tensors()`. Raises CheckpointError. Memory: the tensor and twice its largest part.
         """
         metadata = self.read_metadata()
-        entry = metadata.state_dict_metadata[key]
-        whole = None
+        entry = self._entry(key)
+        whole: torch.Tensor | None = None
         for chunk in entry.chunks:
             info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
             path = self.folder / info.relative_path
@@ -129,6 +129,8 @@ class SafeReader(PlainReader):
             for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
                 target = target.narrow(dim, offset, size)
             target.copy_(part)
+        if whole is None:
+            raise CheckpointError(f"{self.folder}: {key} has no parts")
         return whole
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -155,6 +157,12 @@ class SafeReader(PlainReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
         return (Path(checkpoint_id) / METADATA).is_file()
+
+    def _entry(self, key: str) -> TensorStorageMetadata:
+        entry = self.read_metadata().state_dict_metadata[key]
+        if not isinstance(entry, TensorStorageMetadata):  # `_checked` has refused it
+            raise CheckpointError(f"{self.folder}: {key} is not described as a tensor")
+        return entry
 
     def _read_item(self, file: io.BufferedReader, item: ReadItem, planner: LoadPlanner) -> None:
         key = item.storage_index.fqn
@@ -280,13 +288,17 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
+_BUILD: Callable[[Any], None] = pickle._Unpickler.dispatch[pickle.BUILD[0]]
+
+
 class _Unpickler(pickle._Unpickler):
     """Builds only what stands in the table above, and torch's types.
 
     The pure-Python unpickler, because the C one fills memory up to any memo index that a damaged file names.
     """
 
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
@@ -298,6 +310,6 @@ class _Unpickler(pickle._Unpickler):
     def load_build(self) -> None:
         if isinstance(self.stack[-2], type):
             raise CheckpointError("refused: it would change a class")
-        super().load_build()
+        _BUILD(self)
 
     dispatch[pickle.BUILD[0]] = load_build

@@ -7,9 +7,11 @@ training.skip_ranges that leaves them out.
 """
 
 import sys
+from pathlib import Path
 
+from torchtitan_rd.checkpoint import saved_states
 from torchtitan_rd.config import load
-from torchtitan_rd.data import DatasetKeys, dataset_vocab_size
+from torchtitan_rd.data import DataRanks, DatasetKeys, dataset_vocab_size, get_dataset, load_tokenizer
 from torchtitan_rd.data.check import Report, scan
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
@@ -36,13 +38,18 @@ def main(arguments: list[str]) -> int:
     if config.validation.enable:
         held_out = validation_keys(config.validation, config.training, data_degree=1)
         parts.append(("validation", held_out, config.validation.split))
-    tokenizer_path = config.model.tokenizer_path
-    vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, tokenizer_path)
+
+    # What the run in this dump folder reads of the hub is checked, not what is newest there.
+    states = saved_states(config.checkpoint, Path(config.job.dump_folder))
+    alone = DataRanks(lambda value: [value], 0, 0, states)
+    datasets = [get_dataset(keys, section, split) for section, keys, split in parts]
+    on_text = any(dataset.kind == "text" for dataset in datasets)
+    tokenizer = load_tokenizer(alone.tokenizer(config.model.tokenizer_path)) if on_text else None
+    vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, tokenizer)
     bad = 0
-    for section, keys, split in parts:
-        report = scan(
-            keys, tokenizer_path=tokenizer_path, vocab_size=vocab_size, seed=config.training.seed, split=split
-        )
+    for dataset, (section, keys, split) in zip(datasets, parts, strict=True):
+        keys = alone.pinned(keys, dataset, split)
+        report = scan(keys, tokenizer=tokenizer, vocab_size=vocab_size, seed=config.training.seed, split=split)
         bad += len(report.problems)
         _print(section, report)
     return int(bad > 0)

@@ -15,10 +15,12 @@ import torch
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.hub import check_push, push_folder
 from torchtitan_rd.conversion.pipeline import TOKENIZERS, to_dcp, to_hf, to_pth, with_tokenizer
-from torchtitan_rd.conversion.weights import Weights, cast
+from torchtitan_rd.conversion.weights import Weights, cast_weights
 from torchtitan_rd.errors import ConfigError, TorchtitanRDError
 from torchtitan_rd.log import init_logging
+from torchtitan_rd.models import MODELS
 
+FAMILIES = tuple(dict.fromkeys(spec.name for spec in MODELS.values()))
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -67,7 +69,7 @@ def export(given: argparse.Namespace, *, model: str | None, to_torch_file: bool 
     """A DCP folder -> a Hugging Face folder, or a .pth file; and to the hub."""
     check_push(given.hf_repo_name, given.push_to_hub)
     weights = open_dcp(given.input_dir, model=model, flavor=given.flavor, overrides=parse_overrides(given.override))
-    weights = cast(weights, getattr(torch, given.export_dtype) if given.export_dtype else None)
+    weights = cast_weights(weights, getattr(torch, given.export_dtype) if given.export_dtype else None)
     convert = to_pth if to_torch_file else to_hf
     weights = weights if to_torch_file else with_tokenizer(weights, given.tokenizer_path)
     print(convert(weights, given.output_dir, force=given.force, verify=given.verify, progress=True))

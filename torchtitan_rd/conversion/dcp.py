@@ -22,13 +22,15 @@ from torchtitan_rd.checkpoint.safe_reader import MODEL_SHAPE
 from torchtitan_rd.conversion.tokenizer_files import files_in
 from torchtitan_rd.conversion.weights import Weights, check_shapes, matching_flavor, model_tensors, travelling_files
 from torchtitan_rd.errors import CheckpointError, ConfigError
+from torchtitan_rd.model_spec import ModelShape, ModelSpec
 from torchtitan_rd.models import get_flavor, get_spec
-from torchtitan_rd.models.spec import ModelSpec
 
 PREFIX = "model."
 
 
-def open_dcp(folder: Path, *, model: str | None = None, flavor: str | None = None, overrides: Any = None) -> Weights:
+def open_dcp(
+    folder: Path, *, model: str | None = None, flavor: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> Weights:
     """The `model.*` tensors of a checkpoint; what else it holds (an optimizer) is not read.
 
     model: the family that it must be of. flavor, overrides: the shape of a checkpoint that does not store one, which
@@ -110,7 +112,7 @@ class _StreamingPlanner(DefaultSavePlanner):
 
 def _stored_shape(
     folder: Path, stored: dict[str, Any], model: str | None, flavor: str | None, overrides: dict[str, Any]
-) -> tuple[ModelSpec, Any, str]:
+) -> tuple[ModelSpec, ModelShape, str]:
     """Family, shape and flavor name of a checkpoint. stored: what its `model.json` says."""
     if not stored:
         if model is None or flavor is None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from torchtitan_rd.checkpoint import TensorInfo
-from torchtitan_rd.checkpoint.contract import some
+from torchtitan_rd.checkpoint.contract import listed
 from torchtitan_rd.checkpoint.manifest import dtype_name
 from torchtitan_rd.conversion.card import model_card
 from torchtitan_rd.conversion.pth import named_tensors, open_pth
@@ -25,8 +25,8 @@ from torchtitan_rd.conversion.weights import (
     travelling_files,
 )
 from torchtitan_rd.errors import CheckpointError, ConfigError
+from torchtitan_rd.model_spec import ModelSpec
 from torchtitan_rd.models import MODELS, get_spec
-from torchtitan_rd.models.spec import ModelSpec
 
 CONFIG_JSON = "config.json"
 INDEX = "{}.index.json"
@@ -44,7 +44,7 @@ def open_hf(folder: Path, *, model: str | None = None) -> Weights:
     fields = _read_json(folder / CONFIG_JSON)
     spec = _family(fields, model, folder)
     try:
-        shape = spec.hf.shape(fields)
+        shape = spec.hf.shape_of(fields)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_JSON}: {str(error).removeprefix(f'{CONFIG_JSON}: ')}") from None
     stored = _stored_tensors(folder)
@@ -113,7 +113,7 @@ def require_complete(weights: Weights) -> None:
     wanted, tied = model_tensors(weights.spec, weights.shape)
     if missing := [name for name in wanted if name not in weights.tensors and tied.get(name) not in weights.tensors]:
         raise CheckpointError(
-            f"{weights.origin} lacks {some(missing)}: a whole model is needed. llama_to_dcp.py leaves embedding and "
+            f"{weights.origin} lacks {listed(missing)}: a whole model is needed. llama_to_dcp.py leaves embedding and "
             f"head out unless it is given --keep_embeddings"
         )
     for second, first in tied.items():
@@ -154,7 +154,7 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
                 raise CheckpointError(f"{index} is damaged: it has no weight_map of files beside it")
             files = {file: open_file(folder / file) for file in sorted(set(places.values()))}
             if absent := [name for name, file in places.items() if name not in files[file]]:
-                raise CheckpointError(f"{index} names {some(absent)}, which {places[absent[0]]} does not hold")
+                raise CheckpointError(f"{index} names {listed(absent)}, which {places[absent[0]]} does not hold")
             return {name: files[file][name] for name, file in places.items()}
         if (folder / base).exists():
             return open_file(folder / base)
@@ -218,7 +218,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets within brackets, thousands deep
         raise CheckpointError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a table")

@@ -18,7 +18,7 @@ from torchtitan_rd.errors import CheckpointError, ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.models import get_spec
 from torchtitan_rd.models.layers import RopeScaling
-from torchtitan_rd.models.llama.config import LlamaConfig
+from torchtitan_rd.models.llama.shape import LlamaShape
 
 PARAMS = "params.json"
 TOKENIZER = "tokenizer.model"
@@ -78,8 +78,9 @@ def open_meta(folder: Path) -> Weights:
 
 def _read(pieces: Pieces, dims: Mapping[str, int | None], name: str, root: Path) -> torch.Tensor:
     first, *others = parts = pieces[name]
-    if dims[name] is not None:
-        return torch.cat(parts, dims[name]) if others else first
+    dim = dims[name]
+    if dim is not None:
+        return torch.cat(parts, dim) if others else first
     if not all(torch.equal(first, other) for other in others):
         raise CheckpointError(f"{root}: {name} is not the same in all shards: one of them is damaged or foreign")
     return first
@@ -145,7 +146,7 @@ def _merged_info(name: str, parts: list[torch.Tensor], dim: int | None, root: Pa
     return TensorInfo(torch.Size(shape), parts[0].dtype)
 
 
-def _shape(params: Mapping[str, Any], found: Mapping[str, TensorInfo], root: Path) -> LlamaConfig:
+def _shape(params: Mapping[str, Any], found: Mapping[str, TensorInfo], root: Path) -> LlamaShape:
     for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
         if name not in found:
             raise CheckpointError(f"{root} lacks {name}: this is no Llama, or a damaged file")
@@ -156,7 +157,7 @@ def _shape(params: Mapping[str, Any], found: Mapping[str, TensorInfo], root: Pat
         vocab_size = found["tok_embeddings.weight"].shape[0]
     try:
         # head_dim stays dim / n_heads, as in Meta's own program: taken from wq it would hide a missing shard.
-        return LlamaConfig(
+        return LlamaShape(
             dim=params["dim"],
             n_layers=params["n_layers"],
             n_heads=params["n_heads"],

@@ -19,7 +19,7 @@ from torchtitan_rd.conversion.meta import open_meta
 from torchtitan_rd.conversion.output import Refused, check_output, staged
 from torchtitan_rd.conversion.pth import GGUF_REMEDY, open_pth, write_pth
 from torchtitan_rd.conversion.tokenizer_files import TOKENIZER_JSON, TOKENIZER_MODEL, same_ids, tokenizer_files
-from torchtitan_rd.conversion.weights import GENERATION_CONFIG, Weights, only, total_bytes
+from torchtitan_rd.conversion.weights import GENERATION_CONFIG, Weights, select_tensors, total_bytes
 from torchtitan_rd.data import DATASETS
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
@@ -149,7 +149,7 @@ def to_hf(
     require_complete(weights)
     obstacle = _check(weights, output, force, verify)
     with staged(output) as folder:
-        stored = only(weights, weights.spec.hf.key_map(weights.shape))
+        stored = select_tensors(weights, weights.spec.hf.key_map(weights.shape))
         with _with_bar(stored, "to Hugging Face", progress) as counted:
             write_hf(counted, folder)
 

@@ -174,7 +174,8 @@ class _Unpickler(pickle._Unpickler):
     The pure-Python unpickler, because there each instruction that could reach further can be replaced.
     """
 
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
 
     def __init__(self, records: _Records):
         super().__init__(BytesIO(records.bytes_of("data.pkl")), encoding="utf-8")

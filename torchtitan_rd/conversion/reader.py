@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -38,7 +39,8 @@ class WeightsReader(PlainReader):
         return asdict(self.weights.shape)
 
     def read_metadata(self) -> Metadata:
-        entries, storage = {}, {}
+        entries: dict[str, STORAGE_TYPES] = {}
+        storage: dict[MetadataIndex, None] = {}
         for key, (shape, dtype) in self.tensors().items():
             start = torch.Size([0] * len(shape))
             chunks = [ChunkStorageMetadata(start, shape)]

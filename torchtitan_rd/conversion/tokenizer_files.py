@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_rd.data import tokenizer as ours
+from torchtitan_rd.data.files import HUB_NAME
 from torchtitan_rd.errors import CheckpointError, ConfigError
 
 TOKENIZER_JSON, TOKENIZER_CONFIG, TOKENIZER_MODEL = "tokenizer.json", "tokenizer_config.json", "tokenizer.model"
@@ -49,16 +50,16 @@ def tokenizer_files(path: str) -> TokenizerFiles:
     if path == "bytes":
         return _bytes()
     if "://" in path:
-        return _from_ranks(ours._read_ranks(path), {})
+        return _from_ranks(ours.read_ranks(path), {})
     for file in (Path(path), Path(path) / TOKENIZER_JSON, Path(path) / TOKENIZER_MODEL):
         if file.is_file():
             return _from_json(file) if file.suffix == ".json" else _from_model(file)
-    if Path(path).exists() or not ours._HUB_NAME.fullmatch(path):
+    if Path(path).exists() or not HUB_NAME.fullmatch(path):
         raise ConfigError(
             f"{path!r} is no folder with {TOKENIZER_JSON} or {TOKENIZER_MODEL} and no such file; {_REMEDY}"
         )
     try:
-        folder = ours._from_hub(path)
+        folder = ours.download_tokenizer(path)
     except ConfigError as error:
         raise ConfigError(f"{error}; {_REMEDY}") from error
     return _from_json(folder / TOKENIZER_JSON)
@@ -107,13 +108,13 @@ def _bytes() -> TokenizerFiles:
 
 
 def _from_json(file: Path) -> TokenizerFiles:
-    tokenizer = ours.load_tokenizer(str(file))
+    tokenizer = ours.JsonTokenizer(file)
     files = {**_copies(file.parent, NAMES), TOKENIZER_JSON: file.read_bytes()}
     if TOKENIZER_CONFIG not in files:
         special = _table(files.get(SPECIAL_TOKENS_MAP, b"{}"), file.parent / SPECIAL_TOKENS_MAP)
         tokens = {name: special[name] for name in (*_TOKENS, "unk_token") if name in special}
         files[TOKENIZER_CONFIG] = _json({**_PLAIN, **tokens})
-    ids = {f"{name}_id": tokenizer._special_id(file.parent, name) for name in _TOKENS}
+    ids = {f"{name}_id": tokenizer.special_id(file.parent, name) for name in _TOKENS}
     return TokenizerFiles(files, {name: id_ for name, id_ in ids.items() if id_ is not None})
 
 
@@ -124,7 +125,7 @@ def _from_model(file: Path) -> TokenizerFiles:
             f"{file} is a sentencepiece model, which is not converted here: give --tokenizer_path a folder with the "
             f"tokenizer.json of this tokenizer (the Hugging Face repository of the model has it), or 'none'"
         )
-    return _from_ranks(ours._read_ranks(str(file)), {TOKENIZER_MODEL: content})
+    return _from_ranks(ours.read_ranks(str(file)), {TOKENIZER_MODEL: content})
 
 
 def _from_ranks(ranks: dict[bytes, int], files: Mapping[str, bytes]) -> TokenizerFiles:
@@ -150,9 +151,9 @@ def _from_ranks(ranks: dict[bytes, int], files: Mapping[str, bytes]) -> Tokenize
         merges += [(name(left), name(right)) for left, right in sorted(known, key=lambda p: (ranks[p[0]], ranks[p[1]]))]
     vocabulary = {name(token): rank for token, rank in ranks.items()}
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))  # a word that is a token is not split
-    _byte_level(backend, ours._LLAMA3_WORDS)
-    _add_specials(backend, ours._LLAMA3_SPECIALS)
-    bos, eos = ours._LLAMA3_SPECIALS[:2]
+    _byte_level(backend, ours.LLAMA3_WORDS)
+    _add_specials(backend, ours.LLAMA3_SPECIALS)
+    bos, eos = ours.LLAMA3_SPECIALS[:2]
     config = _json({**_PLAIN, "bos_token": bos, "eos_token": eos})
     found = {**files, TOKENIZER_JSON: backend.to_str().encode(), TOKENIZER_CONFIG: config}
     return TokenizerFiles(found, {"bos_token_id": len(ranks), "eos_token_id": len(ranks) + 1})
@@ -162,7 +163,7 @@ def _byte_level(backend: Any, words: str | None) -> None:
     """Cuts text into `words` (a regular expression; None: not at all) and these into bytes."""
     from tokenizers import Regex, decoders, pre_tokenizers
 
-    steps = [pre_tokenizers.Split(Regex(words), behavior="isolated")] if words else []
+    steps: list[Any] = [pre_tokenizers.Split(Regex(words), behavior="isolated")] if words else []
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()

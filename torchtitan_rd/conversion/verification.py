@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan_rd.conversion.memory import available_bytes
 from torchtitan_rd.conversion.weights import Weights, model_tensors
 from torchtitan_rd.errors import CheckpointError
-from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
-from torchtitan_rd.models.spec import Microbatch
+from torchtitan_rd.model_spec import DrawnInputs, Microbatch
 
 LENGTH = 128  # tokens
 MAX_STEPS = 4  # iterations of a recurrent model: an error shows in a few, and each costs time
@@ -113,7 +112,8 @@ def fixed_tokens(vocab_size: int, length: int = LENGTH) -> torch.Tensor:
 
 def verification_steps(weights: Weights) -> int | None:
     """The iterations at which a recurrent model is compared by default; None for a model of another kind."""
-    return None if weights.spec.inputs is None else min(_drawer(weights).mean_depth, MAX_STEPS)
+    drawer = _drawer(weights)
+    return None if drawer is None else min(drawer.mean_depth, MAX_STEPS)
 
 
 @torch.no_grad()
@@ -230,7 +230,7 @@ def unavailable(weights: Weights) -> str | None:
         return "transformers is not installed: pip install 'transformers>=4.53'"
     if _number(version) < (4, 53):
         return f"transformers {version} is too old: pip install 'transformers>=4.53'"
-    needed, available = _bytes_needed(weights), _bytes_available()
+    needed, available = _bytes_needed(weights), available_bytes()
     if needed > available:
         return (
             f"it needs about {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are available: "
@@ -252,50 +252,21 @@ def _bytes_needed(weights: Weights) -> int:
     return int(4 * 1.3 * parameter_count(weights)) + (3 * 4 + 2 * 8) * logits
 
 
-def _bytes_available() -> int:
-    return min(psutil.virtual_memory().available, *_cgroup_bytes(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
-
-
-def _cgroup_bytes(mount: Path, membership: Path) -> list[float]:
-    """What each memory limit above this process leaves (Slurm sets such limits); [inf] without any.
-
-    mount, membership: /sys/fs/cgroup and /proc/self/cgroup, whose lines are `number:controllers:path`; version 2 has no
-    controllers there. Cached files count as free.
-    """
-    found = [math.inf]
-    for line in membership.read_text().splitlines() if membership.is_file() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        base = mount / "memory" if controllers else mount
-        limit, usage = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
-        cached = "total_cache" if controllers else "file"
-        own = base / path.lstrip("/")
-        for folder in (own, *own.parents):
-            if not folder.is_relative_to(base):
-                break
-            try:
-                most, used = (int((folder / f"memory.{name}").read_text()) for name in (limit, usage))
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # not there, or "max": no limit
-                continue
-            found.append(most - used + int(stat.get(cached, 0)))
-    return found
-
-
-def _drawer(weights: Weights) -> Any:
-    return weights.spec.inputs(weights.shape, RecurrenceConfig(), seed=0, total_steps=1)
+def _drawer(weights: Weights) -> DrawnInputs | None:
+    make = weights.spec.inputs
+    return None if make is None else make(weights.shape, None, seed=0, total_steps=1)
 
 
 def _forward_inputs(weights: Weights, num_steps: int | None) -> dict[str, Any]:
     """What forward takes beside tokens: for both sides the same first state, as validation draws it."""
-    if weights.spec.inputs is None:
+    drawer = _drawer(weights)
+    if drawer is None:
         return {}
     length = _tokens(weights).shape[1]
     microbatch = Microbatch(
         step=0, count=0, samples=(0,), rank=0, seq_len=length, device=torch.device("cpu"), dtype=torch.float32
     )
-    return dict(_drawer(weights).at_depths([num_steps or verification_steps(weights)], microbatch).kwargs)
+    return dict(drawer.at_depths([num_steps or min(drawer.mean_depth, MAX_STEPS)], microbatch).kwargs)
 
 
 def _tokens(weights: Weights) -> torch.Tensor:
@@ -311,9 +282,7 @@ def _fill(parameter: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
 @torch.no_grad()
 def _logits(model: nn.Module, weights: Weights, num_steps: int | None) -> torch.Tensor:
     """`model`: of the transformers library."""
-    inputs = _forward_inputs(weights, num_steps)
-    if inputs:
-        inputs = {"num_steps": sum(inputs["num_steps"]), "input_states": inputs["initial_state"]}
+    inputs = weights.spec.hf.forward_arguments(_forward_inputs(weights, num_steps))
     return model.eval()(input_ids=_tokens(weights), **inputs).logits.float()
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torchtitan_rd.data import check_dataset
+from torchtitan_rd.data import get_dataset
 from torchtitan_rd.data.arrow import SampleSource, TableSource
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.sources import build_encoder, open_source
+from torchtitan_rd.data.tokenizer import Tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.log import logger
 
@@ -43,16 +44,16 @@ class Report:
         return merged
 
 
-def scan(keys: DatasetKeys, *, tokenizer_path: str, vocab_size: int, seed: int, split: str) -> Report:
+def scan(keys: DatasetKeys, *, tokenizer: Tokenizer | None, vocab_size: int, seed: int, split: str) -> Report:
     """Checks every row that training.skip_ranges does not skip: its type, its counts or ids, whether it is empty.
 
     Text is not tokenised: a tokenizer that fits the vocabulary makes no id that does not. Raises ConfigError or
     DataError for what no row can be read without.
     """
-    row = check_dataset(keys)
+    row = get_dataset(keys, split=split)
     if keys.stream:
         raise ConfigError("a stream has no row numbers: check it with --training.stream=false")
-    encoder = build_encoder(keys, row.kind, tokenizer_path, vocab_size)
+    encoder = build_encoder(keys, row.kind, tokenizer, vocab_size)
     source, found = open_source(keys, row, encoder, seed, split)
     report = Report(_count(source), _UNITS[row.kind], ranges=keys.skip_ranges)
     found.log(keys.dataset, len(source))

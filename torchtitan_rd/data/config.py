@@ -4,12 +4,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from torchtitan_rd.config_loader import OptionalUserPath, Section
+from torchtitan_rd.config_loader import OptionalUserPath
+from torchtitan_rd.data.batch_dims import BatchKeys
 
 MUST_MATCH: dict[str, Any] = {"on_resume": "must_match"}
 
 
-class DatasetKeys(Section):
+class DatasetKeys(BatchKeys):
     dataset: str = Field("pydoc", json_schema_extra=MUST_MATCH)
     """Name of the data set: a row of the table in `torchtitan_rd/data/__init__.py` (see docs/data.md)."""
 
@@ -26,14 +27,6 @@ class DatasetKeys(Section):
 
     seq_len: int = Field(2048, ge=1, json_schema_extra=MUST_MATCH)
     """Tokens of context. A window holds `seq_len + 1` ids; windows do not overlap."""
-
-    local_batch_size: int = Field(8, ge=1)
-    """Sequences per rank per microbatch."""
-
-    global_batch_size: int = -1
-    """Sequences per step over all ranks; what exceeds one microbatch of every rank is accumulated.
-    -1: one microbatch of every rank, which changes with the number of ranks, so that only a fixed value lets a run
-    resume on another number of ranks."""
 
     shuffle_seed: int | None = Field(None, ge=0, lt=2**64, json_schema_extra=MUST_MATCH)
     """Seed of the order of the samples, another one in each epoch. Unset: the order of the files."""
@@ -66,13 +59,6 @@ class DatasetKeys(Section):
     on_rank_change: Literal["refuse", "restart"] = "refuse"
     """What to do when a stream resumes on another number of ranks, where its position has no meaning:
     stop with an error, or begin the data anew."""
-
-    @field_validator("global_batch_size")
-    @classmethod
-    def _positive_or_derived(cls, value: int) -> int:
-        if value != -1 and value < 1:
-            raise ValueError("must be at least 1, or -1 for local_batch_size * the number of data ranks")
-        return value
 
     @field_validator("skip_ranges")
     @classmethod

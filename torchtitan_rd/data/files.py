@@ -13,13 +13,14 @@ from torchtitan_rd.data.content import digest_of_file, stride_of
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.log import logger
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".txt": "text"}
 _COMPRESSIONS, _COMPRESSIBLE = (".gz", ".zst"), ("json", "text")
 _OTHER_COMPRESSIONS = (".bz2", ".xz", ".lz4", ".zip", ".7z", ".rar")
 # What the `datasets` library writes beside its data. A folder with one of the last two is read as a whole.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _SAVED = ("dataset_dict.json", "state.json")
-_SPLITS = {"train": "train(?:ing)?", "validation": "val(?:id|idation)?|dev", "test": "test(?:ing)?"}
+_SPLITS = {"train": "train(?:ing)?", "validation": "val(?:id|idation)?|dev", "test": "test(?:ing)?|eval(?:uation)?"}
 _LISTED = 1000  # names that a record holds at most
 
 
@@ -42,13 +43,14 @@ class FileList:
     def builder(self) -> str:
         """The one kind of all files, as `datasets` calls it. Raises DataError unless there is one."""
         kinds = {BUILDERS.get(_data_suffix(p)) for p in self.files}
-        if len(kinds) > 1 or None in kinds:
+        kind = kinds.pop() if len(kinds) == 1 else None
+        if kind is None:
             found = ", ".join(sorted({_data_suffix(p) or p.name for p in self.files}))
             raise DataError(
                 f"training.dataset_path = {self.path!r}: expected files of one kind of {', '.join(BUILDERS)} "
                 f"(.jsonl and .txt also as .gz or .zst), found {found}"
             )
-        return kinds.pop()
+        return kind
 
     def name(self, file: Path) -> str:
         """A file's name relative to the folder, if it lies below it."""

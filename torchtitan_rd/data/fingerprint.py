@@ -1,7 +1,8 @@
 """What a position in the data depends on; compared over the ranks before the first step, and on every resume.
 
 A fingerprint is a dict of plain values: the settings that choose the windows, and digests of the rows (or, for a
-stream of local files, of the files) and of the tokenizer. `files` and `skip_ranges` explain; they refuse nothing.
+stream of local files, of the files) and of the tokenizer. `files`, `skip_ranges` and `tokenizer_revision`
+explain; they refuse nothing.
 """
 
 from collections.abc import Sequence
@@ -11,13 +12,13 @@ from torchtitan_rd.data.content import changed_files, changed_rows
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.log import logger
 
-_EXPLAINING = ("files", "skip_ranges")
+_EXPLAINING = ("files", "skip_ranges", "tokenizer_revision")
 _OF_DATA = ("num_samples", "rows", "content", "tokenizer")
 
 
 def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
     """Raises DataError, naming what changed and the remedy, unless a position in the one is a position in the other."""
-    saved = _completed(saved, present)
+    saved = _completed(_of_full_batches(saved, present), present)
     changed = differences(saved, present)
     if changed:
         key = changed[0]
@@ -27,7 +28,7 @@ def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
         elif key in _OF_DATA:
             remedy = "put the former data (and tokenizer) back, or begin a new run from the checkpoint's weights"
         elif key == "revision":
-            remedy = f"set training.dataset_revision = {was['commit']!r}, or begin a new run"
+            remedy = f"set training.dataset_revision = {saved[key]['commit']!r}, or begin a new run"
         elif key == "cut":
             remedy = "begin a new run from the checkpoint's weights"
         else:
@@ -94,6 +95,15 @@ def describe(key: str, saved: dict[str, Any], present: dict[str, Any]) -> str:
     return f"{key} (was {was!r}, now {now!r})"
 
 
+def _of_full_batches(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
+    """Of a run whose batch grows: an older checkpoint noted the rows of one stage as the batch."""
+    stages = present.get("batch_ramp_stages")
+    if stages is None or "batch_ramp_stages" in saved:
+        return saved
+    size = saved["global_batch_size"]
+    return {**saved, "batch_ramp_stages": stages, "global_batch_size": size if size == -1 else size * stages}
+
+
 def _completed(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
     """The fingerprint of an older checkpoint, which noted ids of the first and last sample alone, as one of today.
 
@@ -105,5 +115,5 @@ def _completed(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]
         "data: this checkpoint is of a version that did not note all rows: a change of the data or of the tokenizer "
         "since then is not seen, one after the next checkpoint is"
     )
-    unknown = {key: present[key] for key in ("rows", "content", "tokenizer") if key in present}
+    unknown: dict[str, Any] = {key: present[key] for key in ("rows", "content", "tokenizer") if key in present}
     return {**saved, **unknown, "cut": None if present.get("cut") is None else "tokens"}

@@ -86,16 +86,20 @@ def _write(source: Source, dtype: np.dtype, target: Path) -> None:
     shutil.rmtree(staged, ignore_errors=True)  # of a process that was killed
     shutil.rmtree(target, ignore_errors=True)  # damaged
     staged.mkdir()
-    ends = []
-    with (staged / "ids.bin").open("wb") as file:
-        for ids in _documents(source):
-            file.write(ids.astype(dtype).data)
-            ends.append((ends[-1] if ends else 0) + len(ids))
-        _sync(file)
-    with (staged / "ends.npy").open("wb") as file:
-        np.save(file, np.array(ends, np.int64))
-        _sync(file)
-    staged.rename(target)
+    ends: list[int] = []
+    try:
+        with (staged / "ids.bin").open("wb") as file:
+            for ids in _documents(source):
+                file.write(ids.astype(dtype).data)
+                ends.append((ends[-1] if ends else 0) + len(ids))
+            _sync(file)
+        with (staged / "ends.npy").open("wb") as file:
+            np.save(file, np.array(ends, np.int64))
+            _sync(file)
+        staged.rename(target)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)  # on a full disk, gigabytes that nothing reads
+        raise
     logger.info("data: %s: %d ids in %.1f s", source.name, ends[-1], time.monotonic() - began)
 
 

@@ -15,7 +15,7 @@ from torchtitan_rd.conversion.weights import Weights, model_tensors
 from torchtitan_rd.data import DATASETS, Tokenizer, load_tokenizer
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.log import logger
-from torchtitan_rd.models.spec import ModelSpec
+from torchtitan_rd.model_spec import ModelSpec
 
 CHECKPOINT_FOLDER = "checkpoint"
 

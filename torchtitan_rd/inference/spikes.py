@@ -49,7 +49,7 @@ def conditional(
         raise ConfigError(f"--dataset {dataset} is no data set of spikes{nearest(dataset, known)}")
     _at_least_1(ctx_t=ctx_t, gen_t=gen_t)
     keys = DatasetKeys.model_validate({"dataset": dataset, "dataset_path": path})
-    source, _ = open_source(keys, row, build_encoder(keys, row.kind, "none", vocab_size), seed, split)
+    source, _ = open_source(keys, row, build_encoder(keys, row.kind, None, vocab_size), seed, split)
     if not 0 <= index < len(source):
         raise ConfigError(f"--data-idx {index}: {dataset} has the rows 0 to {len(source) - 1}")
     counts = counts_of(source.tokens(index), vocab_size - 1)

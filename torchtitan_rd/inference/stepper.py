@@ -22,7 +22,7 @@ from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.cache import KVCache
 from torchtitan_rd.inference.exits import ExitPolicy, Seen
 from torchtitan_rd.inference.sharing import Sharing
-from torchtitan_rd.models.spec import ModelSpec, Steps
+from torchtitan_rd.model_spec import ModelSpec, Steps
 
 
 class Stepper:

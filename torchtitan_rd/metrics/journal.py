@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = None
+        self._file: FileIO | None = None
 
     def open(self, step: int) -> None:
         """Opens the file for the steps after `step`, that of the loaded checkpoint; 0 starts a new file.
@@ -33,6 +34,8 @@ class Journal:
 
     def append(self, row: dict[str, Any]) -> None:
         """Raises TrainingError if the line cannot be written, as on a full disk."""
+        if self._file is None:
+            raise RuntimeError(f"{self.path} is written to before it is opened")
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         try:
             if self._file.write(line) < len(line):

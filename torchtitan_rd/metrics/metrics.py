@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -18,6 +18,7 @@ from torchtitan_rd.metrics.devices import PeakMemory, peak_flops
 from torchtitan_rd.metrics.journal import Journal
 from torchtitan_rd.metrics.results import StepResult
 from torchtitan_rd.metrics.sinks import TensorBoardSink, WandbSink
+from torchtitan_rd.model_spec import FlopCount, NumSteps
 
 
 class MetricsConfig(Section):
@@ -46,20 +47,6 @@ class MetricsConfig(Section):
 
     peak_tflops: float | None = Field(None, gt=0)
     """Peak TFLOP/s of one device, for the MFU. Unset: known devices by name, dense bf16; on others the MFU is n/a."""
-
-
-class FlopsPerToken(Protocol):
-    """The three counts of `models.spec.FlopCount`: FLOPs of a training step per token."""
-
-    @property
-    def matmul(self) -> float: ...
-    @property
-    def attention_full(self) -> float: ...
-    @property
-    def attention_causal(self) -> float: ...
-
-
-Depths = tuple[int, int]
 
 
 class Metrics:
@@ -101,9 +88,9 @@ class Metrics:
         rank: int,
         world_size: int,
         device: torch.device,
-        flops: FlopsPerToken,
+        flops: FlopCount,
         total_steps: int,
-        flops_drawn: Callable[[Sequence[Sequence[Depths]]], FlopsPerToken | None] = lambda depths: None,
+        flops_drawn: Callable[[Sequence[Sequence[NumSteps]]], FlopCount | None] = lambda depths: None,
         own_depths: bool = False,
         gather: Callable[[list[float]], list[list[float]] | None] = lambda numbers: [numbers],
     ):
@@ -119,7 +106,9 @@ class Metrics:
         self._writes = rank == 0
         self._world_size = world_size
         self._device = device
-        self._flops, self._flops_drawn, self._own_depths = flops, flops_drawn, own_depths
+        self._flops = flops
+        self._flops_drawn = flops_drawn
+        self._own_depths = own_depths
         self._gather = gather
         self._total_steps = total_steps
         self._sinks: list[TensorBoardSink | WandbSink] = []
@@ -219,11 +208,16 @@ class Metrics:
             }
             # JSON has no NaN or infinity: such a number becomes null; loss_hex still tells which it was.
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            self._journal.append(row)
-            for sink in self._sinks:
-                sink.log(row)
-            self._console.log(row)
+            self._write(row)
         self._begin_interval(step, tokens_seen)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._journal is None or self._console is None:
+            raise RuntimeError("a row is logged before the outputs are opened (`start`) or after `close`")
+        self._journal.append(row)
+        for sink in self._sinks:
+            sink.log(row)
+        self._console.log(row)
 
     def close(self) -> None:
         """Flushes and closes every output. May be called twice, and before `start`."""
@@ -255,7 +249,7 @@ class Metrics:
             "skipped_steps": len(numbers) - len(taken),
         }
 
-    def _of_all_ranks(self) -> tuple[dict[str, float], FlopsPerToken | None]:
+    def _of_all_ranks(self) -> tuple[dict[str, float], FlopCount | None]:
         """The highest peaks of memory, and the mean FLOPs per token of the interval. Collective.
 
         One gather for both. On other ranks than the first the answer is empty.
@@ -280,7 +274,7 @@ class Metrics:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _speed(self, step: int, tokens_seen: int, flops: FlopsPerToken) -> dict[str, float | None]:
+    def _speed(self, step: int, tokens_seen: int, flops: FlopCount) -> dict[str, float | None]:
         """Rates of the interval, what it paused for left out.
 
         MFU is model FLOPs per second over the device's peak, in 0..1, recomputation not counted (PaLM paper,

@@ -10,9 +10,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.model_spec import ModelSpec, Shape
 from torchtitan_rd.models.llama import AIXSIM, LLAMA3
 from torchtitan_rd.models.raven import RAVEN
-from torchtitan_rd.models.spec import ModelSpec
 
 MODELS: dict[str, ModelSpec] = {
     "llama3": LLAMA3,
@@ -29,8 +29,8 @@ def get_spec(name: str) -> ModelSpec:
     return MODELS[name]
 
 
-def get_flavor(spec: ModelSpec, flavor: str, overrides: Mapping[str, Any] | None = None) -> Any:
-    """The config of a flavor, with some of its fields replaced (a table, as TOML gives it, for a nested one).
+def get_flavor(spec: ModelSpec[Shape, Any], flavor: str, overrides: Mapping[str, Any] | None = None) -> Shape:
+    """The shape of a flavor, with some of its fields replaced (a table, as TOML gives it, for a nested one).
 
     Raises ConfigError for an unknown flavor or field, a value of the wrong type, and values at odds with each other.
     """

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
+from torchtitan_rd.model_spec import AttentionShape
 
 
 class KeyValues(ABC):
@@ -39,21 +40,15 @@ class KeyValues(ABC):
 
 
 Mask: TypeAlias = "torch.Tensor | BlockMask | KeyValues | None"
-
-
-class AttentionShape(NamedTuple):
-    """What a kernel must cope with: query heads, key-value heads, and the dim of each."""
-
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
+BackendName: TypeAlias = Literal["sdpa", "fa3", "fa4", "flex"]
+Requested: TypeAlias = Literal["auto"] | BackendName
 
 
 @dataclass(frozen=True)
 class Backend:
     """The chosen kernel and why."""
 
-    name: Literal["sdpa", "fa3", "fa4", "flex"]
+    name: BackendName
     reason: str
 
 
@@ -68,7 +63,7 @@ class _Flash:
     remedy: str
 
 
-_FLASH = {
+_FLASH: dict[str, _Flash] = {
     "fa3": _Flash(
         "FA3",
         (9,),
@@ -80,20 +75,22 @@ _FLASH = {
         "FA4", (9, 10), "Hopper or Blackwell", "flash_attn.cute.interface", "pip install 'torchtitan_rd[fa4]'"
     ),
 }
-_PREFERRED = {9: "fa3", 10: "fa4"}  # by major compute capability
+_PREFERRED: dict[int, BackendName] = {9: "fa3", 10: "fa4"}  # by major compute capability
 
 # Relative error in the Frobenius norm against float32: twice what rounding gives, far below what a wrong kernel gives.
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}
 
+# Whether flex attention is used without a document mask too. One for the process, as torch's own choice of a flash
+# kernel is: `activate` sets it before training, `build_mask` reads it in each forward. No model has to hand it through.
 _flex_without_documents = False
 
 
 def setup_attention(
-    requested: str, shape: AttentionShape, device: torch.device, dtype: torch.dtype, document_mask: bool
+    requested: Requested, shape: AttentionShape, device: torch.device, dtype: torch.dtype, document_mask: bool
 ) -> Backend:
     """Chooses, activates and probes the backend for the whole process, and logs the choice.
 
-    requested: `model.attention_backend`. shape: the model config's `attention_shape`. dtype: that of the activations.
+    requested: `model.attention_backend`. shape: the model shape's `attention_shape`. dtype: that of the activations.
     Raises ConfigError if the backend is not to be had here, cannot do what the run needs, or computes wrongly; but
     where `auto` took an installed FlashAttention that is broken, this warns and takes `sdpa`.
     """
@@ -113,7 +110,7 @@ def setup_attention(
     return backend
 
 
-def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, document_mask: bool) -> Backend:
+def choose_backend(requested: Requested, device: torch.device, dtype: torch.dtype, document_mask: bool) -> Backend:
     """Resolves `auto`, or checks that the requested backend is to be had here. Raises ConfigError."""
     on_cuda = device.type == "cuda"
     if requested == "flex" and not on_cuda:
@@ -188,12 +185,12 @@ def probe(
     where = f"model.attention_backend: {backend.name} on {device.type}, {dtype}, {shape}"
     try:
         kernel = "flex" if backend.name == "flex" else _sdpa_kernel(q, k, v, allowed if document_mask else None)
-        found = _gradients(lambda *qkv: attend(*qkv, build_mask(tokens, documents)), q, k, v, grad)
+        found = _gradients(lambda q, k, v: attend(q, k, v, build_mask(tokens, documents)), q, k, v, grad)
     except Exception as error:  # a kernel may raise anything, and each is the same mistake to the user
         raise ConfigError(f"{where} fails: {error}; use another backend") from error
     if backend.name in _FLASH and kernel != SDPBackend.FLASH_ATTENTION.name:
         raise ConfigError(f"{where}: it is active, but torch takes {kernel} instead; use another backend")
-    expected = _gradients(lambda *qkv: _reference(*qkv, allowed), *(t.float() for t in (q, k, v, grad)))
+    expected = _gradients(lambda q, k, v: _reference(q, k, v, allowed), *(t.float() for t in (q, k, v, grad)))
     names = ("output", "dq", "dk", "dv")
     errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
     if not all(error <= _TOLERANCE[dtype] for error in errors):  # so that a nan fails too
@@ -219,7 +216,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
     gqa = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         # A block that is compiled as a whole takes flex in; nested compilation would break its graph.
-        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex(flex_attention)
+        plain: Callable[..., Any] = flex_attention
+        flex = plain if torch.compiler.is_compiling() else _compiled_flex(plain)
         return flex(q, k, v, block_mask=mask, enable_gqa=gqa)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
 
@@ -270,9 +268,8 @@ def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch
 
 def _sdpa_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> str:
     """The kernel that SDPA takes for such tensors when they need gradients, by torch's name for it."""
-    chosen = torch._fused_sdp_choice(
-        *(t.detach().requires_grad_() for t in (q, k, v)), mask, 0.0, mask is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    chosen = torch._fused_sdp_choice(q, k, v, mask, 0.0, mask is None, enable_gqa=q.shape[1] != k.shape[1])
     return SDPBackend(chosen).name
 
 

@@ -3,10 +3,11 @@
 from typing import Any, Literal
 
 from pydantic import Field, field_validator
+from pydantic.config import JsonDict
 
 from torchtitan_rd.config_loader import Section, UserPath
 
-MUST_MATCH = {"on_resume": "must_match"}
+MUST_MATCH: JsonDict = {"on_resume": "must_match"}
 
 
 class ModelConfig(Section):

@@ -80,9 +80,12 @@ class Fields:
         self.given = {key: value for key, value in fields.items() if value is not None}
         self.where, self._read = where, {*_CHANGING, *_HARMLESS.split()}
 
-    def whole(self, key: str, default: Any = _NEEDED) -> Any:
-        """A whole number (64, not 64.0 or "64")."""
-        return self._of_type(key, default, "a whole number", lambda value: type(value) is int)
+    def whole(self, key: str, default: Any = _NEEDED, most: int = 2**31 - 1) -> Any:
+        """A whole number (64, not 64.0 or "64"). most: beyond it is a mistake, found without building a model."""
+        found = self._of_type(key, default, "a whole number", lambda value: type(value) is int)
+        if found is not default and found > most:
+            raise ConfigError(f"{self.where}{key} = {found} must be at most {most}")
+        return found
 
     def number(self, key: str, default: Any = _NEEDED) -> Any:
         """A finite number -> float."""

@@ -1,5 +1,7 @@
 """Builds the optimizer that the config names, sets its rates, and lists its state for checkpoints."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.optim import Optimizer
@@ -13,8 +15,8 @@ from torchtitan_rd.optimizer.muon import Muon, MuonAdamW
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The optimizer over `model`'s parameters; build it after sharding. `base_lr` of a group is its full rate."""
     groups = parameter_groups(model, config.lr, config.weight_decay, not config.no_weight_decay_for_bias_and_norm)
-    adam = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    kernels = {"fused": config.implementation == "fused", "foreach": config.implementation == "foreach"}
+    adam: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    kernels: dict[str, Any] = {name: config.implementation == name for name in ("fused", "foreach")}
     if config.name == "ELLISAdam":
         return ELLISAdam(groups, **adam, keys=config)
     if config.name == "Muon":
@@ -39,7 +41,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, torch.T
     """
     if not optimizer.state:
         _materialize(optimizer)
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     return {
         f"{names[parameter]}.{key}": value
         for parameter, state in optimizer.state.items()

@@ -113,7 +113,7 @@ class ELLISAdam(Optimizer):
         return state
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure: the train step has made the gradients
         """One update of every parameter that has a gradient. Collective if parameters are sharded."""
         batches = self._batches()
         if not batches:
@@ -149,7 +149,7 @@ class ELLISAdam(Optimizer):
             rated, grads = list(compress(rated, good)), list(compress(grads, good))
         if grads and self.keys.tensor_wise_gradient_normalization:
             norms = _norms(grads, [p for _, p in rated])
-            grads = torch._foreach_div(grads, norms.clamp(min=torch.finfo(norms.dtype).tiny).unbind())
+            grads = list(torch._foreach_div(grads, norms.clamp(min=torch.finfo(norms.dtype).tiny).unbind()))
         self._counted = [self.state[parameter]["step"] for _, parameter in rated]
         batches: dict[tuple, _Batch] = {}
         for number, ((group, parameter), grad) in enumerate(zip(rated, grads, strict=True)):
@@ -205,7 +205,7 @@ class ELLISAdam(Optimizer):
         _, correction = self._bias_corrections(batch.step)
         momenta = batch.exp_avgs
         if self.keys.nesterov:
-            momenta = torch._foreach_lerp(momenta, batch.grads, 1 - beta1)
+            momenta = list(torch._foreach_lerp(momenta, batch.grads, 1 - beta1))
         if self.keys.eps_adjustment:
             roots = torch._foreach_div(batch.exp_avg_sqs, correction)
             torch._foreach_add_(roots, self.eps**2)
@@ -257,7 +257,7 @@ def _rounds_factors(tensors: Sequence[Tensor]) -> bool:
     return tensors[0].is_cpu and tensors[0].dtype.itemsize < 4
 
 
-def _scale(tensors: Sequence[Tensor], factor: float) -> None:
+def _scale(tensors: list[Tensor], factor: float) -> None:
     """tensors *= factor."""
     if not _rounds_factors(tensors):
         torch._foreach_mul_(tensors, factor)
@@ -266,7 +266,7 @@ def _scale(tensors: Sequence[Tensor], factor: float) -> None:
         tensor.mul_(factor)
 
 
-def _add(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: float) -> None:
+def _add(tensors: list[Tensor], others: list[Tensor], factor: float) -> None:
     """tensors += factor * others."""
     if not _rounds_factors(tensors):
         torch._foreach_add_(tensors, others, alpha=factor)
@@ -283,7 +283,7 @@ def _mean_square_ratios(batch: _Batch) -> Sequence[Tensor]:
     return torch._foreach_div(sums, [float(owner.numel()) for owner in batch.owners])
 
 
-def _norms(parts: Sequence[Tensor], owners: Sequence[Tensor]) -> Tensor:
+def _norms(parts: list[Tensor], owners: Sequence[Tensor]) -> Tensor:
     """The L2 norms of whole tensors, of which `parts` are this rank's: (len(parts),), float32."""
     squares = [norm.square() for norm in torch._foreach_norm(parts, dtype=torch.float32)]
     return sum_over_shards(squares, owners).sqrt()

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from torchtitan_rd.config_loader import Section
-from torchtitan_rd.optimizer.shards import local, replace_unless
+from torchtitan_rd.optimizer.shards import local, replace_unless, set_flag
 
 
 class MuonKeys(Section):
@@ -46,7 +46,7 @@ class Muon(Optimizer):
         self.keys = keys
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure: the train step has made the gradients
         momentum = self.keys.muon_momentum
         for group in self.param_groups:
             for matrix in group["params"]:
@@ -74,9 +74,9 @@ class MuonAdamW(Optimizer):
         self.parts = (muon, adamw)
         self.state = muon.state = adamw.state = defaultdict(dict)
 
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure: the train step has made the gradients
         for part in self.parts:
-            part.found_inf = self.found_inf
+            set_flag(part, self.found_inf)
             part.step()
 
 
@@ -102,8 +102,9 @@ def _orthogonal_part(matrix: Tensor, update: Tensor, steps: int) -> Tensor:
     if not isinstance(matrix, DTensor):
         return orthogonalize(update, steps)
     mesh, placements = matrix.device_mesh, matrix.placements
-    shape = {"shape": matrix.shape, "stride": matrix.stride()}  # uneven shards do not tell it
-    whole = DTensor.from_local(update, mesh, placements, run_check=False, **shape).full_tensor()
+    size, stride = matrix.shape, matrix.stride()  # uneven shards do not tell them
+    parts = DTensor.from_local(update, mesh, placements, run_check=False, shape=size, stride=stride)
+    whole = parts.full_tensor()
     # src_data_rank=None: every rank has computed the same, so none has to send its own.
     return local(distribute_tensor(orthogonalize(whole, steps), mesh, placements, src_data_rank=None))
 

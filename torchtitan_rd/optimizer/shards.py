@@ -1,4 +1,4 @@
-"""What an optimizer needs to know of sharding: a tensor's own part, and sums over all of its parts."""
+"""What the optimizers share: the own part of a tensor, sums over all of its parts, the flag that skips an update."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -7,11 +7,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of `tensor`, sharing its memory; all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def set_flag(optimizer: Optimizer, skip: Tensor | None) -> None:
+    """Gives `optimizer` the flag for its next update (optimizer/skipping.py)."""
+    # Torch's fused Adam looks for an attribute of this name, which its class does not declare.
+    optimizer.found_inf = skip  # type: ignore[attr-defined]
 
 
 def replace_unless(skip: Tensor | None, old: Tensor, new: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from torchtitan_rd.optimizer.ellis_adam import ELLISAdam
 from torchtitan_rd.optimizer.muon import Muon, MuonAdamW
+from torchtitan_rd.optimizer.shards import set_flag
 
 
 def takes_flag(optimizer: Optimizer, device: torch.device) -> bool:
@@ -27,9 +28,9 @@ def update_unless(skip: Tensor, optimizer: Optimizer) -> None:
 
     Once the host knows that it was none, it must call `take_back_counts` before the next update or a checkpoint.
     """
-    optimizer.found_inf = skip
+    set_flag(optimizer, skip)
     optimizer.step()
-    optimizer.found_inf = None
+    set_flag(optimizer, None)
 
 
 def take_back_counts(optimizer: Optimizer) -> None:

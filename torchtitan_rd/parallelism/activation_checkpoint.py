@@ -6,7 +6,7 @@ module shows in `named_parameters()`: pytorch/torchtitan#2622).
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from pydantic import field_validator
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from torchtitan_rd.config_loader import Section
+from torchtitan_rd.model_spec import WrapPlan
 
 # Costly to recompute: attention, and half of the matmuls (see _save_attention_and_half_of_the_matmuls).
 _SAVED_OPS = frozenset(
@@ -45,14 +46,7 @@ class ActivationCheckpointConfig(Section):
         return value
 
 
-class Regions(Protocol):
-    """What this file needs of a model's wrap plan (`models/spec.py` has the fields' meaning)."""
-
-    blocks: tuple[str, ...]
-    loops: tuple[tuple[str, str], ...]
-
-
-def checkpoint_regions(plan: Regions, config: ActivationCheckpointConfig) -> list[str]:
+def checkpoint_regions(plan: WrapPlan, config: ActivationCheckpointConfig) -> list[str]:
     """The names of what is recomputed as one: the blocks, or the iterations of loops in place of their blocks."""
     if config.recurrent_region == "block" or config.mode != "full":
         return list(plan.blocks)
@@ -61,7 +55,8 @@ def checkpoint_regions(plan: Regions, config: ActivationCheckpointConfig) -> lis
 
 
 def apply_activation_checkpointing(blocks: Sequence[nn.Module], config: ActivationCheckpointConfig) -> None:
-    """Makes the chosen blocks recompute in backward. No model draws inside one, so RNG state is not preserved (T14)."""
+    """Makes the chosen blocks recompute in backward. No model draws inside one, so RNG state is not preserved
+    (docs/pytorch_traps.md, Recomputation and chance)."""
     if config.mode == "none":
         return
     by_op = config.mode == "selective" and config.selective_ac_option == "op"

@@ -33,8 +33,9 @@ def apply_compile(blocks: Mapping[str, nn.Module], config: CompileConfig) -> Non
         return
     for name, block in blocks.items():
         block.compile(backend=config.backend, fullgraph=True)
-        if config.fail_on_recompile:
-            block._compiled_call_impl = _compiled_once_a_mode(block._compiled_call_impl, block, name)
+        call = block._compiled_call_impl  # made by the line before
+        if config.fail_on_recompile and call is not None:
+            block._compiled_call_impl = _compiled_once_a_mode(call, block, name)
 
 
 def _compiled_once_a_mode(call: Callable, block: nn.Module, name: str) -> Callable:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from itertools import takewhile
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from torchtitan_rd.config_loader import Section
+from torchtitan_rd.model_spec import WrapPlan
 
 
 class ShardingKeys(Section):
@@ -35,19 +36,9 @@ class ShardingKeys(Section):
 KEPT_LOOP_BYTES = 4 * 2**30
 
 
-class Plan(Protocol):
-    """What this file needs of a model's wrap plan (`models/spec.py` has the fields' meaning)."""
-
-    blocks: tuple[str, ...]
-    shard_only: tuple[tuple[str, ...], ...]
-    loops: tuple[tuple[str, str], ...]
-    full_precision: tuple[str, ...]
-    float32_units: tuple[str, ...]
-
-
 def apply_fsdp(
     model: nn.Module,
-    plan: Plan,
+    plan: WrapPlan,
     mesh: DeviceMesh,
     keys: ShardingKeys,
     reshard_after_forward: str,
@@ -107,7 +98,7 @@ def gathered_bytes(module: nn.Module, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
 
 
-def _prefetch_loop(model: FSDPModule, plan: Plan) -> None:
+def _prefetch_loop(model: nn.Module, plan: WrapPlan) -> None:
     """Starts the gathers of all units up to the first loop at the very beginning of forward, in their order.
 
     By default each gather is issued when the unit before it starts, so that of the loop, by far the largest, would
@@ -119,7 +110,15 @@ def _prefetch_loop(model: FSDPModule, plan: Plan) -> None:
     loop, _ = plan.loops[0]
     prelude = takewhile(lambda name: not name.startswith(f"{loop}."), plan.blocks)
     early = (*(names[0] for names in plan.shard_only[:-1]), *prelude, loop)
-    model.set_modules_to_forward_prefetch([model.get_submodule(name) for name in early])
+    _unit(model, "").set_modules_to_forward_prefetch([_unit(model, name) for name in early])
+
+
+def _unit(model: nn.Module, name: str) -> FSDPModule:
+    """The submodule `name`, to which `fully_shard` has given FSDP's class."""
+    module = model.get_submodule(name)
+    if not isinstance(module, FSDPModule):
+        raise TypeError(f"{name} is no unit of FSDP")
+    return module
 
 
 def prepare_microbatch(model: nn.Module, *, is_last: bool) -> None:
@@ -133,7 +132,7 @@ def prepare_microbatch(model: nn.Module, *, is_last: bool) -> None:
         model.set_requires_all_reduce(is_last)
 
 
-def kept_whole(model: nn.Module, plan: Plan, keys: ShardingKeys) -> set[nn.Parameter]:
+def kept_whole(model: nn.Module, plan: WrapPlan, keys: ShardingKeys) -> set[nn.Parameter]:
     """The parameters that stay plain tensors in float32, equal on all ranks; each rank has a gradient of its own.
 
     FSDP gathers and reduces a unit in one type, so a float32 norm in a bfloat16 block would need a unit of its own:

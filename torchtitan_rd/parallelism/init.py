@@ -6,17 +6,17 @@ keeps its part. This costs each rank the drawing of all parameters, one at a tim
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from torchtitan_rd.model_spec import InitFn
+
 
 @torch.no_grad()
-def init_weights(
-    model: nn.Module, inits: Mapping[str, Callable[[torch.Tensor, torch.Generator], None]], seed: int
-) -> None:
+def init_weights(model: nn.Module, inits: Mapping[str, InitFn], seed: int) -> None:
     """Fills every parameter of `model` (plain or sharded, already on its device) from `seed` and its name."""
     for name, parameter in model.named_parameters():
         generator = torch.Generator(parameter.device).manual_seed(parameter_seed(seed, name))

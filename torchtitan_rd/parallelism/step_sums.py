@@ -99,4 +99,4 @@ def _is_first_replica(parameter: DTensor) -> bool:
     """Whether this rank's part is the first of its copies."""
     coordinate = parameter.device_mesh.get_coordinate()
     replicated = [dim for dim, placement in enumerate(parameter.placements) if placement.is_replicate()]
-    return all(coordinate[dim] == 0 for dim in replicated)
+    return coordinate is not None and all(coordinate[dim] == 0 for dim in replicated)

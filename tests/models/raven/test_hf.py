@@ -9,9 +9,9 @@ import torch
 
 from tests.models.raven.tiny import tiny_config
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.models.raven.config import INJECTIONS, RAVEN_FLAVORS, STATE_INITS
-from torchtitan_rd.models.raven.hf import HF, buffers, config_fields, key_map, shape
+from torchtitan_rd.models.raven.hf import HF, buffers, config_fields, key_map, shape_of
 from torchtitan_rd.models.raven.model import Raven
+from torchtitan_rd.models.raven.shape import INJECTIONS, RAVEN_FLAVORS, STATE_INITS
 
 RELEASED = {  # the fields that the config of huginn-0125 states
     "name": "nebel-raven-3.5b",
@@ -83,13 +83,13 @@ VARIANTS = {
 
 @pytest.mark.parametrize("flavor", RAVEN_FLAVORS)
 def test_every_flavor_survives_the_way_to_config_json_and_back(flavor):
-    assert shape(config_fields(RAVEN_FLAVORS[flavor])) == RAVEN_FLAVORS[flavor]
+    assert shape_of(config_fields(RAVEN_FLAVORS[flavor])) == RAVEN_FLAVORS[flavor]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_field_survives_the_way_to_config_json_and_back(variant):
     config = tiny_config(**VARIANTS[variant])
-    assert shape(config_fields(config)) == config
+    assert shape_of(config_fields(config)) == config
 
 
 def test_the_test_above_leaves_no_field_at_its_default():
@@ -100,23 +100,23 @@ def test_the_test_above_leaves_no_field_at_its_default():
 def test_a_public_config_that_sets_the_options_is_the_flavor_with_these_options():
     theirs = {"qk_norm": True, "clip_qkv": 8, "block_class_name": "TransformerPreNormBlock", "num_key_value_heads": 11}
     ours = {"qk_norm": True, "clip_qkv": 8.0, "n_kv_heads": 11}
-    assert shape({**RELEASED, **theirs}) == replace(RAVEN_FLAVORS["corone-raven-3.5b"], **ours)
+    assert shape_of({**RELEASED, **theirs}) == replace(RAVEN_FLAVORS["corone-raven-3.5b"], **ours)
 
 
 def test_the_released_config_is_our_large_flavor():
-    assert shape(RELEASED) == RAVEN_FLAVORS["nebel-raven-3.5b"]
+    assert shape_of(RELEASED) == RAVEN_FLAVORS["nebel-raven-3.5b"]
 
 
 def test_what_a_released_config_leaves_out_has_the_defaults_of_its_class():
     sizes = ("n_embd", "intermediate_size", "vocab_size", "num_attention_heads", "mean_recurrence")
     layers = ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda", "mean_backprop_depth")
-    assert shape({key: RELEASED[key] for key in (*sizes, *layers)}) == RAVEN_FLAVORS["nebel-raven-3.5b"]
+    assert shape_of({key: RELEASED[key] for key in (*sizes, *layers)}) == RAVEN_FLAVORS["nebel-raven-3.5b"]
 
 
 def test_the_names_of_the_training_program_and_of_transformers_are_read():
-    assert shape({**RELEASED, "rope_settings": {"use_rope": True, "rope_base": 7}}).rope_theta == 7.0
+    assert shape_of({**RELEASED, "rope_settings": {"use_rope": True, "rope_base": 7}}).rope_theta == 7.0
     del (fields := dict(RELEASED))["tie_embeddings"]
-    assert not shape({**fields, "tie_word_embeddings": False}).tie_word_embeddings
+    assert not shape_of({**fields, "tie_word_embeddings": False}).tie_word_embeddings
 
 
 def test_an_export_names_the_head_twice_nowhere_and_the_tie_as_the_released_class_takes_it():
@@ -151,7 +151,7 @@ def test_an_export_names_the_head_twice_nowhere_and_the_tie_as_the_released_clas
 def test_what_our_model_does_not_compute_is_refused_by_name(change):
     (key,) = change
     with pytest.raises(ConfigError, match=f"{key} = "):
-        shape({**RELEASED, **change})
+        shape_of({**RELEASED, **change})
 
 
 @pytest.mark.parametrize(
@@ -172,31 +172,31 @@ def test_what_our_model_does_not_compute_is_refused_by_name(change):
 )
 def test_a_value_of_a_wrong_type_or_an_unknown_effect_is_one_line_that_names_the_field(change, message):
     with pytest.raises(ConfigError, match=f"^config.json: {message}"):
-        shape({**RELEASED, **change})
+        shape_of({**RELEASED, **change})
 
 
 @pytest.mark.parametrize("scheme", ["poisson-lognormal", "bptt", "non-uniform", "gupta", "negative-binomial", "sobol"])
 def test_every_scheme_of_the_reference_survives_a_conversion(scheme):
     for name in (scheme, f"{scheme}-curriculum-100"):
-        assert config_fields(shape({**RELEASED, "sampling_scheme": name}))["sampling_scheme"] == name
+        assert config_fields(shape_of({**RELEASED, "sampling_scheme": name}))["sampling_scheme"] == name
 
 
 def test_a_released_config_has_no_unknown_field(caplog):
-    shape(RELEASED)
-    shape({**RELEASED, "num_key_value_heads": None, "rope_settings": None})
+    shape_of(RELEASED)
+    shape_of({**RELEASED, "num_key_value_heads": None, "rope_settings": None})
     assert not caplog.text
 
 
 def test_stretched_rotary_is_refused():
     with pytest.raises(ConfigError, match="rope_condense_ratio = 2 is not supported, only 1"):
-        shape({**RELEASED, "rope_settings": {"rope_condense_ratio": 2}})
+        shape_of({**RELEASED, "rope_settings": {"rope_condense_ratio": 2}})
 
 
 @pytest.mark.parametrize("key", ["n_embd", "vocab_size", "n_layers_in_coda", "mean_recurrence", "num_attention_heads"])
 def test_a_missing_size_is_named(key):
     del (fields := dict(RELEASED))[key]
     with pytest.raises(ConfigError, match=f"config.json: {key.replace('num_attention', 'n')} is missing"):
-        shape(fields)
+        shape_of(fields)
 
 
 @pytest.mark.parametrize("tied", [True, False])

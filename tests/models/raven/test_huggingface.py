@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from tests.models.raven.tiny import some_state, some_tokens, tiny_raven
-from torchtitan_rd.models.raven.config import INJECTIONS
 from torchtitan_rd.models.raven.hf import HF
+from torchtitan_rd.models.raven.shape import INJECTIONS
 
 transformers = pytest.importorskip("transformers")
 
@@ -54,10 +54,10 @@ def fresh_code(tmp_path_factory):
 def export(model, folder, **fields):
     """Writes what a conversion writes; `folder` also names the module of its code."""
     folder.mkdir(parents=True)
-    names, weights = HF.key_map(model.config), dict(model.named_parameters())
+    names, weights = HF.key_map(model.shape), dict(model.named_parameters())
     tensors = {theirs: weights[ours].detach().contiguous() for ours, theirs in names.items()}
-    save_file({**tensors, **HF.buffers(model.config)}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({**HF.config_fields(model.config), **fields}))
+    save_file({**tensors, **HF.buffers(model.shape)}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**HF.config_fields(model.shape), **fields}))
     for path in HF.code:
         shutil.copy(path, folder)
     return folder
@@ -86,7 +86,7 @@ def test_logits_equal_those_of_our_model(variant, tmp_path):
     assert not theirs.training and not any(info[kind] for kind in ("missing_keys", "unexpected_keys"))
     for depth in (1, 4, 32):
         for state in (torch.zeros(2, 12, 32), some_state()):
-            given = {} if ours.config.injection == "none" else {"input_states": state}
+            given = {} if ours.shape.injection == "none" else {"input_states": state}
             found = theirs(some_tokens(), num_steps=depth, **given).logits
             expected = ours(some_tokens(), num_steps=(depth, 0), initial_state=state)
             assert found.dtype == torch.float32 and (expected.std() > 0.01 or not state.any())
@@ -123,7 +123,7 @@ def test_gradients_of_a_pair_equal_those_of_our_model(checkpointing, tmp_path):
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(gradients[HF.key_map(ours.config)[name]], parameter.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(gradients[HF.key_map(ours.shape)[name]], parameter.grad, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("injection", ["linear", "none"])
@@ -475,14 +475,14 @@ def test_heads_are_tied_or_not_and_survive_saving(tied, tmp_path):
     ours, model = pair(tmp_path, tie_word_embeddings=tied)
     assert (model.lm_head.weight is model.transformer.wte.weight) == tied == model.config.tie_word_embeddings
     model.save_pretrained(tmp_path / "saved")
-    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(HF.key_map(ours.config).values())
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(HF.key_map(ours.shape).values())
     again = load(tmp_path / "saved")
     assert (again.lm_head.weight is again.transformer.wte.weight) == tied
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
     assert torch.equal(again(some_tokens(), **SEEDED).logits, model(some_tokens(), **SEEDED).logits)
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert HF.shape(saved) == ours.config
+    assert HF.shape_of(saved) == ours.shape
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -8,10 +8,10 @@ import torch
 
 from tests.models.raven.tiny import tiny_config
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.models.raven.config import STATE_INITS
+from torchtitan_rd.model_spec import Microbatch
 from torchtitan_rd.models.raven.inputs import RavenInputs, initial_state
 from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
-from torchtitan_rd.models.spec import Microbatch
+from torchtitan_rd.models.raven.shape import STATE_INITS
 
 CPU = torch.device("cpu")
 WHOLE = Microbatch(step=3, count=3, rank=0, samples=range(8), seq_len=10, device=CPU, dtype=torch.float32)
@@ -87,7 +87,8 @@ def test_validation_runs_every_iteration_without_gradient_on_noise_of_its_own():
     assert drawn.kwargs["early_read_outs"] == (2,)
     again = inputs().at_depths([9], replace(WHOLE, step=77)).kwargs["initial_state"]
     assert torch.equal(drawn.kwargs["initial_state"], again)
-    assert not torch.equal(again, state())
+    for step in (1, 2, 3):  # updates count from 1
+        assert not torch.equal(again, state(replace(WHOLE, step=step)))
 
 
 def test_a_scheme_in_the_section_replaces_the_flavors():

@@ -195,7 +195,7 @@ def test_how_often_units_are_gathered_follows_the_key(reshard, tied, gathers):
 
 @pytest.mark.parametrize("ac", ["none", "iteration", "block"])
 def test_one_set_of_graphs_serves_sixteen_draws(ac):
-    """Blocks are compiled, not the loop (T13): a new depth must not compile anything."""
+    """Blocks are compiled, not the loop: a new depth must not compile anything."""
     first, last = run_on_ranks(1, graphs, Case(compile=True, ac=ac))[0]
     assert 0 < first == last <= 6
 
@@ -217,7 +217,7 @@ def test_evaluation_between_steps_leaves_training_as_it_was():
 
 def evaluated(rank, world_size, case):
     model, found = build(world_size, case), []
-    # As an optimizer holds them: after an evaluation the root shows its gathered parameters instead (T24).
+    # As an optimizer holds them: after an evaluation the root shows its gathered parameters instead.
     parameters = list(model.parameters())
     for depth in (0, 9):
         if depth:
@@ -306,7 +306,7 @@ def order_of_a_forward(rank, world_size):
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", ["checkpointing none", "checkpointing iteration", "never resharded"])
 def test_several_updates_equal_those_of_one_unsharded_process(name, world_size):
-    """A unit that stays gathered too long would go on with the weights of an earlier step, without an error (T2)."""
+    """A unit that stays gathered too long would go on with the weights of an earlier step, without an error."""
     model = Raven(tiny_config())
     init_weights(model, inits(model), seed=0)
     expected = updated(model, slice(None))

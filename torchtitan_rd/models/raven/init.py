@@ -6,9 +6,9 @@ from functools import partial
 import torch
 from torch import nn
 
+from torchtitan_rd.model_spec import InitFn
 from torchtitan_rd.models.layers import normal_, ones_
 from torchtitan_rd.models.raven.model import Raven
-from torchtitan_rd.models.spec import InitFn
 
 
 def inits(model: Raven) -> dict[str, InitFn]:
@@ -19,9 +19,9 @@ def inits(model: Raven) -> dict[str, InitFn]:
     Norms: 1; qk_bias: 0. Source: takase (arXiv 2312.16903) and scaled (arXiv 2210.15424) as Huginn was trained with:
     both halves of fc have std, although the released modelling file gives the second one that of the projections.
     """
-    config = model.config
-    heads, kv_heads, head_dim = config.attention_shape
-    fused = {"Wqkv": (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim), "fc": (config.ffn_dim,) * 2}
+    shape = model.shape
+    heads, kv_heads, head_dim = shape.attention_shape
+    fused = {"Wqkv": (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim), "fc": (shape.ffn_dim,) * 2}
     fills: dict[str, InitFn] = {}
     for name, _ in model.named_parameters():  # a shared parameter comes once, under its first name
         parts = name.split(".")
@@ -30,8 +30,8 @@ def inits(model: Raven) -> dict[str, InitFn]:
         elif parts[-2].startswith(("norm_", "ln_f")):
             fills[name] = ones_
         else:
-            std = config.weight_std / (math.sqrt(2 * config.effective_depth) if parts[-2] == "proj" else 1.0)
-            if config.init_orthogonal:
+            std = shape.weight_std / (math.sqrt(2 * shape.effective_depth) if parts[-2] == "proj" else 1.0)
+            if shape.init_orthogonal:
                 fills[name] = partial(orthogonal_, std=std, rows=fused.get(parts[-2]))
             else:
                 fills[name] = partial(normal_, std=std, cut=3.0)

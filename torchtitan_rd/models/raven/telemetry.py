@@ -39,6 +39,8 @@ class StateTelemetry:
             self.seen.pop("state", None)  # a new forward: ln_f will be called for the state first
 
     def _normed(self, output: torch.Tensor) -> None:
+        # `Raven._logits` calls ln_f twice, for the state and, behind the coda, for what the head sees. That order is
+        # all that tells the two apart; a forward with early read-outs calls it more often, but is not watched.
         name = "hidden" if "state" in self.seen else "state"
         self.seen[name] = output.detach()
 

@@ -35,11 +35,12 @@ class RMSNorm(nn.Module):
         return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
-def linear(fan_in: int, *rows: int, ends_branch: bool = False) -> nn.Linear:
+class Linear(nn.Linear):
     """One matrix for several outputs of `rows` features. rows and ends_branch matter to `_init_weights` alone."""
-    layer = nn.Linear(fan_in, sum(rows), bias=False)
-    layer.rows, layer.ends_branch = rows, ends_branch
-    return layer
+
+    def __init__(self, fan_in: int, *rows: int, ends_branch: bool = False):
+        super().__init__(fan_in, sum(rows), bias=False)
+        self.rows, self.ends_branch = rows, ends_branch
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -57,9 +58,9 @@ class Attention(nn.Module):
         self.config = config
         heads, kv_heads, self.head_dim = config.n_heads, config.num_key_value_heads, config.n_embd // config.n_heads
         self.heads, self.clip_qkv, self.qk_norm = (heads, kv_heads, kv_heads), config.clip_qkv, config.qk_norm
-        self.Wqkv = linear(config.n_embd, *(number * self.head_dim for number in self.heads))
+        self.Wqkv = Linear(config.n_embd, *(number * self.head_dim for number in self.heads))
         self.qk_bias = nn.Parameter(torch.zeros(2, 1, heads, self.head_dim)) if config.qk_bias else None
-        self.proj = linear(config.n_embd, config.n_embd, ends_branch=True)
+        self.proj = Linear(config.n_embd, config.n_embd, ends_branch=True)
 
     def forward(self, x: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
         qkv = self.Wqkv(x)
@@ -103,8 +104,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: RavenConfig):
         super().__init__()
-        self.fc = linear(config.n_embd, config.intermediate_size, config.intermediate_size)
-        self.proj = linear(config.intermediate_size, config.n_embd, ends_branch=True)
+        self.fc = Linear(config.n_embd, config.intermediate_size, config.intermediate_size)
+        self.proj = Linear(config.intermediate_size, config.n_embd, ends_branch=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.fc(x).chunk(2, dim=-1)
@@ -162,14 +163,13 @@ def positions_and_mask(
     if position_ids is None:
         counted = keys[None] if attention_mask is None else attention_mask.long().cumsum(-1) - 1
         position_ids = counted[:, past:].clamp(min=0)
-    padded = attention_mask is not None
-    if padded and length > 1 and not torch.compiler.is_compiling():
+    if attention_mask is not None and length > 1 and not torch.compiler.is_compiling() and bool(attention_mask.all()):
         # The causal kernels are faster and need no mask. Neither compiled code nor each new token waits for the answer.
-        padded = not bool(attention_mask.all())
-    if not padded and (past == 0 or length == 1):
+        attention_mask = None
+    if attention_mask is None and (past == 0 or length == 1):
         return position_ids, None
     queries = keys[past:, None]
-    if not padded:
+    if attention_mask is None:
         return position_ids, keys <= queries
     # Padding sees itself: a query that sees nothing would be undefined.
     return position_ids, ((keys <= queries) & attention_mask[:, None, None].bool()) | (keys == queries)

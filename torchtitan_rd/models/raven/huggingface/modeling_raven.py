@@ -22,11 +22,11 @@ from transformers.utils import can_return_tuple, logging
 from .blocks_raven import (
     Attention,
     Context,
+    Linear,
     RMSNorm,
     SandwichBlock,
     TransformerPostNormBlock,
     TransformerPreNormBlock,
-    linear,
     positions_and_mask,
 )
 from .configuration_raven import RavenConfig
@@ -51,6 +51,8 @@ class RavenOutput(CausalLMOutputWithPast):
 class RavenForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal language model that thinks for `num_steps` iterations. See `forward`."""
 
+    transformer: Any  # a ModuleDict, whose members have no types of their own
+    lm_head: nn.Module
     config_class = RavenConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -74,9 +76,9 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
             "ln_f": RMSNorm(config.n_embd, config.norm_eps),  # used before the coda and after it
         }
         if config.injection_type == "linear":
-            parts["adapter"] = linear(2 * config.n_embd, config.n_embd)
+            parts["adapter"] = Linear(2 * config.n_embd, config.n_embd)
         self.transformer = nn.ModuleDict(parts)
-        self.lm_head = linear(config.n_embd, config.vocab_size)
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.gradient_checkpointing = False
         self.post_init()
 

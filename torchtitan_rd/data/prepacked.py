@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from torchtitan_rd.batch import IGNORE_INDEX
 from torchtitan_rd.data.cursor import piece_of
 from torchtitan_rd.data.spikes import is_integer, is_list
 from torchtitan_rd.data.text import check_ids
@@ -13,13 +14,10 @@ from torchtitan_rd.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-IGNORE_ID = -100
-"""The label that the loss leaves out (torch's default `ignore_index`)."""
-
 
 @dataclass(frozen=True)
 class PackedEncoder:
-    """pad_id becomes IGNORE_ID here, and `eos_id` in the inputs when the batch is assembled."""
+    """pad_id becomes IGNORE_INDEX here, and `eos_id` in the inputs when the batch is assembled."""
 
     seq_len: int
     vocab_size: int
@@ -59,4 +57,4 @@ class PackedEncoder:
             return row
         padding = row == self.pad_id
         check_ids(np.where(padding, 0, row), self.vocab_size, where)
-        return np.where(padding, IGNORE_ID, row.astype(np.int64))
+        return np.where(padding, IGNORE_INDEX, row.astype(np.int64))
