@@ -51,3 +51,20 @@ def test_a_row_that_left_early_hands_on_the_state_it_left_with():
         expected = think(alone, given[row : row + 1])
         torch.testing.assert_close(together.state[row], expected.state[0], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(together.logits[row], expected.logits[0], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_the_parts_of_a_forward_make_what_think_makes():
+    """As the module's own example has it, for two rows."""
+    model, given = loaded("raven"), torch.tensor(prompts(5, 5))
+    stepper = Stepper(model.spec, model.model, batch=2, positions=5, depth=DEPTH)
+    e, s = stepper.embed(given), stepper.first_state()
+    for step in range(DEPTH):
+        s = stepper.iterate(s, e, step)
+    found = stepper.predict(s, keep=5)
+    whole = Stepper(model.spec, model.model, batch=2, positions=5, depth=DEPTH)
+    torch.testing.assert_close(found[:, -1], think(whole, given).logits, atol=1e-5, rtol=1e-4)
+    assert found.shape == (2, 5, model.shape.vocab_size)
+    first = torch.stack([model.spec.steps(model.model).first_state(0, position, 1.0) for position in range(5)])
+    expected = model.model(given, num_steps=(DEPTH, 0), initial_state=first.expand(2, -1, -1))
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)

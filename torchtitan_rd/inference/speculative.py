@@ -105,7 +105,7 @@ def _draft(
     for number in range(ahead):
         e = stepper.embed(last[:, None])
         s = stepper.first_state()
-        s = e if s is None else s.expand_as(e)
+        s = e if s is None else s
         for step in range(steps):
             s = stepper.iterate(s, e, step)
         last = allowed(count + number, stepper.predict(s)[:, -1]).argmax(-1)

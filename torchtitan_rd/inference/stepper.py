@@ -46,7 +46,7 @@ class Stepper:
         layout = self.steps.layout
         self.device = next(model.parameters()).device
         self.cache = KVCache(layout, Sharing(strategy, layout.core, self.depth), batch, positions, self.device)
-        self.seed, self.scale = seed, scale
+        self.batch, self.seed, self.scale = batch, seed, scale
         self._table = self.steps.rotary(positions)
         self._padding = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self._padded = False
@@ -83,7 +83,7 @@ class Stepper:
             self.rotary = self._table[self._positions]
 
     def first_state(self) -> torch.Tensor | None:
-        """-> (B, S, E) or (1, S, E) of the open positions: noise that depends on (seed, position) alone."""
+        """-> (B, S, E) of the open positions: noise from (seed, position) alone. None: the state starts at e."""
         if self._noise is None:
             rows = [self.steps.first_state(self.seed, position, self.scale) for position in range(len(self._table))]
             known = [row for row in rows if row is not None]
@@ -91,7 +91,7 @@ class Stepper:
                 return None
             self._noise = torch.stack(known).to(self.device)
         state = self._noise[self._positions]
-        return state if state.ndim == 3 else state[None]
+        return state if state.ndim == 3 else state.expand(self.batch, -1, -1)
 
     def iterate(self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, step: int) -> torch.Tensor:
         """Iteration `step`, from 0. -> (B, S, E)."""
@@ -141,7 +141,7 @@ def think(
     if stepper.steps.mean_depth is None:
         return Thought(stepper.predict(e)[:, -1], e, steps, [])
     s = stepper.first_state() if state is None else state
-    s = e if s is None else s.expand_as(e)
+    s = e if s is None else s
     if policy is None or policy.criterion == "none":
         for step in range(stepper.depth):
             s = stepper.iterate(s, e, step)
