@@ -130,6 +130,11 @@ def test_two_ranks_print_what_one_prints(models, capsys):
         ("llama", ["--chat"], "has no chat template"),
         ("raven", ["--draft-steps", "9"], "draft_steps = 9 must be below the depth of 6"),
         ("raven", ["--draft-steps", "2", "--temperature", "1"], "temperature 0"),
+        ("raven", ["--exit-threshold", "0"], "--exit-threshold has no effect without --exit"),
+        ("raven", ["--full-depth-prompt"], "--full-depth-prompt has no effect without --exit"),
+        ("raven", ["--lookahead", "4"], "--lookahead has no effect without --draft-steps"),
+        ("llama", ["--system", "be brief"], "--system has no effect without --chat"),
+        ("raven", ["--depth", "4", "--depths", "1,2"], "--depth and --depths: give one of them"),
     ],
 )
 def test_a_mistake_is_one_line(models, capsys, model, arguments, message, tmp_path):

@@ -182,6 +182,7 @@ def settings_of(chosen: argparse.Namespace) -> tuple[Settings, list[int]]:
         depths = [int(depth) for depth in chosen.depths.split(",")] if chosen.depths else []
     except ValueError:
         raise ConfigError(f"--depths {chosen.depths}: whole numbers, as in 4,8,16") from None
+    _refuse_what_has_no_effect(chosen)
     kv, exits = chosen.kv, None
     if chosen.exit_policy:
         if chosen.exit:
@@ -189,11 +190,17 @@ def settings_of(chosen: argparse.Namespace) -> tuple[Settings, list[int]]:
         exits, kv = read_policy(Path(chosen.exit_policy), kv)
     elif chosen.exit:
         exits = ExitPolicy(
-            chosen.exit, chosen.exit_threshold, chosen.min_steps, chosen.check_every, not chosen.full_depth_prompt
+            chosen.exit,
+            chosen.exit_threshold,
+            min_steps=1 if chosen.min_steps is None else chosen.min_steps,
+            every=1 if chosen.check_every is None else chosen.check_every,
+            in_prefill=not chosen.full_depth_prompt,
         )
     drafting = None
     if chosen.draft_steps is not None:
-        drafting = Drafting(chosen.draft_steps, chosen.lookahead, chosen.verification_threshold)
+        lookahead = 8 if chosen.lookahead is None else chosen.lookahead
+        share = 1.0 if chosen.verification_threshold is None else chosen.verification_threshold
+        drafting = Drafting(chosen.draft_steps, lookahead, share)
     temperature = chosen.temperature
     if temperature is None:
         temperature = 0.0 if drafting else 0.7
@@ -211,6 +218,23 @@ def settings_of(chosen: argparse.Namespace) -> tuple[Settings, list[int]]:
         drafting=drafting,
     )
     return settings, depths
+
+
+def _refuse_what_has_no_effect(chosen: argparse.Namespace) -> None:
+    def given(name: str) -> bool:
+        value = getattr(chosen, name, None)
+        return value is not None and value is not False  # zero is a value
+
+    for needed, flags in (
+        ("exit", ("exit_threshold", "min_steps", "check_every", "full_depth_prompt")),
+        ("draft_steps", ("lookahead", "verification_threshold")),
+        ("chat", ("system",)),
+    ):
+        for flag in flags:
+            if given(flag) and not given(needed):
+                raise ConfigError(f"--{flag.replace('_', '-')} has no effect without --{needed.replace('_', '-')}")
+    if chosen.depths and chosen.depth is not None:
+        raise ConfigError("--depth and --depths: give one of them")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -251,14 +275,14 @@ def add_recurrent_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exit", help="criterion to leave the recurrence by, such as kl or latent-diff")
     add("--exit-threshold", type=float, help="default: the criterion's")
     add("--exit-policy", help="a TOML file with criterion, threshold, min_steps, every, in_prefill, kv")
-    add("--min-steps", type=int, default=1)
-    add("--check-every", type=int, default=1)
+    add("--min-steps", type=int, help="iterations before the criterion counts (default 1)")
+    add("--check-every", type=int, help="iterations between two checks (default 1)")
     add("--full-depth-prompt", action="store_true", help="the criterion is not asked in the prompt")
     add("--continuous", action="store_true", help="a token's recurrence starts from the last state of the one before")
     add("--init-scale", type=float, default=1.0, help="of the noise that is the first state; 0: none")
     add("--draft-steps", type=int, help="self-speculative decoding: iterations of a draft")
-    add("--lookahead", type=int, default=8, help="tokens that are drafted before they are verified")
-    add("--verification-threshold", type=float, default=1.0)
+    add("--lookahead", type=int, help="tokens that are drafted before they are verified (default 8)")
+    add("--verification-threshold", type=float, help="1, the default: only the most likely token is accepted")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
