@@ -37,6 +37,7 @@ PLACES = {
     "validation": 3,
     "draws": 3,
     "old_keys": 4,
+    "inference": 4,
     "config": 4,
     "build_model": 5,
     "run_plan": 5,

@@ -13,12 +13,17 @@ COMMANDS = {
     "train": ("torchtitan_rd.train", "train from a TOML file (torchrun starts torchtitan_rd.train itself)"),
     "config": ("torchtitan_rd.commands.config", "print the resolved config with the origin of every value"),
     "data": ("torchtitan_rd.commands.data", "read every row of a run's data for what would stop the run"),
+    "generate": ("torchtitan_rd.commands.generate", "continue prompts with a trained model"),
+    "generate-spikes": (
+        "torchtitan_rd.commands.generate_spikes",
+        "continue recordings with a model of spikes",
+    ),
     "verify": ("torchtitan_rd.commands.verify", "check a checkpoint's files against its manifest"),
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:<8} {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<15} {text}" for name, (_, text) in COMMANDS.items()]
     return "usage: torchtitan-rd COMMAND [arguments]\n\ncommands:\n" + "\n".join(lines)
 
 

@@ -2,6 +2,7 @@
 only through this; it stands on the ground floor and imports torch alone.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -213,6 +214,64 @@ def _nothing(inputs_or_shape: Any) -> dict[str, Any]:
     return {}
 
 
+@dataclass(frozen=True)
+class CacheLayout:
+    """What a token leaves for later tokens to attend to: keys and values (H_kv, D) of type dtype, of
+    each layer application.
+
+    before, core, after: layers ahead of the recurrence, in it, and behind it.
+    Without a recurrence all are `before`.
+    """
+
+    kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    before: int
+    core: int = 0
+    after: int = 0
+
+
+class Steps(ABC):
+    """One forward in parts, for inference. `caches` are what blocks get in place of a mask
+    (`attention.KeyValues`), one a layer; `rotary` is that of the positions at hand: (S, 1, D/2), or (B, S, 1,
+    D/2).
+
+    layout: of the cache. mean_depth: iterations unless told otherwise; None for a model without a recurrence,
+        of which `predict` reads what `embed` gives.
+    """
+
+    layout: CacheLayout
+    mean_depth: int | None = None
+
+    @abstractmethod
+    def rotary(self, length: int) -> torch.Tensor:
+        """The table of positions 0 .. length - 1: (length, 1, D/2) complex64."""
+
+    @abstractmethod
+    def embed(self, tokens_BS: torch.Tensor, rotary: torch.Tensor, caches: Sequence[Any]) -> torch.Tensor:
+        """-> (B, S, E): what the layers `before` make of the tokens."""
+
+    def first_state(self, seed: int, position: int, scale: float) -> torch.Tensor | None:
+        """-> (E,) float32 on the CPU, a function of its arguments alone;
+        None where the state starts at `embed`'s.
+        """
+        return None
+
+    def iterate(
+        self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, rotary: torch.Tensor, caches: Sequence[Any]
+    ) -> torch.Tensor:
+        """One iteration from the state s with the embedded input e -> (B, S, E).
+        Without a recurrence: s itself.
+        """
+        return s_BSE
+
+    @abstractmethod
+    def predict(
+        self, s_BSE: torch.Tensor, rotary: torch.Tensor, caches: Sequence[Any], keep: int
+    ) -> torch.Tensor:
+        """-> logits (B, keep, V) in float32 of the last `keep` positions."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceLayout(Generic[Shape]):
     """How the weights and the shape of a family stand in a Hugging Face folder.
@@ -262,6 +321,8 @@ class ModelSpec(Generic[Shape, Family]):
     telemetry: None, or module -> what describes its forward passes.
     foreign: field that the configs of other programs have and this family's lacks -> what to
         tell who overrides it.
+    steps: module -> its forward in parts, for inference (torchtitan_rd/inference);
+        None for a family that has none.
     """
 
     name: str
@@ -275,3 +336,4 @@ class ModelSpec(Generic[Shape, Family]):
     inputs: MakeInputs[Shape] | None = None
     telemetry: Callable[[Family], Telemetry] | None = None
     foreign: Mapping[str, str] = field(default_factory=dict)
+    steps: Callable[[Family], Steps] | None = None

@@ -7,6 +7,7 @@ goes densely through SDPA.
 """
 
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -28,7 +29,18 @@ from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.model_spec import AttentionShape
 
-Mask: TypeAlias = "torch.Tensor | BlockMask | None"
+
+class KeyValues(ABC):
+    """What a block may be given in place of a mask: it keeps the keys and values of this layer application,
+    and lets the new queries attend to the kept ones too (inference/cache.py).
+    """
+
+    @abstractmethod
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q (B, H, S, D), k and v (B, H_kv, S, D) of the new positions -> (B, H, S, D)."""
+
+
+Mask: TypeAlias = "torch.Tensor | BlockMask | KeyValues | None"
 BackendName: TypeAlias = Literal["sdpa", "fa3", "fa4", "flex"]
 Requested: TypeAlias = Literal["auto"] | BackendName
 
@@ -211,7 +223,11 @@ def build_mask(tokens: torch.Tensor, document_ids: torch.Tensor | None) -> Mask:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
-    """Causal attention. q (B, H, S, D), k and v (B, H_kv, S, D), mask from `build_mask` -> (B, H, S, D)."""
+    """Causal attention of q (B, H, S, D) to k and v (B, H_kv, S, D) -> (B, H, S, D). mask: from `build_mask`,
+    or what keeps the keys and values.
+    """
+    if isinstance(mask, KeyValues):
+        return mask.attend(q, k, v)
     gqa = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         # A block that is compiled as a whole takes flex in; nested compilation would break its graph.

@@ -8,6 +8,7 @@ from torchtitan_rd.models.llama.init import inits
 from torchtitan_rd.models.llama.model import Llama
 from torchtitan_rd.models.llama.plan import wrap_plan
 from torchtitan_rd.models.llama.shape import AIXSIM_FLAVORS, ARITHMETIC, LLAMA3_FLAVORS, count_flops
+from torchtitan_rd.models.llama.steps import LlamaSteps
 
 LLAMA3 = ModelSpec(
     name="llama3",
@@ -18,5 +19,6 @@ LLAMA3 = ModelSpec(
     wrap_plan=wrap_plan,
     flops=count_flops,
     hf=HF,
+    steps=LlamaSteps,
 )
 AIXSIM = dataclasses.replace(LLAMA3, name="aixsim", flavors=AIXSIM_FLAVORS)

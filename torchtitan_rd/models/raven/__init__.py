@@ -14,6 +14,7 @@ from torchtitan_rd.models.raven.plan import wrap_plan
 from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
 from torchtitan_rd.models.raven.released import FOREIGN
 from torchtitan_rd.models.raven.shape import ARITHMETIC, RAVEN_FLAVORS, count_flops
+from torchtitan_rd.models.raven.steps import RavenSteps
 from torchtitan_rd.models.raven.telemetry import StateTelemetry
 
 __all__ = ["RAVEN", "RecurrenceConfig"]
@@ -30,4 +31,5 @@ RAVEN = ModelSpec(
     inputs=RavenInputs,
     telemetry=StateTelemetry,
     foreign=FOREIGN,
+    steps=RavenSteps,
 )

@@ -149,15 +149,20 @@ class Iteration(nn.Module):
     def forward(
         self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask
     ) -> torch.Tensor:
-        if self.injection == "linear":
-            dtype = self.adapter.weight.dtype
-            s_BSE = self.adapter(torch.cat((s_BSE.to(dtype), e_BSE.to(dtype)), dim=-1)).type_as(e_BSE)
-        elif self.injection == "add":
-            s_BSE = s_BSE + e_BSE
-        elif self.injection == "gate":
-            s_BSE = s_BSE * e_BSE
+        s_BSE = self.inject(s_BSE, e_BSE)
         for block in self.core_block:
             s_BSE = block(s_BSE, rotary, mask)
+        return s_BSE
+
+    def inject(self, s_BSE: torch.Tensor, e_BSE: torch.Tensor) -> torch.Tensor:
+        """The state with the embedded input taken in: what the core blocks see."""
+        if self.injection == "linear":
+            dtype = self.adapter.weight.dtype
+            return self.adapter(torch.cat((s_BSE.to(dtype), e_BSE.to(dtype)), dim=-1)).type_as(e_BSE)
+        if self.injection == "add":
+            return s_BSE + e_BSE
+        if self.injection == "gate":
+            return s_BSE * e_BSE
         return s_BSE
 
 
