@@ -107,6 +107,7 @@ def warn_of_another_tokenizer(folder: Path, tokenizer_path: str) -> None:
         for place in (folder, folder / "original")
         if any((place / name).is_file() for name in TOKENIZERS)
     ]
+
     training = config.get("training", {})
     if places:
         theirs = str(places[0])
@@ -114,12 +115,14 @@ def warn_of_another_tokenizer(folder: Path, tokenizer_path: str) -> None:
         theirs = config.get("model", {}).get("tokenizer_path", "bytes")
     else:
         return
+
     try:
         if same_ids(theirs, tokenizer_path):
             return
         found = "which gives other ids than"
     except TorchtitanRDError as error:
         found = f"which cannot be compared ({error}) with"
+
     logger.warning(
         "the weights in %s were made with the tokenizer %s, %s model.tokenizer_path = %r of this run: set "
         "model.tokenizer_path = %r, unless the embedding is to be learned anew",
