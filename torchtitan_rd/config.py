@@ -45,8 +45,8 @@ class JobConfig(Section):
         if schedule.cooldown_steps and schedule.warmup_steps + schedule.cooldown_steps > steps:
             problems.append(
                 f"[lr_scheduler] warmup_steps ({schedule.warmup_steps}) + "
-                f"cooldown_steps ({schedule.cooldown_steps}) "
-                f"is more than [training] steps ({steps}): shorten one or train longer"
+                f"cooldown_steps ({schedule.cooldown_steps}) is more than [training] steps ({steps}): "
+                "shorten one or train longer"
             )
         return problems
 

@@ -91,8 +91,8 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
     if beyond := [name for name, id_ in found.token_ids.items() if id_ >= weights.shape.vocab_size]:
         raise ConfigError(
             f"the tokenizer {tokenizer_path!r} has {beyond[0]} = {found.token_ids[beyond[0]]}, "
-            "beyond the model's "
-            f"vocabulary of {weights.shape.vocab_size}: name the right one with --tokenizer_path, or none"
+            f"beyond the model's vocabulary of {weights.shape.vocab_size}: "
+            "name the right one with --tokenizer_path, or none"
         )
     return replace(weights, files={**kept, **found.files}, token_ids={**weights.token_ids, **found.token_ids})
 
