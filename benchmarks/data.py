@@ -89,12 +89,14 @@ def measure_document(megabytes: float, batches: list[int], steps: int) -> None:
         began = time.process_time()
         count = len(load_tokenizer(tokenizer).encode(text))
         print(f"one encode of {len(text) / 1e6:.1f} MB: {time.process_time() - began:.1f} s, {count} ids")
+
         print("file        batch   build s  again s  tokens/CPU s")
         for batch in batches:
             datasets.config.HF_DATASETS_CACHE = folder / f"cache{batch}"
             for file in ("book.txt", "rows.jsonl"):
                 path = str(folder / file)
                 keys = DatasetKeys(dataset="text", dataset_path=path, seq_len=512, local_batch_size=batch)
+
                 times = []
                 for _ in range(2):
                     began = time.process_time()
@@ -107,6 +109,7 @@ def measure_document(megabytes: float, batches: list[int], steps: int) -> None:
                         pin_memory=False,
                     )
                     times.append(time.process_time() - began)
+
                 began = time.process_time()
                 for _ in range(steps):
                     loader.next_step()

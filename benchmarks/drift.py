@@ -162,10 +162,12 @@ def main() -> None:
     )
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.set_num_threads(1)
+
     print("relative errors of logits / core gradient")
     for steps in parser.parse_args().steps:
         weights = trained(CONFIG, steps)
         reference = cache(plain(weights))
+
         runs = {
             "autocast": plain(weights, autocast=True),
             "default": sharded(weights),
@@ -180,6 +182,7 @@ def main() -> None:
                 f"  {name:34}" + "".join(f"{logits:9.4f} /{gradient:7.4f}" for logits, gradient in found),
                 flush=True,
             )
+
     dist.destroy_process_group()
 
 

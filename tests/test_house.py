@@ -23,6 +23,8 @@ from torchtitan_rd.train import Trainer
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "torchtitan_rd"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
+TOOLS = [path for folder in ("convert", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ENVIRONMENT = Environment(rank=0, local_rank=0, world_size=1, local_world_size=1, log_level="WARNING")
 
 
@@ -33,6 +35,41 @@ def test_no_file_is_over_400_lines_and_no_function_over_80(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno - node.lineno < 80, node.name
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TOOLS, *TESTS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_line_is_over_110_columns(path):
+    lines = enumerate(path.read_text().splitlines(), 1)
+    assert [number for number, line in lines if len(line) > 110] == []
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *TOOLS], ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_long_function_has_air_and_a_line_sets_few_attributes(path):
+    """In a function over 20 lines at most 20 follow each other without a blank one or a caption;
+    an assignment sets less than three attributes.
+    """
+    text = path.read_text()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 20:
+            assert longest_run(node, text.splitlines()) <= 20, f"{node.name}, line {node.lineno}"
+        if isinstance(node, ast.Assign):
+            set_here = [part for target in node.targets for part in ast.walk(target)]
+            assert sum(is_set_attribute(part) for part in set_here) < 3, f"line {node.lineno}"
+
+
+def longest_run(function, lines) -> int:
+    """Lines of a function's body, behind its docstring, that follow each other without a pause."""
+    first = function.body[0]
+    start = first.end_lineno if ast.get_docstring(function) is not None else first.lineno - 1
+    run = longest = 0
+    for line in lines[start : function.end_lineno]:
+        run = 0 if not line.strip() or line.strip().startswith("#") else run + 1
+        longest = max(longest, run)
+    return longest
+
+
+def is_set_attribute(part) -> bool:
+    return isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store)
 
 
 def test_only_job_reads_the_environment():

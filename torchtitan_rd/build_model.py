@@ -21,6 +21,7 @@ def build_model(
     with torch.device("meta"):
         model = spec.build(shape)
     inits = spec.inits(model)
+
     parallelize(
         model,
         spec.wrap_plan(model),
@@ -31,10 +32,13 @@ def build_model(
         sharding=config.training,
         loop_grad_dtype=torch.float32 if config.recurrence.core_grad_dtype == "float32" else None,
     )
+
+    # Only now is there memory: a rank holds its shards alone.
     allocate(model, device, config.training.enable_cpu_offload)
     model.init_buffers(device)
     init_weights(model, inits, config.training.seed)
     model.train()
+
     count = sum(parameter.numel() for parameter in model.parameters())
     logger.info(
         "%s %s: %s parameters, vocabulary %d", spec.name, config.model.flavor, f"{count:,}", shape.vocab_size

@@ -138,28 +138,21 @@ class _Reader(Generic[C]):
         a later call overrides.
         """
         if key in self.renamed:
-            old = self.renamed[key]
+            old, where = self.renamed[key], f"{value.origin}: {key}"
             if value.origin == "command line" and isinstance(value.raw, str):
                 value = Value(_guess(value.raw), value.origin)  # the old key's type is not declared anywhere
             if old.new is None:
-                if not any(
-                    type(value.raw) is type(allowed) and value.raw == allowed for allowed in old.harmless
-                ):
-                    self.problems.append(
-                        f"{value.origin}: {key} = {value.raw!r} is no longer supported: {old.remedy}"
-                    )
+                if not any(type(value.raw) is type(one) and value.raw == one for one in old.harmless):
+                    self.problems.append(f"{where} = {value.raw!r} is no longer supported: {old.remedy}")
                 else:
-                    self.warnings.append(
-                        f"{value.origin}: {key} is no longer a key and is ignored ({old.remedy})"
-                    )
+                    self.warnings.append(f"{where} is no longer a key and is ignored ({old.remedy})")
                 return
             if old.value_type is not None and not isinstance(value.raw, old.value_type):
-                self.problems.append(
-                    f"{value.origin}: {key} = {value.raw!r}: must be of type {old.value_type.__name__}"
-                )
+                self.problems.append(f"{where} = {value.raw!r}: must be of type {old.value_type.__name__}")
                 return
-            self.warnings.append(f"{value.origin}: {key} is now {old.new}")
+            self.warnings.append(f"{where} is now {old.new}")
             key, value = old.new, Value(old.convert(value.raw), value.origin)
+
         problem = self.unknown(key)
         if problem:
             self.problems.append(f"{value.origin}: {problem}")
@@ -250,6 +243,7 @@ def load_config(
     elif files:
         for key, value in read_file(Path(str(files[-1]))):
             reader.take(key, value)
+
     for key, raw in (environment or {}).items():
         reader.take(key, Value(raw, "environment"))
     for key, raw in overrides:
@@ -257,6 +251,7 @@ def load_config(
     config = reader.build()
     if config is None or reader.problems:
         raise ConfigError("\n".join(reader.problems))
+
     origins = {key: value.origin for key, value in reader.values.items()}
     masked = [
         f"{value.origin}: {key} had credentials, which were hidden (***) when this was written: "
@@ -287,10 +282,12 @@ def read_file(path: Path) -> list[tuple[str, Value]]:
         raise ConfigError(f"{path}: not a valid config file: {error}") from None
     except RuntimeError as error:  # of expanduser
         raise ConfigError(f"--job.config_file {path}: {error}") from None
+
     if table is None or table == {}:
         raise ConfigError(f"{path}: is empty: it sets no key; was it cut off when it was copied?")
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: expected sections of keys, found {type(table).__name__}")
+
     found = []
     for section, keys in table.items():
         if not isinstance(section, str) or not isinstance(keys, dict):

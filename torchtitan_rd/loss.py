@@ -54,8 +54,7 @@ class ObjectiveKeys(Section):
             if value != default and key not in used[self.goldfish_strategy]:
                 raise ValueError(
                     f'{name} = {value} has no effect on goldfish_strategy = "{self.goldfish_strategy}": '
-                    f"unset {name} "
-                    f"or change goldfish_strategy"
+                    f"unset {name} or change goldfish_strategy"
                 )
         watch_from = ObjectiveKeys.model_fields["loss_guard_after_tokens"].default
         if self.loss_guard is None and self.loss_guard_after_tokens != watch_from:

@@ -56,7 +56,7 @@ def schedule_warnings(config: LRSchedulerConfig) -> list[str]:
     if config.cooldown_steps and config.schedule in ("linear", "cosine"):
         return [
             f'[lr_scheduler] cooldown_steps = {config.cooldown_steps} after schedule = "{config.schedule}": '
-            "the rate "
-            f'jumps up to the full one where the cool-down starts; schedule = "trapezoid" has no jump'
+            "the rate jumps up to the full one where the cool-down starts; "
+            'schedule = "trapezoid" has no jump'
         ]
     return []

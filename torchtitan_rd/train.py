@@ -52,8 +52,8 @@ torchrun --nproc_per_node RANKS -m torchtitan_rd.train --job.config_file X.toml 
 Keys on the command line override those of the file; a flag is --section.flag or --no-section.flag.
 For example:
 
-  torchrun --nproc_per_node 2 -m torchtitan_rd.train --job.config_file train_configs/debug.toml \\
-      --training.steps 40
+  torchrun --nproc_per_node 2 -m torchtitan_rd.train --job.config_file train_configs/debug.toml \
+--training.steps 40
 
 `python -m torchtitan_rd config X.toml` checks a config and says what it runs;
 `python -m torchtitan_rd config --schema` (docs/configuration.md) lists every key.

@@ -102,11 +102,13 @@ def initial_candidates(own_folder: Path | None, initial_load_path: str | None) -
         return [own_folder / "step-0"]
     if initial_load_path is None:
         return []
+
     path = Path(initial_load_path).resolve()
     if not path.is_dir():
         raise CheckpointError(f"checkpoint.initial_load_path = {initial_load_path!r} is not a folder")
     if (path / METADATA).exists():
         return [path]
+
     named = (STEP, MODEL_ONLY)
     steps = [p for p in path.iterdir() if any(n.fullmatch(p.name) for n in named) and (p / METADATA).exists()]
     if not steps and any((path / name).exists() for name in RELEASED):
@@ -136,6 +138,7 @@ def load_initial_weights(
         key: TensorEntry(shape=list(info.shape), dtype=dtype_name(info.dtype))
         for key, info in ranks.from_rank0(reader.tensors).items()
     }
+
     excluded = [name for name in excluded if contract.is_excluded(name, ["model"])]
     wanted = tensor_table({"model": dict(model)})
     contract.check_exclusions(excluded, wanted, "the model")
@@ -145,6 +148,8 @@ def load_initial_weights(
         {"model": {key.removeprefix("model."): model[key.removeprefix("model.")] for key in taken}},
         ranks,
     )
+
+    # Nothing of it is silent: what stays, what is cast and what is left over.
     for key in sorted({*wanted} - {*taken}):
         reason = "excluded by checkpoint.exclude_from_loading" if key in saved else f"not in {path}"
         logger.warning("%s keeps its initial value: %s", key, reason)

@@ -131,6 +131,7 @@ class SafeReader(PlainReader):
                 raise CheckpointError(
                     f"{path}: {key} holds {part.dtype} {tuple(part.shape)}, not what {METADATA} says"
                 )
+
             if chunk.sizes == entry.size:
                 return part
             whole = torch.empty(entry.size, dtype=part.dtype) if whole is None else whole
@@ -138,6 +139,7 @@ class SafeReader(PlainReader):
             for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
                 target = target.narrow(dim, offset, size)
             target.copy_(part)
+
         if whole is None:
             raise CheckpointError(f"{self.folder}: {key} has no parts")
         return whole
@@ -196,6 +198,7 @@ class SafeReader(PlainReader):
             raise CheckpointError(f"holds a {type(found).__name__}, not the metadata of a checkpoint")
         entries = {key: e for key, e in found.state_dict_metadata.items() if key.startswith(self.prefix)}
         storage = {index: info for index, info in found.storage_data.items() if index.fqn in entries}
+
         sizes: dict[str, int] = {}
         for key, entry in entries.items():
             if isinstance(entry, BytesStorageMetadata):
@@ -208,6 +211,7 @@ class SafeReader(PlainReader):
                 raise CheckpointError(f"{key} is not described as a tensor")
             if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
                 raise CheckpointError(f"{key}: its parts do not add up to shape {tuple(entry.size)}")
+
             for chunk in entry.chunks:
                 index = MetadataIndex(key, chunk.offsets)
                 if index not in storage:
@@ -219,6 +223,7 @@ class SafeReader(PlainReader):
                 _check_place(
                     key, storage[index], sizes[name], prod(chunk.sizes) * entry.properties.dtype.itemsize
                 )
+
         planner_data = {key: path for key, path in (found.planner_data or {}).items() if key in entries}
         return Metadata(entries, planner_data, storage, version=found.version)
 

@@ -156,6 +156,7 @@ class Writer:
                 raise CheckpointError(
                     f"rank 0 does not see {staging / name}: the folder must be shared by all nodes"
                 )
+
         for name, text in snapshot.documents.items():
             write_durably(staging / name, text)
         manifest = Manifest(
@@ -168,11 +169,14 @@ class Writer:
             tensors=snapshot.table,
         )
         manifest.write(staging)
+
+        # A run that was suspended may have lost the folder to another one meanwhile.
         if self.lock is not None:
             self.lock.require_held()
         self.folder.set_aside_from(snapshot.step, snapshot.name)
         self.folder.commit(staging, snapshot.name)
         logger.info("saved %s (%.1f MB)", self.folder.root / snapshot.name, snapshot.stored_bytes() / 1e6)
+
         try:
             self.folder.purge(self.keep_latest_k, lambda path: not verify(path, hashes=False))
         except OSError as error:  # the new checkpoint is safe; the next save tries again

@@ -93,6 +93,7 @@ def _usage(weights: Weights) -> str:
     ]
     lines += ["", 'folder = "."  # this folder, or its name on the hub']
     lines += [f"model = AutoModelForCausalLM.from_pretrained(folder{trust})"]
+
     if _has_tokenizer(weights):
         lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
         lines += ['tokens = tokenizer("A text", return_tensors="pt").input_ids']
@@ -103,6 +104,7 @@ def _usage(weights: Weights) -> str:
             "tokens = torch.tensor([[0, 1, 2]])  # ids of the data it was trained on",
         ]
     lines += [f"logits = model(tokens{given}).logits"]
+
     text = "```python\n" + "\n".join(lines) + "\n```"
     if layout.code:
         text += "\n\nThe transformers library lacks this class: the Python files of this folder are run."

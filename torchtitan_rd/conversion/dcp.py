@@ -93,10 +93,12 @@ def write_dcp(weights: Weights, folder: Path, name: str) -> None:
             "ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning
         )
         dcp.save({"model": skeleton}, storage_writer=writer, planner=planner, no_dist=True)
+
     shape = {"name": weights.spec.name, "flavor": weights.flavor, **asdict(weights.shape)}
     write_durably(folder / MODEL_SHAPE, json.dumps(shape, indent=1, sort_keys=True))
     for file, content in travelling_files(weights).items():
         write_durably(folder / file, content)
+
     table = {
         PREFIX + key: TensorEntry(shape=list(info.shape), dtype=dtype_name(info.dtype))
         for key, info in weights.tensors.items()
@@ -136,11 +138,13 @@ def _stored_shape(
         spec = get_spec(model)
         shape = get_flavor(spec, flavor, overrides)
         return spec, shape, matching_flavor(spec, shape)
+
     try:
         spec, stored_flavor = get_spec(stored.pop("name")), stored.pop("flavor")
         shape = get_flavor(spec, next(iter(spec.flavors)), {**stored, **overrides})
     except (KeyError, ConfigError) as error:
         raise CheckpointError(f"{folder / MODEL_SHAPE} does not describe a model: {error}") from None
+
     if model is not None and get_spec(model) is not spec:
         raise ConfigError(f"--model {model}: {folder} holds a {spec.name}; use --model {spec.name}")
     if flavor not in (None, stored_flavor):

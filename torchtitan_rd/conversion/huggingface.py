@@ -47,11 +47,13 @@ def open_hf(folder: Path, *, model: str | None = None) -> Weights:
         shape = spec.hf.shape_of(fields)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_JSON}: {str(error).removeprefix(f'{CONFIG_JSON}: ')}") from None
+
     stored = _stored_tensors(folder)
     wanted, tied = model_tensors(spec, shape)
     names = spec.hf.key_map(shape)  # ours -> theirs
     if tied and HEAD in stored:
         _check_tied(stored, names[next(iter(tied.values()))], folder)
+
     ignored = re.compile(f"{spec.hf.derived}|{re.escape(HEAD)}" if tied else spec.hf.derived)
     found = {
         name: entry.info.shape
@@ -60,6 +62,7 @@ def open_hf(folder: Path, *, model: str | None = None) -> Weights:
     }
     expected = {names[ours]: wanted[ours] for ours in names}
     check_shapes(found, expected, str(folder))
+
     travelling = files_in(folder)
     info = {name: stored[names[tied.get(name, name)]].info for name in wanted}
 

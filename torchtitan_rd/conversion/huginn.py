@@ -103,6 +103,7 @@ def _find_shape(file: Path, stored: Any, flavor: str | None) -> RavenShape:
     besides = [
         path for path in (file.parent / MODEL_CONFIG, file.parent.parent / MODEL_CONFIG) if path.is_file()
     ]
+
     if stored is not None:
         shape, place = _shape(_table(stored), f"{file}: model_config"), str(file)
     elif besides:
@@ -117,6 +118,7 @@ def _find_shape(file: Path, stored: Any, flavor: str | None) -> RavenShape:
         )
     else:
         return get_flavor(get_spec("raven"), flavor)
+
     if flavor is not None and get_flavor(get_spec("raven"), flavor) != shape:
         logger.warning(
             "%s: the shape is taken from %s; it is not that of flavor %s", file.name, place, flavor

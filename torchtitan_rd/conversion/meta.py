@@ -44,14 +44,17 @@ def open_meta(folder: Path) -> Weights:
     root = folder if any(folder.glob("consolidated.*.pth")) else folder / "original"
     paths = _shard_files(root if root.is_dir() else folder)
     params = _read_params(root / PARAMS)
+
     shards = [named_tensors(open_pth(path), str(path)) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         shard.pop("rope.freqs", None)
         for name in sorted(shards[0].keys() ^ shard.keys()):
             raise CheckpointError(f"{name} is not in both of {paths[0]} and {path}: one of them is damaged")
+
     pieces = {name: [shard[name] for shard in shards] for name in shards[0]}
     dims = {name: _split_dim(name, parts, params["dim"]) for name, parts in pieces.items()}
     found = {name: _merged_info(name, parts, dims[name], root) for name, parts in pieces.items()}
+
     shape = _shape(params, found, root)
     spec = get_spec("llama3")
     wanted, tied = model_tensors(spec, shape)
@@ -65,6 +68,7 @@ def open_meta(folder: Path) -> Weights:
         raise CheckpointError(
             f"{error}; put together from {', '.join(path.name for path in paths)}: is a shard missing?"
         ) from None
+
     tokenizer = root / TOKENIZER
     return Weights(
         spec=spec,
@@ -116,6 +120,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no JSON ({error}): download it again") from None
     if not isinstance(params, dict):
         raise CheckpointError(f"{path} holds no table of settings: download it again")
+
     params = {key: value for key, value in params.items() if value is not None}
     for key, value in params.items():
         if key not in (*_NUMBERS, "use_scaled_rope", *_NOT_NEEDED):
@@ -125,6 +130,7 @@ def _read_params(path: Path) -> dict[str, Any]:
         wanted = int if key in _INTEGERS else bool if key == "use_scaled_rope" else (int, float)
         if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
             raise ConfigError(f"{path}: {key} = {value!r} has the wrong type")
+
     for key in ("dim", "n_layers", "n_heads", "norm_eps"):
         if key not in params:
             raise ConfigError(f"{path}: {key} is missing")

@@ -61,6 +61,7 @@ def staged(output: Path) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = output.with_name(f".tmp-{output.name}-{uuid.uuid4().hex}")
     staging.mkdir()
+
     try:
         yield staging
         for path in staging.iterdir():
@@ -73,6 +74,7 @@ def staged(output: Path) -> Iterator[Path]:
         raise CheckpointError(
             f"{error}. {output} was not written; what was converted is kept as {kept}"
         ) from error
+
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         with suppress(OSError):  # one that somebody else has put something into

@@ -91,8 +91,8 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
     if beyond := [name for name, id_ in found.token_ids.items() if id_ >= weights.shape.vocab_size]:
         raise ConfigError(
             f"the tokenizer {tokenizer_path!r} has {beyond[0]} = {found.token_ids[beyond[0]]}, "
-            "beyond the model's "
-            f"vocabulary of {weights.shape.vocab_size}: name the right one with --tokenizer_path, or none"
+            f"beyond the model's vocabulary of {weights.shape.vocab_size}: "
+            "name the right one with --tokenizer_path, or none"
         )
     return replace(weights, files={**kept, **found.files}, token_ids={**weights.token_ids, **found.token_ids})
 
@@ -107,6 +107,7 @@ def warn_of_another_tokenizer(folder: Path, tokenizer_path: str) -> None:
         for place in (folder, folder / "original")
         if any((place / name).is_file() for name in TOKENIZERS)
     ]
+
     training = config.get("training", {})
     if places:
         theirs = str(places[0])
@@ -114,12 +115,14 @@ def warn_of_another_tokenizer(folder: Path, tokenizer_path: str) -> None:
         theirs = config.get("model", {}).get("tokenizer_path", "bytes")
     else:
         return
+
     try:
         if same_ids(theirs, tokenizer_path):
             return
         found = "which gives other ids than"
     except TorchtitanRDError as error:
         found = f"which cannot be compared ({error}) with"
+
     logger.warning(
         "the weights in %s were made with the tokenizer %s, %s model.tokenizer_path = %r of this run: set "
         "model.tokenizer_path = %r, unless the embedding is to be learned anew",

@@ -134,8 +134,8 @@ def _from_model(file: Path) -> TokenizerFiles:
     if content[:1] == b"\n":  # the first field of a protobuf, and no line of base64
         raise ConfigError(
             f"{file} is a sentencepiece model, which is not converted here: "
-            "give --tokenizer_path a folder with the "
-            f"tokenizer.json of this tokenizer (the Hugging Face repository of the model has it), or 'none'"
+            "give --tokenizer_path a folder with the tokenizer.json of this tokenizer "
+            "(the Hugging Face repository of the model has it), or 'none'"
         )
     return _from_ranks(ours.read_ranks(str(file)), {TOKENIZER_MODEL: content})
 

@@ -56,7 +56,9 @@ class TableSource:
             raise DataError(f"{name}: holds no rows")
         check_column(table.column_names, encoder.column, name)
         encoder.check_type(table.data.column(encoder.column), name)
-        self.name, self.encoder, self.border_id = name, encoder, encoder.border_id
+        self.name = name
+        self.encoder = encoder
+        self.border_id = encoder.border_id
         self.table = table.with_format("arrow", columns=[encoder.column])
 
     def __len__(self) -> int:
@@ -78,7 +80,10 @@ class SampleSource:
     """A sequence of samples that needs no files, as ids."""
 
     def __init__(self, name: str, samples: Any, encoder: Encoder):
-        self.name, self.samples, self.encoder, self.border_id = name, samples, encoder, encoder.border_id
+        self.name = name
+        self.samples = samples
+        self.encoder = encoder
+        self.border_id = encoder.border_id
 
     def __len__(self) -> int:
         return len(self.samples)

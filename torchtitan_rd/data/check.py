@@ -60,6 +60,7 @@ def scan(keys: DatasetKeys, *, tokenizer: Tokenizer | None, vocab_size: int, see
     source, found = open_source(keys, row, encoder, seed, split)
     report = Report(_count(source), _UNITS[row.kind], ranges=keys.skip_ranges)
     found.log(keys.dataset, len(source))
+
     reported = time.monotonic()
     for index, read in _rows(source):
         if any(first <= index <= last for first, last in keys.skip_ranges):
@@ -71,6 +72,7 @@ def scan(keys: DatasetKeys, *, tokenizer: Tokenizer | None, vocab_size: int, see
             report.empty += size == 0
         except DataError as error:
             report.problems[index] = str(error)
+
         if time.monotonic() - reported > _REPORT_SECONDS:
             reported = time.monotonic()
             logger.info(

@@ -32,7 +32,9 @@ class Digest:
     def __init__(self, stride: int = 1):
         import xxhash
 
-        self._hash, self._stride, self._position = xxhash.xxh3_128(), stride, 0
+        self._hash = xxhash.xxh3_128()
+        self._stride = stride
+        self._position = 0
 
     def update(self, data: Any) -> None:
         """data: bytes, or anything with a buffer."""

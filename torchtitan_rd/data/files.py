@@ -175,8 +175,10 @@ def _keep_split(found: FileList) -> None:
     named = [p for p in found.files if owner[p] == found.split]
     unnamed = [p for p in found.files if owner[p] is None]
     is_folder = Path(found.path).is_dir()
+
     if not found.files:
         return
+
     if named:
         kept = named
     elif is_folder and found.split != "train":
@@ -192,6 +194,7 @@ def _keep_split(found: FileList) -> None:
             f"{found.split!r} ({_some([found.name(p) for p in found.files])}); "
             "name them with a pattern to read them"
         )
+
     kept = kept or found.files
     for file in found.files:
         if file not in set(kept):

@@ -24,26 +24,12 @@ def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
     changed = differences(saved, present)
     if changed:
         key = changed[0]
-        was = saved.get(key)
-        if key == "global_batch_size":
-            which = "which any number of ranks that divides it can continue"
-            remedy = f"set training.global_batch_size = {was}, {which}"
-        elif key in _OF_DATA:
-            remedy = (
-                "put the former data (and tokenizer) back, or begin a new run from the checkpoint's weights"
-            )
-        elif key == "revision":
-            remedy = f"set training.dataset_revision = {saved[key]['commit']!r}, or begin a new run"
-        elif key == "cut":
-            remedy = "begin a new run from the checkpoint's weights"
-        else:
-            remedy = (
-                f"set training.{key} = {was!r} as before, or begin a new run from the checkpoint's weights"
-            )
         raise DataError(
             f"the position in the data cannot be continued: what changed is {describe(key, saved, present)}; "
-            f"{remedy}"
+            f"{_remedy(key, saved)}"
         )
+
+    # What follows moves no row, and is only told.
     if not present.get("rows", {"whole": True})["whole"] and "files" in saved:
         for line in changed_files(saved["files"], present["files"]):
             logger.warning(
@@ -55,12 +41,28 @@ def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
             saved["revision"],
             present.get("revision"),
         )
+
     if (was := saved.get("skip_ranges", [])) != present.get("skip_ranges", []):
         logger.warning(
             "data: training.skip_ranges was %s and is now %s: all other rows keep their place",
             was,
             present.get("skip_ranges", []),
         )
+
+
+def _remedy(key: str, saved: dict[str, Any]) -> str:
+    """How to go on where `key` of a fingerprint changed."""
+    was = saved.get(key)
+    if key == "global_batch_size":
+        which = "which any number of ranks that divides it can continue"
+        return f"set training.global_batch_size = {was}, {which}"
+    if key in _OF_DATA:
+        return "put the former data (and tokenizer) back, or begin a new run from the checkpoint's weights"
+    if key == "revision":
+        return f"set training.dataset_revision = {saved[key]['commit']!r}, or begin a new run"
+    if key == "cut":
+        return "begin a new run from the checkpoint's weights"
+    return f"set training.{key} = {was!r} as before, or begin a new run from the checkpoint's weights"
 
 
 def check_same_data(fingerprints: Sequence[dict[str, Any]]) -> None:

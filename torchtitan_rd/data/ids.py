@@ -66,6 +66,7 @@ def encode_once(source: Source, dtype: np.dtype, folder: Path, key: str) -> Enco
                 error,
             )
             return encode_in_memory(source, dtype)
+
     logger.info("data: %s: encoded documents are mapped from %s", source.name, target)
     ends = np.load(target / "ends.npy")
     ids = np.memmap(target / "ids.bin", dtype, mode="r") if ends[-1] else np.empty(0, dtype)
@@ -88,6 +89,7 @@ def _write(source: Source, dtype: np.dtype, target: Path) -> None:
     shutil.rmtree(staged, ignore_errors=True)  # of a process that was killed
     shutil.rmtree(target, ignore_errors=True)  # damaged
     staged.mkdir()
+
     ends: list[int] = []
     try:
         with (staged / "ids.bin").open("wb") as file:
@@ -102,6 +104,7 @@ def _write(source: Source, dtype: np.dtype, target: Path) -> None:
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)  # on a full disk, gigabytes that nothing reads
         raise
+
     logger.info("data: %s: %d ids in %.1f s", source.name, ends[-1], time.monotonic() - began)
 
 

@@ -209,11 +209,13 @@ def prepare(
                 f"training.skip_ranges: {source.name} has no row {last}, its last is {len(source) - 1}"
             )
         samples = SkippingSource(source, config.skip_ranges)
+
     if cutting.unit != "tokens":
         return samples
     dtype = np.min_scalar_type(encoder.vocab_size - 1)
     if not is_table:
         return encode_in_memory(samples, dtype)
+
     facts = (
         ("rows", "skip_ranges", "tokenizer")
         if fingerprint["rows"]["whole"]

@@ -102,7 +102,9 @@ class StreamReader:
     def _begin(self, epoch: int, sample: int, source: dict[str, Any] | None) -> None:
         from datasets.distributed import split_dataset_by_node
 
-        self._epoch, self._sample, self._following = epoch, sample, source
+        self._epoch = epoch
+        self._sample = sample
+        self._following = source
         self._found_tokens = False
         self._share = split_dataset_by_node(self._table, self.data_rank, self.data_degree)
         if source is not None:

@@ -239,7 +239,9 @@ class Metrics:
         for output in (self._console, self._journal, *self._sinks):
             if output is not None:
                 output.close()
-        self._console, self._journal, self._sinks = None, None, []
+        self._console = None
+        self._journal = None
+        self._sinks = []
 
     def _begin_interval(self, step: int, tokens_seen: int) -> None:
         self._first_step, self._first_token = step, tokens_seen

@@ -127,6 +127,7 @@ def choose_backend(
         obstacle = _obstacle(_FLASH[requested], device, dtype)
         if obstacle:
             raise ConfigError(f"model.attention_backend = {requested!r}: {obstacle}")
+
     if document_mask and not on_cuda:
         return Backend("sdpa", "flex attention has no backward on CPU, so the document mask is a dense one")
     if document_mask and requested not in ("auto", "flex"):
@@ -136,10 +137,12 @@ def choose_backend(
         )
     if document_mask:
         return Backend("flex", "training.document_mask")
+
     if requested != "auto":
         return Backend(requested, "as configured")
     if not on_cuda:
         return Backend("sdpa", f"auto: the only one that trains on {device.type}")
+
     preferred = _PREFERRED.get(_capability(device))
     if preferred is None:
         return Backend(
@@ -194,6 +197,7 @@ def probe(
     tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
     documents = (torch.arange(length, device=device) // 100).expand(batch, length) if document_mask else None
     allowed = _visible(tokens if documents is None else documents)
+
     where = f"model.attention_backend: {backend.name} on {device.type}, {dtype}, {shape}"
     try:
         kernel = (
@@ -204,6 +208,7 @@ def probe(
         raise ConfigError(f"{where} fails: {error}; use another backend") from error
     if backend.name in _FLASH and kernel != SDPBackend.FLASH_ATTENTION.name:
         raise ConfigError(f"{where}: it is active, but torch takes {kernel} instead; use another backend")
+
     expected = _gradients(lambda q, k, v: _reference(q, k, v, allowed), *(t.float() for t in (q, k, v, grad)))
     names = ("output", "dq", "dk", "dv")
     errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]

@@ -111,7 +111,9 @@ class Rotary(nn.Module):
 
     def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None = None):
         super().__init__()
-        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
+        self.head_dim = head_dim
+        self.theta = theta
+        self.scaling = scaling
         self.register_buffer("inv_freq", None, persistent=False)
         self.init_buffers(torch.get_default_device())
 

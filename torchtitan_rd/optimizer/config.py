@@ -43,8 +43,7 @@ class OptimizerConfig(EllisKeys, MuonKeys):
                 if (value := getattr(self, key)) != field.default:
                     problems.append(
                         f'{key} = {value!r} belongs to name = "{owner}", not to name = "{self.name}": '
-                        f"unset {key} or "
-                        f"change name"
+                        f"unset {key} or change name"
                     )
         if self.name == "ELLISAdam" and self.implementation != "fused":
             problems.append(

@@ -107,7 +107,10 @@ class ELLISAdam(Optimizer):
         keys: EllisKeys | None = None,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.initial_lr, self.betas, self.eps, self.keys = lr, betas, eps, keys or EllisKeys()
+        self.initial_lr = lr
+        self.betas = betas
+        self.eps = eps
+        self.keys = keys or EllisKeys()
         self.buffer_dtype = getattr(torch, self.keys.buffer_dtype)
         self._counted: list[Tensor] = []  # the `step` of the last update's parameters
         for group in self.param_groups:

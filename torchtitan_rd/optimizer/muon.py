@@ -82,7 +82,8 @@ class MuonAdamW(Optimizer):
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self.parts = (muon, adamw)
-        self.state = muon.state = adamw.state = defaultdict(dict)
+        self.state = defaultdict(dict)
+        muon.state = adamw.state = self.state
 
     def step(self) -> None:  # type: ignore[override]  # no closure: the train step has made the gradients
         for part in self.parts:

@@ -54,9 +54,10 @@ class ParallelDims:
         if replicate == shard == -1:
             raise ConfigError(
                 "[parallelism] data_parallel_replicate_degree and data_parallel_shard_degree are both -1 "
-                "(what is "
-                "left): set the ranks of one copy in data_parallel_shard_degree, such as the GPUs of a node"
+                "(what is left): set the ranks of one copy in data_parallel_shard_degree, "
+                "such as the GPUs of a node"
             )
+
         if shard == -1:
             shard = world_size // replicate
         if replicate == -1:

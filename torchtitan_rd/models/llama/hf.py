@@ -80,6 +80,7 @@ def config_fields(shape: LlamaShape) -> dict[str, Any]:
     scaling = (
         {"rope_type": "llama3", **dataclasses.asdict(shape.rope_scaling)} if shape.rope_scaling else None
     )
+
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -96,6 +97,7 @@ def config_fields(shape: LlamaShape) -> dict[str, Any]:
         "rope_scaling": scaling,
         "tie_word_embeddings": shape.tie_word_embeddings,
         "initializer_range": shape.init_std,
+        # What every Llama has: stated, since the library's defaults are its own to change.
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -122,6 +124,7 @@ def shape_of(fields: Mapping[str, Any]) -> LlamaShape:
             raise ConfigError(
                 f"config.json: layer_types has {kind!r}, which is not supported, only 'full_attention'"
             )
+
     heads = read.whole("num_attention_heads")
     theta, scaling = _rotary(read)
     shape = LlamaShape(
@@ -138,6 +141,7 @@ def shape_of(fields: Mapping[str, Any]) -> LlamaShape:
         tie_word_embeddings=read.boolean("tie_word_embeddings", False),
         max_seq_len=read.whole("max_position_embeddings", 2048),
     )
+
     windowless = read.boolean("use_sliding_window", None) is False
     read.refuse_what_changes_the_computation(*(["sliding_window"] if windowless else []))
     return shape

@@ -72,10 +72,12 @@ def shape_of(fields: Mapping[str, Any]) -> RavenShape:
             **{key: value for key, value in fields.items() if value is not None},
         }
     )
+
     for table, given in ((COMPUTED, read), (ROTARY, rotary)):
         for key, known in table.items():
             given.only(key, *known)
     kinds = {bool: read.boolean, float: read.number, int: read.whole, str: read.text, type(None): read.number}
+
     heads = read.whole("n_heads")
     kv_heads = read.whole("num_key_value_heads", heads)
     shape = RavenShape(
@@ -86,6 +88,7 @@ def shape_of(fields: Mapping[str, Any]) -> RavenShape:
         **{ours: read.whole(theirs) for ours, theirs in SIZES.items()},
         **{ours: kinds[type(one.released)](one.name, one.released) for ours, one in OPTIONS.items()},
     )
+
     read.refuse_what_changes_the_computation(*COMPUTED, *_UNUSED, "clip_qkv")
     return shape
 

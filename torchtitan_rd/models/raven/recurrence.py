@@ -223,6 +223,7 @@ class DepthSampler:
         self.config = config
         name = config.sampling_scheme or scheme
         self.scheme, self.curriculum = parse_scheme(name)
+
         self.mean_recurrence = _ramp(
             config.mean_recurrence_start,
             mean_recurrence,
@@ -235,13 +236,15 @@ class DepthSampler:
             math.ceil(config.mean_backprop_depth_warmup * total_steps),
             config.mean_backprop_depth_warmup_type,
         )
+
+        # Ramps may cross: each step is looked at, not the ends alone.
         for step in range(1, max(self.mean_recurrence.steps, self.mean_backprop_depth.steps, 1) + 1):
             means = self.mean_recurrence.at(step), self.mean_backprop_depth.at(step)
             if max(means[0] - means[1], 0) < self.scheme.least_t:
                 raise ConfigError(
                     f"sampling_scheme = {name!r} needs mean_recurrence > mean_backprop_depth, "
-                    f"but they are {means[0]} "
-                    f"and {means[1]} at step {step}: change one, or use 'poisson-lognormal-filling'"
+                    f"but they are {means[0]} and {means[1]} at step {step}: "
+                    "change one, or use 'poisson-lognormal-filling'"
                 )
 
     def draw(self, step: int, *, microbatch: int | None = None, rank: int = 0) -> Draw:

@@ -68,7 +68,9 @@ class Attention(nn.Module):
             config.num_key_value_heads,
             config.n_embd // config.n_heads,
         )
-        self.heads, self.clip_qkv, self.qk_norm = (heads, kv_heads, kv_heads), config.clip_qkv, config.qk_norm
+        self.heads = (heads, kv_heads, kv_heads)
+        self.clip_qkv = config.clip_qkv
+        self.qk_norm = config.qk_norm
         self.Wqkv = Linear(config.n_embd, *(number * self.head_dim for number in self.heads))
         self.qk_bias = nn.Parameter(torch.zeros(2, 1, heads, self.head_dim)) if config.qk_bias else None
         self.proj = Linear(config.n_embd, config.n_embd, ends_branch=True)
@@ -84,6 +86,7 @@ class Attention(nn.Module):
         q, k = (rotate(t, context.cos, context.sin).type_as(v) for t in (q, k))
         if self.qk_norm:
             q, k = (F.rms_norm(t, (self.head_dim,), eps=torch.finfo(torch.float32).eps) for t in (q, k))
+
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S, D)
         if context.cache is not None:
             k, v = context.cache.update(k, v, slot)
