@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+
     peers = runs()
     generator = torch.Generator().manual_seed(1)
     for context in arguments.contexts:
@@ -142,6 +143,7 @@ def main() -> None:
         first, *others = (run(prompt, 16) for name, run in peers.items() if "Llama" in name)
         if any(other != first for other in others):
             raise SystemExit(f"the Llamas do not agree: {first} and {others}")
+
         best = dict.fromkeys(peers, float("inf"))
         for _ in range(arguments.rounds):
             for name, run in peers.items():

@@ -61,6 +61,7 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
             f"validation.sequences = {config.sequences} is not a multiple of training.local_batch_size = "
             f"{training.local_batch_size} times the {data_degree} data ranks = {at_once}"
         )
+
     name = config.dataset or training.dataset
     same = name == training.dataset
     is_packed = name in DATASETS and DATASETS[name].kind == "packed"

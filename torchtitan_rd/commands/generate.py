@@ -1,9 +1,9 @@
 """Continues prompts with a trained model: a step folder, a run's folder, or an exported Hugging Face folder.
 
-torchtitan-rd generate outputs/debug --prompt "The module" --temperature 0.7 torchtitan-rd generate
-outputs/recurrent_debug --prompt "The module" --depths 4,8,16,32 torchtitan-rd generate
-outputs/recurrent_debug --prompt "The module" --exit kl --exit-threshold 0.001 --kv latest-m4 torchrun
---nproc_per_node 2 -m torchtitan_rd generate exported --prompts-file prompts.txt
+torchtitan-rd generate outputs/debug --prompt "The module" --temperature 0.7
+torchtitan-rd generate outputs/recurrent_debug --prompt "The module" --depths 4,8,16,32
+torchtitan-rd generate outputs/recurrent_debug --prompt "The module" --exit kl --kv latest-m4
+torchrun --nproc_per_node 2 -m torchtitan_rd generate exported --prompts-file prompts.txt
 
 docs/inference.md describes it. Models of spikes: torchtitan-rd generate-spikes.
 """
@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"{chosen.path} was trained on spikes: use torchtitan-rd generate-spikes")
     if chosen.interactive:
         return _converse(loaded, chosen, settings)
+
     prompts = _prompts(loaded, chosen)
     runs: list[int | None] = [*depths] or [settings.depth]
     with process_group(environment):

@@ -1,9 +1,8 @@
 """Continues recordings of neurons with a model of spikes, and writes an .npz file of ids and,
 if wanted, a raster.
 
-torchtitan-rd generate-spikes outputs/rodent_8B_131k --dataset rodent --split test --data-idx 11
---ctx-t 10 --gen-t 10 torchtitan-rd generate-spikes outputs/rodent_8B_131k --unconditional --n-neurons
-100 --gen-t 29 --raster
+torchtitan-rd generate-spikes outputs/rodent_8B_131k --dataset rodent --split test --data-idx 11 --ctx-t 10
+torchtitan-rd generate-spikes outputs/rodent_8B_131k --unconditional --n-neurons 100 --gen-t 29 --raster
 
 docs/inference.md describes it.
 """
@@ -44,6 +43,7 @@ def main(arguments: list[str]) -> int:
     )
     if loaded.source.kind not in ("spikes", None):
         raise ConfigError(f"{chosen.path} was trained on {loaded.source.kind}: use torchtitan-rd generate")
+
     separator = loaded.source.vocab_size - 1
     if chosen.unconditional:
         prompt = unconditional(chosen.n_neurons, chosen.seed)
@@ -58,6 +58,8 @@ def main(arguments: list[str]) -> int:
             vocab_size=loaded.source.vocab_size,
             seed=chosen.seed,
         )
+
+    # Whole time bins: one token a neuron and one that ends the bin.
     chosen.max_new_tokens = chosen.gen_t * (prompt.neurons + 1)
     settings, _ = settings_of(chosen)
     ids = ids_of(prompt.counts, separator)
@@ -69,6 +71,7 @@ def main(arguments: list[str]) -> int:
             environment,
             lambda own: generate(loaded, [ids] * len(own), settings, numbers=own, constraint=constraint).rows,
         )
+
     for number, answer in enumerate(samples or []):
         suffix = f"-{number}" if chosen.batch_size > 1 else ""
         path = save(Path(chosen.out), prompt, answer.ids, chosen.gen_t, separator, suffix)

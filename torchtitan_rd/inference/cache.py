@@ -47,9 +47,8 @@ class KVCache:
         # Added to scores: 0 where a position may be looked at.
         # Kernels would make it of booleans in each layer.
         self._bias = torch.zeros(batch, positions, dtype=layout.dtype, device=device)
-        self._held = torch.full(
-            (batch, positions), sharing.slots, device=device
-        )  # of the core's slots, how many
+        # Of the core's slots, how many are held at each position.
+        self._held = torch.full((batch, positions), sharing.slots, device=device)
         possible = range(sharing.depth + 1)
         self._written = torch.tensor([sharing.written(steps) for steps in possible], device=device)
         self._shown = torch.tensor([sharing.shown(steps) for steps in possible], device=device)
@@ -133,7 +132,8 @@ class _Slot(KeyValues):
     """One slot of a cache, in the form that a block takes."""
 
     def __init__(self, cache: KVCache, slot: int):
-        self.cache, self.keys, self.values = cache, cache.keys[slot], cache.values[slot]
+        self.cache = cache
+        self.keys, self.values = cache.keys[slot], cache.values[slot]
         core = slot - cache.layout.before
         self.core = core if 0 <= core < cache.sharing.slots else None
 

@@ -1,7 +1,8 @@
 """Generation: a batch of prompts, one token at a time.
 
-    loaded = load_model("outputs/debug") for answer in generate(loaded, [encode_prompt(loaded.tokenizer,
-    "The")], Settings(max_new_tokens=50)).rows:
+    loaded = load_model("outputs/debug")
+    prompt = encode_prompt(loaded.tokenizer, "The")
+    for answer in generate(loaded, [prompt], Settings(max_new_tokens=50)).rows:
         print(answer.text)
 
 Shapes: B batch (prompts), V vocabulary.
@@ -144,6 +145,7 @@ def generate(
     rows = _Rows(loaded, prompts, settings, on_text)
     if not prompts:
         return Report([], 0, 0.0)
+
     longest = max(map(len, prompts))
     stepper = Stepper(
         loaded.spec,
@@ -156,6 +158,7 @@ def generate(
         scale=settings.init_scale,
     )
     tokens, real = _padded_left(prompts, stepper.device)
+
     if settings.drafting is not None:
         drafted, accepted = speculate(
             stepper, tokens, real, settings.drafting, settings.max_new_tokens, rows, constraint

@@ -39,6 +39,8 @@ class Sharing:
         self.lookup = next(
             (lookup for lookup in LOOKUPS if name == lookup or name.startswith(f"{lookup}-")), ""
         )
+
+        # What is left of the name is a compression, or nothing.
         rest = name.removeprefix(self.lookup).removeprefix("-" if self.lookup else "")
         match = _COMPRESSION.fullmatch(rest)
         if match is None and (rest or name != self.lookup or not name):
@@ -50,6 +52,7 @@ class Sharing:
         kind, number = ("", "") if match is None else match.group("kind", "n")
         self.compression = kind or ("" if match is None else "anchor")
         self.group = n = int(number or 0)
+
         for wrong, problem in (
             (self.compression in ("s", "r") and n == 0, "N must be at least 1"),
             (

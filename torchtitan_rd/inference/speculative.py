@@ -68,7 +68,9 @@ def speculate(
     last = allowed(0, think(stepper, tokens_BS, real=real).logits).argmax(-1)
     alive = rows.push(last.tolist(), full)
     count, drafted, accepted = 1, 0, 0
+
     while any(alive) and count < max_new_tokens:
+        # Fewer iterations draft; the verification goes on from the states that they have reached.
         ahead = min(drafting.lookahead, max_new_tokens - count)
         embedded, states, drafts = _draft(stepper, last, ahead, drafting.steps, count, allowed)
         stepper.reopen(ahead)
@@ -76,11 +78,14 @@ def speculate(
             states = stepper.iterate(states, embedded, step)
         logits = stepper.predict(states, keep=ahead)
         logits = torch.stack([allowed(count + i, logits[:, i]) for i in range(ahead)], dim=1)
+
         best, guesses = logits.argmax(-1), torch.stack(drafts, dim=1)
         if drafting.threshold < 1:
             p = logits.softmax(-1)
             likely = p.gather(-1, guesses[..., None])[..., 0] >= drafting.threshold * p.amax(-1)
             best = guesses.where(likely, best)
+
+        # Rows keep step, so the first position at which any row disagrees is the last that counts.
         going = torch.tensor(alive, device=stepper.device)
         agreed = ((best == guesses) | ~going[:, None]).all(0).tolist()
         right = agreed.index(False) if False in agreed else ahead

@@ -149,10 +149,13 @@ def think(
         return Thought(stepper.predict(e)[:, -1], e, steps, [])
     s = stepper.first_state() if state is None else state
     s = e if s is None else s
+
     if policy is None or policy.criterion == "none":
         for step in range(stepper.depth):
             s = stepper.iterate(s, e, step)
         return Thought(stepper.predict(s)[:, -1], s, steps, [])
+
+    # `inside`: the rows that have not left yet.
     inside = torch.ones_like(steps, dtype=torch.bool) if alive is None else alive.clone()
     steps, values, measure, logits = torch.zeros_like(steps), [], None, None
     for step in range(stepper.depth):
@@ -161,6 +164,7 @@ def think(
         steps = steps + inside
         if (step + 1) % policy.every:
             continue
+
         if policy.rule.on_logits:
             logits = stepper.predict(s)[:, -1]
         if measure is None:
