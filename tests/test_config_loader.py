@@ -239,6 +239,8 @@ REFUSED = {
     ),
     "another old key of another type": ("[metrics]\nenable_color_printing = 1\n", [], "must be of type bool"),
     "a removed degree that is true": ("[training]\ntensor_parallel_degree = true\n", [], "no longer supported"),
+    "a folder of an unset variable": ("", ["--job.dump_folder="], "is not a path; is a variable of the script unset?"),
+    "a zero byte in a path": ("", ["--checkpoint.initial_load_path=a\0b"], "is not a path"),
     "another user's home that is not there": ("", ["--job.dump_folder=~nosuchuser/x"], "there is no such user"),
 }
 
