@@ -89,7 +89,8 @@ launch() {
     # Every contradiction in the config, one a line, before torchrun or Slurm start anything.
     dump_folder=$(python -m torchtitan_rd config --print-key job.dump_folder --ranks "$ranks" \
         --job.config_file "$config" "$@") || return 1
-    rm -f "$dump_folder/exit_status.json"
+    # What an earlier run left must not be read for this one's; where it cannot be removed nothing can be written either.
+    rm -f "$dump_folder/exit_status.json" || return 1
     _raise_open_files "$ranks"
     if [ "$nodes" -gt 1 ]; then
         local head

@@ -257,6 +257,12 @@ REFUSED = {
         [],
         "no longer supported",
     ),
+    "a folder of an unset variable": (
+        "",
+        ["--job.dump_folder="],
+        "is not a path; is a variable of the script unset?",
+    ),
+    "a zero byte in a path": ("", ["--checkpoint.initial_load_path=a\0b"], "is not a path"),
     "another user's home that is not there": (
         "",
         ["--job.dump_folder=~nosuchuser/x"],

@@ -321,6 +321,25 @@ def launched_with(before: str = "", nodes: int = 1, **variables: str) -> tuple[d
     return lines | {"open files": limit[0]}, found.stderr
 
 
+def test_a_status_that_cannot_be_removed_ends_a_start_and_is_not_taken_for_this_run_s():
+    """As of a folder that is read-only now: the run would fail, and the status of the last
+    one be believed.
+    """
+    said = "rm: cannot remove 'exit_status.json': Read-only file system"
+    stand_ins = """
+        python() {
+            case "$*" in
+                *distributed.run*) echo started; return 1 ;;
+                *config*) echo dump ;;
+                *) echo finished ;;
+            esac
+        }
+        rm() { echo "$SAID" >&2; return 1; }
+    """
+    found = run(["bash", "-c", f"{stand_ins}\nsource scripts/launch.sh\nNPROC=2 launch x.toml"], SAID=said)
+    assert found.returncode == 1 and said in found.stderr and "started" not in found.stdout
+
+
 def test_every_run_has_the_settings_that_every_run_wants():
     environment, said = launched_with()
     assert (

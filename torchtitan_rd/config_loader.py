@@ -68,6 +68,8 @@ def _expand_home(path: str | None) -> str | None:
     """`~` and `~user` as a shell would read them, which it does not do within `--key=~/folder` or
     in a file.
     """
+    if path is not None and (not path or "\0" in path):
+        raise ValueError("is not a path; is a variable of the script unset?")
     if path is None or not path.startswith("~"):
         return path
     try:

@@ -52,6 +52,15 @@ def test_a_damaged_descendant_falls_back_to_the_one_before_it_and_then_to_the_st
     assert start(tmp_path, [], load_step=1)[0] == 1
 
 
+def test_a_folder_that_was_copied_in_part_is_not_in_the_way_of_a_run_that_goes_back(tmp_path):
+    start(tmp_path, [10, 20, 30])
+    for step in (20, 30):
+        (tmp_path / "checkpoint" / f"step-{step}" / "manifest.json").unlink()
+    assert start(tmp_path, [20, 25], load_step=10)[0] == 10
+    assert names(tmp_path) == ["step-10", "step-20", "step-20.corrupt", "step-25", "step-30.corrupt"]
+    assert start(tmp_path, [30], load_step=10)[0] == 25
+
+
 def test_another_load_step_goes_back_again(tmp_path):
     start(tmp_path, [1, 2, 3, 4])
     start(tmp_path, [3, 4], load_step=2)

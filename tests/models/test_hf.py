@@ -122,7 +122,11 @@ def test_layernorm_has_no_export():
         ({"hidden_size": "32"}, r"hidden_size = '32' must be a whole number"),
         ({"hidden_size": 32.0}, r"hidden_size = 32\.0 must be a whole number"),
         ({"num_attention_heads": [4]}, r"num_attention_heads = \[4\] must be a whole number"),
-        ({"hidden_size": 10**30}, r"hidden_size = 10+ must be at most 2147483647"),
+        ({"hidden_size": 10**30}, r"hidden_size = 10+ must be at most 16777216"),
+        (
+            {"num_attention_heads": 10**5, "head_dim": 10**9},
+            r"num_attention_heads = 100000 must be at most 65536",
+        ),
         ({"num_hidden_layers": 10**9}, r"num_hidden_layers = 10+ must be at most 10000"),
         ({"num_hidden_layers": True}, r"num_hidden_layers = True must be a whole number"),
         ({"rms_norm_eps": "1e-5"}, r"rms_norm_eps = '1e-5' must be a finite number"),

@@ -194,7 +194,11 @@ class Checkpointer:
             problems = self._verify(path)
             if not problems:
                 damaged = [name for name, found in refused.items() if _is_damage(found)]
-                return self._resume(path, tensors, damaged)
+                # `load_step` passes over these without a look;
+                # the save of such a step would find them in its way.
+                passed_over = self._ranks.from_rank0(partial(self._folder.incomplete, step))
+                return self._resume(path, tensors, list(dict.fromkeys(damaged + passed_over)))
+
             refused[path.name] = problems
             logger.warning("%s is damaged: %s", path, "; ".join(problems))
 
@@ -363,7 +367,8 @@ class Checkpointer:
         # Not before: a checkpoint that turns out to be another run's leaves the folder as it was.
         for name in damaged:
             moved = self._ranks.from_rank0(partial(self._folder.set_aside, name, "corrupt"))
-            logger.warning("%s is now %s", name, moved)
+            if moved != name:
+                logger.warning("%s is now %s", name, moved)
 
         self._saved_step = manifest.step
         logger.info("resumed from %s", path)

@@ -41,6 +41,11 @@ class CheckpointFolder:
         """Names of the checkpoints that were set aside as damaged."""
         return sorted(m[0] for m in self._named(CORRUPT))
 
+    def incomplete(self, above: int) -> list[str]:
+        """Names of the folders of later steps that have no manifest, as after a copy that was cut off."""
+        later = (self.root / f"step-{n}" for n in self.steps() if n > above)
+        return [path.name for path in later if _is_real_folder(path) and not (path / MANIFEST).exists()]
+
     def new_staging(self, name: str) -> Path:
         """A fresh, empty folder to write checkpoint `name` in."""
         staging = self.root / f".tmp-{name}-{uuid.uuid4().hex}"

@@ -199,6 +199,7 @@ def settings_of(chosen: argparse.Namespace) -> tuple[Settings, list[int]]:
     except ValueError:
         raise ConfigError(f"--depths {chosen.depths}: whole numbers, as in 4,8,16") from None
     _refuse_what_has_no_effect(chosen)
+
     kv, exits = chosen.kv, None
     if chosen.exit_policy:
         if chosen.exit:
@@ -212,6 +213,7 @@ def settings_of(chosen: argparse.Namespace) -> tuple[Settings, list[int]]:
             every=1 if chosen.check_every is None else chosen.check_every,
             in_prefill=not chosen.full_depth_prompt,
         )
+
     drafting = None
     if chosen.draft_steps is not None:
         lookahead = 8 if chosen.lookahead is None else chosen.lookahead
@@ -219,7 +221,8 @@ def settings_of(chosen: argparse.Namespace) -> tuple[Settings, list[int]]:
         drafting = Drafting(chosen.draft_steps, lookahead, share)
     temperature = chosen.temperature
     if temperature is None:
-        temperature = 0.0 if drafting else 0.7
+        temperature = 0.0 if drafting else 0.7  # drafts are verified greedily
+
     settings = Settings(
         max_new_tokens=chosen.max_new_tokens,
         sampling=Sampling(temperature, chosen.top_k, chosen.top_p, chosen.min_p, chosen.repetition_penalty),

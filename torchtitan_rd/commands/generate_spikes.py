@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         help="no recording: a tenth of the neurons spike in the first bin",
     )
     add("--n-neurons", type=int, default=100, help="with --unconditional")
+
     add = parser.add_argument_group("sampling").add_argument
     add("--temperature", type=float, default=1.0)
     add("--top-k", type=int)
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, default=1.0)
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=1, help="samples")
+
     add_recurrent_arguments(parser)
     add_model_arguments(parser)
     add = parser.add_argument_group("output").add_argument

@@ -181,7 +181,8 @@ def _one_by_one(
     drawn = None
     if not sampling.is_greedy:
         drawn = uniforms(settings.seed, numbers, settings.max_new_tokens).to(stepper.device)
-    seen = None
+
+    seen = None  # the ids that each row holds already, where a repetition costs
     in_prompt = policy if policy is not None and policy.in_prefill else None
     thought = think(stepper, tokens, real=real, policy=in_prompt)
     for number in range(settings.max_new_tokens):
@@ -193,6 +194,7 @@ def _one_by_one(
             logits = penalise(logits, seen, sampling.repetition_penalty)
         if constraint is not None:
             logits = constraint(number, logits)
+
         new = choose(logits, sampling, None if drawn is None else drawn[:, number])
         alive = rows.push(new.tolist(), thought.steps.tolist(), thought.values)
         if not any(alive) or number + 1 == settings.max_new_tokens:

@@ -35,7 +35,8 @@ class Sharing:
     """
 
     def __init__(self, name: str, core: int, depth: int):
-        self.name, self.core, self.depth = name, core, depth
+        self.name = name
+        self.core, self.depth = core, depth
         self.lookup = next(
             (lookup for lookup in LOOKUPS if name == lookup or name.startswith(f"{lookup}-")), ""
         )

@@ -48,7 +48,8 @@ class Stepper:
         self.cache = KVCache(
             layout, Sharing(strategy, layout.core, self.depth), batch, positions, self.device
         )
-        self.batch, self.seed, self.scale = batch, seed, scale
+        self.batch = batch
+        self.seed, self.scale = seed, scale
         self._table = self.steps.rotary(positions)
         self._padding = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self._padded = False

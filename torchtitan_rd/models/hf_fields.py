@@ -83,14 +83,23 @@ class Fields:
         self.given = {key: value for key, value in fields.items() if value is not None}
         self.where, self._read = where, {*_CHANGING, *_HARMLESS.split()}
 
-    def whole(self, key: str, default: Any = _NEEDED, most: int = 2**31 - 1) -> Any:
-        """A whole number (64, not 64.0 or "64"). most: beyond it is a mistake,
-        found without building a model.
+    def whole(self, key: str, default: Any = _NEEDED, most: int = 2**24) -> Any:
+        """A whole number (64, not 64.0 or "64"). most: beyond it is a mistake, found without building a
+        model; by default that of a width, beyond which torch cannot count the bytes of a matrix.
         """
         found = self._of_type(key, default, "a whole number", lambda value: type(value) is int)
         if found is not default and found > most:
             raise ConfigError(f"{self.where}{key} = {found} must be at most {most}")
         return found
+
+    def alike(self, first: str, second: str) -> None:
+        """Raises ConfigError if two names of one thing say different things."""
+        one, other = self.given.get(first), self.given.get(second)
+        if None not in (one, other) and (type(one) is not type(other) or one != other):
+            raise ConfigError(
+                f"{self.where}{first} = {one!r} and {second} = {other!r} are two names of one thing, "
+                f"and programs differ in which one they read: leave only the right one"
+            )
 
     def number(self, key: str, default: Any = _NEEDED) -> Any:
         """A finite number -> float."""

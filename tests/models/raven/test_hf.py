@@ -71,6 +71,7 @@ OTHER = {  # every field away from its default
     "tie_word_embeddings": False,
     "max_seq_len": 55,
 }
+PARTS = ("prelude", "recurrent_block", "coda")
 VARIANTS = {
     "tiny": {},
     "every field": OTHER,
@@ -170,6 +171,22 @@ def test_what_our_model_does_not_compute_is_refused_by_name(change):
         ({"rope_settings": 3}, "rope_settings = 3 must be a table"),
         ({"rope_settings": {"rope_base": "x"}}, "rope_settings.rope_base = 'x' must be a finite number"),
         ({"sampling_scheme": 3}, "sampling_scheme = 3 must be a text"),
+        ({"n_embd": 10**9}, "n_embd = 10+ must be at most 16777216"),
+        *(
+            ({f"n_layers_in_{part}": 10**9}, f"n_layers_in_{part} = 10+ must be at most 10000")
+            for part in PARTS
+        ),
+        ({"mean_recurrence": 10**9}, "mean_recurrence = 10+ must be at most 10000"),
+        ({"block_size": 2**31 - 1}, "block_size = 2147483647 must be at most 16777216"),
+        *(
+            ({theirs: RELEASED[ours] + 1}, f"{ours} = .* and {theirs} = .* are two names of one thing")
+            for ours, theirs in (("n_embd", "hidden_size"), ("block_size", "max_position_embeddings"))
+        ),
+        ({"n_heads": 11}, "n_heads = 11 and num_attention_heads = 55 are two names of one thing"),
+        (
+            {"tie_word_embeddings": False},
+            "tie_embeddings = True and tie_word_embeddings = False are two names",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config = "),
         ({"sliding_window": 128}, "sliding_window = 128 is not supported"),
     ],

@@ -181,6 +181,13 @@ def test_labels_are_shifted_here_and_shift_labels_are_not(model):
     assert model(tokens, labels=following, **common).loss.item() != pytest.approx(expected, abs=1e-2)
 
 
+def test_a_trainer_finds_the_labels_that_a_data_set_has_and_reports_the_loss_of_an_evaluation(model):
+    """It takes each argument of forward with "label" in its name for one that every batch has."""
+    from transformers.utils import find_labels
+
+    assert find_labels(type(model)) == ["labels"]
+
+
 def test_arguments_of_the_loss_reach_it(model):
     common = {"labels": some_tokens(), "num_steps": 2, **SEEDED}
     mean, half = (
@@ -389,6 +396,14 @@ def test_generate_passes_depth_and_seed_on(model, monkeypatch):
     assert len(seen) == 7 and not seen[0].any()
 
 
+def test_the_depth_is_read_whatever_the_default_device(tmp_path):
+    """ "meta" holds no values, and those of a GPU would be waited for in each forward."""
+    model = load(export(tiny_raven(), tmp_path / "export")).to("meta")
+    with torch.device("meta"):
+        for num_steps in (2, (1, 1), torch.tensor(2, device="cpu")):
+            assert model(torch.zeros(1, 5, dtype=torch.long), num_steps=num_steps).logits.shape == (1, 5, 61)
+
+
 def test_the_depth_in_evaluation_is_the_mean_recurrence_of_the_config(tmp_path):
     folder = export(tiny_raven(), tmp_path / "export")
     default, shallow = load(folder), load(folder, mean_recurrence=4)
@@ -487,7 +502,7 @@ def test_the_output_holds_what_was_asked_for(model):
     [
         ({"input_ids": None}, "either input_ids or inputs_embeds"),
         ({"attention_mask": torch.ones(2, 5)}, r"attention_mask is \(2, 5\), but must be \(2, 12\)"),
-        *(({"num_steps": wrong}, "num_steps = ") for wrong in ((1, 2, 3), -1, (2, -1), 1.5)),
+        *(({"num_steps": wrong}, "num_steps = ") for wrong in ((1, 2, 3), -1, (2, -1), 1.5, math.inf)),
     ],
     ids=str,
 )

@@ -125,7 +125,7 @@ def shape_of(fields: Mapping[str, Any]) -> LlamaShape:
                 f"config.json: layer_types has {kind!r}, which is not supported, only 'full_attention'"
             )
 
-    heads = read.whole("num_attention_heads")
+    heads = read.whole("num_attention_heads", most=2**16)
     theta, scaling = _rotary(read)
     shape = LlamaShape(
         dim=read.whole("hidden_size"),
@@ -133,13 +133,13 @@ def shape_of(fields: Mapping[str, Any]) -> LlamaShape:
         n_heads=heads,
         n_kv_heads=read.whole("num_key_value_heads", heads),
         vocab_size=read.whole("vocab_size"),
-        head_dim=read.whole("head_dim", None),
+        head_dim=read.whole("head_dim", None, most=2**16),
         ffn_dim=read.whole("intermediate_size"),
         norm_eps=read.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings=read.boolean("tie_word_embeddings", False),
-        max_seq_len=read.whole("max_position_embeddings", 2048),
+        max_seq_len=read.whole("max_position_embeddings", 2048, most=2**31 - 1),
     )
 
     windowless = read.boolean("use_sliding_window", None) is False

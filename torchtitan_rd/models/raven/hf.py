@@ -23,6 +23,17 @@ _UNUSED = (
     *("num_attention_heads", "head_dim", "tie_word_embeddings", "padding_multiple", "padded_vocab_size"),
     *("activation_checkpoint_impl", "init_values", "effective_expected_depth", "test_time_noise_type"),
 )
+# Beyond these a number is a mistake; a model of so many blocks would first be built, and run, for ever.
+_MOST = dict.fromkeys(
+    ("n_layers_prelude", "n_layers_core", "n_layers_coda", "mean_recurrence", "mean_backprop_depth"), 10_000
+)
+# The released class reads the first of them, transformers' (and so our class) the second.
+_TWO_NAMES = (
+    ("n_embd", "hidden_size"),
+    ("n_heads", "num_attention_heads"),
+    ("block_size", "max_position_embeddings"),
+    ("tie_embeddings", "tie_word_embeddings"),
+)
 
 
 def key_map(shape: RavenShape) -> dict[str, str]:
@@ -63,6 +74,8 @@ def shape_of(fields: Mapping[str, Any]) -> RavenShape:
 
     Raises ConfigError for a missing field and for what our model does not compute.
     """
+    for names in _TWO_NAMES:
+        Fields(fields).alike(*names)
     rotary = Fields(fields).table("rope_settings")
     read = Fields(
         {  # three that have other names in configs of the training program and of other transformers classes
@@ -85,7 +98,7 @@ def shape_of(fields: Mapping[str, Any]) -> RavenShape:
         n_kv_heads=None if kv_heads == heads else kv_heads,
         vocab_size=read.whole("vocab_size"),
         block=BLOCK_OF[read.text("block_class_name", "SandwichBlock")],
-        **{ours: read.whole(theirs) for ours, theirs in SIZES.items()},
+        **{ours: read.whole(theirs, most=_MOST.get(ours, 2**24)) for ours, theirs in SIZES.items()},
         **{ours: kinds[type(one.released)](one.name, one.released) for ours, one in OPTIONS.items()},
     )
 

@@ -35,7 +35,9 @@ from .configuration_raven import RavenConfig
 logger = logging.get_logger(__name__)
 OF_RELEASED_CLASS = ("input_embeds", "output_details")  # arguments of huginn-0125's own forward
 DETAILS = ("return_logits", "return_latents", "return_head")
-OF_LOSS = ("num_items_in_batch", "ignore_index")
+# Not among forward's own names: a Trainer takes every one of those with "label" in it for a column that must
+# be there, and without all of them reports no eval_loss.
+OF_LOSS = ("shift_labels", "num_items_in_batch", "ignore_index")
 # What transformers and its tokenizers pass to each model, and what follows from the other arguments here.
 WITHOUT_MEANING = ("cache_position", "token_type_ids", "return_dict")
 
@@ -128,7 +130,6 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: DynamicCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_steps: int | tuple[int, int] | None = None,
         input_states: torch.Tensor | None = None,
@@ -144,7 +145,6 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         position_ids: (B, S); by default tokens count from 0 after left padding.
         labels: (B, S), the input_ids themselves: shifted here, as in all classes of transformers; -100 is
             ignored. Labels made for the class released with huginn-0125 are to be given as shift_labels.
-        shift_labels: (B, S), the token that follows each input token, in place of labels.
         use_cache: off unless asked for, as a cache holds num_steps times the keys and values of the core.
         num_steps: iterations, all without gradient; or a pair, without gradient and then with. By default
             config.mean_recurrence in evaluation; in training it is drawn from torch's global CPU generator.
@@ -152,7 +152,8 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         init_scale: factor on the noise that is the first state otherwise.
         state_seed: makes this noise a function of (state_seed, position) alone: cached equals uncached
             generation, and padding changes nothing. By default the device's global generator draws it.
-        kwargs: num_items_in_batch and ignore_index go to the loss function;
+        kwargs: shift_labels: (B, S), the token that follows each input token, in place of labels;
+            num_items_in_batch and ignore_index go to the loss function;
             input_embeds and output_details are those of the released class. What is not known is refused.
         """
         released, loss_arguments = self._split(kwargs)
@@ -187,8 +188,7 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, kept]).float()
         loss = None
-        if labels is not None or shift_labels is not None:
-            loss_arguments["shift_labels"] = shift_labels
+        if labels is not None or "shift_labels" in loss_arguments:
             loss = self.loss_function(logits, labels, logits.shape[-1], **loss_arguments)
         details = released.get("output_details", {})
         hidden = (*states, x) if output_hidden_states else x if details.get("return_head") else None
@@ -329,8 +329,9 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         """-> iterations (without gradient, with gradient)."""
         mean, backprop = self.config.mean_recurrence, self.config.mean_backprop_depth
         if num_steps is not None:
-            steps = torch.as_tensor(num_steps).flatten().tolist()
-            if len(steps) not in (1, 2) or min(steps) < 0 or any(step != int(step) for step in steps):
+            # Not on torch's default device: a tensor on "meta" has no values, one on a GPU is waited for.
+            steps = torch.as_tensor(num_steps, device="cpu").flatten().tolist()
+            if len(steps) not in (1, 2) or min(steps) < 0 or not all(float(s).is_integer() for s in steps):
                 raise ValueError(
                     f"num_steps = {num_steps} is neither a number of iterations nor a pair of them"
                 )
