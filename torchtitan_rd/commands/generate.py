@@ -274,6 +274,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--system", help="the system's message, with --chat")
     add("--interactive", action="store_true", help="read prompts from the terminal")
+
     add = parser.add_argument_group("sampling").add_argument
     add("--max-new-tokens", type=int, default=128)
     add("--temperature", type=float, help="0: the most likely token (default 0.7; 0 with --draft-steps)")
@@ -284,6 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of draws and of first states")
     add("--stop", action="append", default=[], help="a string that ends the text; may be given several times")
     add("--ignore-eos", action="store_true")
+
     add_recurrent_arguments(parser)
     parser.add_argument("--depths", help="several --depth, side by side: 4,8,16,32")
     add_model_arguments(parser)

@@ -84,6 +84,7 @@ class Settings:
                     raise ConfigError(f"{name}: a {loaded.spec.name} has no recurrence; leave it out")
         if self.stop and loaded.tokenizer is None:
             raise ConfigError("stop: stop strings need a tokenizer, and this model has none")
+
         vocab_size, context = loaded.shape.vocab_size, loaded.shape.max_seq_len
         for number, prompt in enumerate(prompts):
             if not len(prompt):

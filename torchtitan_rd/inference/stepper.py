@@ -63,7 +63,8 @@ class Stepper:
 
         -> (B, S, E)."""
         if real is not None and not bool(real.all()):
-            self._padding, self._padded, self.real = (~real).sum(-1, keepdim=True), True, real
+            self._padding, self._padded = (~real).sum(-1, keepdim=True), True
+            self.real = real
         else:
             self.real = None
         self._open(tokens_BS.shape[1], real)
