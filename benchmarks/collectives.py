@@ -1,10 +1,12 @@
-"""Collectives of one whole training step, by kind: TrainStep itself, under FSDP and HSDP, 1 and 4 microbatches.
+"""Collectives of one whole training step, by kind: TrainStep itself, under FSDP and HSDP,
+1 and 4 microbatches.
 
     python benchmarks/collectives.py
 
-One process stands for rank 0 of 8 (torch's fake process group); the counts are exact and repeat. Kinds: all-gathers of
-parameters, reduce-scatters and all-reduces of gradients (the latter between the copies of HSDP), and the small
-all-reduces of the step itself (valid tokens before backward; losses, norm and stop flag after it).
+One process stands for rank 0 of 8 (torch's fake process group); the counts are exact and repeat. Kinds:
+all-gathers of parameters, reduce-scatters and all-reduces of gradients (the latter between the copies
+of HSDP), and the small all-reduces of the step itself (valid tokens before backward; losses, norm and
+stop flag after it).
 """
 
 import sys
@@ -26,10 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtitan_rd.build_model import build_model
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.data import Batch
+from torchtitan_rd.model_spec import ForwardInputs
 from torchtitan_rd.models import get_spec
-from torchtitan_rd.models.llama.config import LlamaConfig
-from torchtitan_rd.models.raven.config import RavenConfig
-from torchtitan_rd.models.spec import ForwardInputs
+from torchtitan_rd.models.llama.shape import LlamaShape
+from torchtitan_rd.models.raven.shape import RavenShape
 from torchtitan_rd.optimizer import build_optimizer
 from torchtitan_rd.parallelism import ParallelDims
 from torchtitan_rd.train_step import TrainStep
@@ -41,12 +43,24 @@ LAYOUTS = {"FSDP": 1, "HSDP": 2}  # name -> copies of the model
 ACCUMULATIONS = (1, 4)
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "of the step")
 NO_COLLECTIVES = ("wait_tensor", "_wrap_tensor_autograd")  # of the namespaces of collectives
-RAVEN = RavenConfig(64, 4, 96, 2, 4, 2, 32, 8, vocab_size=64)  # nebel's layers: prelude 2, core 4, coda 2
-LLAMA = LlamaConfig(dim=64, n_layers=8, n_heads=4, n_kv_heads=4, ffn_dim=96, vocab_size=64)
+RAVEN = RavenShape(  # nebel's layers
+    dim=64,
+    n_heads=4,
+    ffn_dim=96,
+    n_layers_prelude=2,
+    n_layers_core=4,
+    n_layers_coda=2,
+    mean_recurrence=32,
+    mean_backprop_depth=8,
+    vocab_size=64,
+)
+LLAMA = LlamaShape(dim=64, n_layers=8, n_heads=4, n_kv_heads=4, ffn_dim=96, vocab_size=64)
 
 
 class CountCollectives(TorchDispatchMode):
-    """Counts what reaches torch.distributed. A fake reduce-scatter leaves its output as it finds it: that is zeroed."""
+    """Counts what reaches torch.distributed.
+    A fake reduce-scatter leaves its output as it finds it: that is zeroed.
+    """
 
     def __init__(self):
         super().__init__()
@@ -108,7 +122,9 @@ def build(name: str, shape: Any, layout: str, reshard: str = "default") -> tuple
 def count(
     config: JobConfig, model: torch.nn.Module, accumulation: int, draw: tuple[int, int] | None = None
 ) -> dict[str, int]:
-    """The collectives of one update of `accumulation` microbatches; a kind that is not of KINDS has its torch name."""
+    """The collectives of one update of `accumulation` microbatches;
+    a kind that is not of KINDS has its torch name.
+    """
     counter = CountCollectives()
     step = TrainStep(
         model,
@@ -116,7 +132,7 @@ def count(
         config.training,
         torch.device("cpu"),
         beat=counter.beat,
-        **({} if draw is None else {"inputs": lambda step, number, batch: inputs_of(draw)}),
+        **({} if draw is None else {"forward_inputs": lambda step, number, batch: inputs_of(draw)}),
     )
     ids = torch.zeros(1, SEQ_LEN, dtype=torch.int64)
     with counter:
@@ -129,7 +145,9 @@ def inputs_of(draw: tuple[int, int]) -> ForwardInputs:
 
 
 def table() -> list[tuple[str, str, int, dict[str, int]]]:
-    """(model, layout, microbatches, counts); a raven has one row for all DRAWS, since their counts are the same."""
+    """(model, layout, microbatches, counts); a raven has one row for all DRAWS,
+    since their counts are the same.
+    """
     rows = []
     for layout in LAYOUTS:
         llama, raven = build("llama3", LLAMA, layout), build("raven", RAVEN, layout)
@@ -139,7 +157,9 @@ def table() -> list[tuple[str, str, int, dict[str, int]]]:
             rows.append(("llama, tied head", layout, accumulation, count(*tied, accumulation)))
             by_draw = [count(*raven, accumulation, draw) for draw in DRAWS]
             if any(counts != by_draw[0] for counts in by_draw):
-                raise AssertionError(f"the counts depend on the draw: {dict(zip(DRAWS, by_draw, strict=True))}")
+                raise AssertionError(
+                    f"the counts depend on the draw: {dict(zip(DRAWS, by_draw, strict=True))}"
+                )
             rows.append(("raven, 2 + 4 + 2", layout, accumulation, by_draw[0]))
     return sorted(rows, key=lambda row: (row[0], row[1], row[2]))
 
@@ -151,7 +171,9 @@ def main() -> None:
     titles = "".join(f" {kind} |" for kind in KINDS)
     print(f"| model | layout | microbatches |{titles}\n|{'---|' * (3 + len(KINDS))}")
     for model, layout, accumulation, counts in rows:
-        print(f"| {model} | {layout} | {accumulation} |" + "".join(f" {number} |" for number in counts.values()))
+        print(
+            f"| {model} | {layout} | {accumulation} |" + "".join(f" {number} |" for number in counts.values())
+        )
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
-"""How fast one core turns stored spike counts into tokens, beside what numpy copies on the same core in the same run;
-and what one large document costs, beside the same text in short rows.
+"""How fast one core turns stored spike counts into tokens, beside what numpy copies on the same core in the
+same run; and what one large document costs, beside the same text in short rows.
 
     python benchmarks/data.py [--seconds 2]
     python benchmarks/data.py --document [--megabytes 5] [--batches 8 32] [--steps 20]
 
-Writes a made-up table (as the Neural Pile: `spike_counts`, lists of lists of uint8) with `save_to_disk` into a
-temporary folder, then times, in CPU seconds (the best of several rounds, one thread):
+Writes a made-up table (as the Neural Pile: `spike_counts`, lists of lists of uint8) with `save_to_disk` into
+a temporary folder, then times, in CPU seconds (the best of several rounds, one thread):
   encode   counts in memory -> ids
   source   memory-mapped arrow rows -> ids (what a lane does)
   windows  memory-mapped arrow rows -> windows of 131072 + 1 ids
 
-With --document, a .txt of English words and a .jsonl of the same text in rows of about 1 kB, a BPE tokenizer of 4096
-ids trained on it, windows of 512 + 1 ids: CPU seconds of one encode and of building the loader (from an empty cache,
-and again), and tokens per CPU second of the first steps that follow.
+With --document, a .txt of English words and a .jsonl of the same text in rows of about 1 kB, a BPE tokenizer
+of 4096 ids trained on it, windows of 512 + 1 ids: CPU seconds of one encode and of building the loader (from
+an empty cache, and again), and tokens per CPU second of the first steps that follow.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, Features, Sequence, Value
 
-from torchtitan_rd.data import DatasetKeys, build_dataloader, load_tokenizer
+from torchtitan_rd.data import BatchDims, DatasetKeys, build_dataloader, load_tokenizer
 from torchtitan_rd.data.arrow import TableSource, open_table
 from torchtitan_rd.data.cursor import Cursor, LaneReader
 from torchtitan_rd.data.spikes import SpikeEncoder, SyntheticRecordings
@@ -68,7 +68,9 @@ def write_document(folder: Path, megabytes: float) -> str:
         rows.append(" ".join(draw.choices(words, k=150)) + "\n")
         size += len(rows[-1])
     (folder / "book.txt").write_text("".join(rows), encoding="utf-8")
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8"
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -87,25 +89,27 @@ def measure_document(megabytes: float, batches: list[int], steps: int) -> None:
         began = time.process_time()
         count = len(load_tokenizer(tokenizer).encode(text))
         print(f"one encode of {len(text) / 1e6:.1f} MB: {time.process_time() - began:.1f} s, {count} ids")
+
         print("file        batch   build s  again s  tokens/CPU s")
         for batch in batches:
             datasets.config.HF_DATASETS_CACHE = folder / f"cache{batch}"
             for file in ("book.txt", "rows.jsonl"):
                 path = str(folder / file)
                 keys = DatasetKeys(dataset="text", dataset_path=path, seq_len=512, local_batch_size=batch)
+
                 times = []
                 for _ in range(2):
                     began = time.process_time()
                     loader = build_dataloader(
                         keys,
-                        tokenizer_path=tokenizer,
+                        BatchDims.resolve(keys, data_rank=0, data_degree=1),
+                        tokenizer=load_tokenizer(tokenizer),
                         vocab_size=4096,
-                        data_rank=0,
-                        data_degree=1,
                         seed=0,
                         pin_memory=False,
                     )
                     times.append(time.process_time() - began)
+
                 began = time.process_time()
                 for _ in range(steps):
                     loader.next_step()
@@ -115,7 +119,9 @@ def measure_document(megabytes: float, batches: list[int], steps: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="CPU seconds per figure")
     parser.add_argument("--document", action="store_true", help="one large document instead of spikes")
     parser.add_argument("--megabytes", type=float, default=5.0, help="of the document")

@@ -2,10 +2,10 @@
 
     python benchmarks/drift.py [--steps 10 150]
 
-A small raven (E 192, 2 + 4 + 2 blocks) is trained in float32 on a copying task. Its weights then run on the same
-batches and first states in float32, under torch's autocast, and sharded by FSDP at each setting of the precision.
-Errors are relative (Frobenius norms), root mean squares over 12 batches. CPU, one process, a few minutes on an idle
-machine.
+A small raven (E 192, 2 + 4 + 2 blocks) is trained in float32 on a copying task. Its weights then run on the
+same batches and first states in float32, under torch's autocast, and sharded by FSDP at each setting of the
+precision. Errors are relative (Frobenius norms), root mean squares over 12 batches. CPU, one process, a few
+minutes on an idle machine.
 """
 
 import argparse
@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from torchtitan_rd.models.raven.config import RavenConfig
 from torchtitan_rd.models.raven.init import inits
 from torchtitan_rd.models.raven.model import Raven
 from torchtitan_rd.models.raven.plan import wrap_plan
+from torchtitan_rd.models.raven.shape import RavenShape
 from torchtitan_rd.parallelism import (
     ActivationCheckpointConfig,
     CompileConfig,
@@ -40,14 +40,24 @@ from torchtitan_rd.parallelism import (
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CPU = torch.device("cpu")
-CONFIG = RavenConfig(192, 4, 512, 2, 4, 2, 8, 4, vocab_size=64)
+CONFIG = RavenShape(
+    dim=192,
+    n_heads=4,
+    ffn_dim=512,
+    n_layers_prelude=2,
+    n_layers_core=4,
+    n_layers_coda=2,
+    mean_recurrence=8,
+    mean_backprop_depth=4,
+    vocab_size=64,
+)
 DRAWS = [(4, 4), (24, 8), (0, 16)]
 BATCHES, ROWS, LENGTH = 12, 4, 32
 
 Run = Callable[[tuple[int, int], int], tuple[torch.Tensor, torch.Tensor]]
 
 
-def batch_of(config: RavenConfig, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def batch_of(config: RavenShape, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """-> tokens (ROWS, LENGTH), whose second half repeats the first, and first states."""
     generator = torch.Generator().manual_seed(seed)
     half = torch.randint(config.vocab_size, (ROWS, LENGTH // 2), generator=generator)
@@ -58,7 +68,7 @@ def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
-def trained(config: RavenConfig, steps: int) -> Raven:
+def trained(config: RavenShape, steps: int) -> Raven:
     """An unsharded raven after `steps` updates in float32 (rate 1e-3, draws (2, 2))."""
     model = Raven(config)
     init_weights(model, inits(model), seed=0)
@@ -76,7 +86,7 @@ def plain(model: Raven, *, autocast: bool = False) -> Run:
     """Float32 parameters, unsharded: in float32, or as Huginn was trained."""
 
     def run(draw: tuple[int, int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, state = batch_of(model.config, seed)
+        tokens, state = batch_of(model.shape, seed)
         model.zero_grad()
         with torch.autocast("cpu", dtype=BF16, enabled=autocast):
             logits = model(tokens, num_steps=draw, initial_state=state)
@@ -94,9 +104,11 @@ def sharded(
     full_precision: bool = True,
     sharding: Mapping[str, Any] | None = None,
 ) -> Run:
-    """The same weights as training computes with them. full_precision: whether the plan's names are heeded."""
+    """The same weights as training computes with them. full_precision: whether the plan's
+    names are heeded.
+    """
     with torch.device("meta"):
-        model = Raven(weights.config)
+        model = Raven(weights.shape)
     plan = wrap_plan(model)
     parallelize(
         model,
@@ -117,7 +129,7 @@ def sharded(
             parameter.copy_(weight)
 
     def run(draw: tuple[int, int], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, state = batch_of(model.config, seed)
+        tokens, state = batch_of(model.shape, seed)
         model.zero_grad()
         types = {"state_dtype": state_dtype, "head_dtype": BF16}
         logits = model(tokens, num_steps=draw, initial_state=state.to(state_dtype), **types)
@@ -130,7 +142,9 @@ def sharded(
 def core_gradient(model: Raven) -> torch.Tensor:
     """The gradient of all parameters of the core, as one vector."""
     gradients = [parameter.grad for parameter in model.transformer.recurrence.parameters()]
-    return torch.cat([(g.full_tensor() if isinstance(g, DTensor) else g).flatten().float() for g in gradients])
+    return torch.cat(
+        [(g.full_tensor() if isinstance(g, DTensor) else g).flatten().float() for g in gradients]
+    )
 
 
 def errors(run: Run, reference: Run, draw: tuple[int, int], batches: int = BATCHES) -> tuple[float, float]:
@@ -143,13 +157,17 @@ def errors(run: Run, reference: Run, draw: tuple[int, int], batches: int = BATCH
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, nargs="*", default=[10, 150], help="training steps before measuring")
+    parser.add_argument(
+        "--steps", type=int, nargs="*", default=[10, 150], help="training steps before measuring"
+    )
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     torch.set_num_threads(1)
+
     print("relative errors of logits / core gradient")
     for steps in parser.parse_args().steps:
         weights = trained(CONFIG, steps)
         reference = cache(plain(weights))
+
         runs = {
             "autocast": plain(weights, autocast=True),
             "default": sharded(weights),
@@ -160,7 +178,11 @@ def main() -> None:
         print(f"after {steps} steps{'':21}" + "".join(f"{draw!s:>18}" for draw in DRAWS))
         for name, run in runs.items():
             found = [errors(run, reference, draw) for draw in DRAWS]
-            print(f"  {name:34}" + "".join(f"{logits:9.4f} /{gradient:7.4f}" for logits, gradient in found), flush=True)
+            print(
+                f"  {name:34}" + "".join(f"{logits:9.4f} /{gradient:7.4f}" for logits, gradient in found),
+                flush=True,
+            )
+
     dist.destroy_process_group()
 
 

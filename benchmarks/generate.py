@@ -1,12 +1,12 @@
-"""Generation of our Llama and of a raven against transformers' `generate` on the Llama's weights: CPU time and aten
-ops.
+"""Generation of our Llama and of a raven against transformers' `generate` on the Llama's weights:
+CPU time and aten ops.
 
     python benchmarks/generate.py [--rounds 5] [--contexts 64 256 1024] [--new 64]
 
 One thread, float32, batch 1, greedy, a static prompt: the Llama of benchmarks/train_step.py (10 490 112
-parameters), and a raven of width 256 (2 + 4 + 2 blocks, 8 iterations). A token's time is the CPU time of a run with
-`new` tokens less that of one with a single new token, so that the prompt does not count; the least of all rounds,
-the peers taking turns. Ops repeat exactly, and must be the same at every context.
+parameters), and a raven of width 256 (2 + 4 + 2 blocks, 8 iterations). A token's time is the CPU time of a
+run with `new` tokens less that of one with a single new token, so that the prompt does not count; the least
+of all rounds, the peers taking turns. Ops repeat exactly, and must be the same at every context.
 """
 
 import argparse
@@ -34,12 +34,12 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torchtitan_rd.inference import Loaded, Settings, generate  # noqa: E402
 from torchtitan_rd.inference.loading import Source, lay_out  # noqa: E402
 from torchtitan_rd.models import get_spec  # noqa: E402
-from torchtitan_rd.models.llama.config import LlamaConfig  # noqa: E402
-from torchtitan_rd.models.raven.config import RavenConfig  # noqa: E402
+from torchtitan_rd.models.llama.shape import LlamaShape  # noqa: E402
+from torchtitan_rd.models.raven.shape import RavenShape  # noqa: E402
 
 VOCAB, DEPTH = 8192, 8
-LLAMA = LlamaConfig(dim=256, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=768, vocab_size=VOCAB)
-RAVEN = RavenConfig(
+LLAMA = LlamaShape(dim=256, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=768, vocab_size=VOCAB)
+RAVEN = RavenShape(
     dim=256,
     n_heads=4,
     ffn_dim=1024,
@@ -66,7 +66,7 @@ class CountOps(TorchDispatchMode):
 
 
 @torch.no_grad()
-def fresh(family: str, shape: LlamaConfig | RavenConfig) -> Loaded:
+def fresh(family: str, shape: LlamaShape | RavenShape) -> Loaded:
     spec = get_spec(family)
     model = spec.build(shape).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
@@ -79,7 +79,9 @@ def fresh(family: str, shape: LlamaConfig | RavenConfig) -> Loaded:
 def of_transformers(ours: Loaded) -> transformers.PreTrainedModel:
     """The same weights in transformers' class."""
     layout, shape = ours.spec.hf, ours.shape
-    config = transformers.LlamaConfig(**{k: v for k, v in layout.config_fields(shape).items() if v is not None})
+    config = transformers.LlamaConfig(
+        **{k: v for k, v in layout.config_fields(shape).items() if v is not None}
+    )
     theirs = transformers.LlamaForCausalLM(config).eval()
     names, weights = layout.key_map(shape), dict(ours.model.named_parameters())
     theirs.load_state_dict({names[name]: layout.to_hf(name, weights[name], shape) for name in names})
@@ -97,12 +99,14 @@ def runs() -> dict[str, Run]:
         return theirs.generate(ids, attention_mask=torch.ones_like(ids), **common)[0, len(prompt) :].tolist()
 
     def ours(model: Loaded, **options: object) -> Run:
-        return lambda prompt, new: generate(model, [prompt], Settings(max_new_tokens=new, **options)).rows[0].ids
+        return lambda prompt, new: (
+            generate(model, [prompt], Settings(max_new_tokens=new, **options)).rows[0].ids
+        )
 
     return {
         f"transformers {transformers.__version__} Llama": peer,
         "our Llama": ours(llama),
-        f"our raven, {DEPTH} iterations": ours(raven, depth=DEPTH),
+        f"our raven, {DEPTH} iterations": ours(raven, depth=DEPTH, init_scale=0.0),
     }
 
 
@@ -123,12 +127,15 @@ def ops_per_token(run: Run, prompt: list[int]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--contexts", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--new", type=int, default=64)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+
     peers = runs()
     generator = torch.Generator().manual_seed(1)
     for context in arguments.contexts:
@@ -136,6 +143,7 @@ def main() -> None:
         first, *others = (run(prompt, 16) for name, run in peers.items() if "Llama" in name)
         if any(other != first for other in others):
             raise SystemExit(f"the Llamas do not agree: {first} and {others}")
+
         best = dict.fromkeys(peers, float("inf"))
         for _ in range(arguments.rounds):
             for name, run in peers.items():
@@ -146,7 +154,8 @@ def main() -> None:
         for name, run in peers.items():
             ops = ops_per_token(run, prompt)
             print(
-                f"  {name:<34}{best[name] * 1e3:8.2f} ms a token {best[name] / base:6.2f}x {ops:8.1f} ops", flush=True
+                f"  {name:<34}{best[name] * 1e3:8.2f} ms a token {best[name] / base:6.2f}x {ops:8.1f} ops",
+                flush=True,
             )
 
 

@@ -17,7 +17,9 @@ def main(target: str, *journals: str) -> None:
     figure, axes = pyplot.subplots(figsize=(6, 3.2), layout="constrained")
     for journal in map(Path, journals):
         rows = [json.loads(line) for line in journal.read_text().splitlines()]
-        axes.plot([row["tokens_seen"] for row in rows], [row["loss"] for row in rows], label=journal.parent.name)
+        axes.plot(
+            [row["tokens_seen"] for row in rows], [row["loss"] for row in rows], label=journal.parent.name
+        )
     axes.set_xlabel("tokens seen")
     axes.set_ylabel("training loss (nats per token)")
     axes.grid(alpha=0.3)

@@ -1,14 +1,15 @@
-"""Training step of our Llama against transformers' (and torchtitan's where it imports), and of a raven: CPU time, ops.
+"""Training step of our Llama against transformers' (and torchtitan's where it imports),
+and of a raven: CPU time, ops.
 
     python benchmarks/train_step.py [--rounds 5] [--runs 1]
 
-One thread, float32, 10 490 112 parameters, 4 sequences of 512 tokens: forward, loss, backward, clip to norm 1, fused
-AdamW. The bare models have torch's own clipping, and the loss that each trains with: ours from torchtitan_rd.loss, the
-peers' torch's. `TrainStep` is what a run does, under FSDP on one gloo rank: copies of all parameters and gradients,
-counts, reductions, checks. Shared machines move wall time twofold, so each peer's figure in a run is
-its least CPU time of all rounds, the peers taking turns, and what is printed is the median of the runs with their
-range; call +-7 % equal. Ops and FLOPs repeat exactly; the FLOPs lack the attention of a peer that insists on its own
-kernel (torchtitan), for which torch has no formula on CPU.
+One thread, float32, 10 490 112 parameters, 4 sequences of 512 tokens: forward, loss, backward, clip to norm
+1, fused AdamW. The bare models have torch's own clipping, and the loss that each trains with: ours from
+torchtitan_rd.loss, the peers' torch's. `TrainStep` is what a run does, under FSDP on one gloo rank: copies of
+all parameters and gradients, counts, reductions, checks. Shared machines move wall time twofold, so each
+peer's figure in a run is its least CPU time of all rounds, the peers taking turns, and what is printed is the
+median of the runs with their range; call +-7 % equal. Ops and FLOPs repeat exactly; the FLOPs lack the
+attention of a peer that insists on its own kernel (torchtitan), for which torch has no formula on CPU.
 """
 
 import argparse
@@ -44,19 +45,29 @@ from torchtitan_rd.build_model import build_model  # noqa: E402
 from torchtitan_rd.config import JobConfig  # noqa: E402
 from torchtitan_rd.data import Batch  # noqa: E402
 from torchtitan_rd.loss import cross_entropy_sums  # noqa: E402
+from torchtitan_rd.model_spec import NO_INPUTS, ForwardInputs  # noqa: E402
 from torchtitan_rd.models import get_spec  # noqa: E402
-from torchtitan_rd.models.llama.config import LlamaConfig, count_flops  # noqa: E402
-from torchtitan_rd.models.raven.config import RavenConfig  # noqa: E402
-from torchtitan_rd.models.raven.config import count_flops as raven_flops  # noqa: E402
-from torchtitan_rd.models.spec import NO_INPUTS, ForwardInputs  # noqa: E402
+from torchtitan_rd.models.llama.shape import LlamaShape, count_flops  # noqa: E402
+from torchtitan_rd.models.raven.shape import RavenShape  # noqa: E402
+from torchtitan_rd.models.raven.shape import count_flops as raven_flops  # noqa: E402
 from torchtitan_rd.optimizer import build_optimizer  # noqa: E402
 from torchtitan_rd.parallelism import ParallelDims  # noqa: E402
 from torchtitan_rd.train_step import TrainStep  # noqa: E402
 
 BATCH, SEQ_LEN = 4, 512
 RAVEN_DRAW = (4, 4)  # iterations without and with gradient
-RAVEN_CONFIG = RavenConfig(256, 4, 1024, 2, 4, 2, 8, 4, vocab_size=8192)
-CONFIG = LlamaConfig(dim=256, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=768, vocab_size=8192)
+RAVEN_CONFIG = RavenShape(
+    dim=256,
+    n_heads=4,
+    ffn_dim=1024,
+    n_layers_prelude=2,
+    n_layers_core=4,
+    n_layers_coda=2,
+    mean_recurrence=8,
+    mean_backprop_depth=4,
+    vocab_size=8192,
+)
+CONFIG = LlamaShape(dim=256, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=768, vocab_size=8192)
 
 
 class CountOps(TorchDispatchMode):
@@ -83,12 +94,14 @@ def ours() -> nn.Module:
 def transformers_llama() -> nn.Module:
     from transformers import LlamaForCausalLM
 
-    from torchtitan_rd.models.llama.hf import hf_config
+    from torchtitan_rd.models.llama.hf import config_fields
 
     class Logits(nn.Module):
         def __init__(self):
             super().__init__()
-            self.llama = LlamaForCausalLM(LlamaForCausalLM.config_class(**hf_config(CONFIG), use_cache=False))
+            self.llama = LlamaForCausalLM(
+                LlamaForCausalLM.config_class(**config_fields(CONFIG), use_cache=False)
+            )
 
         def forward(self, tokens):
             return self.llama(tokens).logits
@@ -130,7 +143,12 @@ def raven() -> nn.Module:
     return AtOneDepth()
 
 
-PEERS = {"torchtitan_rd": ours, "transformers": transformers_llama, "torchtitan": torchtitan_llama, "raven": raven}
+PEERS = {
+    "torchtitan_rd": ours,
+    "transformers": transformers_llama,
+    "torchtitan": torchtitan_llama,
+    "raven": raven,
+}
 
 
 def text() -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,7 +203,11 @@ def real_step(name: str) -> Callable[[], float]:
         return ForwardInputs({"num_steps": RAVEN_DRAW, "initial_state": state}, RAVEN_DRAW)
 
     update = TrainStep(
-        model, build_optimizer(model, config.optimizer), config.training, torch.device("cpu"), inputs=inputs
+        model,
+        build_optimizer(model, config.optimizer),
+        config.training,
+        torch.device("cpu"),
+        forward_inputs=inputs,
     )
     batch = Batch(*text())
     return lambda: update(1, [batch]).loss
@@ -203,7 +225,9 @@ def build_peers() -> dict[str, Callable[[], float]]:
 
 
 def count(step: Callable[[], float]) -> tuple[int, int]:
-    """-> aten ops and FLOPs of a step; the latter under the math kernel, since the CPU kernel has no formula."""
+    """-> aten ops and FLOPs of a step; the latter under the math kernel, since the CPU kernel
+    has no formula.
+    """
     with CountOps() as ops:
         step()
     with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH):
@@ -261,7 +285,10 @@ def main() -> None:
         print(f"{name:18} {times:>18} {ratio:>20} {ops:9} {flops:16}")
 
     theory = count_flops(CONFIG, SEQ_LEN)
-    print(f"theory: {int(tokens * theory.matmul)} FLOPs in weights, {int(tokens * theory.attention_full)} in attention")
+    print(
+        f"theory: {int(tokens * theory.matmul)} FLOPs in weights, "
+        f"{int(tokens * theory.attention_full)} in attention"
+    )
     if "transformers" in steps:
         theory = raven_flops(RAVEN_CONFIG, SEQ_LEN, RAVEN_DRAW)
         total = int(tokens * (theory.matmul + theory.attention_full))

@@ -7,12 +7,10 @@ import sys
 
 from torchtitan_rd.conversion import cli
 
-FAMILIES = ("llama3", "aixsim", "raven")
-
 
 def main(arguments: list[str]) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--model", choices=FAMILIES, help="family that the checkpoint must be of")
+    parser.add_argument("--model", choices=cli.FAMILIES, help="family that the checkpoint must be of")
     cli.add_export_arguments(parser)
     given = parser.parse_args(arguments)
     cli.export(given, model=given.model)

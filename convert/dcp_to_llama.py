@@ -10,7 +10,9 @@ from torchtitan_rd.conversion import cli
 
 def main(arguments: list[str]) -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("--format", choices=("hf", "pth"), default="hf", help="what to write (default: %(default)s)")
+    parser.add_argument(
+        "--format", choices=("hf", "pth"), default="hf", help="what to write (default: %(default)s)"
+    )
     parser.add_argument("--model", choices=("llama3", "aixsim"), help="family that the checkpoint must be of")
     cli.add_export_arguments(parser)
     given = parser.parse_args(arguments)

@@ -9,7 +9,7 @@ import sys
 
 from torchtitan_rd.conversion import cli
 from torchtitan_rd.conversion.pipeline import open_released
-from torchtitan_rd.conversion.weights import only
+from torchtitan_rd.conversion.weights import select_tensors
 
 VOCABULARY = ("tok_embeddings.weight", "output.weight")
 
@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     weights = open_released(given.input_dir, model="llama3")
     if not given.keep_embeddings:
-        weights = only(weights, weights.tensors.keys() - set(VOCABULARY))
+        weights = select_tensors(weights, weights.tensors.keys() - set(VOCABULARY))
     cli.import_(given, weights)
 
 

@@ -51,9 +51,9 @@ _torchrun() {
     python -m torch.distributed.run "$@" &
     torchrun=$!
     set +m
-    trap '_pass_on' TERM INT USR1 HUP
+    trap '_pass_on' TERM INT USR1 HUP QUIT
     _wait_for "$torchrun"; code=$?
-    trap - TERM INT USR1 HUP
+    trap - TERM INT USR1 HUP QUIT
     return "$code"
 }
 
@@ -83,12 +83,15 @@ launch() {
     local config=${CONFIG_FILE:-$1} dump_folder code was_signalled=
     shift
     _set_defaults
-    # A mistake in the config is one line here, before torchrun or Slurm start anything.
-    dump_folder=$(python -m torchtitan_rd config --print-key job.dump_folder --job.config_file "$config" "$@") || return 1
-    rm -f "$dump_folder/exit_status.json"
-    local nodes=${SLURM_NNODES:-1} rendezvous=(--standalone) per_node
+    local nodes=${SLURM_NNODES:-1} rendezvous=(--standalone) per_node ranks
     per_node=${NPROC:-$(_ranks_per_node)}
-    _raise_open_files "$((nodes * per_node))"
+    ranks=$((nodes * per_node))
+    # Every contradiction in the config, one a line, before torchrun or Slurm start anything.
+    dump_folder=$(python -m torchtitan_rd config --print-key job.dump_folder --ranks "$ranks" \
+        --job.config_file "$config" "$@") || return 1
+    # What an earlier run left must not be read for this one's; where it cannot be removed nothing can be written either.
+    rm -f "$dump_folder/exit_status.json" || return 1
+    _raise_open_files "$ranks"
     if [ "$nodes" -gt 1 ]; then
         local head
         head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -104,9 +107,9 @@ launch() {
         # --propagate: the limit that was raised here holds on every node. srun passes every signal on to each node.
         srun --propagate=NOFILE bash -c 'source "$0" && _torchrun "$@"' "${BASH_SOURCE[0]}" "$@" &
         local srun=$!
-        trap 'was_signalled=1; kill -TERM "$srun" 2>/dev/null' TERM INT USR1 HUP
+        trap 'was_signalled=1; kill -TERM "$srun" 2>/dev/null' TERM INT USR1 HUP QUIT
         _wait_for "$srun"; code=$?
-        trap - TERM INT USR1 HUP
+        trap - TERM INT USR1 HUP QUIT
     else
         _torchrun "$@"; code=$?
     fi

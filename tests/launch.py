@@ -1,16 +1,15 @@
-"""Launches whole runs as the ranks' own processes (what torchrun does, minus its seconds of start-up)."""
+"""Launches whole runs as the ranks' own processes (what torchrun does, minus the seconds of start-up)."""
 
 import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from tests.fork_server import start_python
+from tests.ranks import needs_gpus
 
 
 @dataclass
@@ -24,9 +23,14 @@ class Finished:
 class Run:
     """Processes of one run; always used as a context, so that none is left behind."""
 
-    def __init__(self, world_size: int, arguments: list[str], options: tuple[str, ...] = ()):
-        self.processes = []
+    def __init__(
+        self, world_size: int, arguments: list[str], options: tuple[str, ...] = (), device: str = "cpu"
+    ):
+        """device: "cpu", where the ranks see no GPU, or "cuda": rank r takes GPU r."""
+        if device == "cuda":
+            needs_gpus(world_size)
         port = free_port()
+        self.processes = []
         for rank in range(world_size):
             environment = {
                 **os.environ,
@@ -36,41 +40,36 @@ class Run:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT),
-                "CUDA_VISIBLE_DEVICES": "",
+                **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
             }
-            self.processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "tests.launched_rank", *options, "--", *arguments],
-                    cwd=ROOT,
-                    env=environment,
-                    stderr=subprocess.PIPE,
-                    stdout=subprocess.DEVNULL,
-                    text=True,
-                )
-            )
+            command = ("-m", "tests.launched_rank", *options, "--", *arguments)
+            self.processes.append(start_python(*command, env=environment))
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, *_: object) -> None:
         for process in self.processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-            process.stderr.close()
+            process.close()
 
     def wait(self, timeout: float = 120.0) -> Finished:
         """Waits for all ranks; one that outlives the limit is an error."""
-        errors = [process.communicate(timeout=timeout)[1] for process in self.processes]
+        errors = [process.communicate(timeout)[1] for process in self.processes]
         return Finished([process.returncode for process in self.processes], errors)
 
     def signal(self, rank: int, number: signal.Signals) -> None:
         self.processes[rank].send_signal(number)
 
 
-def launch(world_size: int, arguments: list[str], options: tuple[str, ...] = (), timeout: float = 120.0) -> Finished:
-    with Run(world_size, arguments, options) as run:
+def launch(
+    world_size: int,
+    arguments: list[str],
+    options: tuple[str, ...] = (),
+    timeout: float = 120.0,
+    device: str = "cpu",
+) -> Finished:
+    """A whole run, on as many ranks; skips the test if there are fewer GPUs."""
+    with Run(world_size, arguments, options, device) as run:
         return run.wait(timeout)
 
 

@@ -1,9 +1,15 @@
 """One rank of a run that the tests launch: torchtitan_rd.train, made to die or to pause at a chosen place.
 
     python -m tests.launched_rank --die-at RANK STEP MICROBATCH -- --job.config_file X.toml ...
-    python -m tests.launched_rank --slow SECONDS [FROM] -- ...      # each step, from the FROMth on, is so much longer
-    python -m tests.launched_rank --slow-start SECONDS -- ...       # so does the reading of the data
-    python -m tests.launched_rank --fail-at RANK STEP -- ...        # an exception in a step
+
+    # Each step, from the FROMth on, is so much longer:
+    python -m tests.launched_rank --slow SECONDS [FROM] -- ...
+
+    # So is the reading of the data; FILE.RANK says when:
+    python -m tests.launched_rank --slow-start SECONDS FILE -- ...
+
+    # An exception in a step:
+    python -m tests.launched_rank --fail-at RANK STEP -- ...
 
 The package itself has no such switches.
 """
@@ -12,8 +18,9 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
-from torchtitan_rd import train
+from torchtitan_rd import parts, train
 from torchtitan_rd.train_step import TrainStep
 
 
@@ -57,14 +64,15 @@ def slow(seconds: float, first: int = 1) -> None:
     TrainStep.__call__ = slowed
 
 
-def slow_start(seconds: float) -> None:
-    build = train.build_dataloader
+def slow_start(seconds: float, file: str) -> None:
+    build = parts.build_dataloader
 
     def slowed(*arguments, **options):
+        Path(f"{file}.{os.environ['RANK']}").touch()
         time.sleep(seconds)
         return build(*arguments, **options)
 
-    train.build_dataloader = slowed
+    parts.build_dataloader = slowed
 
 
 if __name__ == "__main__":
@@ -75,7 +83,7 @@ if __name__ == "__main__":
     elif options[:1] == ["--slow"]:
         slow(float(options[1]), *map(int, options[2:]))
     elif options[:1] == ["--slow-start"]:
-        slow_start(float(options[1]))
+        slow_start(float(options[1]), options[2])
     elif options[:1] == ["--fail-at"]:
         fail_at(*map(int, options[1:]))
     sys.exit(train.main(arguments))

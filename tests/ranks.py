@@ -1,46 +1,93 @@
-"""Runs the same test body on 1, 2 or more gloo ranks.
+"""Runs the same test body on 1, 2 or more ranks: on the CPU over gloo, or on one GPU each over NCCL.
 
     def body(rank, world_size, extra): ...      # a module-level function; what it returns must pickle
     results = run_on_ranks(2, body, extra)      # [result of rank 0, result of rank 1]
+    results = run_on_ranks(2, body, extra, device="cuda")       # CPU tensors still go over gloo, as in a run
 
-The worker processes are started once for the test session and reused, since a start costs seconds. Each call gets
-a fresh process group, torn down afterwards. A body that raises on any rank raises here with that rank's traceback.
+The worker processes are started once for the test session and reused, since a start costs seconds. Each
+call gets a fresh process group, torn down afterwards. A body that raises on any rank raises here with
+that rank's traceback.
 """
 
 import atexit
 import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import current_process
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
-_context = get_context("spawn")
-_workers: list["_Worker"] = []
+import pytest
+
+from tests.fork_server import start_python
+
+_workers: dict[str, list["_Worker"]] = {"cpu": [], "cuda": []}
 
 
 class _Worker:
-    def __init__(self) -> None:
-        self.pipe, child = _context.Pipe()
-        self.process = _context.Process(target=_serve, args=(child,), daemon=True)
-        self.process.start()
-        child.close()
+    """A process that runs bodies. One for the CPU sees no GPU,
+    so that its bodies do the same on every machine.
+    """
 
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
+    def __init__(self, device: str) -> None:
+        hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+        with tempfile.TemporaryDirectory() as folder, Listener(str(Path(folder) / "socket")) as listener:
+            self.process = start_python(
+                "-m", "tests.ranks", listener.address, device, env={**os.environ, **hidden}
+            )
+            self.pipe: Connection = listener.accept()
+        # Where bodies are imported from, and what proves it a friend when it sends tensors.
+        self.pipe.send((sys.path, bytes(current_process().authkey)))
+
+    def stop(self) -> None:
+        self.process.close()
+        self.pipe.close()
 
 
-def run_on_ranks(world_size: int, body: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Calls `body(rank, world_size, *args)` on every rank of a fresh gloo group; returns the results in rank order."""
-    while len(_workers) < world_size:
-        _workers.append(_Worker())
+def run_on_ranks(
+    world_size: int, body: Callable[..., Any], *args: Any, device: str = "cpu", timeout: float = 120.0
+) -> list[Any]:
+    """Calls `body(rank, world_size, *args)` on every rank of a fresh group;
+    returns the results in rank order.
+
+    device: "cpu", or "cuda", where rank r has GPU r as its current device;
+    skips the test if there are fewer GPUs.
+    """
+    if device == "cuda":
+        needs_gpus(world_size)
+    workers = _workers[device]
+    while len(workers) < world_size:
+        workers.append(_Worker(device))
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
-        for rank, worker in enumerate(_workers[:world_size]):
+        for rank, worker in enumerate(workers[:world_size]):
             worker.pipe.send((body, args, rank, world_size, str(store)))
-        return _collect(_workers[:world_size], timeout)
+        return _collect(workers[:world_size], timeout)
+
+
+# For `@EACH_DEVICE` above a test of (device, world_size): the same body on 1 and 2 CPU ranks
+# and on 1 and 2 GPUs.
+EACH_DEVICE = pytest.mark.parametrize(
+    ("device", "world_size"),
+    [
+        pytest.param("cpu", 1, id="1 cpu rank"),
+        pytest.param("cpu", 2, id="2 cpu ranks"),
+        pytest.param("cuda", 1, id="1 gpu", marks=pytest.mark.gpu),
+        pytest.param("cuda", 2, id="2 gpus", marks=pytest.mark.gpu),
+    ],
+)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def needs_gpus(count: int) -> None:
+    """Skips the calling test on a machine with fewer."""
+    import torch
+
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPUs")
 
 
 def _collect(workers: list[_Worker], timeout: float) -> list[Any]:
@@ -51,7 +98,7 @@ def _collect(workers: list[_Worker], timeout: float) -> list[Any]:
                 raise TimeoutError(f"no answer within {timeout} s")
             ok, result = worker.pipe.recv()
         except (EOFError, OSError, TimeoutError) as error:
-            ok, result = False, f"the process died or hung: {error!r}"
+            ok, result = False, f"the process died or hung: {error!r}\n{worker.process.output()[1]}"
         results.append(result)
         if not ok:
             failures.append(f"rank {rank}:\n{result}")
@@ -63,28 +110,36 @@ def _collect(workers: list[_Worker], timeout: float) -> list[Any]:
 
 def stop_workers() -> None:
     """Ends the worker processes; the next call starts new ones."""
-    for worker in _workers:
-        worker.kill()
-    _workers.clear()
+    for workers in _workers.values():
+        for worker in workers:
+            worker.stop()
+        workers.clear()
 
 
 atexit.register(stop_workers)
 
 
-def _serve(pipe) -> None:
+def _serve(pipe: Connection, device: str) -> None:
     """The loop of one worker process."""
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    sys.path[:], current_process().authkey = pipe.recv()
     while True:
         try:
             body, args, rank, world_size, store = pipe.recv()
         except EOFError:
             return
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+        options: dict[str, Any] = {"backend": "gloo"}
         try:
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+            if device == "cuda":
+                torch.cuda.set_device(rank)
+                options = {"backend": "cpu:gloo,cuda:nccl", "device_id": torch.device("cuda", rank)}
+            dist.init_process_group(
+                init_method=f"file://{store}", rank=rank, world_size=world_size, **options
+            )
             result = (True, body(rank, world_size, *args))
             dist.barrier()
         except BaseException:  # CheckpointException of torch is not an Exception
@@ -93,3 +148,7 @@ def _serve(pipe) -> None:
             if dist.is_initialized():
                 dist.destroy_process_group()
         pipe.send(result)
+
+
+if __name__ == "__main__":
+    _serve(Client(sys.argv[1]), sys.argv[2])

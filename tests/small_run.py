@@ -1,4 +1,8 @@
-"""A tiny Llama trained in-process for a few steps: the body that the parallelism and step tests run on their ranks."""
+"""A tiny Llama trained in-process for a few steps: the body that the parallelism and step tests
+run on their ranks.
+
+The same body runs on the CPU and on GPUs: `Setup.device` says where, and so does `device` of tests/ranks.py.
+"""
 
 import hashlib
 from dataclasses import dataclass, field, replace
@@ -20,20 +24,29 @@ VOCAB, SEQ_LEN, GLOBAL_BATCH = 64, 16, 8
 
 @dataclass(frozen=True)
 class Setup:
-    """Sections as {section: {key: value}}, plus how many steps and how many padded labels."""
+    """Sections as {section: {key: value}}, how many steps, whether labels are padded,
+    and where in which precision.
+
+    device: "cpu", or "cuda": the rank's current GPU.
+    dtype: of the sharded parameters in forward and backward.
+    """
 
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     overrides: dict[str, Any] = field(default_factory=dict)
     steps: int = 3
     padded: bool = False
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 def config_of(setup: Setup, world_size: int) -> JobConfig:
     training = {
-        "local_batch_size": setup.sections.get("training", {}).get("local_batch_size", GLOBAL_BATCH // world_size),
+        "local_batch_size": setup.sections.get("training", {}).get(
+            "local_batch_size", GLOBAL_BATCH // world_size
+        ),
         "global_batch_size": GLOBAL_BATCH,
         "seq_len": SEQ_LEN,
-        "mixed_precision_param": "float32",
+        "mixed_precision_param": setup.dtype,
     }
     sections = {
         "activation_checkpoint": {"mode": "none"},
@@ -42,7 +55,9 @@ def config_of(setup: Setup, world_size: int) -> JobConfig:
         "training": {**training, **setup.sections.get("training", {})},
     }
     fields = JobConfig.model_fields
-    return JobConfig(**{name: fields[name].annotation.model_validate(keys) for name, keys in sections.items()})
+    return JobConfig(
+        **{name: fields[name].annotation.model_validate(keys) for name, keys in sections.items()}
+    )
 
 
 def make(setup: Setup, world_size: int, **options: Any) -> tuple[JobConfig, torch.nn.Module, TrainStep]:
@@ -51,10 +66,13 @@ def make(setup: Setup, world_size: int, **options: Any) -> tuple[JobConfig, torc
     spec = get_spec("llama3")
     overrides = {"dim": 32, "n_layers": 4, "ffn_dim": 48, **setup.overrides}
     shape = replace(get_flavor(spec, "debug", overrides), vocab_size=VOCAB)
-    mesh = ParallelDims.resolve(config.parallelism, world_size).build_mesh("cpu")
-    model = build_model(config, spec, shape, mesh, torch.device("cpu"))
+    device = (
+        torch.device("cpu") if setup.device == "cpu" else torch.device("cuda", torch.cuda.current_device())
+    )
+    mesh = ParallelDims.resolve(config.parallelism, world_size).build_mesh(device.type)
+    model = build_model(config, spec, shape, mesh, device)
     optimizer = build_optimizer(model, config.optimizer)
-    return config, model, TrainStep(model, optimizer, config.training, torch.device("cpu"), **options)
+    return config, model, TrainStep(model, optimizer, config.training, device, **options)
 
 
 def batches_of(step: int, rank: int, world_size: int, config: JobConfig, padded: bool) -> list[Batch]:
@@ -62,17 +80,20 @@ def batches_of(step: int, rank: int, world_size: int, config: JobConfig, padded:
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(0, VOCAB, (GLOBAL_BATCH, SEQ_LEN + 1), generator=generator)
     inputs, labels = ids[:, :-1], ids[:, 1:].clone()
-    if padded:  # row g keeps g + 1 labels, so ranks and microbatches have very different numbers of valid tokens
+    # Row g keeps g + 1 labels, so ranks and microbatches have very different numbers of valid tokens.
+    if padded:
         for row in range(GLOBAL_BATCH):
             labels[row, row + 1 :] = -100
     share = GLOBAL_BATCH // world_size
     size = config.training.local_batch_size
     rows = range(rank * share, (rank + 1) * share, size)
-    return [Batch(inputs[r : r + size], labels[r : r + size], None) for r in rows]
+    return [Batch(inputs[r : r + size], labels[r : r + size], None, range(r, r + size)) for r in rows]
 
 
 def train(rank: int, world_size: int, setup: Setup) -> dict[str, Any]:
-    """Runs `setup`; returns losses, gradient norms, checkpoint keys and hashes of the full tensors before and after."""
+    """Runs `setup`; returns losses, gradient norms, checkpoint keys and hashes of the full
+    tensors before and after.
+    """
     config, model, step_function = make(setup, world_size)
     before = hash_of(model)
     results = [
@@ -86,7 +107,8 @@ def train(rank: int, world_size: int, setup: Setup) -> dict[str, Any]:
         "names": sorted(name for name, _ in model.named_parameters()),
         "before": before,
         "after": hash_of(model),
-        "gradients": {name: p.grad.full_tensor().clone() for name, p in model.named_parameters()},
+        "gradients": {name: p.grad.full_tensor().cpu().clone() for name, p in model.named_parameters()},
+        "places": {p.device.type for p in model.parameters()},
     }
 
 
@@ -94,7 +116,7 @@ def hash_of(model: torch.nn.Module) -> str:
     """sha256 over the full parameters."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.state_dict().items()):
-        digest.update(name.encode() + parameter.full_tensor().numpy().tobytes())
+        digest.update(name.encode() + parameter.full_tensor().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -142,11 +142,32 @@ training_args:
   warmup_steps: 1415
 """
 
-RUNS = {  # ancestors.md 18
+RUNS = {  # what the configurations of the Neural Pile differ in
     "primate": {"log": 390, "save": 390, "lr": 3e-4, "warmup": 1000, "steps": 50000, "dataset": "primate"},
-    "lang_primate": {"log": 235, "save": 235, "lr": 3e-4, "warmup": 1000, "steps": 30000, "dataset": "primate"},
-    "synthetic_primate": {"log": 240, "save": 240, "lr": 3e-4, "warmup": 1000, "steps": 50000, "dataset": "primate"},
-    "synthetic": {"log": 60, "save": 240, "lr": 3e-5, "warmup": 2000, "steps": 500000, "dataset": "synthetic"},
+    "lang_primate": {
+        "log": 235,
+        "save": 235,
+        "lr": 3e-4,
+        "warmup": 1000,
+        "steps": 30000,
+        "dataset": "primate",
+    },
+    "synthetic_primate": {
+        "log": 240,
+        "save": 240,
+        "lr": 3e-4,
+        "warmup": 1000,
+        "steps": 50000,
+        "dataset": "primate",
+    },
+    "synthetic": {
+        "log": 60,
+        "save": 240,
+        "lr": 3e-5,
+        "warmup": 2000,
+        "steps": 500000,
+        "dataset": "synthetic",
+    },
 }
 
 
@@ -167,7 +188,8 @@ def test_a_neural_pile_toml_loads_and_says_what_ours_says(name, tmp_path):
         for key, value in keys.items()
         if value != theirs[section][key]
     }
-    # Only what names the file, a folder of an unused feature, an unused option, or repeats a flavor's own value.
+    # Only what names the file, a folder of an unused feature, an unused option,
+    # or repeats a flavor's own value.
     assert set(differ) <= {
         "job.config_file",
         "job.description",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fork_server import run_python
 from tests.launch import Run, launch, wait_for_step
 from torchtitan_rd import train
 
@@ -30,7 +31,10 @@ MISTAKES = {
     "a wrong type": (["--training.steps=many"], "[training] steps = 'many'"),
     "a wrong choice": (["--optimizer.name=SGD"], "'AdamW', 'Adam'"),
     "degrees beyond the ranks": (["--parallelism.data_parallel_shard_degree=3"], "1 ranks were started"),
-    "a batch that does not divide": (["--training.global_batch_size=3", "--training.local_batch_size=2"], "multiple"),
+    "a batch that does not divide": (
+        ["--training.global_batch_size=3", "--training.local_batch_size=2"],
+        "multiple",
+    ),
     "an unknown data set": (["--training.dataset=pydocs"], "did you mean 'pydoc'?"),
     "an unknown model": (["--model.name=lama3"], "did you mean 'llama3'?"),
     "an unknown flavor": (["--model.flavor=debgu"], "did you mean 'debug'?"),
@@ -38,7 +42,10 @@ MISTAKES = {
     "a backend that is not here": (["--model.attention_backend=fa3"], "FA3 needs a Hopper GPU"),
     "an unknown override": (["--model.overrides.dimm=8"], "did you mean 'dim'?"),
     "an impossible shape": (["--model.overrides.n_heads=5"], "not divisible by n_heads"),
-    "a missing data path": (["--training.dataset=text", "--training.dataset_path=nowhere.jsonl"], "nowhere.jsonl"),
+    "a missing data path": (
+        ["--training.dataset=text", "--training.dataset_path=nowhere.jsonl"],
+        "nowhere.jsonl",
+    ),
     "a missing tokenizer": (["--model.tokenizer_path=./no/such/folder"], "no/such/folder"),
     "ids beyond the vocabulary": (["--model.vocab_size=100"], "vocab"),
     "a missing initial checkpoint": (["--checkpoint.initial_load_path=./no/such/step-0"], "no/such/step-0"),
@@ -58,7 +65,8 @@ def test_a_mistake_is_one_clear_message_and_nothing_is_written(mistake, tmp_path
     assert "Traceback" not in error
     assert "Error: " in error.splitlines()[-1] or "\n  " in error
     left = [path.relative_to(dump).as_posix() for path in written(dump)]
-    # Which initial weights count is known once the checkpoint folder is this run's; then it may say why it failed.
+    # Which initial weights count is known once the checkpoint folder is this run's;
+    # then it may say why it failed.
     assert left == (["checkpoint", "exit_status.json"] if mistake == "a missing initial checkpoint" else [])
 
 
@@ -80,38 +88,59 @@ def test_spikes_that_collide_with_the_separator_are_named_by_row(tmp_path, capfd
     assert not written(tmp_path / "dump")
 
 
-def test_a_full_disk_ends_the_run_with_the_path_and_the_free_bytes(tmp_path):
-    """A file system of its own, 1 MiB large, in a mount namespace; skipped where the user may not make one."""
-    script = f"""
-        mount -t tmpfs -o size=1m tmpfs {tmp_path} || exit 77
-        cd {ROOT} && {sys.executable} -m torchtitan_rd.train --job.dump_folder={tmp_path}/dump \
-            {" ".join(GOOD)} --model.overrides.dim=256 --training.steps=3 --checkpoint.interval=1
-    """
-    found = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=120)
-    if found.returncode == 77 or "unshare" in found.stderr:
+# A file system in a mount namespace of this process, which ends with both.
+ON_A_SMALL_DISK = """
+import ctypes, os, subprocess, sys
+folder, size, script, *arguments = sys.argv[1:]
+CLONE_NEWNS, MS_REC, MS_PRIVATE = 0x20000, 0x4000, 1 << 18
+libc = ctypes.CDLL(None)
+if libc.unshare(CLONE_NEWNS) or libc.mount(None, b"/", None, MS_REC | MS_PRIVATE, None):
+    sys.exit(77)
+if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
+    sys.exit(77)
+subprocess.run(["bash", "-c", script])
+from torchtitan_rd import train
+status = train.main([f"--job.dump_folder={folder}/dump", *arguments])
+show = f"ls -A {folder}/dump; cat {folder}/dump/exit_status.json"
+subprocess.run(show, shell=True, stderr=subprocess.DEVNULL)
+sys.exit(status)
+"""
+
+
+def run_on_a_small_disk(folder: Path, size: str, script: str, *arguments: str):
+    """A run with its dump folder below `folder`, where such a file system is mounted and `script` has run."""
+    found = run_python("-c", ON_A_SMALL_DISK, folder, size, script, *arguments)
+    if found.returncode == 77:
         pytest.skip("may not mount a file system here")
+    return found
+
+
+def test_a_full_disk_ends_the_run_with_the_path_and_the_free_bytes(tmp_path):
+    """A file system of its own, 1 MiB large, in a mount namespace;
+    skipped where the user may not make one.
+    """
+    arguments = [*GOOD, "--model.overrides.dim=256", "--training.steps=3", "--checkpoint.interval=1"]
+    found = run_on_a_small_disk(tmp_path, "1m", "", *arguments)
     assert found.returncode == 1, found.stderr
     assert "CheckpointError" in found.stderr and "free" in found.stderr and str(tmp_path) in found.stderr
     assert "Traceback" not in found.stderr
 
 
 @pytest.mark.parametrize("room", ["0", "4k", "8k"])
-def test_a_disk_that_is_full_from_the_start_is_one_line_and_leaves_no_status_of_the_earlier_run(room, tmp_path):
+def test_a_disk_that_is_full_from_the_start_is_one_line_and_leaves_no_status_of_the_earlier_run(
+    room, tmp_path
+):
     """Not a byte left for the lock, for the metrics of the first step, or for its checkpoint."""
     mount = tmp_path / "full"
     mount.mkdir()
-    run = f"{sys.executable} -m torchtitan_rd.train --job.dump_folder={mount}/dump {' '.join(GOOD)}"
     script = f"""
-        mount -t tmpfs -o size=4m tmpfs {mount} || exit 77
         mkdir {mount}/dump && echo '{{"status": "finished"}}' > {mount}/dump/exit_status.json
-        head -c {room} /dev/zero > {mount}/room; cat /dev/zero > {mount}/filler 2> {tmp_path}/error; rm {mount}/room
-        cd {ROOT} && {run} --training.steps=3 --checkpoint.interval=1
-        echo "status $?"; ls -A {mount}/dump; cat {mount}/dump/exit_status.json
+        head -c {room} /dev/zero > {mount}/room
+        cat /dev/zero > {mount}/filler 2> {tmp_path}/error
+        rm {mount}/room
     """
-    found = subprocess.run(["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=120)
-    if found.returncode == 77 or "unshare" in found.stderr:
-        pytest.skip("may not mount a file system here")
-    assert "status 1\n" in found.stdout, found
+    found = run_on_a_small_disk(mount, "4m", script, *GOOD, "--training.steps=3", "--checkpoint.interval=1")
+    assert found.returncode == 1, found
     assert "Traceback" not in found.stderr
     assert "space" in found.stderr and str(mount) in found.stderr, found.stderr
     assert "finished" not in found.stdout and ".lock" not in found.stdout

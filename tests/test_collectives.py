@@ -38,12 +38,15 @@ def expected(gathers: int, units: int, layout: str, accumulation: int) -> dict[s
 def test_a_llama_has_a_unit_a_layer_and_two_more_or_its_root_where_the_head_is_tied(layout, tied):
     config, model = collectives.build("llama3", replace(collectives.LLAMA, tie_word_embeddings=tied), layout)
     named = [name for name, module in model.named_modules() if isinstance(module, FSDPModule)]
-    outer = ["", "norm", "output", "tok_embeddings"]  # norm and output are one unit; an untied root has no parameters
+    # Norm and output are one unit; an untied root has no parameters.
+    outer = ["", "norm", "output", "tok_embeddings"]
     assert sorted(named) == sorted([*([""] if tied else outer), *(f"layers.{i}" for i in range(LAYERS))])
     # Each unit twice, but for the one that backward begins with.
     gathers, units = (2 * LAYERS + 1, LAYERS + 1) if tied else (2 * LAYERS + 3, LAYERS + 2)
     for accumulation in (1, 4):
-        assert collectives.count(config, model, accumulation) == expected(gathers, units, layout, accumulation)
+        assert collectives.count(config, model, accumulation) == expected(
+            gathers, units, layout, accumulation
+        )
 
 
 @pytest.mark.parametrize("layout", collectives.LAYOUTS)

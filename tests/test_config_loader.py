@@ -1,8 +1,11 @@
-"""TOML, command line and environment -> one validated config; every mistake is named with its place and remedy."""
+"""TOML, command line and environment -> one validated config;
+every mistake is named with its place and remedy.
+"""
 
 import pytest
 import tomli
 
+from torchtitan_rd.commands.config import schema_page
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import load_config
 from torchtitan_rd.errors import ConfigError
@@ -80,7 +83,8 @@ def test_entries_of_model_overrides_come_from_file_and_command_line_together(tmp
 
 
 def test_every_problem_is_reported_at_once_with_its_line_and_the_nearest_name(tmp_path):
-    text = '[training]\nstepz = 5\nseq_len = "long"\n\n[optimiser]\nlr = 1.0\n\n[optimizer]\nlr = -1.0\nname = "adam"\n'
+    text = '[training]\nstepz = 5\nseq_len = "long"\n\n'
+    text += '[optimiser]\nlr = 1.0\n\n[optimizer]\nlr = -1.0\nname = "adam"\n'
     message = problems(tmp_path, text, "--training.local_batch_size", "many")
     lines = message.splitlines()
     assert len(lines) == 6
@@ -113,11 +117,6 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     assert "stands outside a [section]" in problems(tmp_path, "steps = 5\n")
 
 
-def test_sections_that_contradict_each_other_are_refused(tmp_path):
-    text = '[training]\nsteps = 10\n[lr_scheduler]\nschedule = "trapezoid"\nwarmup_steps = 8\ncooldown_steps = 8\n'
-    assert "warmup_steps (8) + cooldown_steps (8)" in problems(tmp_path, text)
-
-
 def test_a_cool_down_after_a_decay_warns_of_its_jump(tmp_path):
     text = '[lr_scheduler]\nschedule = "cosine"\nwarmup_steps = 0\ncooldown_steps = 2\n'
     assert any("jumps up" in warning for warning in read(tmp_path, text).warnings)
@@ -128,6 +127,28 @@ def test_a_config_is_frozen(tmp_path):
     config = read(tmp_path, "", "--training.steps", "5").config
     with pytest.raises(ValueError, match="frozen"):
         config.training.steps = 6
+
+
+def test_a_section_s_own_keys_come_first_wherever_keys_are_shown(tmp_path):
+    """In training.* those of train_step.py, then the data's;
+    in each room in the order in which they stand there.
+    """
+    config = read(tmp_path, "").config
+    config.write(tmp_path / "written.toml")
+    written = tomli.loads((tmp_path / "written.toml").read_text())
+    for shown in (config.as_dict(), written):
+        keys = list(shown["training"])
+        assert keys[:2] == ["steps", "max_norm"] and keys.index("gc_freq") < keys.index("dataset")
+        assert keys.index("seq_len") < keys.index("local_batch_size") < keys.index("mixed_precision_param")
+        assert list(shown["optimizer"])[:2] == ["name", "lr"]
+    assert {s: set(k) for s, k in config.as_dict().items()} == {
+        s: set(k) for s, k in config.model_dump().items()
+    }
+    page = schema_page()
+    assert (
+        page.index("| `name`*") < page.index("| `lr`") < page.index("| `muon_") < page.index("## [training]")
+    )
+    assert page.index("## [training]") < page.index("| `steps`") < page.index("| `dataset`*")
 
 
 def test_the_written_config_loads_to_the_same_config(tmp_path):
@@ -173,14 +194,18 @@ def test_an_old_key_is_translated_with_a_warning_that_names_the_new_one(tmp_path
 
 
 def test_old_keys_work_on_the_command_line_too(tmp_path):
-    config = read(tmp_path, "", "--training.batch_size", "2", "--optimizer.fused=false", "--training.compile").config
+    config = read(
+        tmp_path, "", "--training.batch_size", "2", "--optimizer.fused=false", "--training.compile"
+    ).config
     assert config.training.local_batch_size == 2
     assert config.optimizer.implementation == "foreach"
     assert config.compile.enable is True
 
 
 def test_a_feature_that_is_gone_is_accepted_only_switched_off(tmp_path):
-    loaded = read(tmp_path, "[training]\ntensor_parallel_degree = 1\n[float8]\nenable_float8_linear = false\n")
+    loaded = read(
+        tmp_path, "[training]\ntensor_parallel_degree = 1\n[float8]\nenable_float8_linear = false\n"
+    )
     assert len(loaded.warnings) == 2
     assert "training.tensor_parallel_degree = 8 is no longer supported" in problems(
         tmp_path, "[training]\ntensor_parallel_degree = 8\n"
@@ -195,8 +220,16 @@ def test_sections_know_nothing_of_the_loader():
 
 # What was a traceback, or was accepted, and what is said of it today. The file, then the arguments after it.
 REFUSED = {
-    "no value for the config file": (None, ["--job.config_file"], "--job.config_file needs the name of a file"),
-    "an empty name of the config file": (None, ["--job.config_file="], "--job.config_file needs the name of a file"),
+    "no value for the config file": (
+        None,
+        ["--job.config_file"],
+        "--job.config_file needs the name of a file",
+    ),
+    "an empty name of the config file": (
+        None,
+        ["--job.config_file="],
+        "--job.config_file needs the name of a file",
+    ),
     "a value that gets entries": (
         "",
         ["--model.overrides=3", "--model.overrides.dim=4"],
@@ -219,15 +252,33 @@ REFUSED = {
         "x.toml:2: optimizer.fused = 'no': must be of type bool",
     ),
     "another old key of another type": ("[metrics]\nenable_color_printing = 1\n", [], "must be of type bool"),
-    "a removed degree that is true": ("[training]\ntensor_parallel_degree = true\n", [], "no longer supported"),
-    "another user's home that is not there": ("", ["--job.dump_folder=~nosuchuser/x"], "there is no such user"),
+    "a removed degree that is true": (
+        "[training]\ntensor_parallel_degree = true\n",
+        [],
+        "no longer supported",
+    ),
+    "a folder of an unset variable": (
+        "",
+        ["--job.dump_folder="],
+        "is not a path; is a variable of the script unset?",
+    ),
+    "a zero byte in a path": ("", ["--checkpoint.initial_load_path=a\0b"], "is not a path"),
+    "another user's home that is not there": (
+        "",
+        ["--job.dump_folder=~nosuchuser/x"],
+        "there is no such user",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_mistake_that_was_a_traceback_or_accepted_is_one_clear_error(tmp_path, name):
     text, arguments, expected = REFUSED[name]
-    given = [] if text is None else ["--job.config_file", str(write(tmp_path, text or "[job]\ndescription = 'x'\n"))]
+    given = (
+        []
+        if text is None
+        else ["--job.config_file", str(write(tmp_path, text or "[job]\ndescription = 'x'\n"))]
+    )
     with pytest.raises(ConfigError) as caught:
         load([*given, *arguments], ENVIRONMENT)
     assert expected in str(caught.value)

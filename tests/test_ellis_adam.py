@@ -1,4 +1,6 @@
-"""ELLISAdam: the ancestor's numbers, every option against its formula restated, and sharding that is not seen."""
+"""ELLISAdam: the ancestor's numbers, every option against its formula restated,
+and sharding that is not seen.
+"""
 
 import math
 from collections import OrderedDict
@@ -19,7 +21,7 @@ START = [1.0, -2.0, 0.5, 4.0]
 GRADS = [[0.1, -0.2, 0.3, 0.0], [0.1, 0.2, -0.3, 0.4], [1.0, 0.0, 0.5, -0.5]]
 HUGINN = {"update_clipping": True, "atan_adam": True, "running_init": True}
 
-# ancestors.md 5, "Parity (run)": options, rate, number of updates -> parameters
+# Run with the optimizer of Huginn's training program: options, rate, number of updates -> parameters
 VECTORS = [
     (HUGINN, 4e-5, 1, [0.999872029, -1.999832034, 0.499891996, 3.999840021]),
     (HUGINN, 4e-5, 3, [0.999750495, -1.999636412, 0.499814272, 3.999509811]),
@@ -73,7 +75,7 @@ def test_the_ancestors_vectors(keys, lr, updates, expected):
 
 
 def restated(p, grads, lr, k, b1=0.9, b2=0.95, eps=1e-3, wd=4e-5, lr_0=4e-5):
-    """ancestors.md 5 (a) to (h), one tensor, float64."""
+    """Each option as its formula, for one tensor in float64."""
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     for t, g in enumerate(grads, 1):
         g = g / g.norm() if k.tensor_wise_gradient_normalization else g
@@ -106,7 +108,10 @@ def restated(p, grads, lr, k, b1=0.9, b2=0.95, eps=1e-3, wd=4e-5, lr_0=4e-5):
 def draws(shapes):
     """Start values, then gradients that grow and shrink, so that clipping matters at some updates only."""
     generator = torch.Generator().manual_seed(0)
-    return [[torch.randn(shape, generator=generator) * scale for shape in shapes] for scale in (1.0, 0.1, 1.0, 0.01)]
+    return [
+        [torch.randn(shape, generator=generator) * scale for shape in shapes]
+        for scale in (1.0, 0.1, 1.0, 0.01)
+    ]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -151,7 +156,9 @@ def test_kahan_compensation_keeps_updates_and_decay_that_bfloat16_would_lose():
 def test_bfloat16_parameters_are_updated_with_the_betas_and_rates_that_were_given():
     """On CPU torch rounds the factor of a bfloat16 tensor: 0.95 would be 0.9492, and 0.0123 be 0.01233."""
     start = torch.randn(4000, generator=torch.Generator().manual_seed(0)).bfloat16()
-    gradients = [torch.randn(4000, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (1, 2)]
+    gradients = [
+        torch.randn(4000, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (1, 2)
+    ]
     beta1, beta2, rate, decay = 0.9, 0.95, 0.0123, 0.3
     parameter = nn.Parameter(start.clone())
     options = {"lr": rate, "betas": (beta1, beta2), "eps": 1e-6, "weight_decay": decay}
@@ -212,7 +219,12 @@ CONFIG = OptimizerConfig(name="ELLISAdam", lr=1e-2, eps=1e-6, weight_decay=1e-4,
 
 def small_model():
     torch.manual_seed(0)
-    layers = {"embed": nn.Embedding(9, 4), "up": nn.Linear(4, 8), "norm": nn.LayerNorm(8), "down": nn.Linear(8, 3)}
+    layers = {
+        "embed": nn.Embedding(9, 4),
+        "up": nn.Linear(4, 8),
+        "norm": nn.LayerNorm(8),
+        "down": nn.Linear(8, 3),
+    }
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -294,7 +306,8 @@ class CountCollectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name()
-        if "c10d" in name and not name.endswith(("wait_tensor", "_wrap_tensor_autograd")):  # neither sends anything
+        # Neither sends anything.
+        if "c10d" in name and not name.endswith(("wait_tensor", "_wrap_tensor_autograd")):
             self.names.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -329,3 +342,29 @@ def one_bad_part(rank, world_size):
     update(optimizer, parameters, gradients, 1e-2)
     kept, moved = (parameter.full_tensor() for parameter in parameters)
     return torch.equal(kept, torch.ones(4, 2)), not torch.equal(moved, torch.ones(4, 2))
+
+
+class LongestList(TorchDispatchMode):
+    """How many tensors one operation took at most."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.most = max([self.most, *(len(arg) for arg in args if isinstance(arg, list | tuple))])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("flagged", [False, True])
+def test_an_update_that_may_be_taken_back_copies_one_tensor_at_a_time(flagged):
+    """Its copies are of moments and parameters: of all tensors at once they would be three
+    more models in memory.
+    """
+    parameters = [nn.Parameter(torch.ones(2, 2)) for _ in range(5)]
+    optimizer = ELLISAdam(parameters, **options_of())
+    for parameter in parameters:
+        parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    optimizer.found_inf = torch.zeros(()) if flagged else None
+    with LongestList() as seen:
+        optimizer.step()
+    assert seen.most == (1 if flagged else 5)

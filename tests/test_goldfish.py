@@ -4,8 +4,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from torchtitan_rd.loss import ObjectiveKeys, count_valid, exceeds_guard, goldfish_labels, guard_error
-from torchtitan_rd.loss.goldfish import _uniforms
+from torchtitan_rd.loss import (
+    ObjectiveKeys,
+    _uniforms,
+    count_valid,
+    exceeds_guard,
+    goldfish_labels,
+    guard_error,
+)
 
 HASH = ObjectiveKeys(goldfish_strategy="hash-table")
 
@@ -15,7 +21,9 @@ def left_out(labels, config):
 
 
 def test_the_table_is_the_ancestors():
-    assert _uniforms(torch.device("cpu"))[:3].tolist() == pytest.approx([0.233684, 0.441264, 0.741148], abs=1e-6)
+    assert _uniforms(torch.device("cpu"))[:3].tolist() == pytest.approx(
+        [0.233684, 0.441264, 0.741148], abs=1e-6
+    )
 
 
 def test_the_hash_leaves_out_the_ancestors_positions_in_every_row():

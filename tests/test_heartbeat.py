@@ -4,14 +4,13 @@ import json
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from tests.fork_server import start_python
 from tests.ranks import run_on_ranks
 from torchtitan_rd import heartbeat as module
 from torchtitan_rd.heartbeat import Heartbeat, Pace
@@ -95,16 +94,16 @@ for step in range(1, 10**6):
 def test_a_rank_whose_process_is_stopped_is_named(tmp_path):
     with Collected() as log:
         heartbeat = Heartbeat(tmp_path, rank=0, world_size=2, interval=0.1, warn_after=1.0)
-        process = subprocess.Popen([sys.executable, "-c", RANK_1, str(tmp_path)])
+        process = start_python("-c", RANK_1, tmp_path)
         try:
             wait_until(lambda: (tmp_path / "rank_1.json").exists() and read(tmp_path, 1)["step"] > 3)
             os.kill(process.pid, signal.SIGSTOP)
             stopped_at = read(tmp_path, 1)["step"]
-            heartbeat.beat(stopped_at, "data")  # before, beside or beyond rank 1: it is silent, so it is the suspect
+            # Before, beside or beyond rank 1: it is silent, so it is the suspect.
+            heartbeat.beat(stopped_at, "data")
             wait_until(log.warnings)
         finally:
-            process.kill()
-            process.wait()
+            process.close()
             heartbeat.close()
     (warning,) = log.warnings()
     assert "no sign of life from rank 1 (host " in warning and "rank 0" not in warning
@@ -121,7 +120,9 @@ def test_a_rank_that_never_starts_is_named(tmp_path):
 
 def test_files_of_an_earlier_larger_run_are_not_taken_for_ranks(tmp_path):
     for rank in (1, 5):
-        (tmp_path / f"rank_{rank}.json").write_text(json.dumps([{"rank": rank, "step": 99, "index": 0, "time": 0}]))
+        (tmp_path / f"rank_{rank}.json").write_text(
+            json.dumps([{"rank": rank, "step": 99, "index": 0, "time": 0}])
+        )
     Heartbeat(tmp_path, rank=0, world_size=2, interval=10, warn_after=60).close()
     assert [path.name for path in tmp_path.iterdir()] == ["rank_0.json"]
 
@@ -243,7 +244,9 @@ def test_what_a_killed_run_left_in_the_node_s_memory_is_no_beat_of_this_one(tmp_
 
 
 @pytest.mark.parametrize(("world_size", "names"), [(256, ["rank_5.json"]), (260, [])])
-def test_above_256_ranks_only_the_first_of_a_node_writes_to_the_shared_folder(world_size, names, tmp_path, monkeypatch):
+def test_above_256_ranks_only_the_first_of_a_node_writes_to_the_shared_folder(
+    world_size, names, tmp_path, monkeypatch
+):
     monkeypatch.setattr(module, "_node_folder", lambda folder: tmp_path / "memory")
     place = {"rank": 5, "world_size": world_size, "local_rank": 1, "local_world_size": 4}
     Heartbeat(tmp_path / "shared", interval=60, warn_after=60, **place).close()
@@ -296,7 +299,9 @@ def test_the_ranks_of_a_node_agree_where_to_meet_and_other_runs_meet_elsewhere(t
 
 
 def steps(pace: Pace, count: int, seconds: dict[str, float], start: float = 0.0) -> float:
-    """Enters the phases of `count` steps, one after the other; returns the time at which the last one ends."""
+    """Enters the phases of `count` steps, one after the other;
+    returns the time at which the last one ends.
+    """
     now = start
     for number in range(count):
         for phase, took in seconds.items():

@@ -1,4 +1,6 @@
-"""This process among its peers: launcher variables, devices, process groups and their time-outs, generators."""
+"""This process among its peers: launcher variables, devices, process groups and
+their time-outs, generators.
+"""
 
 import os
 import random
@@ -110,7 +112,11 @@ COMM = job.CommConfig(init_timeout_seconds=701, train_timeout_seconds=101)
 
 @pytest.mark.parametrize(
     ("world_size", "replicate", "groups"),
-    [(1, 1, ["default_pg"]), (2, 1, ["default_pg"]), (4, 2, ["default_pg", "mesh_dp_replicate", "mesh_dp_shard"])],
+    [
+        (1, 1, ["default_pg"]),
+        (2, 1, ["default_pg"]),
+        (4, 2, ["default_pg", "mesh_dp_replicate", "mesh_dp_shard"]),
+    ],
 )
 def test_every_group_has_the_start_up_timeout_and_from_the_first_step_the_training_timeout(
     world_size, replicate, groups
@@ -163,7 +169,11 @@ def run_with_watched_timeouts(rank, world_size, folder):
         seen.append(seconds_of_all_groups())
         return call(self, *arguments)
 
-    arguments = ["--comm.init_timeout_seconds=701", "--comm.train_timeout_seconds=101", f"--job.dump_folder={folder}"]
+    arguments = [
+        "--comm.init_timeout_seconds=701",
+        "--comm.train_timeout_seconds=101",
+        f"--job.dump_folder={folder}",
+    ]
     arguments += ["--checkpoint.timeout_seconds=1234", "--parallelism.data_parallel_replicate_degree=2"]
     try:
         TrainStep.__call__ = watched

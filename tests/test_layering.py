@@ -1,15 +1,19 @@
-"""Imports run one way (docs/architecture.md): nothing imports what stands further right, and there is no circle."""
+"""Imports run one way (docs/architecture.md): nothing imports what stands further right,
+and there is no circle.
+"""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "torchtitan_rd"
 
-# The first name of a module below torchtitan_rd -> its place. Rooms of equal place may import each other, if allowed.
+# The first name of a module below torchtitan_rd -> its place.
+# Rooms of equal place may import each other, if allowed.
 PLACES = {
-    **dict.fromkeys(("", "errors", "masking", "log", "config_loader"), 0),
+    **dict.fromkeys(("", "errors", "masking", "log", "config_loader", "model_spec", "batch"), 0),
     "parallelism": 1,
     **dict.fromkeys(
         (
@@ -36,14 +40,17 @@ PLACES = {
     "inference": 4,
     "config": 4,
     "build_model": 5,
-    "train": 6,
-    "commands": 7,
-    "__main__": 8,
+    "run_plan": 5,
+    "parts": 6,
+    "train": 7,
+    "commands": 8,
+    "__main__": 9,
 }
 ALLOWED_NEIGHBOURS = {("config", "old_keys")}
 
 
-# Copied beside exported weights and run by the transformers library, which wants relative imports; nothing imports it.
+# Copied beside exported weights and run by the transformers library, which wants relative imports;
+# nothing imports it.
 REMOTE_CODE = PACKAGE / "models" / "raven" / "huggingface"
 
 
@@ -92,7 +99,9 @@ def test_nothing_imports_what_stands_further_right(module):
         assert base, f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("script", sorted((PACKAGE.parent / "convert").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", sorted((PACKAGE.parent / "convert").glob("*.py")), ids=lambda path: path.name
+)
 def test_the_converters_scripts_hold_no_logic(script):
     assert imports(script) and all(room(imported) == "conversion" for imported in imports(script))
     assert script.read_text().count("\n") < 40
@@ -119,6 +128,57 @@ def test_there_is_no_circle():
 
     for module in graph:
         visit(module)
+
+
+def test_the_contract_of_the_models_imports_torch_alone():
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(ast.parse((PACKAGE / "model_spec.py").read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in (
+            [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        )
+    }
+    assert imported - sys.stdlib_module_names == {"torch"}
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def test_no_module_uses_a_private_name_of_another():
+    for module, path in modules().items():
+        own: set[str] = set()  # names of this package's modules and classes, as they are called here
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(PACKAGE.name):
+                names = [alias.name for alias in node.names]
+                assert not [name for name in names if private(name)], f"{module} imports {names}"
+                own |= {alias.asname or alias.name for alias in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in own:
+                assert not private(node.attr), f"{module}: {node.value.id}.{node.attr}"
+
+
+# Where weights of one family come from, and whose section the config is made of.
+OF_ONE_FAMILY = {"conversion.meta": "llama", "conversion.huginn": "raven", "config": "raven"}
+
+
+def test_only_the_rooms_of_a_family_know_it():
+    families = {
+        path.name for path in (PACKAGE / "models").iterdir() if path.is_dir() and path.name != "__pycache__"
+    }
+    assert families == {"llama", "raven"}
+    for module, path in modules().items():
+        name = module.removeprefix(f"{PACKAGE.name}.")
+        if name == "models":
+            continue
+        for imported in imports(path):
+            parts = imported.split(".")[1:]
+            if parts[:1] == ["models"] and parts[1:2] and parts[1] in families:
+                assert name.startswith(f"models.{parts[1]}") or OF_ONE_FAMILY.get(name) == parts[1], (
+                    f"{name}: {imported}"
+                )
 
 
 def test_parallelism_names_no_model_and_models_no_parallelism():

@@ -11,7 +11,7 @@ def factors(steps, total, **keys):
 
 
 def test_linear_warms_up_and_falls_as_the_ancestor_does():
-    """(step + 1) / (warmup + 1) counted from 0, then linear to 0 at the last step (ancestors.md 19)."""
+    """(step + 1) / (warmup + 1) counted from 0, then linear to 0 at the last step (torchtitan 0.1)."""
     got = factors(range(1, 11), 10, schedule="linear", warmup_steps=4)
     assert got == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
 
@@ -31,7 +31,9 @@ def test_constant_stays():
     [("linear", [1.0, 1.0, 0.75, 0.5, 0.25]), ("1-sqrt", [1.0, 1.0, 0.5, 1 - 0.5**0.5, 1 - 0.75**0.5])],
 )
 def test_a_trapezoid_is_flat_until_its_cooldown(kind, expected):
-    got = factors([5, 7, 8, 9, 10], 10, schedule="trapezoid", warmup_steps=2, cooldown_steps=4, cooldown_type=kind)
+    got = factors(
+        [5, 7, 8, 9, 10], 10, schedule="trapezoid", warmup_steps=2, cooldown_steps=4, cooldown_type=kind
+    )
     assert got == pytest.approx(expected)
 
 
@@ -50,7 +52,7 @@ HUGINN = {"convention": "huginn", "warmup_steps": 100, "cooldown_steps": 100}
 
 
 def test_the_huginn_trapezoid_has_the_ancestors_numbers():
-    """ancestors.md 6: 1000 steps, warm-up and cool-down of 100."""
+    """As Huginn's: 1000 steps, warm-up and cool-down of 100."""
     got = factors([1, 50, 100, 900, 901, 950, 1000], 1000, schedule="trapezoid", **HUGINN)
     assert got == pytest.approx([0.01, 0.5, 1.0, 1.0, 0.99, 0.5, 0.0])
 

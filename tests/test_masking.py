@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import tomli
 
+from tests.fork_server import run_python
 from tests.test_metrics_outputs import FakeWandb
 from torchtitan_rd import train
 from torchtitan_rd.config import JobConfig, load
@@ -21,7 +21,12 @@ CANARY = "c4n4ry"
 ADDRESS = f"https://me:{CANARY}-password@host.org/a/b?token={CANARY}-token&x=1"
 SMALL = [
     *("--training.seq_len=16", "--training.local_batch_size=1", "--training.mixed_precision_param=float32"),
-    *("--model.overrides.dim=32", "--model.overrides.n_layers=1", "--training.steps=2", "--checkpoint.enable"),
+    *(
+        "--model.overrides.dim=32",
+        "--model.overrides.n_layers=1",
+        "--training.steps=2",
+        "--checkpoint.enable",
+    ),
 ]
 
 
@@ -30,7 +35,10 @@ SMALL = [
     [
         ("https://me:secret@host/a", "https://***@host/a"),
         ("see s3://key@bucket/a, hf://user:p@ss@h/b.", "see s3://***@bucket/a, hf://***@h/b."),
-        ("https://host/a.parquet?X-Amz-Signature=1&b=2 was not found", "https://host/a.parquet?*** was not found"),
+        (
+            "https://host/a.parquet?X-Amz-Signature=1&b=2 was not found",
+            "https://host/a.parquet?*** was not found",
+        ),
         ("'https://host/a#access_token=1'", "'https://host/a#***'"),
         ("https://huggingface.co/a/b", "https://huggingface.co/a/b"),
         ("a?b=c, me@host, /a/b?c", "a?b=c, me@host, /a/b?c"),
@@ -43,7 +51,12 @@ def test_the_login_and_the_query_of_an_address_are_hidden_and_nothing_else(text,
 
 def test_texts_under_names_of_credentials_are_hidden_at_any_depth():
     found = mask_values(
-        {"hf_token": "a", "api-key": "b", "data": {"PASSWORD": ["c", "d"], "client.secret": "e", "key": ""}, "token": 3}
+        {
+            "hf_token": "a",
+            "api-key": "b",
+            "data": {"PASSWORD": ["c", "d"], "client.secret": "e", "key": ""},
+            "token": 3,
+        }
     )
     assert found == {
         "hf_token": "***",
@@ -60,21 +73,27 @@ def test_names_that_merely_contain_such_a_word_are_not_hidden():
 
 
 def files_with(folder: Path, canary: str) -> list[str]:
-    return [str(path) for path in folder.rglob("*") if path.is_file() and canary.encode() in path.read_bytes()]
+    return [
+        str(path) for path in folder.rglob("*") if path.is_file() and canary.encode() in path.read_bytes()
+    ]
 
 
-def run(dump: Path, *arguments: str) -> subprocess.CompletedProcess:
+def run(dump: Path, *arguments: str):
     """A run in a process of its own, with canaries in the environment that its libraries read."""
-    environment = {name: f"{CANARY}-{name}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
-    command = [sys.executable, "-m", "torchtitan_rd.train", f"--job.dump_folder={dump}", *SMALL, *arguments]
-    return subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120
-    )
+    environment = {
+        name: f"{CANARY}-{name}" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")
+    }
+    command = ("-m", "torchtitan_rd.train", f"--job.dump_folder={dump}", *SMALL, *arguments)
+    return run_python(*command, env={**os.environ, **environment})
 
 
 def test_no_file_and_no_line_of_a_run_or_of_its_export_holds_a_credential(tmp_path):
     dump = tmp_path / "dump"
-    keys = [f"--job.description=data of {ADDRESS}", "--metrics.enable_tensorboard", "--checkpoint.last_save_in_hf"]
+    keys = [
+        f"--job.description=data of {ADDRESS}",
+        "--metrics.enable_tensorboard",
+        "--checkpoint.last_save_in_hf",
+    ]
     keys += [f"--metrics.wandb_project={ADDRESS}"]
     finished = run(dump, *keys)
     assert finished.returncode == 0, finished.stderr
@@ -86,7 +105,10 @@ def test_no_file_and_no_line_of_a_run_or_of_its_export_holds_a_credential(tmp_pa
     assert files_with(dump, CANARY) == []
     # the same command goes on, and another credential is no other setting
     again = run(
-        dump, f"--job.description=data of {ADDRESS.replace('password', 'rotated')}", *keys[1:], "--training.steps=3"
+        dump,
+        f"--job.description=data of {ADDRESS.replace('password', 'rotated')}",
+        *keys[1:],
+        "--training.steps=3",
     )
     assert again.returncode == 0 and "resuming after step 2" in again.stderr
     assert "setting changed since the checkpoint: job.description" not in again.stderr
@@ -122,11 +144,15 @@ def test_a_config_that_was_written_loads_and_says_what_was_hidden(tmp_path):
     loaded = load(["--job.config_file", str(path)], ENVIRONMENT)
     assert loaded.config.training.steps == 7
     (warning,) = loaded.warnings
-    assert "training.dataset_path had credentials, which were hidden (***)" in warning and str(path) in warning
+    assert (
+        "training.dataset_path had credentials, which were hidden (***)" in warning and str(path) in warning
+    )
     told = load(["--job.config_file", str(path), f"--training.dataset_path={ADDRESS}"], ENVIRONMENT)
     assert told.config.training.dataset_path == ADDRESS and told.warnings == []
 
 
-@pytest.mark.parametrize(("value", "masked"), [("***", True), ("a*b***", False), ("https://***@h", True), (3, False)])
+@pytest.mark.parametrize(
+    ("value", "masked"), [("***", True), ("a*b***", False), ("https://***@h", True), (3, False)]
+)
 def test_what_was_hidden_is_known_again(value, masked):
     assert is_masked(value) is masked

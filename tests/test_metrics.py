@@ -1,4 +1,6 @@
-"""The metrics: rows, their file across restarts, rates, MFU. See test_metrics_outputs.py for the other outputs."""
+"""The metrics: rows, their file across restarts, rates, MFU.
+See test_metrics_outputs.py for the other outputs.
+"""
 
 import json
 import logging
@@ -26,7 +28,13 @@ EXACT = ("step", "loss", "loss_hex", "loss_max", "grad_norm", "lr", "tokens_seen
 
 
 def make(
-    folder: Path, *, rank: int = 0, world_size: int = 1, total_steps: int = 12, across: dict | None = None, **keys
+    folder: Path,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    total_steps: int = 12,
+    across: dict | None = None,
+    **keys,
 ) -> Metrics:
     """across: what Metrics is told of other ranks (gather, own_depths, flops_drawn)."""
     return Metrics(
@@ -129,7 +137,9 @@ def test_the_first_row_after_a_restart_says_where_it_went_on_from(tmp_path):
     assert len(marks) == 1 and set(marks.values()) == {10}
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 10, "loss": 0.4', b'{"step": 10}', b"\x00\x00\n", b"[]\n", b"7\n"])
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 10, "loss": 0.4', b'{"step": 10}', b"\x00\x00\n", b"[]\n", b"7\n"]
+)
 def test_a_line_torn_by_a_kill_is_dropped_on_resume(tmp_path, torn, messages):
     train(tmp_path / "whole", 0, 12)
     train(tmp_path / "cut", 0, 5)
@@ -170,7 +180,9 @@ def test_a_full_disk_is_named_with_the_file():
 
 
 def log_on_rank(rank, world_size, folder):
-    metrics = make(Path(folder), rank=rank, world_size=world_size, peak_tflops=1.0, across={"gather": gather_numbers})
+    metrics = make(
+        Path(folder), rank=rank, world_size=world_size, peak_tflops=1.0, across={"gather": gather_numbers}
+    )
     metrics.start(0, 0)
     with metrics.time_data():
         pass
@@ -343,7 +355,9 @@ def test_a_cpu_has_no_peak():
     assert peak_flops(torch.device("cpu")) is None
 
 
-def test_a_line_elsewhere_than_on_a_terminal_is_plain_and_ends_with_percent_and_eta(tmp_path, monkeypatch, messages):
+def test_a_line_elsewhere_than_on_a_terminal_is_plain_and_ends_with_percent_and_eta(
+    tmp_path, monkeypatch, messages
+):
     metrics = make(tmp_path, total_steps=100)
     fake_clock(monkeypatch, 0.0, 20.0, 20.0)
     metrics.start(0, 0)
@@ -364,10 +378,15 @@ def test_values_out_of_range_are_refused(keys):
 
 def test_importing_metrics_loads_no_optional_library():
     heavy = "tensorboard wandb tqdm transformers datasets triton"
-    code = f"import sys, torchtitan_rd.metrics as m; print([n for n in '{heavy}'.split() if n in sys.modules])"
+    code = (
+        f"import sys, torchtitan_rd.metrics as m; print([n for n in '{heavy}'.split() if n in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     torch_alone = code.replace("torchtitan_rd.metrics as m", "torch")
-    assert done.stdout == subprocess.run([sys.executable, "-c", torch_alone], capture_output=True, text=True).stdout
+    assert (
+        done.stdout
+        == subprocess.run([sys.executable, "-c", torch_alone], capture_output=True, text=True).stdout
+    )
 
 
 @pytest.mark.gpu

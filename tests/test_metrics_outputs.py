@@ -37,7 +37,8 @@ def output_on_a_terminal(tmp_path, monkeypatch, columns=200, **keys) -> str:
         metrics.close()
         assert logger.handlers[0].stream is stream
         written = b""
-        while select.select([master], [], [], 0.5)[0]:  # one read gives only what the kernel has passed on by then
+        # One read gives only what the kernel has passed on by then.
+        while select.select([master], [], [], 0.5)[0]:
             written += os.read(master, 100_000)
         text = written.decode()
     os.close(master)
@@ -69,7 +70,9 @@ def tensorboard_points(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
     accumulator = EventAccumulator(str(folder))
     accumulator.Reload()
-    return {tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]}
+    return {
+        tag: [(e.step, e.value) for e in accumulator.Scalars(tag)] for tag in accumulator.Tags()["scalars"]
+    }
 
 
 def test_tensorboard_has_the_ancestors_names_and_each_step_once_after_a_restart(tmp_path):
@@ -98,7 +101,8 @@ def test_tensorboard_has_the_ancestors_names_and_each_step_once_after_a_restart(
 
 
 class FakeWandb(types.ModuleType):
-    """A wandb whose server keeps, for each run id, the rows it was sent, and the metadata that wandb adds itself.
+    """A wandb whose server keeps, for each run id, the rows it was sent,
+    and the metadata that wandb adds itself.
 
     meta_field: what the setting that turns off metadata is called in its version.
     """

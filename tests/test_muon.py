@@ -1,4 +1,6 @@
-"""Muon: torch's own numbers on whole matrices, the same bits on any number of ranks, and AdamW for the rest."""
+"""Muon: torch's own numbers on whole matrices, the same bits on any number of ranks,
+and AdamW for the rest.
+"""
 
 import math
 
@@ -64,7 +66,8 @@ def sharded(rank, world_size, replicas):
     start, *gradients = [[distribute_tensor(m, mesh, placements) for m in step] for step in matrices()]
     parameters = [nn.Parameter(matrix) for matrix in start]
     return [
-        p.full_tensor() for p in run(parameters, Muon([{"params": parameters}], lr=0.02, keys=MuonKeys()), gradients)
+        p.full_tensor()
+        for p in run(parameters, Muon([{"params": parameters}], lr=0.02, keys=MuonKeys()), gradients)
     ]
 
 
@@ -86,7 +89,9 @@ def test_matrices_go_to_muon_and_everything_else_to_adamw():
     optimizer = build_optimizer(model, CONFIG)
     keys = {name.rpartition(".")[2] for name in optimizer_state(model, optimizer)}
     assert keys == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step"}
-    by_muon = {n.removesuffix(".momentum_buffer") for n in optimizer_state(model, optimizer) if "momentum" in n}
+    by_muon = {
+        n.removesuffix(".momentum_buffer") for n in optimizer_state(model, optimizer) if "momentum" in n
+    }
     assert by_muon == {"up.weight", "down.weight"}
     decays = {group["kind"]: group["weight_decay"] for group in optimizer.param_groups}
     assert decays == {"matrices": 0.1, "embeddings and head": 0.1, "norms and biases": 0.0}

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tests.ranks import run_on_ranks
 from tests.small_run import SEQ_LEN, Setup, batches_of, make, train
 from tests.test_precision import build, full, sections
-from torchtitan_rd.models.spec import ForwardInputs
+from torchtitan_rd.model_spec import ForwardInputs
 from torchtitan_rd.optimizer import build_optimizer
 from torchtitan_rd.train_step import TrainStep
 
@@ -76,6 +76,8 @@ def throttled(rank, world_size, throttle):
     def inputs(step, number, batch):
         return ForwardInputs({"num_steps": DRAWS[number], "initial_state": state}, DRAWS[number])
 
-    step = TrainStep(model, build_optimizer(model, config.optimizer), config.training, CPU, inputs=inputs)
+    step = TrainStep(
+        model, build_optimizer(model, config.optimizer), config.training, CPU, forward_inputs=inputs
+    )
     result = step(1, batches)
     return (result.loss, total), {name: full(p.grad) for name, p in parameters.items()}, expected

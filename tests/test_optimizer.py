@@ -1,4 +1,6 @@
-"""Which optimizer over which parameters, and state as named tensors; ELLISAdam and Muon have files of their own."""
+"""Which optimizer over which parameters, and state as named tensors;
+ELLISAdam and Muon have files of their own.
+"""
 
 import pytest
 import torch
@@ -44,7 +46,9 @@ def test_norms_and_biases_can_be_left_out_of_the_weight_decay():
     optimizer = build_optimizer(
         small_model(), OptimizerConfig(no_weight_decay_for_bias_and_norm=True, weight_decay=0.3)
     )
-    decays = {tuple(p.shape): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {
+        tuple(p.shape): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
     assert decays == {(8, 4): 0.3, (2, 8): 0.3, (8,): 0.0, (2,): 0.0}
 
 
@@ -53,7 +57,9 @@ def test_making_the_state_early_changes_no_parameter_and_no_later_update():
     plain_optimizer = build_optimizer(plain, OptimizerConfig(lr=1e-2))
     early_optimizer = build_optimizer(early, OptimizerConfig(lr=1e-2))
     state = optimizer_state(early, early_optimizer)
-    assert set(state) == {f"{n}.{k}" for n, _ in early.named_parameters() for k in ("exp_avg", "exp_avg_sq", "step")}
+    assert set(state) == {
+        f"{n}.{k}" for n, _ in early.named_parameters() for k in ("exp_avg", "exp_avg_sq", "step")
+    }
     assert all(not tensor.any() for tensor in state.values())
     for a, b in zip(plain.parameters(), early.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -64,7 +70,9 @@ def test_making_the_state_early_changes_no_parameter_and_no_later_update():
 
 
 def test_the_rate_of_every_group_follows_the_factor():
-    optimizer = build_optimizer(small_model(), OptimizerConfig(lr=0.5, no_weight_decay_for_bias_and_norm=True))
+    optimizer = build_optimizer(
+        small_model(), OptimizerConfig(lr=0.5, no_weight_decay_for_bias_and_norm=True)
+    )
     assert set_lr(optimizer, 0.25) == 0.125
     assert [group["lr"] for group in optimizer.param_groups] == [0.125, 0.125]
 
@@ -113,7 +121,10 @@ FOREIGN = {
     "an option of Muon": ({"name": "ELLISAdam", "muon_ns_steps": 4}, 'belongs to name = "Muon"'),
     "decouple_wd": ({"name": "Muon", "decouple_wd": False}, "decouple_wd = False"),
     "implementation": ({"name": "ELLISAdam", "implementation": "foreach"}, "unset implementation"),
-    "eps under atan2": ({"name": "ELLISAdam", "atan_adam": True, "eps_adjustment": True}, "unset one of the two"),
+    "eps under atan2": (
+        {"name": "ELLISAdam", "atan_adam": True, "eps_adjustment": True},
+        "unset one of the two",
+    ),
     "a negative exponent": ({"name": "ELLISAdam", "poly_ema_p": -1.0}, "greater than 0"),
 }
 
@@ -127,7 +138,9 @@ def test_an_option_of_another_optimizer_is_refused_by_both_names(mistake):
 
 def test_the_refusal_reaches_the_command_line_as_one_message():
     arguments = ["--training.steps=1", "--optimizer.running_init", "--optimizer.nesterov"]
-    with pytest.raises(ConfigError, match=r"^\[optimizer\]: running_init = True belongs .*; nesterov = True belongs"):
+    with pytest.raises(
+        ConfigError, match=r"^\[optimizer\]: running_init = True belongs .*; nesterov = True belongs"
+    ):
         load(arguments, ENVIRONMENT)
 
 
@@ -153,4 +166,6 @@ def test_a_sharded_model_trains_as_a_whole_one_does(name):
     for world_size, setup in ((2, Setup(sections=sections, steps=4)), (4, Setup(sections=hsdp, steps=4))):
         for result in run_on_ranks(world_size, train, setup):
             # bfloat16 inside Muon turns a last-bit difference of the summed gradients into a larger one
-            assert result["losses"] == pytest.approx(plain["losses"], abs=1e-5 if name == "ELLISAdam" else 2e-3)
+            assert result["losses"] == pytest.approx(
+                plain["losses"], abs=1e-5 if name == "ELLISAdam" else 2e-3
+            )

@@ -10,8 +10,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.tiny import some_tokens, tiny_llama
-from tests.ranks import run_on_ranks
-from tests.small_run import Setup, train
+from tests.ranks import DEVICES, EACH_DEVICE, needs_gpus, run_on_ranks
+from tests.small_run import GLOBAL_BATCH, Setup, train
 from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
@@ -34,15 +34,23 @@ def plain():
     return run_on_ranks(1, train, Setup())[0]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+def like(numbers: list[float], device: str, on_cpu: float):
+    """The numbers of the CPU, as they must be on `device`: to `on_cpu` there;
+    a GPU's kernels sum in another order.
+    """
+    return pytest.approx(numbers, abs=on_cpu) if device == "cpu" else pytest.approx(numbers, rel=1e-3)
+
+
+@EACH_DEVICE
 @pytest.mark.parametrize("mode", CHECKPOINTING)
-def test_activation_checkpointing_changes_neither_losses_nor_keys(mode, world_size, plain):
-    setup = Setup(sections={"activation_checkpoint": CHECKPOINTING[mode]})
-    for result in run_on_ranks(world_size, train, setup):
-        assert result["losses"] == pytest.approx(plain["losses"], abs=1e-6)
-        assert result["norms"] == pytest.approx(plain["norms"], abs=1e-5)
+def test_activation_checkpointing_changes_neither_losses_nor_keys(mode, device, world_size, plain):
+    setup = Setup(sections={"activation_checkpoint": CHECKPOINTING[mode]}, device=device)
+    for result in run_on_ranks(world_size, train, setup, device=device):
+        assert result["losses"] == like(plain["losses"], device, 1e-6)
+        assert result["norms"] == like(plain["norms"], device, 1e-5)
         assert result["keys"] == plain["keys"] == result["names"]
-        if world_size == 1:
+        assert result["places"] == {device}
+        if (device, world_size) == ("cpu", 1):
             assert result["after"] == plain["after"], "recomputation must be exact"
 
 
@@ -57,17 +65,24 @@ def test_another_seed_gives_other_weights(plain):
     assert parameter_seed(0, "a") != parameter_seed(0, "b")
 
 
-def test_hsdp_on_two_by_two_ranks_trains_as_one_rank_does(plain):
-    setup = Setup(sections={"parallelism": {"data_parallel_replicate_degree": 2}})
-    for result in run_on_ranks(4, train, setup):
-        assert result["losses"] == pytest.approx(plain["losses"], abs=1e-5)
+@pytest.mark.parametrize("device", DEVICES)
+def test_hsdp_on_two_by_two_ranks_trains_as_one_rank_does(device, plain):
+    """On as many GPUs as there are: two copies, each on half of them."""
+    needs_gpus(2 if device == "cuda" else 0)
+    world_size = 4 if device == "cpu" else min(torch.cuda.device_count() // 2 * 2, GLOBAL_BATCH)
+    setup = Setup(sections={"parallelism": {"data_parallel_replicate_degree": 2}}, device=device)
+    for result in run_on_ranks(world_size, train, setup, device=device):
+        assert result["losses"] == like(plain["losses"], device, 1e-5)
         for name, gradient in plain["gradients"].items():
-            torch.testing.assert_close(result["gradients"][name], gradient, atol=1e-6, rtol=1e-4)
+            atol, rtol = (1e-6, 1e-4) if device == "cpu" else (1e-4, 1e-2)
+            torch.testing.assert_close(result["gradients"][name], gradient, atol=atol, rtol=rtol)
 
 
 @pytest.mark.parametrize("shard", [1, 2])
 def test_copies_of_the_model_exchange_gradients_once_a_step_however_many_microbatches(shard, plain):
-    """Two copies of 1 or 2 ranks each: the numbers of one rank's single microbatch, and the all-reduces of it."""
+    """Two copies of 1 or 2 ranks each: the numbers of one rank's single microbatch,
+    and the all-reduces of it.
+    """
     counts = []
     for local_batch_size in (4 // shard, 1):
         sections = {
@@ -98,11 +113,12 @@ def counted(rank, world_size, setup):
         dist.all_reduce = real
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("policy", ["always", "never"])
-def test_resharding_policy_changes_nothing_but_memory(policy, plain):
-    setup = Setup(sections={"parallelism": {"fsdp_reshard_after_forward": policy}})
-    for result in run_on_ranks(2, train, setup):
-        assert result["losses"] == pytest.approx(plain["losses"], abs=1e-6)
+def test_resharding_policy_changes_nothing_but_memory(policy, device, plain):
+    setup = Setup(sections={"parallelism": {"fsdp_reshard_after_forward": policy}}, device=device)
+    for result in run_on_ranks(2, train, setup, device=device):
+        assert result["losses"] == like(plain["losses"], device, 1e-6)
 
 
 def test_a_tied_head_stays_tied_and_trains_alike_on_one_and_two_ranks():
@@ -112,13 +128,16 @@ def test_a_tied_head_stays_tied_and_trains_alike_on_one_and_two_ranks():
     for two in run_on_ranks(2, train, setup):
         assert two["losses"] == pytest.approx(one["losses"], abs=1e-6)
         torch.testing.assert_close(
-            two["gradients"]["tok_embeddings.weight"], one["gradients"]["tok_embeddings.weight"], atol=1e-6, rtol=1e-4
+            two["gradients"]["tok_embeddings.weight"],
+            one["gradients"]["tok_embeddings.weight"],
+            atol=1e-6,
+            rtol=1e-4,
         )
 
 
-def test_bfloat16_compute_keeps_float32_parameters_and_stays_close(plain):
-    setup = Setup(sections={"training": {"mixed_precision_param": "bfloat16"}})
-    for result in run_on_ranks(2, train, setup):
+@EACH_DEVICE
+def test_bfloat16_compute_keeps_float32_parameters_and_stays_close(device, world_size, plain):
+    for result in run_on_ranks(world_size, train, Setup(device=device, dtype="bfloat16"), device=device):
         assert all(gradient.dtype == torch.float32 for gradient in result["gradients"].values())
         assert result["losses"] == pytest.approx(plain["losses"], rel=0.02)
         assert result["losses"] != plain["losses"]
@@ -137,12 +156,24 @@ def test_gradients_are_summed_over_the_ranks_in_the_type_of_the_key(reduce):
 def test_the_key_for_offload_reaches_every_unit(offload, monkeypatch):
     """What FSDP is asked for: it offloads from a GPU alone."""
     asked = []
-    monkeypatch.setattr(fsdp, "fully_shard", lambda modules, **options: asked.append(options["offload_policy"]))
+    monkeypatch.setattr(
+        fsdp, "fully_shard", lambda modules, **options: asked.append(options["offload_policy"])
+    )
     model = tiny_llama()
     plan = get_spec("llama3").wrap_plan(model)
     fsdp.apply_fsdp(model, plan, None, fsdp.ShardingKeys(enable_cpu_offload=offload), "default")
     assert len(asked) == len(model.layers) + 3  # embedding, norm with head, root
     assert {isinstance(policy, CPUOffloadPolicy) for policy in asked} == {offload}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_model_in_host_memory_trains_on_the_gpu_as_any_other(world_size, plain):
+    setup = Setup(sections={"training": {"enable_cpu_offload": True}}, device="cuda")
+    for result in run_on_ranks(world_size, train, setup, device="cuda"):
+        assert result["places"] == {"cpu"}
+        assert result["losses"] == like(plain["losses"], "cuda", 0)
+        assert result["norms"] == like(plain["norms"], "cuda", 0)
 
 
 class CountForwards(TorchDispatchMode):
@@ -166,7 +197,12 @@ PLAIN = (1 + 2) * (2 * 7 + 1)
 @pytest.mark.parametrize(
     ("mode", "attention", "matmuls"),
     # The last product of a block is never recomputed: nothing in backward needs what it gives.
-    [("none", 2, PLAIN), ("full", 4, PLAIN + 2 * 6), ("by op", 2, PLAIN + 2 * 3), ("every second block", 3, PLAIN + 6)],
+    [
+        ("none", 2, PLAIN),
+        ("full", 4, PLAIN + 2 * 6),
+        ("by op", 2, PLAIN + 2 * 3),
+        ("every second block", 3, PLAIN + 6),
+    ],
 )
 def test_what_is_recomputed_in_backward_follows_the_mode(mode, attention, matmuls):
     model, tokens = tiny_llama(), some_tokens()
@@ -184,18 +220,21 @@ def test_every_fused_attention_of_torch_is_kept_by_op():
         for name in names
         if name.startswith("_scaled_dot_product")
         and not name.endswith("_backward")
-        and not any(kind in name for kind in ("_math", "overrideable"))  # neither is one kernel of CUDA or CPU
+        # Neither is one kernel of CUDA or CPU.
+        and not any(kind in name for kind in ("_math", "overrideable"))
     }
     assert len(fused) == 4
     assert {getattr(torch.ops.aten, name).default for name in fused} <= _SAVED_OPS
 
 
+@EACH_DEVICE
 @pytest.mark.slow
-def test_compiled_blocks_train_as_eager_ones_under_clean_names(plain):
+def test_compiled_blocks_train_as_eager_ones_under_clean_names(device, world_size, plain):
+    """By inductor: C++ on the CPU, Triton on a GPU."""
     compile = {"enable": True, "fail_on_recompile": True}
-    setup = Setup(sections={"compile": compile, "activation_checkpoint": {"mode": "full"}})
-    for result in run_on_ranks(2, train, setup, timeout=280):
-        assert result["losses"] == pytest.approx(plain["losses"], abs=1e-5)
+    setup = Setup(sections={"compile": compile, "activation_checkpoint": {"mode": "full"}}, device=device)
+    for result in run_on_ranks(world_size, train, setup, device=device, timeout=280):
+        assert result["losses"] == like(plain["losses"], device, 1e-5)
         assert result["keys"] == plain["keys"] == result["names"]
 
 

@@ -1,4 +1,6 @@
-"""A raven in bfloat16 through the step that a user runs: what computes in which type, on any number of ranks."""
+"""A raven in bfloat16 through the step that a user runs: what computes in which type,
+on any number of ranks.
+"""
 
 from collections import defaultdict
 from contextlib import closing
@@ -12,10 +14,10 @@ from torch.distributed.tensor import DTensor
 
 from tests.checkpoint.common import checkpointer, digest
 from tests.ranks import run_on_ranks
-from tests.small_run import GLOBAL_BATCH, SEQ_LEN, VOCAB, Setup, all_equal, batches_of, config_of
+from tests.small_run import SEQ_LEN, VOCAB, Setup, all_equal, batches_of, config_of
 from torchtitan_rd.build_model import build_model
 from torchtitan_rd.checkpoint.manifest import verify
-from torchtitan_rd.data.batch_ramp import BatchRamp
+from torchtitan_rd.data import BatchDims
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state
@@ -46,22 +48,18 @@ def train(rank: int, world_size: int, setup: Setup) -> dict[str, Any]:
     torch._dynamo.reset()
     config, spec, shape, model = build(setup, world_size)
     optimizer = build_optimizer(model, config.optimizer)
-    accumulation = GLOBAL_BATCH // world_size // config.training.local_batch_size
     draws = Draws(
         spec,
         shape,
         config.recurrence,
+        BatchDims.resolve(config.training, rank, world_size),
         seed=0,
         total_steps=setup.steps,
         seq_len=SEQ_LEN,
-        ramp=BatchRamp(config.training, GLOBAL_BATCH),
-        accumulation=accumulation,
-        rank=rank,
-        data_degree=world_size,
         device=CPU,
         dtype=getattr(torch, config.training.mixed_precision_param),
     )
-    step_function = TrainStep(model, optimizer, config.training, CPU, inputs=draws.training)
+    step_function = TrainStep(model, optimizer, config.training, CPU, forward_inputs=draws.training)
     types = types_in(model) if not config.compile.enable else {}
     results = [
         step_function(step, batches_of(step, rank, world_size, config, padded=True))
@@ -93,7 +91,8 @@ def types_in(model: torch.nn.Module) -> defaultdict[str, set]:
         def hook(module, inputs, output):
             if kind in ("norm", "matmul"):
                 seen[f"{kind} weight"].add(module.weight.dtype)
-            for tensor in output if isinstance(output, list) else [output]:  # the loop gives a state a read-out
+            # The loop gives a state a read-out.
+            for tensor in output if isinstance(output, list) else [output]:
                 seen[f"{kind} output"].add(tensor.dtype)
 
         return hook
@@ -140,7 +139,9 @@ def exact():
         optimizer = {"optimizer": keys["optimizer"]} if "optimizer" in keys else {}
         name = optimizer.get("optimizer", {}).get("name")
         if name not in found:
-            found[name] = run_on_ranks(1, train, Setup(sections=sections("float32", **optimizer), steps=STEPS))[0]
+            found[name] = run_on_ranks(
+                1, train, Setup(sections=sections("float32", **optimizer), steps=STEPS)
+            )[0]
         return found[name]
 
     return of
@@ -186,7 +187,9 @@ def test_clipping_scales_whole_gradients_as_it_does_sharded_ones():
     )
     assert clipped["norms"] == free["norms"]
     for name, gradient in free["gradients"].items():
-        torch.testing.assert_close(clipped["gradients"][name], gradient * 0.01 / free["norms"][0], atol=0, rtol=1e-4)
+        torch.testing.assert_close(
+            clipped["gradients"][name], gradient * 0.01 / free["norms"][0], atol=0, rtol=1e-4
+        )
 
 
 def test_a_state_of_the_type_of_the_parameters_is_bfloat16_throughout():
@@ -222,9 +225,14 @@ def test_the_key_for_the_core_gradient_changes_that_of_the_cores_matrices_and_no
     """Over several microbatches: FSDP uses its gathered parameters again."""
     found = {}
     for dtype in ("as_param", "float32"):
-        keys = {"recurrence": {"core_grad_dtype": dtype}, "training": {"local_batch_size": 2, "max_norm": 1e6}}
+        keys = {
+            "recurrence": {"core_grad_dtype": dtype},
+            "training": {"local_batch_size": 2, "max_norm": 1e6},
+        }
         parallelism = {"fsdp_reshard_after_forward": reshard}
-        setup = Setup(sections=sections(**keys, parallelism=parallelism), overrides={"mean_backprop_depth": 8}, steps=1)
+        setup = Setup(
+            sections=sections(**keys, parallelism=parallelism), overrides={"mean_backprop_depth": 8}, steps=1
+        )
         found[dtype] = run_on_ranks(2, train, setup)[0]
     assert found["float32"]["losses"] == found["as_param"]["losses"]
     for name, gradient in found["float32"]["gradients"].items():
@@ -234,7 +242,9 @@ def test_the_key_for_the_core_gradient_changes_that_of_the_cores_matrices_and_no
 
 @pytest.mark.parametrize(("saved_by", "loaded_by"), [("float32", "bfloat16"), ("bfloat16", "float32")])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_checkpoint_of_sharded_norms_loads_into_whole_ones_and_back(saved_by, loaded_by, world_size, tmp_path):
+def test_a_checkpoint_of_sharded_norms_loads_into_whole_ones_and_back(
+    saved_by, loaded_by, world_size, tmp_path
+):
     digests = run_on_ranks(2, save, tmp_path, saved_by)
     assert run_on_ranks(world_size, load, tmp_path, loaded_by) == digests[:world_size]
     assert verify(tmp_path / "checkpoint" / "step-1") == []
@@ -255,7 +265,9 @@ def load(rank: int, world_size: int, dump: Path, precision: str) -> str:
     return digest(tensors)
 
 
-def tensors_after(steps: int, rank: int, world_size: int, precision: str) -> dict[str, dict[str, torch.Tensor]]:
+def tensors_after(
+    steps: int, rank: int, world_size: int, precision: str
+) -> dict[str, dict[str, torch.Tensor]]:
     config, *_, model = build(Setup(sections=sections(precision)), world_size)
     optimizer = build_optimizer(model, config.optimizer)
     for step in range(steps):

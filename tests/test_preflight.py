@@ -1,4 +1,6 @@
-"""The pre-flight all-reduce: which groups it tries, what it says, and that it stops a run whose sums are wrong."""
+"""The pre-flight all-reduce: which groups it tries, what it says,
+and that it stops a run whose sums are wrong.
+"""
 
 import logging
 import re
@@ -11,8 +13,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.ranks import run_on_ranks
 from tests.test_bad_input import GOOD
+from torchtitan_rd import parts, train
 from torchtitan_rd import preflight as module
-from torchtitan_rd import train
 from torchtitan_rd.errors import ClusterError
 from torchtitan_rd.log import logger
 from torchtitan_rd.parallelism import ParallelDims, ParallelismConfig
@@ -32,9 +34,9 @@ def checked(rank, world_size, replicate, least_bandwidth=None, spoil=None):
         if message.numel() > 1:
             spoil(message, rank)
 
-    mesh = ParallelDims.resolve(ParallelismConfig(data_parallel_replicate_degree=replicate), world_size).build_mesh(
-        "cpu"
-    )
+    mesh = ParallelDims.resolve(
+        ParallelismConfig(data_parallel_replicate_degree=replicate), world_size
+    ).build_mesh("cpu")
     try:
         dist.all_reduce = real if spoil is None else spoiled
         module.preflight(mesh, torch.device("cpu"), least_bandwidth)
@@ -53,7 +55,10 @@ def checked(rank, world_size, replicate, least_bandwidth=None, spoil=None):
 )
 def test_every_group_is_tried_and_its_time_is_logged(world_size, replicate, names):
     for records in run_on_ranks(world_size, checked, replicate):
-        found = [re.search(r"over ([a-z_ ]+) \((\d+) ranks\): right; .* s \(.* GB/s\)", text) for _, text in records]
+        found = [
+            re.search(r"over ([a-z_ ]+) \((\d+) ranks\): right; .* s \(.* GB/s\)", text)
+            for _, text in records
+        ]
         groups = [(match[1], int(match[2])) for match in found if match]
         assert groups == [(name, world_size if name == "all ranks" else 2) for name in names]
         assert {level for level, _ in records} == {"INFO"}
@@ -102,7 +107,9 @@ def lose_one(message, rank):
 def test_a_wrong_sum_on_one_rank_stops_it_with_the_group_the_number_and_where_to_look():
     fine, wrong = run_on_ranks(2, checked, 1, None, lose_one)
     assert isinstance(fine, list)
-    assert "over all ranks (2 ranks) gave a wrong sum: 1 of 16384 numbers are not 3, the first is 4.0" in wrong
+    assert (
+        "over all ranks (2 ranks) gave a wrong sum: 1 of 16384 numbers are not 3, the first is 4.0" in wrong
+    )
     assert "NCCL_DEBUG=INFO" in wrong
 
 
@@ -123,7 +130,10 @@ def test_a_run_whose_ranks_cannot_add_ends_before_anything_is_built_or_written(t
         message += 1
 
     monkeypatch.setattr(dist, "all_reduce", spoiled)
-    monkeypatch.setattr(train, "build_model", None)  # never reached
+    monkeypatch.setattr(parts, "build_model", None)  # never reached
     assert train.main([*GOOD, f"--job.dump_folder={tmp_path / 'dump'}"]) == 1
-    assert "ClusterError: pre-flight all-reduce over all ranks (1 ranks) gave a wrong sum" in capfd.readouterr().err
+    assert (
+        "ClusterError: pre-flight all-reduce over all ranks (1 ranks) gave a wrong sum"
+        in capfd.readouterr().err
+    )
     assert not (tmp_path / "dump").exists()

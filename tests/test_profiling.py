@@ -27,7 +27,9 @@ def traced(folder: Path) -> dict[str, list[int]]:
     found = {}
     for path in sorted(folder.rglob("*.json")):
         names = [event.get("name", "") for event in json.loads(path.read_text())["traceEvents"]]
-        steps = {int(name.removeprefix("training step ")) for name in names if name.startswith("training step ")}
+        steps = {
+            int(name.removeprefix("training step ")) for name in names if name.startswith("training step ")
+        }
         found[str(path.relative_to(folder))] = sorted(steps)
     return found
 

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.models.raven.tiny import tiny_config
 from tests.models.tiny import some_tokens, tiny_llama
 from tests.ranks import run_on_ranks
-from tests.small_run import GLOBAL_BATCH, SEQ_LEN, VOCAB, Setup, batches_of, config_of
+from tests.small_run import SEQ_LEN, VOCAB, Setup, batches_of, config_of
 from torchtitan_rd.build_model import build_model
-from torchtitan_rd.data.batch_ramp import BatchRamp
+from torchtitan_rd.data import BatchDims
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.models import get_spec
 from torchtitan_rd.models.raven.inputs import VALIDATION_STEP, initial_state
@@ -39,13 +39,10 @@ def prepare(rank, world_size, fields=None, **sections):
         spec,
         shape,
         config.recurrence,
+        BatchDims.resolve(config.training, rank, world_size),
         seed=7,
         total_steps=10,
         seq_len=SEQ_LEN,
-        ramp=BatchRamp(config.training, GLOBAL_BATCH),
-        accumulation=1,
-        rank=rank,
-        data_degree=world_size,
         device=CPU,
         dtype=torch.float32,
     )
@@ -59,7 +56,7 @@ def separately(model, batches, rank, depth):
     for number, batch in enumerate(batches):
         first = (rank * len(batches) + number) * MICROBATCH
         state = initial_state(
-            model.config,
+            model.shape,
             seed=7,
             step=VALIDATION_STEP,
             samples=range(first, first + MICROBATCH),
@@ -68,7 +65,9 @@ def separately(model, batches, rank, depth):
             dtype=torch.float32,
         )
         logits = model(batch.inputs, num_steps=(depth, 0), initial_state=state)
-        loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum")
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), batch.labels.flatten(), ignore_index=-100, reduction="sum"
+        )
         sums += torch.stack([loss.double(), (batch.labels != -100).sum().double()])
     dist.all_reduce(sums)
     return (sums[0] / sums[1]).item()
@@ -126,7 +125,8 @@ def test_the_prelude_runs_once_and_the_core_as_often_as_the_deepest_needs(world_
         assert counts["prelude"] == counts["loop"] == batches
         assert counts["iteration"] == 16 * batches, "not 16 + 1 + 4 + 6 + 6"
         assert counts["coda"] == counts["head"] == DISTINCT * batches
-        # The prelude once a batch, the coda once a read-out; root (with the tied head) and loop stay gathered.
+        # The prelude once a batch, the coda once a read-out;
+        # root (with the tied head) and loop stay gathered.
         assert counts["allgather"] == (2 + (1 + DISTINCT) * batches if world_size > 1 else 0)
         assert counts["allreduce"] == 1
 
@@ -176,7 +176,11 @@ def test_read_outs_leave_training_bit_for_bit_as_it_was(world_size):
 def test_the_default_depths_beside_a_mean_of_32_are_six_read_outs():
     depths = ValidationConfig().partial_depth_eval
     found = run_on_ranks(1, default_read_outs, depths)[0]
-    assert found == ({"val_loss": 4, **{f"val_loss_{d}": i for i, d in enumerate(depths)}}, (64, 0), tuple(depths[:-1]))
+    assert found == (
+        {"val_loss": 4, **{f"val_loss_{d}": i for i, d in enumerate(depths)}},
+        (64, 0),
+        tuple(depths[:-1]),
+    )
 
 
 def default_read_outs(rank, world_size, depths):

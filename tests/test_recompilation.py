@@ -1,4 +1,6 @@
-"""compile.fail_on_recompile: many depths and validations run on a few graphs, and anything else stops the run."""
+"""compile.fail_on_recompile: many depths and validations run on a few graphs,
+and anything else stops the run.
+"""
 
 from dataclasses import replace
 
@@ -14,7 +16,22 @@ from torchtitan_rd.parallelism.compile import CompileConfig, _compiled_once_a_mo
 from torchtitan_rd.validation import validate
 
 COMPILE = {"enable": True, "backend": "eager", "fail_on_recompile": True}
-DRAWS = [(0, 1), (5, 3), (0, 4), (2, 1), (7, 2), (1, 1), (9, 4), (3, 3), (4, 1), (0, 2), (6, 4), (8, 1), (2, 2), (1, 3)]
+DRAWS = [
+    (0, 1),
+    (5, 3),
+    (0, 4),
+    (2, 1),
+    (7, 2),
+    (1, 1),
+    (9, 4),
+    (3, 3),
+    (4, 1),
+    (0, 2),
+    (6, 4),
+    (8, 1),
+    (2, 2),
+    (1, 3),
+]
 CHECKPOINTING = {
     "none": {"mode": "none"},
     "full": {"mode": "full"},
@@ -38,7 +55,8 @@ def many_draws(rank, world_size, ac, injection):
 
 @pytest.mark.parametrize(
     ("world_size", "ac", "injection", "limit"),
-    # Without injection the state needs a gradient or not, by the draw: two graphs more, still below torch's limit of 8.
+    # Without injection the state needs a gradient or not, by the draw: two graphs more,
+    # still below torch's limit of 8.
     [(1, "none", "linear", 4), (1, "op", "linear", 4), (2, "full", "linear", 4), (1, "full", "none", 6)],
 )
 def test_fourteen_draws_and_validations_are_served_by_a_few_graphs(world_size, ac, injection, limit):

@@ -1,4 +1,6 @@
-"""Whole recurrent runs: depths, noise and batches are functions of the step, through kills and changes of ranks."""
+"""Whole recurrent runs: depths, noise and batches are functions of the step,
+through kills and changes of ranks.
+"""
 
 import signal
 from pathlib import Path
@@ -56,7 +58,13 @@ init_timeout_seconds = 60
 train_timeout_seconds = 20
 heartbeat_seconds = 0
 """
-TELEMETRY = ("num_steps_no_grad", "num_steps_with_grad", "recurrent_residual", "rel_residual", "recurrent_state_norm")
+TELEMETRY = (
+    "num_steps_no_grad",
+    "num_steps_with_grad",
+    "recurrent_residual",
+    "rel_residual",
+    "recurrent_state_norm",
+)
 
 
 def arguments_for(folder: Path) -> list[str]:
@@ -84,7 +92,11 @@ def test_depths_vary_and_every_row_describes_the_state(uninterrupted):
     assert all(row[name] >= 0 for row in uninterrupted for name in TELEMETRY)
     validated = [row["step"] for row in uninterrupted if "val_loss" in row]
     assert validated == [6, 12]
-    assert {key for key in uninterrupted[5] if key.startswith("val_loss")} == {"val_loss", "val_loss_1", "val_loss_3"}
+    assert {key for key in uninterrupted[5] if key.startswith("val_loss")} == {
+        "val_loss",
+        "val_loss_1",
+        "val_loss_3",
+    }
 
 
 def test_a_kill_leaves_no_trace_in_losses_depths_noise_or_validation(uninterrupted, tmp_path):
@@ -94,7 +106,9 @@ def test_a_kill_leaves_no_trace_in_losses_depths_noise_or_validation(uninterrupt
     finished = launch(2, arguments)
     assert finished.codes == [0, 0], finished.errors
     assert "resuming after step 4 " in finished.errors[0]
-    assert [without_timings(row) for row in rows(tmp_path / "dump")] == [without_timings(row) for row in uninterrupted]
+    assert [without_timings(row) for row in rows(tmp_path / "dump")] == [
+        without_timings(row) for row in uninterrupted
+    ]
 
 
 def test_another_number_of_ranks_draws_the_same_depths_noise_and_batches(uninterrupted, tmp_path):
@@ -111,12 +125,18 @@ def test_another_number_of_ranks_draws_the_same_depths_noise_and_batches(uninter
 
 
 def test_a_run_in_bfloat16_is_killed_resumed_on_other_ranks_verified_and_exported(uninterrupted, tmp_path):
-    arguments = [*arguments_for(tmp_path), "--training.mixed_precision_param=bfloat16", "--checkpoint.last_save_in_hf"]
+    arguments = [
+        *arguments_for(tmp_path),
+        "--training.mixed_precision_param=bfloat16",
+        "--checkpoint.last_save_in_hf",
+    ]
     assert launch(2, arguments, ("--die-at", "1", "7", "1")).codes[1] == -signal.SIGKILL
     finished = launch(1, arguments)
     assert finished.codes == [0], finished.errors
     for found, expected in zip(rows(tmp_path / "dump"), uninterrupted, strict=True):
-        assert found["loss"] == pytest.approx(expected["loss"], rel=0.01) and found["loss"] != expected["loss"]
+        assert (
+            found["loss"] == pytest.approx(expected["loss"], rel=0.01) and found["loss"] != expected["loss"]
+        )
         assert all(found[key] == expected[key] for key in ("data_hash", "num_steps_no_grad"))
     last = tmp_path / "dump" / "checkpoint" / "step-12"
     assert verify(last) == []
@@ -150,7 +170,11 @@ def test_a_mistake_in_the_recurrence_is_one_clear_message(override, expected, tm
 
 
 def test_a_scheme_that_needs_more_recurrence_than_backprop_says_so(tmp_path):
-    arguments = [*arguments_for(tmp_path), "--model.overrides.mean_recurrence=4", "--recurrence.sampling_scheme=simple"]
+    arguments = [
+        *arguments_for(tmp_path),
+        "--model.overrides.mean_recurrence=4",
+        "--recurrence.sampling_scheme=simple",
+    ]
     finished = launch(1, arguments)
     assert finished.codes == [1]
     assert "needs mean_recurrence > mean_backprop_depth" in finished.errors[0]
@@ -164,7 +188,11 @@ def test_recurrence_keys_are_refused_for_a_model_without_recurrence(tmp_path):
 
 def test_a_growing_batch_is_the_same_on_any_ranks_and_through_a_kill(tmp_path):
     """Stages of 2 rows: 1, 2, 3 and 4 of them over the first 8 steps."""
-    ramp = ["--training.global_batch_size=8", "--training.batch_ramp_steps=8", "--training.batch_ramp_stages=4"]
+    ramp = [
+        "--training.global_batch_size=8",
+        "--training.batch_ramp_steps=8",
+        "--training.batch_ramp_stages=4",
+    ]
     found = {}
     for name, world_size in (("one", 1), ("two", 2)):
         folder = tmp_path / name
@@ -183,6 +211,8 @@ def test_a_growing_batch_is_the_same_on_any_ranks_and_through_a_kill(tmp_path):
 
 
 def test_a_ramp_that_does_not_divide_the_batch_is_refused(tmp_path):
-    finished = launch(1, [*arguments_for(tmp_path), "--training.batch_ramp_steps=4", "--training.batch_ramp_stages=3"])
+    finished = launch(
+        1, [*arguments_for(tmp_path), "--training.batch_ramp_steps=4", "--training.batch_ramp_stages=3"]
+    )
     assert finished.codes == [1]
     assert "batch_ramp_stages = 3 must divide training.global_batch_size = 4" in finished.errors[0]

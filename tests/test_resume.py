@@ -64,7 +64,9 @@ def arguments_for(folder: Path, documents: Path, workers: int = 0) -> list[str]:
 
 
 def history(folder: Path) -> list[tuple]:
-    return [(row["step"], row["loss_hex"], row["data_hash"], row["tokens_seen"]) for row in rows(folder / "dump")]
+    return [
+        (row["step"], row["loss_hex"], row["data_hash"], row["tokens_seen"]) for row in rows(folder / "dump")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,9 @@ def uninterrupted(tmp_path_factory, documents):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_three_kills_leave_no_trace_in_losses_or_batches(workers, uninterrupted, documents, tmp_path):
-    """One in mid-accumulation, one after an epoch's end that the resumed run must pass again, one of rank 0."""
+    """One in mid-accumulation, one after an epoch's end that the resumed run must pass again,
+    one of rank 0.
+    """
     arguments = arguments_for(tmp_path, documents, workers)
     for rank, step, microbatch in ((1, 8, 1), (1, 17, 0), (0, 21, 1)):
         finished = launch(2, arguments, ("--die-at", str(rank), str(step), str(microbatch)))
@@ -89,13 +93,16 @@ def test_three_kills_leave_no_trace_in_losses_or_batches(workers, uninterrupted,
         assert finished.codes[1 - rank] not in (0, -signal.SIGKILL), "the other rank must notice and fail"
     finished = launch(2, arguments)
     assert finished.codes == [0, 0], finished.errors
-    # The newest checkpoint that was committed: an asynchronous save may still have been under way at the kill.
+    # The newest checkpoint that was committed: an asynchronous save may still have been
+    # under way at the kill.
     assert re.search("resuming after step (15|20) ", finished.errors[0])
     assert history(tmp_path) == uninterrupted[1]
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
-def test_a_run_of_two_ranks_continues_on_another_number_of_ranks(world_size, uninterrupted, documents, tmp_path):
+def test_a_run_of_two_ranks_continues_on_another_number_of_ranks(
+    world_size, uninterrupted, documents, tmp_path
+):
     arguments = arguments_for(tmp_path, documents)
     killed = launch(2, arguments, ("--die-at", "0", "13", "0"))
     assert killed.codes[0] == -signal.SIGKILL
@@ -119,7 +126,9 @@ def compare_across_ranks(found: list[tuple], expected: list[tuple]) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_of_that_step(number, uninterrupted, documents, tmp_path):
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_of_that_step(
+    number, uninterrupted, documents, tmp_path
+):
     arguments = arguments_for(tmp_path, documents)
     with Run(2, arguments, ("--slow", "0.2")) as run:
         wait_for_step(tmp_path / "dump", 6)
@@ -137,7 +146,9 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_of_that_step(number, u
     assert json.loads((tmp_path / "dump" / "exit_status.json").read_text())["status"] == "finished"
 
 
-def test_a_finished_run_started_again_has_nothing_to_do_and_more_steps_go_on(uninterrupted, documents, tmp_path):
+def test_a_finished_run_started_again_has_nothing_to_do_and_more_steps_go_on(
+    uninterrupted, documents, tmp_path
+):
     folder = tmp_path / "copy"
     shutil.copytree(uninterrupted[0], folder)
     arguments = arguments_for(folder, documents)
@@ -150,7 +161,9 @@ def test_a_finished_run_started_again_has_nothing_to_do_and_more_steps_go_on(uni
     assert [row[0] for row in history(folder)] == list(range(1, STEPS + 3))
 
 
-def test_a_corrupt_newest_checkpoint_is_set_aside_and_the_one_before_is_used(uninterrupted, documents, tmp_path):
+def test_a_corrupt_newest_checkpoint_is_set_aside_and_the_one_before_is_used(
+    uninterrupted, documents, tmp_path
+):
     folder = tmp_path / "copy"
     shutil.copytree(uninterrupted[0], folder)
     flip_a_bit(next((folder / "dump" / "checkpoint" / f"step-{STEPS}").glob("*.distcp")))
@@ -161,7 +174,9 @@ def test_a_corrupt_newest_checkpoint_is_set_aside_and_the_one_before_is_used(uni
     compare_across_ranks(history(folder), uninterrupted[1])
 
 
-def test_when_every_checkpoint_is_corrupt_the_run_stops_and_deletes_nothing(uninterrupted, documents, tmp_path):
+def test_when_every_checkpoint_is_corrupt_the_run_stops_and_deletes_nothing(
+    uninterrupted, documents, tmp_path
+):
     folder = tmp_path / "copy"
     shutil.copytree(uninterrupted[0], folder)
     checkpoints = sorted((folder / "dump" / "checkpoint").glob("step-*"))

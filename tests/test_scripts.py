@@ -17,9 +17,17 @@ ROOT = Path(__file__).parent.parent
 SLURM_SCRIPTS = sorted(ROOT.glob("train_*_8B_131k.sh"))
 
 
-def run(command: list[str], cwd: Path = ROOT, timeout: float = 200, **variables: str) -> subprocess.CompletedProcess:
+def run(
+    command: list[str], cwd: Path = ROOT, timeout: float = 200, **variables: str
+) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        **variables,
+    }
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
@@ -31,19 +39,6 @@ SMALL = [
     "--model.overrides.n_layers=1",
     "--metrics.log_freq=1",
 ]
-
-
-def test_the_demo_trains_on_two_ranks_and_resumes_when_run_again(tmp_path):
-    arguments = [*SMALL, f"--job.dump_folder={tmp_path}"]
-    first = run(["bash", "train_debug.sh", *arguments, "--training.steps=3"])
-    assert first.returncode == 0, first.stderr
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3] and rows[-1]["tokens_seen"] == 3 * 2 * 16
-    second = run(["bash", "train_debug.sh", *arguments, "--training.steps=5"])
-    assert second.returncode == 0, second.stderr
-    assert "resuming after step 3 of 5" in second.stderr
-    third = run(["bash", "train_debug.sh", *arguments, "--training.steps=5"])
-    assert "all 5 steps are done" in third.stderr and third.returncode == 0
 
 
 def test_a_131k_script_trains_a_small_model_on_a_folder_of_spikes(tmp_path):
@@ -62,7 +57,9 @@ def test_a_131k_script_trains_a_small_model_on_a_folder_of_spikes(tmp_path):
 
 
 def in_terminal(command: list[str], ready, key: bytes, timeout: float = 120) -> tuple[int, str]:
-    """(exit code, output) of a command that runs in a terminal of its own, in which `key` is typed once `ready()`."""
+    """(exit code, output) of a command that runs in a terminal of its own,
+    in which `key` is typed once `ready()`.
+    """
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(ROOT)
@@ -90,19 +87,27 @@ def has_rows(folder: Path, count: int) -> bool:
 
 
 def test_ctrl_c_in_a_terminal_saves_and_the_same_command_goes_on(tmp_path):
-    """As a user types it: the terminal signals the whole foreground group, through bash, torchrun and both ranks."""
+    """As a user types it: the terminal signals the whole foreground group, through bash,
+    torchrun and both ranks.
+    """
     command = ["bash", "train_debug.sh", *SMALL, f"--job.dump_folder={tmp_path}", "--training.steps=100000"]
     code, output = in_terminal(command, lambda: has_rows(tmp_path, 3), b"\x03")
     assert code == 0, output
     assert "finishing this step" in output and "the same command goes on from there" in output
     status = json.loads((tmp_path / "exit_status.json").read_text())
+    stopped_at = status["step"]
     assert status["status"] == "preempted"
-    assert (tmp_path / "checkpoint" / f"step-{status['step']}" / "manifest.json").exists()
-    again = run([*command, f"--training.steps={status['step'] + 1}"])
-    assert again.returncode == 0 and f"resuming after step {status['step']}" in again.stderr
+    assert (tmp_path / "checkpoint" / f"step-{stopped_at}" / "manifest.json").exists()
+
+    again = run([*command, f"--training.steps={stopped_at + 2}"])
+    assert again.returncode == 0 and f"resuming after step {stopped_at} of {stopped_at + 2}" in again.stderr
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, stopped_at + 3))
+    assert rows[-1]["tokens_seen"] == (stopped_at + 2) * 2 * 16, "two ranks with a sequence of 16 each"
 
 
-# Where torchrun would be: it starts a rank in a session of its own, passes the first signal on, and dies of a second.
+# Where torchrun would be: it starts a rank in a session of its own, passes the first signal on,
+# and dies of a second.
 FALSE_RANK = """
 import signal, sys, time
 heard = []
@@ -128,7 +133,9 @@ print("torchrun was told", len(told), flush=True)
 
 
 def with_false_torchrun(folder: Path, signals: int) -> tuple[list[str], Path]:
-    """(a command that launches a rank which waits for so many signals, the file that it makes once it listens)."""
+    """(a command that launches a rank which waits for so many signals,
+    the file that it makes once it listens).
+    """
     (folder / "rank.py").write_text(FALSE_RANK)
     (folder / "torchrun.py").write_text(FALSE_TORCHRUN)
     program = f"{sys.executable} {folder}/torchrun.py {folder}/rank.py {folder}/ready {signals}"
@@ -144,7 +151,9 @@ def with_false_torchrun(folder: Path, signals: int) -> tuple[list[str], Path]:
     return ["bash", "-c", script], folder / "ready"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT]
+)
 def test_torchrun_hears_one_signal_and_its_ranks_hear_all(number, tmp_path):
     command, ready = with_false_torchrun(tmp_path, 3)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -161,7 +170,9 @@ def test_torchrun_hears_one_signal_and_its_ranks_hear_all(number, tmp_path):
 
 
 def test_a_terminal_s_ctrl_c_comes_to_torchrun_once(tmp_path):
-    """Through the script alone: a second one, from the terminal itself, would end torchrun before its ranks."""
+    """Through the script alone: a second one, from the terminal itself, would end torchrun
+    before its ranks.
+    """
     command, ready = with_false_torchrun(tmp_path, 1)
     code, output = in_terminal(command, ready.exists, b"\x03", timeout=40)
     assert "a rank that heard 1" in output and "torchrun was told 1" in output and code == 130, output
@@ -175,7 +186,8 @@ def cluster(tmp_path):
     (bin_folder / "scontrol").write_text(
         f'#!/bin/bash\necho "scontrol $*" >> {calls}\n[ "$1" = show ] && echo node7\nexit 0\n'
     )
-    # srun runs what it is given once; `python` answers the config question and pretends to be torchrun.
+    # srun runs what it is given once. `python` pretends to be torchrun, and answers the question for the dump
+    # folder, unless the real command is asked.
     (bin_folder / "srun").write_text(
         f'#!/bin/bash\necho "srun $*" >> {calls}\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n'
     )
@@ -184,6 +196,9 @@ def cluster(tmp_path):
 if [ "$2" = torch.distributed.run ]; then
     echo "{{\\"status\\": \\"$PRETENDED_STATUS\\"}}" > {tmp_path}/dump/exit_status.json
     exit $PRETENDED_CODE
+elif [ "$2" = torchtitan_rd ] && [ -z "$ASKS_THE_CONFIG" ]; then
+    echo {tmp_path}/dump
+    exit
 fi
 exec {sys.executable} "$@"
 """
@@ -192,7 +207,7 @@ exec {sys.executable} "$@"
         path.chmod(0o755)
     (tmp_path / "dump").mkdir()
 
-    def submit(status: str, code: int) -> tuple[int, str]:
+    def submit(status: str, code: int, asks_the_config: str = "") -> tuple[int, str]:
         found = run(
             ["bash", "train_primate_8B_131k.sh", f"--job.dump_folder={tmp_path / 'dump'}"],
             PATH=f"{bin_folder}:{os.environ['PATH']}",
@@ -203,6 +218,7 @@ exec {sys.executable} "$@"
             GPUS_PER_NODE="4",
             PRETENDED_STATUS=status,
             PRETENDED_CODE=str(code),
+            ASKS_THE_CONFIG=asks_the_config,
         )
         return found.returncode, calls.read_text()
 
@@ -210,7 +226,7 @@ exec {sys.executable} "$@"
 
 
 def test_under_slurm_every_node_joins_the_rendezvous_of_the_first(cluster):
-    code, calls = cluster("finished", 0)
+    code, calls = cluster("finished", 0, asks_the_config="yes")
     assert code == 0
     assert "--nnodes 36 --nproc_per_node 4" in calls and "--rdzv_id 4711" in calls
     assert "--rdzv_endpoint node7:24711" in calls and "requeue" not in calls
@@ -267,34 +283,69 @@ def test_set_up_refuses_an_old_python_by_name(tmp_path):
 
 
 def test_set_up_is_instant_where_the_package_is_installed():
-    found = run(["bash", "-c", "source scripts/env.sh && python -c 'import torchtitan_rd'"], EXTRAS="dev", timeout=20)
+    found = run(
+        ["bash", "-c", "source scripts/env.sh && python -c 'import torchtitan_rd'"], EXTRAS="dev", timeout=20
+    )
     assert found.returncode == 0 and found.stderr == ""
 
 
 # What launch.sh leaves in the environment of torchrun, here a program that prints it.
 SHOW = """
 source scripts/launch.sh
-python() { if [ "$2" = torch.distributed.run ]; then env; echo "open files $(ulimit -Sn)"; else echo /nowhere; fi; }
+python() {
+  if [ "$2" = torch.distributed.run ]; then env; echo "open files $(ulimit -Sn)"; else echo /nowhere; fi
+}
 export -f python
 _ranks_per_node() { echo 4; }
 """
 
 
 def launched_with(before: str = "", nodes: int = 1, **variables: str) -> tuple[dict[str, str], str]:
-    """(environment of torchrun with "open files", what launch.sh said) after the commands `before` in that shell."""
-    own = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "NCCL_DEBUG", "NCCL_CROSS_NIC")
+    """(environment of torchrun with "open files", what launch.sh said) after the commands
+    `before` in that shell.
+    """
+    own = (
+        "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF",
+        "PYTORCH_HIP_ALLOC_CONF",
+        "NCCL_DEBUG",
+        "NCCL_CROSS_NIC",
+    )
     start = f"unset {' '.join(own)} NCCL_NET_GDR_LEVEL NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME SLURM_JOB_ID; "
     start += " ".join(f"export {name}={value};" for name, value in variables.items())
-    many = f'SLURM_NNODES={nodes} SLURM_JOB_ID=1; srun() {{ echo srun $1; shift; "$@"; }}; scontrol() {{ echo n; }}'
+    many = f"SLURM_NNODES={nodes} SLURM_JOB_ID=1; "
+    many += 'srun() { echo srun $1; shift; "$@"; }; scontrol() { echo n; }'
     found = run(["bash", "-c", f"{start}\n{before}\n{SHOW}\n{many if nodes > 1 else ''}\nlaunch x.toml"])
     lines = dict(line.split("=", 1) for line in found.stdout.splitlines() if "=" in line)
     limit = [line.split()[-1] for line in found.stdout.splitlines() if line.startswith("open files")]
     return lines | {"open files": limit[0]}, found.stderr
 
 
+def test_a_status_that_cannot_be_removed_ends_a_start_and_is_not_taken_for_this_run_s():
+    """As of a folder that is read-only now: the run would fail, and the status of the last
+    one be believed.
+    """
+    said = "rm: cannot remove 'exit_status.json': Read-only file system"
+    stand_ins = """
+        python() {
+            case "$*" in
+                *distributed.run*) echo started; return 1 ;;
+                *config*) echo dump ;;
+                *) echo finished ;;
+            esac
+        }
+        rm() { echo "$SAID" >&2; return 1; }
+    """
+    found = run(["bash", "-c", f"{stand_ins}\nsource scripts/launch.sh\nNPROC=2 launch x.toml"], SAID=said)
+    assert found.returncode == 1 and said in found.stderr and "started" not in found.stdout
+
+
 def test_every_run_has_the_settings_that_every_run_wants():
     environment, said = launched_with()
-    assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True" and environment["NCCL_DEBUG"] == "WARN"
+    assert (
+        environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+        and environment["NCCL_DEBUG"] == "WARN"
+    )
     assert "NCCL_CROSS_NIC" not in environment and said == ""
 
 

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,12 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.fork_server import run_python
 from tests.launch import Run, launch, wait_for_step
 from tests.ranks import run_on_ranks
 from tests.small_run import Setup, batches_of, make
-from torchtitan_rd import train, validation
+from torchtitan_rd import parts, train, validation
 from torchtitan_rd.checkpoint.writer import Writer
-from torchtitan_rd.models.spec import SINGLE_READ_OUT
+from torchtitan_rd.model_spec import SINGLE_READ_OUT
 from torchtitan_rd.signals import HANDLED, Interrupted, StopRequest, remove_exit_status, write_exit_status
 
 SMALL = [
@@ -47,7 +46,7 @@ def tell(number: signal.Signals = signal.SIGTERM) -> None:
 
 def tell_at_microbatch(monkeypatch, count: int, then=lambda: None) -> None:
     """A SIGTERM in the step whose microbatch is the `count`th of the run."""
-    backward, seen = train.TrainStep._backward, []
+    backward, seen = parts.TrainStep._backward, []
 
     def watched(self, *arguments):
         seen.append(1)
@@ -56,7 +55,7 @@ def tell_at_microbatch(monkeypatch, count: int, then=lambda: None) -> None:
             then()
         return backward(self, *arguments)
 
-    monkeypatch.setattr(train.TrainStep, "_backward", watched)
+    monkeypatch.setattr(parts.TrainStep, "_backward", watched)
 
 
 def status_of(folder: Path) -> dict:
@@ -121,8 +120,7 @@ with signals.StopRequest() as stop:
     [("training", "0.2 0.3 0.3", 130), ("training", "0.2 0.3 2.2", 7), ("starting", "0.2", 130)],
 )
 def test_a_hasty_third_signal_and_a_deaf_start_end_even_a_rank_that_hangs(phase, gaps, code, tmp_path):
-    command = [sys.executable, "-c", DEAF, str(tmp_path), phase, *gaps.split()]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    found = run_python("-c", DEAF, tmp_path, phase, *gaps.split(), timeout=60)
     assert found.returncode == code, found.stderr
     if code == 130:
         assert "ended at once; the steps after 7 are lost" in found.stderr
@@ -154,7 +152,12 @@ def test_two_signals_around_a_slow_save_in_the_background_keep_it(tmp_path, monk
 
     monkeypatch.setattr(Writer, "write", slowed)
     tell_at_microbatch(monkeypatch, 2)
-    arguments = [*SMALL, "--checkpoint.enable", "--checkpoint.async_mode=async", f"--job.dump_folder={tmp_path}"]
+    arguments = [
+        *SMALL,
+        "--checkpoint.enable",
+        "--checkpoint.async_mode=async",
+        f"--job.dump_folder={tmp_path}",
+    ]
     assert train.main([*arguments, "--training.steps=50"]) == 0
     status = status_of(tmp_path)
     assert (status["status"], status["step"], status["reason"]) == ("preempted", 2, "received SIGTERM")
@@ -167,7 +170,12 @@ def test_a_failed_save_after_a_signal_is_not_called_preempted(tmp_path, monkeypa
 
     monkeypatch.setattr(Writer, "write", full)
     tell_at_microbatch(monkeypatch, 2)
-    arguments = [*SMALL, "--checkpoint.enable", "--checkpoint.async_mode=async", f"--job.dump_folder={tmp_path}"]
+    arguments = [
+        *SMALL,
+        "--checkpoint.enable",
+        "--checkpoint.async_mode=async",
+        f"--job.dump_folder={tmp_path}",
+    ]
     assert train.main([*arguments, "--training.steps=50"]) == 1
     assert status_of(tmp_path)["status"] == "failed"
 
@@ -180,17 +188,65 @@ def test_without_checkpoints_a_signal_stops_and_claims_nothing(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("number", HANDLED)
-def test_a_signal_while_data_is_converted_ends_the_run_and_replaces_a_stale_status(number, tmp_path, monkeypatch):
+def test_a_signal_while_data_is_converted_ends_the_run_and_replaces_a_stale_status(
+    number, tmp_path, monkeypatch
+):
     def slow(*arguments, **options):
         tell(number)
         time.sleep(30)
 
     write_exit_status(tmp_path, "finished", 7)
-    monkeypatch.setattr(train, "build_dataloader", slow)
+    monkeypatch.setattr(parts, "build_dataloader", slow)
     started = time.monotonic()
     assert train.main([*SMALL, f"--job.dump_folder={tmp_path}"]) == 130
     assert time.monotonic() - started < 10
     assert (status_of(tmp_path)["status"], status_of(tmp_path)["step"]) == ("stopped", 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_before_the_ranks_have_met_ends_the_run_as_stopped_and_replaces_a_stale_status(
+    rank, tmp_path, monkeypatch
+):
+    def waiting(*_):
+        tell()
+        time.sleep(5)
+
+    write_exit_status(tmp_path, "finished", 999)
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(train.job, "init_process_group", waiting)
+    assert train.main([*SMALL, f"--job.dump_folder={tmp_path}"]) == 130
+    told = status_of(tmp_path)
+    assert (told["status"], told["step"], told["rank"]) == ("stopped", 0, rank)
+
+
+def test_ranks_that_never_meet_leave_no_stale_status(tmp_path, monkeypatch):
+    def refused(*_):
+        raise RuntimeError("the peer did not come")
+
+    monkeypatch.setattr(train.job, "init_process_group", refused)
+    write_exit_status(tmp_path, "preempted", 999)
+    assert train.main([*SMALL, f"--job.dump_folder={tmp_path}"]) == 1
+    assert status_of(tmp_path)["status"] == "failed" and "did not come" in status_of(tmp_path)["reason"]
+    assert train.main([*SMALL, f"--job.dump_folder={tmp_path / 'new'}"]) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_status_that_another_run_leaves_while_this_one_starts_is_removed(tmp_path, monkeypatch):
+    """The other one held the folder until it had written it, as where a requeue overlaps with its end."""
+    build, seen = parts.build_dataloader, []
+
+    def build_while_another_ends(*arguments, **options):
+        write_exit_status(tmp_path, "preempted", 999)
+        return build(*arguments, **options)
+
+    def look(*_, **__):
+        seen.append((tmp_path / "exit_status.json").exists())
+
+    monkeypatch.setattr(parts, "build_dataloader", build_while_another_ends)
+    monkeypatch.setattr(train.Trainer, "_restore", look)
+    assert train.main([*SMALL, f"--job.dump_folder={tmp_path}", "--training.steps=1"]) == 0
+    assert seen == [False] and status_of(tmp_path)["status"] == "finished"
 
 
 def test_a_killed_start_leaves_no_stale_status(tmp_path, monkeypatch):
@@ -203,7 +259,7 @@ def test_a_killed_start_leaves_no_stale_status(tmp_path, monkeypatch):
         assert not (tmp_path / "exit_status.json").exists()
         raise Killed
 
-    monkeypatch.setattr(train, "build_dataloader", killed)
+    monkeypatch.setattr(parts, "build_dataloader", killed)
     assert train.main([*SMALL, f"--job.dump_folder={tmp_path}"]) == 1
     assert status_of(tmp_path)["status"] == "failed"
 
@@ -215,7 +271,12 @@ def test_a_signal_during_the_export_stops_it_and_the_same_command_makes_it(tmp_p
         tell()
         time.sleep(30)
 
-    arguments = [*SMALL, "--checkpoint.enable", "--checkpoint.last_save_in_hf", f"--job.dump_folder={tmp_path}"]
+    arguments = [
+        *SMALL,
+        "--checkpoint.enable",
+        "--checkpoint.last_save_in_hf",
+        f"--job.dump_folder={tmp_path}",
+    ]
     monkeypatch.setattr(train, "to_hf", told)
     assert train.main([*arguments, "--training.steps=2"]) == 0
     assert (status_of(tmp_path)["status"], status_of(tmp_path)["step"]) == ("preempted", 2)
@@ -237,7 +298,11 @@ def test_a_signal_during_validation_cuts_it_short_and_saves(tmp_path, monkeypatc
 
     monkeypatch.setattr(validation, "count_valid", watched)
     arguments = [*SMALL, "--validation.enable", "--validation.freq=3", "--validation.sequences=8"]
-    arguments += ["--training.dataset=pydoc-train", "--validation.dataset=pydoc-validation", "--checkpoint.enable"]
+    arguments += [
+        "--training.dataset=pydoc-train",
+        "--validation.dataset=pydoc-validation",
+        "--checkpoint.enable",
+    ]
     assert train.main([*arguments, "--training.steps=50", f"--job.dump_folder={tmp_path}"]) == 0
     assert (status_of(tmp_path)["status"], status_of(tmp_path)["step"]) == ("preempted", 3)
     assert len(batches) == 2, "of 8"
@@ -283,11 +348,11 @@ def test_a_signal_to_one_of_two_ranks_during_start_up_ends_both_as_stopped(tmp_p
     """The other one fails for want of its peer, and must not be the one that tells."""
     write_exit_status(tmp_path, "finished", 7)
     arguments = [*SMALL, f"--job.dump_folder={tmp_path}", "--training.steps=50"]
-    with Run(2, arguments, ("--slow-start", "1")) as run:
+    with Run(2, arguments, ("--slow-start", "1", str(tmp_path / "reading"))) as run:
         deadline = time.monotonic() + 60
-        while (tmp_path / "exit_status.json").exists() and time.monotonic() < deadline:
+        while len(list(tmp_path.glob("reading.*"))) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        time.sleep(0.3)
+        assert not (tmp_path / "exit_status.json").exists()
         run.signal(1, signal.SIGINT)
         finished = run.wait()
     assert finished.codes == [1, 130], finished.errors

@@ -1,4 +1,6 @@
-"""Updates that must not happen: decided on the device, known to the host a step later, and without any trace."""
+"""Updates that must not happen: decided on the device, known to the host a step later,
+and without any trace.
+"""
 
 import pytest
 import torch
@@ -8,7 +10,13 @@ from tests.ranks import run_on_ranks
 from tests.small_run import Setup, all_equal, batches_of, hash_of, make
 from torchtitan_rd import train_step
 from torchtitan_rd.errors import TrainingError
-from torchtitan_rd.optimizer import OptimizerConfig, build_optimizer, optimizer_state, takes_flag, update_unless
+from torchtitan_rd.optimizer import (
+    OptimizerConfig,
+    build_optimizer,
+    optimizer_state,
+    takes_flag,
+    update_unless,
+)
 from torchtitan_rd.train_step import TrainingConfig, Verdict
 
 OPTIMIZERS = {
@@ -49,7 +57,9 @@ class Run:
             hook.remove()
 
     def state(self):
-        """Parameters, and every tensor of the optimizer, counts included, as the checkpoint would have them."""
+        """Parameters, and every tensor of the optimizer, counts included, as the checkpoint
+        would have them.
+        """
         self.step.settle()
         tensors = optimizer_state(self.model, self.step.optimizer)
         whole = {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in tensors.items()}
@@ -224,11 +234,17 @@ def test_only_an_optimizer_whose_parameters_are_on_the_device_takes_a_flag():
 def flagged(rank, world_size, keys):
     run = Run(rank, world_size, keys, False)
     optimizer = run.step.optimizer
-    return None, None, (takes_flag(optimizer, torch.device("cpu")), takes_flag(optimizer, torch.device("cuda")))
+    return (
+        None,
+        None,
+        (takes_flag(optimizer, torch.device("cpu")), takes_flag(optimizer, torch.device("cuda"))),
+    )
 
 
 def test_the_host_reads_late_on_a_gpu_alone_and_only_where_the_optimizer_takes_the_flag():
-    assert run_on_ranks(1, late_by_default) == [{("cuda", True): True, ("cuda", False): False, ("cpu", True): False}]
+    assert run_on_ranks(1, late_by_default) == [
+        {("cuda", True): True, ("cuda", False): False, ("cpu", True): False}
+    ]
 
 
 def late_by_default(rank, world_size):
@@ -239,7 +255,9 @@ def late_by_default(rank, world_size):
     try:
         for device, takes in (("cuda", True), ("cuda", False), ("cpu", True)):
             train_step.takes_flag = lambda optimizer, device, takes=takes: takes
-            made = train_step.TrainStep(run.model, run.step.optimizer, run.config.training, torch.device(device))
+            made = train_step.TrainStep(
+                run.model, run.step.optimizer, run.config.training, torch.device(device)
+            )
             found[device, takes] = made.late
     finally:
         train_step.Verdict, train_step.Readback, train_step.takes_flag = real

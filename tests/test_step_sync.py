@@ -16,8 +16,8 @@ from tests.small_run import SEQ_LEN, VOCAB, Setup, batches_of, make
 from torchtitan_rd import job, train_step
 from torchtitan_rd.config import load
 from torchtitan_rd.data import Batch
+from torchtitan_rd.model_spec import ForwardInputs
 from torchtitan_rd.models import get_flavor, get_spec
-from torchtitan_rd.models.spec import ForwardInputs
 from torchtitan_rd.optimizer import OptimizerConfig, build_optimizer
 from torchtitan_rd.train import Trainer
 from torchtitan_rd.train_step import Readback, TrainingConfig, TrainStep
@@ -39,10 +39,15 @@ class Watch(TorchDispatchMode):
             self.counts["all-reduce"] += 1
         if name.startswith("_local_scalar_dense"):
             self.counts[f"read on {args[0].device.type}"] += 1
-        if name.startswith("_to_copy") and torch.device(kwargs.get("device") or args[0].device) != args[0].device:
+        if (
+            name.startswith("_to_copy")
+            and torch.device(kwargs.get("device") or args[0].device) != args[0].device
+        ):
             self.counts["copy" if kwargs.get("non_blocking") else "blocking copy"] += 1
         if name.startswith("copy_") and args[0].device != args[1].device:
-            self.counts["copy" if (len(args) > 2 and args[2]) or kwargs.get("non_blocking") else "blocking copy"] += 1
+            self.counts[
+                "copy" if (len(args) > 2 and args[2]) or kwargs.get("non_blocking") else "blocking copy"
+            ] += 1
         return function(*args, **kwargs)
 
 
@@ -81,13 +86,20 @@ def raven_inputs(step: int, number: int, batch: Batch) -> ForwardInputs:
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "ELLISAdam", "Muon"])
 @pytest.mark.parametrize("family", ["llama3", "raven"])
 def test_nothing_in_a_step_waits_for_the_device(family, name, a_rank_of_eight, monkeypatch):
-    """On the meta device, where reading a number raises: with all that the objective has, and two microbatches."""
+    """On the meta device, where reading a number raises: with all that the objective has,
+    and two microbatches.
+    """
     monkeypatch.setattr(train_step, "Readback", NothingToRead)
-    for module in ("torch.utils._foreach_utils", "torch.optim.optimizer"):  # else fused Adam refuses this device
+    # Else fused Adam refuses this device.
+    for module in ("torch.utils._foreach_utils", "torch.optim.optimizer"):
         monkeypatch.setattr(sys.modules[module], "_get_fused_kernels_supported_devices", lambda: ["meta"])
-    model = on_meta(family, {"dim": 32, "n_heads": 2, "ffn_dim": 48} | ({"n_layers": 2} if family == "llama3" else {}))
-    inputs = {"inputs": raven_inputs} if family == "raven" else {}
-    config = TrainingConfig(goldfish_strategy="hash-table", z_loss_weight=1e-4, loss_guard=9.0, on_nonfinite="skip")
+    model = on_meta(
+        family, {"dim": 32, "n_heads": 2, "ffn_dim": 48} | ({"n_layers": 2} if family == "llama3" else {})
+    )
+    inputs = {"forward_inputs": raven_inputs} if family == "raven" else {}
+    config = TrainingConfig(
+        goldfish_strategy="hash-table", z_loss_weight=1e-4, loss_guard=9.0, on_nonfinite="skip"
+    )
     optimizer = build_optimizer(model, OptimizerConfig(name=name))
     step = TrainStep(model, optimizer, config, META, late=True, **inputs)
     assert train_step.takes_flag(optimizer, META)
@@ -96,21 +108,32 @@ def test_nothing_in_a_step_waits_for_the_device(family, name, a_rank_of_eight, m
     step(1, [Batch(ids, ids)])  # makes state and the table of the goldfish loss
     with Watch() as watch:
         step(2, [Batch(ids, ids), Batch(ids, ids)])
-    # What Adam keeps on the host by intent is not the device's; inputs and labels of two microbatches are copied.
-    assert {name: n for name, n in watch.counts.items() if name != "read on cpu"} == {"all-reduce": 2, "copy": 4}
+    # What Adam keeps on the host by intent is not the device's;
+    # inputs and labels of two microbatches are copied.
+    assert {name: n for name, n in watch.counts.items() if name != "read on cpu"} == {
+        "all-reduce": 2,
+        "copy": 4,
+    }
     assert watch.counts["read on cpu"] == 0 or name == "ELLISAdam"
 
 
 def test_the_watch_sees_what_it_is_to_count():
     with Watch() as watch:
-        torch.ones(1).item(), bool(torch.ones(1)), torch.ones(1).to("meta"), torch.ones(1).to("meta", non_blocking=True)
+        (
+            torch.ones(1).item(),
+            bool(torch.ones(1)),
+            torch.ones(1).to("meta"),
+            torch.ones(1).to("meta", non_blocking=True),
+        )
         torch.empty(1, device="meta").copy_(torch.ones(1))
     assert watch.counts == {"read on cpu": 2, "blocking copy": 2, "copy": 1}
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.ones(1, device="meta").tolist()
 
 
-@pytest.mark.parametrize(("world_size", "sections"), [(1, {}), (2, {}), (4, {"data_parallel_replicate_degree": 2})])
+@pytest.mark.parametrize(
+    ("world_size", "sections"), [(1, {}), (2, {}), (4, {"data_parallel_replicate_degree": 2})]
+)
 def test_an_update_costs_two_small_all_reduces_under_fsdp(world_size, sections):
     for counts in run_on_ranks(world_size, count_all_reduces, sections):
         assert counts == {"all-reduce": 2}
@@ -172,8 +195,17 @@ def test_the_whole_loop_reads_and_reduces_nothing_more_on_an_unlogged_step(late,
         watch.counts.clear(), reads.clear()
 
     arguments = [
-        *("--training.seq_len=16", "--training.local_batch_size=2", "--training.steps=6", "--metrics.log_freq=100"),
-        *("--model.overrides.dim=32", "--model.overrides.n_layers=1", "--training.mixed_precision_param=float32"),
+        *(
+            "--training.seq_len=16",
+            "--training.local_batch_size=2",
+            "--training.steps=6",
+            "--metrics.log_freq=100",
+        ),
+        *(
+            "--model.overrides.dim=32",
+            "--model.overrides.n_layers=1",
+            "--training.mixed_precision_param=float32",
+        ),
         *("--checkpoint.enable", "--checkpoint.interval=100", f"--job.dump_folder={tmp_path}"),
     ]
     environment = job.Environment(rank=0, local_rank=0, world_size=1, local_world_size=1, log_level="WARNING")

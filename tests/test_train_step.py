@@ -13,7 +13,9 @@ from torchtitan_rd.train_step import hash_ids
 
 @pytest.mark.parametrize(("world_size", "local_batch_size"), [(1, 8), (1, 2), (2, 4), (2, 1)])
 def test_uneven_padding_weighs_every_valid_token_alike(world_size, local_batch_size):
-    """Against the mean over all valid tokens of the global batch, by plain autograd on the unsharded model."""
+    """Against the mean over all valid tokens of the global batch, by plain autograd on
+    the unsharded model.
+    """
     setup = Setup(sections={"training": {"local_batch_size": local_batch_size}}, steps=1, padded=True)
     loss, gradients = run_on_ranks(1, reference, setup)[0]
     for result in run_on_ranks(world_size, train, setup):
@@ -67,7 +69,11 @@ def poisoned(rank, world_size, policy, where):
     def grad_to_nan(module, grad_input, grad_output):
         return tuple(g * float("nan") if poison and g is not None else g for g in grad_input)
 
-    hook = target.register_forward_hook(to_nan) if where == "loss" else target.register_full_backward_hook(grad_to_nan)
+    hook = (
+        target.register_forward_hook(to_nan)
+        if where == "loss"
+        else target.register_full_backward_hook(grad_to_nan)
+    )
     batches = batches_of(2, rank, world_size, config, padded=False)
     if policy == "stop":
         with pytest.raises(TrainingError, match=r"step 2: .*nan.*stopped before the update"):

@@ -1,4 +1,6 @@
-"""How the trainer joins its parts: what is settled before anything outlives a step, and what each part is told."""
+"""How the trainer joins its parts: what is settled before anything outlives a step,
+and what each part is told.
+"""
 
 import json
 import os
@@ -6,6 +8,7 @@ import signal
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,31 +17,43 @@ import torch.distributed as dist
 from tests.launch import rows
 from tests.ranks import run_on_ranks
 from tests.test_job import master_port
-from torchtitan_rd import job, train, train_step
-from torchtitan_rd.config import load
+from torchtitan_rd import job, parts, train, train_step
+from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError, TrainingError
 from torchtitan_rd.heartbeat import Heartbeat
-from torchtitan_rd.models.raven.config import count_flops
+from torchtitan_rd.models.raven.shape import count_flops
 from torchtitan_rd.signals import StopRequest
 from torchtitan_rd.train import Trainer
 from torchtitan_rd.train_step import TrainStep
 
 ALONE = job.Environment(rank=0, local_rank=0, world_size=1, local_world_size=1, log_level="WARNING")
 SMALL = [
-    *("--training.seq_len=16", "--training.local_batch_size=2", "--training.steps=6", "--comm.heartbeat_seconds=0"),
+    *(
+        "--training.seq_len=16",
+        "--training.local_batch_size=2",
+        "--training.steps=6",
+        "--comm.heartbeat_seconds=0",
+    ),
     *("--model.overrides.dim=32", "--model.overrides.n_layers=1", "--training.mixed_precision_param=float32"),
 ]
 RAVEN = [
     *(key for key in SMALL if "n_layers" not in key),
-    *("--model.name=raven", "--model.flavor=debug-demo", "--model.overrides.n_heads=2", "--no-recurrence.lockstep"),
+    *(
+        "--model.name=raven",
+        "--model.flavor=debug-demo",
+        "--model.overrides.n_heads=2",
+        "--no-recurrence.lockstep",
+    ),
 ]
 VALIDATION = ["--validation.enable", "--validation.dataset=pydoc-validation", "--validation.sequences=2"]
 CHECKPOINTS = ["--checkpoint.enable", "--checkpoint.async_mode=disabled"]
 
 
 def trainer(tmp_path, *arguments, environment=ALONE, stop=None) -> Trainer:
-    return Trainer(load([*SMALL, *arguments, f"--job.dump_folder={tmp_path}"], environment), environment, stop)
+    return Trainer(
+        load([*SMALL, *arguments, f"--job.dump_folder={tmp_path}"], environment), environment, stop
+    )
 
 
 @pytest.fixture
@@ -99,7 +114,7 @@ def test_validation_and_checkpoint_stand_in_their_rows_and_not_in_the_rates(tmp_
 
     monkeypatch.setattr("torchtitan_rd.metrics.metrics.time.perf_counter", perf_counter)
     monkeypatch.setattr(train, "validate", slow(100.0, train.validate))
-    monkeypatch.setattr(train.Checkpointer, "save", slow(1000.0, train.Checkpointer.save))
+    monkeypatch.setattr(parts.Checkpointer, "save", slow(1000.0, parts.Checkpointer.save))
     what = [*VALIDATION, "--validation.freq=2", *CHECKPOINTS, "--checkpoint.interval=2"]
     trainer(tmp_path, *what, "--metrics.log_freq=1", "--training.steps=3").run()
     first, second, third = rows(tmp_path)
@@ -110,7 +125,9 @@ def test_validation_and_checkpoint_stand_in_their_rows_and_not_in_the_rates(tmp_
     assert all(row["step_seconds"] < 50 for row in (first, second, third))
 
 
-def test_the_heartbeat_is_told_the_rank_s_place_in_its_node_and_how_long_start_up_may_take(tmp_path, monkeypatch):
+def test_the_heartbeat_is_told_the_rank_s_place_in_its_node_and_how_long_start_up_may_take(
+    tmp_path, monkeypatch
+):
     told = []
 
     class Told(Heartbeat):
@@ -118,7 +135,8 @@ def test_the_heartbeat_is_told_the_rank_s_place_in_its_node_and_how_long_start_u
             told.append(options)
             super().__init__(folder, **options)
 
-    monkeypatch.setattr(train, "Heartbeat", Told)
+    monkeypatch.setattr(parts, "Heartbeat", Told)
+    monkeypatch.setattr(job, "gather", lambda value: [value] * 4)
     environment = replace(ALONE, local_rank=3, local_world_size=4)
     run = trainer(tmp_path, "--training.steps=1", "--comm.init_timeout_seconds=500", environment=environment)
     run.run()
@@ -129,7 +147,13 @@ def test_the_heartbeat_is_told_the_rank_s_place_in_its_node_and_how_long_start_u
 def test_the_heartbeat_passes_every_phase_in_which_a_rank_may_hang(tmp_path, monkeypatch):
     beats = []
     monkeypatch.setattr(Heartbeat, "beat", lambda self, step, phase: beats.append((step, phase)))
-    what = [*VALIDATION, *CHECKPOINTS, "--training.global_batch_size=4", "--training.steps=2", "--validation.freq=2"]
+    what = [
+        *VALIDATION,
+        *CHECKPOINTS,
+        "--training.global_batch_size=4",
+        "--training.steps=2",
+        "--validation.freq=2",
+    ]
     trainer(tmp_path, *what).run()
     step = ["data", "microbatch 1 of 2", "microbatch 2 of 2", "update"]
     first, second = [*step, "checkpoint"], [*step, "validation", "checkpoint", "saving"]
@@ -149,6 +173,16 @@ def test_a_recurrent_state_is_described_in_logged_steps_alone(tmp_path, monkeypa
     Trainer(load([*RAVEN, "--metrics.log_freq=3", f"--job.dump_folder={tmp_path}"], ALONE), ALONE).run()
     assert watched == [True, False, True, False, False, True]
     assert all("recurrent_residual" in row for row in rows(tmp_path))
+
+
+def test_initial_weights_that_were_made_for_other_arithmetic_are_told(tmp_path, caplog):
+    trainer(tmp_path / "a", *CHECKPOINTS, "--checkpoint.create_seed_checkpoint").run()
+    seed = f"--checkpoint.initial_load_path={tmp_path / 'a' / 'checkpoint' / 'step-0'}"
+    trainer(tmp_path / "b", seed, "--training.steps=1", "--model.overrides.norm_eps=0.25").run()
+    told = [
+        line for line in caplog.messages if line.startswith("initial weights: ") and "in this run" in line
+    ]
+    assert told == ["initial weights: norm_eps is 0.25 in this run, 1e-05 where the weights were made"]
 
 
 def test_a_signal_stops_the_run_with_a_checkpoint_and_says_so(tmp_path, monkeypatch, caplog):
@@ -196,12 +230,14 @@ def test_the_pace_is_set_by_the_costliest_draw_and_not_by_the_longest(tmp_path):
     """An iteration with gradient costs as much as three without."""
     small = [key for key in RAVEN if "lockstep" not in key]
     run = Trainer(load([*small, f"--job.dump_folder={tmp_path}"], ALONE), ALONE)
-    found = run.draws.flops([[(10, 1), (0, 1)], [(5, 4), (3, 1)]])
-    assert found == count_flops(run.shape, 16, (4, 2.5))  # the mean of (5, 4) and (3, 1)
+    found = run.plan.draws.flops([[(10, 1), (0, 1)], [(5, 4), (3, 1)]])
+    assert found == count_flops(run.plan.shape, 16, (4, 2.5))  # the mean of (5, 4) and (3, 1)
 
 
 def run_of_own_depths(rank, world_size, folder):
-    """-> the rows' rates at the mean depth over the plain ones; each step's draws of the two ranks; the shape."""
+    """-> the rows' rates at the mean depth over the plain ones;
+    each step's draws of the two ranks; the shape.
+    """
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(master_port()))
     dist.destroy_process_group()  # the harness's; this one is made as a run makes it
     environment = replace(ALONE, rank=rank, local_rank=rank, world_size=2, local_world_size=2)
@@ -217,6 +253,36 @@ def run_of_own_depths(rank, world_size, folder):
     found = rows(Path(folder))
     key = "tokens_per_second_per_device"
     ratios = [row[f"{key}_at_mean_depth"] / row[key] for row in found]
-    sampler = run.draws.family.sampler
-    draws = [[tuple(sampler.draw(s, microbatch=s, rank=r)) for r in range(2)] for s in range(1, len(found) + 1)]
-    return ratios, draws, run.shape
+    sampler = run.plan.draws.family.sampler
+    draws = [
+        [tuple(sampler.draw(s, microbatch=s, rank=r)) for r in range(2)] for s in range(1, len(found) + 1)
+    ]
+    return ratios, draws, run.plan.shape
+
+
+def test_a_save_is_waited_for_once_it_is_done_and_a_new_one_is_not_taken_for_it(monkeypatch):
+    """Where the host reads late, the flag of the save before is still up when the next one has just begun."""
+    waits, saves = [], []
+    trainer = object.__new__(Trainer)
+    trainer.config, trainer.step = JobConfig(), 1
+    step = SimpleNamespace(saved=False)
+    step.settle = lambda: setattr(step, "saved", True)
+    checkpointer = SimpleNamespace(
+        should_save=lambda step, last_step: step == 1,
+        save=lambda step, *_, **__: saves.append(step),
+        wait=lambda: waits.append(trainer.step),
+    )
+    metrics = SimpleNamespace(pause=lambda _: nullcontext())
+    heartbeat = SimpleNamespace(beat=lambda *_: None)
+    trainer._parts = SimpleNamespace(
+        heartbeat=heartbeat, metrics=metrics, train_step=step, checkpointer=checkpointer
+    )
+    monkeypatch.setattr(Trainer, "_tensors", lambda _: {})
+    monkeypatch.setattr(Trainer, "_state", lambda _: {})
+    for trainer.step in (1, 2):
+        trainer._save_if_due(stopping=False)
+    assert saves == [1] and waits == []
+    step.saved = True
+    for trainer.step in (3, 4):
+        trainer._save_if_due(stopping=False)
+    assert waits == [3]

@@ -5,9 +5,9 @@ import torch
 
 from tests.ranks import run_on_ranks
 from tests.small_run import Setup, batches_of, hash_of, make
-from torchtitan_rd.data import DatasetKeys
+from torchtitan_rd.data import BatchDims, DatasetKeys, load_tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
-from torchtitan_rd.models.spec import SINGLE_READ_OUT
+from torchtitan_rd.model_spec import SINGLE_READ_OUT
 from torchtitan_rd.validation import ValidationConfig, read_held_out, validate, validation_keys
 
 
@@ -18,7 +18,9 @@ def train(rank, world_size, validating):
     for number in (1, 2, 3):
         losses.append(step(number, batches_of(number, rank, world_size, config, padded=True)).loss)
         if validating:
-            held_out_losses.append(validate(model, held_out, torch.device("cpu"), SINGLE_READ_OUT)["val_loss"])
+            held_out_losses.append(
+                validate(model, held_out, torch.device("cpu"), SINGLE_READ_OUT)["val_loss"]
+            )
     return losses, held_out_losses, hash_of(model), model.training
 
 
@@ -51,8 +53,9 @@ def against_cross_entropy(rank, world_size):
 
 
 def held_out_ids(degree: int, keys: DatasetKeys) -> torch.Tensor:
-    options = {"tokenizer_path": "bytes", "vocab_size": 258, "data_degree": degree, "seed": 0}
-    batches = [b for rank in range(degree) for b in read_held_out(keys, "validation", data_rank=rank, **options)]
+    options = {"tokenizer": load_tokenizer("bytes"), "vocab_size": 258, "seed": 0}
+    ranks = [BatchDims.resolve(keys, rank, degree) for rank in range(degree)]
+    batches = [batch for dims in ranks for batch in read_held_out(keys, dims, "validation", **options)]
     return torch.cat([batch.inputs for batch in batches])
 
 

@@ -54,28 +54,29 @@ def test_a_vocabulary_is_padded_to_the_next_multiple(size, multiple, padded):
 @pytest.mark.parametrize("family", SMALL)
 def test_the_rows_count_as_parameters_and_in_the_flops(family, tmp_path):
     run = trainer(tmp_path, family=family)
-    assert (run.vocab_size, run.shape.vocab_size) == (258, 320)
-    spec, seq_len = run.spec, 16
+    assert (run.plan.vocab_size, run.plan.shape.vocab_size) == (258, 320)
+    spec, seq_len = run.plan.spec, 16
     plain = get_flavor(spec, run.config.model.flavor, {**run.config.model.overrides, "vocab_size": 258})
     with torch.device("meta"):
-        padded_count, count = (sum(p.numel() for p in spec.build(shape).parameters()) for shape in (run.shape, plain))
-    tables = 1 if run.shape.tie_word_embeddings else 2
+        padded_count, count = (
+            sum(p.numel() for p in spec.build(shape).parameters()) for shape in (run.plan.shape, plain)
+        )
+    tables = 1 if run.plan.shape.tie_word_embeddings else 2
     assert padded_count - count == tables * 62 * 32
-    more = spec.flops(run.shape, seq_len).matmul - spec.flops(plain, seq_len).matmul
+    more = spec.flops(run.plan.shape, seq_len).matmul - spec.flops(plain, seq_len).matmul
     assert more == 6 * 62 * 32
 
 
 def test_the_loss_of_a_step_is_over_all_rows(tmp_path):
     run = trainer(tmp_path)
     run.run()
-    model = run.spec.build(run.shape)
-    init_weights(model, run.spec.inits(model), run.config.training.seed)
+    model = run.plan.spec.build(run.plan.shape)
+    init_weights(model, run.plan.spec.inits(model), run.config.training.seed)
     loader = build_dataloader(
-        run.data_keys,
-        tokenizer_path="bytes",
+        run.config.training,
+        run.plan.batch,
+        tokenizer=run.plan.tokenizer,
         vocab_size=258,
-        data_rank=0,
-        data_degree=1,
         seed=run.config.training.seed,
         pin_memory=False,
     )
@@ -84,7 +85,9 @@ def test_the_loss_of_a_step_is_over_all_rows(tmp_path):
     logits = model(batch.inputs).double()
     assert logits.shape[-1] == 320 and batch.inputs.max() < 258
     target = logits.gather(-1, batch.labels.unsqueeze(-1)).squeeze(-1)
-    over_all, over_true = ((part.logsumexp(-1) - target).mean().item() for part in (logits, logits[..., :258]))
+    over_all, over_true = (
+        (part.logsumexp(-1) - target).mean().item() for part in (logits, logits[..., :258])
+    )
     [row] = rows(tmp_path / "dump")
     assert row["loss"] == pytest.approx(over_all, abs=1e-5) and over_all - over_true > 0.05
 
@@ -106,11 +109,17 @@ def test_data_may_not_hold_a_padded_id(trained, held_out, tmp_path, monkeypatch)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     run = trainer(
         tmp_path,
-        *("--training.dataset=packed", f"--training.dataset_path={packed(tmp_path, 'train.parquet', trained)}"),
-        *("--validation.enable", f"--validation.dataset_path={packed(tmp_path, 'validation.parquet', held_out)}"),
+        *(
+            "--training.dataset=packed",
+            f"--training.dataset_path={packed(tmp_path, 'train.parquet', trained)}",
+        ),
+        *(
+            "--validation.enable",
+            f"--validation.dataset_path={packed(tmp_path, 'validation.parquet', held_out)}",
+        ),
         *("--model.vocab_size=100", "--training.local_batch_size=1", "--validation.sequences=2"),
     )
-    assert run.shape.vocab_size == 128
+    assert run.plan.shape.vocab_size == 128
     with pytest.raises(DataError, match=r"id 101, but the model's vocabulary is 0\.\.99"):
         run.run()
 
@@ -122,16 +131,22 @@ def test_spikes_keep_their_separator_and_an_export_states_it(tmp_path, monkeypat
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     counts = np.random.default_rng(0).poisson(0.5, (4, 7, 80)).tolist()
-    pq.write_table(pa.table({"spike_counts": pa.array(counts, pa.list_(pa.list_(pa.int32())))}), tmp_path / "s.parquet")
-    data = ["--training.dataset=primate", f"--training.dataset_path={tmp_path / 's.parquet'}", "--model.vocab_size=20"]
+    pq.write_table(
+        pa.table({"spike_counts": pa.array(counts, pa.list_(pa.list_(pa.int32())))}), tmp_path / "s.parquet"
+    )
+    data = [
+        "--training.dataset=primate",
+        f"--training.dataset_path={tmp_path / 's.parquet'}",
+        "--model.vocab_size=20",
+    ]
     run = trainer(tmp_path, *data, family="raven")
     run.run()
     weights = with_tokenizer(open_dcp(tmp_path / "dump" / "checkpoint" / "step-1"))
-    assert weights.shape == run.shape and weights.token_ids["bos_token_id"] == 19
+    assert weights.shape == run.plan.shape and weights.token_ids["bos_token_id"] == 19
     to_hf(weights, tmp_path / "hf", verify=False)
     fields = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (fields["vocab_size"], fields["padding_multiple"], fields["bos_token_id"]) == (64, 1, 19)
-    assert MODELS["raven"].hf.shape(fields) == run.shape
+    assert MODELS["raven"].hf.shape_of(fields) == run.plan.shape
 
 
 def test_a_resumed_run_may_not_have_other_rows(tmp_path):

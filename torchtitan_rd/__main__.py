@@ -1,4 +1,6 @@
-"""`python -m torchtitan_rd <command>` (or `torchtitan-rd`): a table of commands, each imported when called."""
+"""`python -m torchtitan_rd <command>` (or `torchtitan-rd`): a table of commands,
+each imported when called.
+"""
 
 import importlib
 import sys
@@ -13,8 +15,14 @@ COMMANDS = {
     "data": ("torchtitan_rd.commands.data", "read every row of a run's data for what would stop the run"),
     "eval": ("torchtitan_rd.commands.evaluate", "loss, perplexity, tasks, and baselines of a trained model"),
     "generate": ("torchtitan_rd.commands.generate", "continue prompts with a trained model"),
-    "generate-spikes": ("torchtitan_rd.commands.generate_spikes", "continue recordings with a model of spikes"),
-    "pareto": ("torchtitan_rd.commands.pareto", "loss against iterations and memory under every exit criterion"),
+    "generate-spikes": (
+        "torchtitan_rd.commands.generate_spikes",
+        "continue recordings with a model of spikes",
+    ),
+    "pareto": (
+        "torchtitan_rd.commands.pareto",
+        "loss against iterations and memory under every exit criterion",
+    ),
     "report": ("torchtitan_rd.commands.report", "runs as one HTML page of charts"),
     "verify": ("torchtitan_rd.commands.verify", "check a checkpoint's files against its manifest"),
 }

@@ -1,4 +1,4 @@
-"""JobConfig: every section in one place, and the checks that need more than one of them."""
+"""JobConfig: every section in one place. What is wrong between sections is found in run_plan.py."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import tomli_w
 
 from torchtitan_rd.checkpoint import CheckpointConfig
-from torchtitan_rd.config_loader import Loaded, Section, load_config
+from torchtitan_rd.config_loader import Loaded, Section, load_config, section_type
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import CommConfig, Environment, JobKeys
 from torchtitan_rd.lr_scheduler import LRSchedulerConfig, schedule_warnings
@@ -38,23 +38,20 @@ class JobConfig(Section):
     profiling: ProfilingConfig = ProfilingConfig()
     comm: CommConfig = CommConfig()
 
-    def cross_checks(self) -> list[str]:
-        """What is wrong between sections, one line each; empty if nothing is."""
-        problems = []
-        schedule, steps = self.lr_scheduler, self.training.steps
-        if schedule.cooldown_steps and schedule.warmup_steps + schedule.cooldown_steps > steps:
-            problems.append(
-                f"[lr_scheduler] warmup_steps ({schedule.warmup_steps}) + cooldown_steps ({schedule.cooldown_steps}) "
-                f"is more than [training] steps ({steps}): shorten one or train longer"
-            )
-        return problems
-
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """Section -> key -> plain value, with credentials hidden: for whatever is written or shown."""
-        return mask_values(self.model_dump(mode="json"))
+        values = self.model_dump(mode="json")
+        fields = type(self).model_fields
+        ordered = {
+            section: {key: keys[key] for key in dict(section_type(fields[section]).fields_in_order())}
+            for section, keys in values.items()
+        }
+        return mask_values(ordered)
 
     def write(self, path: Path) -> None:
-        """Writes a TOML file that loads to this same config, but for credentials (keys that are None are left out)."""
+        """Writes a TOML file that loads to this same config,
+        but for credentials (keys that are None are left out).
+        """
         sections = {s: {k: v for k, v in keys.items() if v is not None} for s, keys in self.as_dict().items()}
         path.write_text(tomli_w.dumps(sections), encoding="utf-8")
 
@@ -64,15 +61,21 @@ class JobConfig(Section):
         return frozenset(
             f"{section}.{key}"
             for section, info in cls.model_fields.items()
-            for key, field in info.annotation.model_fields.items()
-            if (field.json_schema_extra or {}).get("on_resume") == "must_match"
+            for key, field in section_type(info).model_fields.items()
+            if isinstance(field.json_schema_extra, dict)
+            and field.json_schema_extra.get("on_resume") == "must_match"
         )
 
 
 def load(arguments: list[str], environment: Environment) -> Loaded[JobConfig]:
-    """The config of a run. Raises ConfigError with every problem at once."""
+    """The config of a run. Raises ConfigError with every unknown key and wrong value at once.
+
+    What the keys mean together is `run_plan.resolve`'s to judge.
+    """
     loaded = load_config(JobConfig, arguments, renamed=OLD_KEYS, environment=environment.overrides)
     if loaded.config.job.config_file is None and not loaded.origins:
-        raise ConfigError("no config: pass --job.config_file FILE.toml (see train_configs/) or --section.key value")
+        raise ConfigError(
+            "no config: pass --job.config_file FILE.toml (see train_configs/) or --section.key value"
+        )
     loaded.warnings += schedule_warnings(loaded.config.lr_scheduler)
     return loaded

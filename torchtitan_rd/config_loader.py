@@ -7,6 +7,7 @@ Every problem found is gathered, and all are raised as one ConfigError before an
 import ast
 import codecs
 import difflib
+import inspect
 import re
 import types
 import typing
@@ -18,6 +19,8 @@ from typing import Annotated, Any, Generic, TypeVar
 import tomli
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic.config import JsonDict
+from pydantic.fields import FieldInfo
 
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.masking import is_masked
@@ -31,6 +34,10 @@ BYTE_ORDER_MARKS = {
 }
 
 
+MUST_MATCH: JsonDict = {"on_resume": "must_match"}
+"""`json_schema_extra` of a key that a resumed run may not change."""
+
+
 class Section(BaseModel):
     """Base of a config section: frozen, strictly typed, no unknown keys, no infinite numbers.
 
@@ -41,9 +48,28 @@ class Section(BaseModel):
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
+    @classmethod
+    def fields_in_order(cls) -> list[tuple[str, FieldInfo]]:
+        """Every key as it is shown: the section's own ones first, then those that it has from other rooms."""
+        declared = [
+            key for base in cls.__mro__ for key in inspect.get_annotations(base) if key in cls.model_fields
+        ]
+        return [(key, cls.model_fields[key]) for key in dict.fromkeys(declared)]
+
+
+def section_type(info: FieldInfo) -> type[Section]:
+    """The class of a section, from a schema's field."""
+    if not isinstance(info.annotation, type) or not issubclass(info.annotation, Section):
+        raise TypeError(f"{info.annotation} is no Section")
+    return info.annotation
+
 
 def _expand_home(path: str | None) -> str | None:
-    """`~` and `~user` as a shell would read them, which it does not do within `--key=~/folder` or in a file."""
+    """`~` and `~user` as a shell would read them, which it does not do within `--key=~/folder` or
+    in a file.
+    """
+    if path is not None and (not path or "\0" in path):
+        raise ValueError("is not a path; is a variable of the script unset?")
     if path is None or not path.startswith("~"):
         return path
     try:
@@ -80,9 +106,9 @@ class Value:
 class RenamedKey:
     """A key of an older schema. `new` is its present `section.key` (None: removed).
 
-    `convert` turns the old value into the new one, and is called with values of `value_type` only (None: of any type,
-    since the present key checks it). A removed key is accepted only with a value in `harmless` (it asked for what
-    happens anyway); `remedy` says what to do otherwise.
+    `convert` turns the old value into the new one, and is called with values of `value_type` only (None: of
+    any type, since the present key checks it). A removed key is accepted only with a value in `harmless` (it
+    asked for what happens anyway); `remedy` says what to do otherwise.
     """
 
     new: str | None
@@ -102,32 +128,33 @@ class Loaded(Generic[C]):
 
 
 @dataclass
-class _Reader:
-    schema: type[Section]
+class _Reader(Generic[C]):
+    schema: type[C]
     renamed: Mapping[str, RenamedKey]
     values: dict[str, Value] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def take(self, key: str, value: Value) -> None:
-        """Records `section.key = value`, translated if the key is of an older schema; a later call overrides."""
+        """Records `section.key = value`, translated if the key is of an older schema;
+        a later call overrides.
+        """
         if key in self.renamed:
-            old = self.renamed[key]
+            old, where = self.renamed[key], f"{value.origin}: {key}"
             if value.origin == "command line" and isinstance(value.raw, str):
                 value = Value(_guess(value.raw), value.origin)  # the old key's type is not declared anywhere
             if old.new is None:
-                if not any(type(value.raw) is type(allowed) and value.raw == allowed for allowed in old.harmless):
-                    self.problems.append(f"{value.origin}: {key} = {value.raw!r} is no longer supported: {old.remedy}")
+                if not any(type(value.raw) is type(one) and value.raw == one for one in old.harmless):
+                    self.problems.append(f"{where} = {value.raw!r} is no longer supported: {old.remedy}")
                 else:
-                    self.warnings.append(f"{value.origin}: {key} is no longer a key and is ignored ({old.remedy})")
+                    self.warnings.append(f"{where} is no longer a key and is ignored ({old.remedy})")
                 return
             if old.value_type is not None and not isinstance(value.raw, old.value_type):
-                self.problems.append(
-                    f"{value.origin}: {key} = {value.raw!r}: must be of type {old.value_type.__name__}"
-                )
+                self.problems.append(f"{where} = {value.raw!r}: must be of type {old.value_type.__name__}")
                 return
-            self.warnings.append(f"{value.origin}: {key} is now {old.new}")
+            self.warnings.append(f"{where} is now {old.new}")
             key, value = old.new, Value(old.convert(value.raw), value.origin)
+
         problem = self.unknown(key)
         if problem:
             self.problems.append(f"{value.origin}: {problem}")
@@ -140,33 +167,36 @@ class _Reader:
         sections = self.schema.model_fields
         if section not in sections:
             return f"unknown section [{section}]{nearest(section, sections)}"
-        fields = sections[section].annotation.model_fields
-        if name in fields or (name.partition(".")[0] in fields and is_table(fields[name.partition(".")[0]].annotation)):
+        fields = section_type(sections[section]).model_fields
+        if name in fields or (
+            name.partition(".")[0] in fields and is_table(fields[name.partition(".")[0]].annotation)
+        ):
             return None
-        elsewhere = [f"{s}.{name}" for s, f in sections.items() if name in f.annotation.model_fields]
+        elsewhere = [f"{s}.{name}" for s, f in sections.items() if name in section_type(f).model_fields]
         hint = f"; did you mean {elsewhere[0]}?" if elsewhere else nearest(name, fields)
         return f"unknown key {name!r} in section [{section}]{hint}"
 
-    def build(self) -> Section | None:
+    def build(self) -> C | None:
         """The validated config, or None after adding every section's problems."""
         sections = {}
         for name, info in self.schema.model_fields.items():
             raw: dict[str, Any] = {}
+            section = section_type(info)
             for key, value in self.values.items():
                 if not key.startswith(name + "."):
                     continue
-                if not _nest(raw, key.split(".")[1:], self._typed(info.annotation, key, value)):
+                if not _nest(raw, key.split(".")[1:], self._typed(section, key, value)):
                     parent = key.rpartition(".")[0]
-                    self.problems.append(f"{value.origin}: {key}: {parent} has a value already and cannot hold entries")
+                    self.problems.append(
+                        f"{value.origin}: {key}: {parent} has a value already and cannot hold entries"
+                    )
             try:
-                sections[name] = info.annotation.model_validate(raw)
+                sections[name] = section.model_validate(raw)
             except ValidationError as error:
                 self.problems += [self._explain(name, entry) for entry in error.errors()]
         if self.problems:
             return None
-        config = self.schema(**sections)
-        self.problems += config.cross_checks()
-        return config
+        return self.schema(**sections)
 
     def _typed(self, section: type[Section], key: str, value: Value) -> Any:
         """Command-line values arrive as strings: read them as the type that the key declares."""
@@ -178,10 +208,18 @@ class _Reader:
 
     def _explain(self, section: str, entry: Mapping[str, Any]) -> str:
         name = str(entry["loc"][0]) if entry["loc"] else ""
-        found = [v for k, v in self.values.items() if k == f"{section}.{name}" or k.startswith(f"{section}.{name}.")]
+        found = [
+            v
+            for k, v in self.values.items()
+            if k == f"{section}.{name}" or k.startswith(f"{section}.{name}.")
+        ]
         origin = found[0].origin if found else "default"
         message = entry["msg"].removeprefix("Value error, ")
-        return f"{origin}: [{section}] {name} = {entry['input']!r}: {message}" if name else f"[{section}]: {message}"
+        return (
+            f"{origin}: [{section}] {name} = {entry['input']!r}: {message}"
+            if name
+            else f"[{section}]: {message}"
+        )
 
 
 def load_config(
@@ -192,30 +230,34 @@ def load_config(
     environment: Mapping[str, Any] | None = None,
     file_key: str = "job.config_file",
 ) -> Loaded[C]:
-    """Reads the file named by `--{file_key}`, then `environment`, then the command line, each overriding the last.
+    """Reads the file named by `--{file_key}`, then `environment`, then the command line,
+    each overriding the last.
 
     Raises ConfigError with every problem, one a line.
     """
     reader = _Reader(schema, renamed or {})
     overrides = parse_overrides(arguments, reader.problems)
     files = [value for key, value in overrides if key == file_key]
-    if files and (files[-1] is True or not files[-1]):
+    if files and (not isinstance(files[-1], str) or not files[-1]):
         reader.problems.append(
             f"command line: --{file_key} needs the name of a file; is a variable of the script unset?"
         )
     elif files:
-        for key, value in read_file(Path(files[-1])):
+        for key, value in read_file(Path(str(files[-1]))):
             reader.take(key, value)
+
     for key, raw in (environment or {}).items():
         reader.take(key, Value(raw, "environment"))
     for key, raw in overrides:
         reader.take(key, Value(raw, "command line"))
     config = reader.build()
-    if reader.problems:
+    if config is None or reader.problems:
         raise ConfigError("\n".join(reader.problems))
+
     origins = {key: value.origin for key, value in reader.values.items()}
     masked = [
-        f"{value.origin}: {key} had credentials, which were hidden (***) when this was written: give them again"
+        f"{value.origin}: {key} had credentials, which were hidden (***) when this was written: "
+        "give them again"
         for key, value in reader.values.items()
         if is_masked(value.raw)
     ]
@@ -223,13 +265,17 @@ def load_config(
 
 
 def read_file(path: Path) -> list[tuple[str, Value]]:
-    """The settings of a TOML file (or of the CLM ancestor's YAML, whose sections end in `_args`), in order."""
+    """The settings of a TOML file (or of the CLM ancestor's YAML, whose sections end in
+    `_args`), in order.
+    """
     try:
         path = path.expanduser()
         content = path.read_bytes()
         for mark, encoding in BYTE_ORDER_MARKS.items():
             if content.startswith(mark):
-                raise ConfigError(f"{path}: begins with a byte order mark ({encoding}); save it as UTF-8 without one")
+                raise ConfigError(
+                    f"{path}: begins with a byte order mark ({encoding}); save it as UTF-8 without one"
+                )
         text = content.decode()
         table = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else tomli.loads(text)
     except OSError as error:
@@ -238,10 +284,12 @@ def read_file(path: Path) -> list[tuple[str, Value]]:
         raise ConfigError(f"{path}: not a valid config file: {error}") from None
     except RuntimeError as error:  # of expanduser
         raise ConfigError(f"--job.config_file {path}: {error}") from None
+
     if table is None or table == {}:
         raise ConfigError(f"{path}: is empty: it sets no key; was it cut off when it was copied?")
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: expected sections of keys, found {type(table).__name__}")
+
     found = []
     for section, keys in table.items():
         if not isinstance(section, str) or not isinstance(keys, dict):
@@ -255,7 +303,9 @@ def read_file(path: Path) -> list[tuple[str, Value]]:
 
 
 def parse_overrides(arguments: Sequence[str], problems: list[str]) -> list[tuple[str, str | bool]]:
-    """`--a.b 1`, `--a.b=1`, `--a.b` (true) and `--no-a.b` (false), in order; anything else goes to `problems`."""
+    """`--a.b 1`, `--a.b=1`, `--a.b` (true) and `--no-a.b` (false), in order;
+    anything else goes to `problems`.
+    """
     found: list[tuple[str, str | bool]] = []
     i = 0
     while i < len(arguments):
@@ -302,7 +352,9 @@ def _nest(table: dict[str, Any], path: list[str], value: Any) -> bool:
 
 
 def _parse(text: str, annotation: Any) -> Any:
-    """A command-line string as `annotation`; unchanged where it does not fit, so that validation can complain."""
+    """A command-line string as `annotation`; unchanged where it does not fit,
+    so that validation can complain.
+    """
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     if type(None) in options and text.lower() in ("none", "null"):
         return None

@@ -1,4 +1,6 @@
-"""What forward takes beside tokens: nothing, or, for a recurrent model, the depth and the noise of each microbatch."""
+"""What forward takes beside tokens: nothing, or, for a recurrent model,
+the depth and the noise of each microbatch.
+"""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -7,15 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchtitan_rd.data import Batch
-from torchtitan_rd.data.batch_ramp import BatchRamp
-from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.models.spec import (
+from torchtitan_rd.batch import Batch
+from torchtitan_rd.data import BatchDims
+from torchtitan_rd.model_spec import (
     NO_INPUTS,
     SINGLE_READ_OUT,
+    DrawnInputs,
     FlopCount,
     ForwardInputs,
     Microbatch,
+    ModelShape,
     ModelSpec,
     ReadOuts,
 )
@@ -24,88 +27,95 @@ from torchtitan_rd.models.spec import (
 class Draws:
     """Places each microbatch of this rank in the run and asks the model's family what belongs to the place.
 
-    recurrence: the section [recurrence]. accumulation: microbatches of a rank in one batch of the loader.
-    Raises ConfigError if the settings cannot go together, or are for recurrent models and this is none.
+    recurrence: the section [recurrence]. dims: of training.
+    Raises ConfigError if the settings cannot go together.
     """
 
     def __init__(
         self,
         spec: ModelSpec,
-        shape: Any,
+        shape: ModelShape,
         recurrence: Any,
+        dims: BatchDims,
         *,
         seed: int,
         total_steps: int,
         seq_len: int,
-        ramp: BatchRamp,
-        accumulation: int,
-        rank: int,
-        data_degree: int,
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self.spec, self.shape, self.ramp, self.accumulation = spec, shape, ramp, accumulation
-        self.rank, self.data_degree = rank, data_degree
-        self.layout = {"seq_len": seq_len, "device": device, "dtype": dtype}
+        self.spec = spec
+        self.shape = shape
+        self.dims = dims
+        self.seq_len = seq_len
+        self.device = device
+        self.dtype = dtype
         self.own_depths = not recurrence.lockstep  # whether each rank draws for itself
-        self.family = spec.inputs and spec.inputs(shape, recurrence, seed=seed, total_steps=total_steps)
-        if self.family is None and recurrence != type(recurrence)():
-            raise ConfigError(f"[recurrence] is for recurrent models, not for {spec.name}: leave its keys unset")
+        self.family: DrawnInputs | None = None
+        if spec.inputs is not None:
+            self.family = spec.inputs(shape, recurrence, seed=seed, total_steps=total_steps)
 
     def training(self, step: int, number: int, batch: Batch) -> ForwardInputs:
         """For microbatch `number` (from 0) of this rank in update `step`."""
         if self.family is None:
             return NO_INPUTS
-        return self.family(self._place(step, number, len(batch.inputs), self.accumulation))
+        return self.family(self._place(step, number, batch))
 
     def validation(self, depths: Sequence[int], held_out: Sequence[Batch]) -> ReadOuts:
         """Of a recurrent model: val_loss at its mean depth and val_loss_<depth>, each depth computed once."""
-        if self.family is None:
+        family = self.family
+        if family is None:
             return SINGLE_READ_OUT
-        named = {"val_loss": self.family.mean_depth, **{f"val_loss_{depth}": depth for depth in depths}}
+        named = {"val_loss": family.mean_depth, **{f"val_loss_{depth}": depth for depth in depths}}
         ascending = sorted(set(named.values()))
 
         def forward_inputs(number: int) -> Mapping[str, object]:
-            place = self._place(1, number, len(held_out[number].inputs), len(held_out))
-            return self.family.at_depths(ascending, place).kwargs
+            return family.at_depths(ascending, self._place(1, number, held_out[number])).kwargs
 
         return ReadOuts({name: ascending.index(depth) for name, depth in named.items()}, forward_inputs)
 
-    def flops(self, draws: Sequence[Sequence[tuple[int, int]]]) -> FlopCount | None:
-        """The mean count per token at the pace of these draws; None where nothing is drawn.
+    def flops(self, depths: Sequence[Sequence[tuple[int, int]]]) -> FlopCount | None:
+        """The mean count per token at the pace of these depths; None where nothing is drawn.
 
-        draws: for each rank the (n, k) of its microbatches, all of the same steps. The costliest draw of a microbatch
-        sets its pace: the other ranks wait for it.
+        depths: for each rank the (n, k) of its microbatches, all of the same steps.
+        The costliest depth of a microbatch sets its pace: the other ranks wait for it.
         """
         if self.family is None:
             return None
-        pace = [max(set(ranks), key=self._cost) for ranks in zip(*draws, strict=True)]
-        return self.spec.flops(self.shape, self.layout["seq_len"], num_steps=mean_depth(pace))
+        pace = [max(set(ranks), key=self._cost) for ranks in zip(*depths, strict=True)]
+        return self.spec.flops(self.shape, self.seq_len, num_steps=mean_depth(pace))
 
     def watch(self, model: nn.Module, *, watching: bool) -> AbstractContextManager[Any]:
-        """A context around a step that describes this rank's last microbatch, if the family can and `watching`."""
+        """A context around a step that describes this rank's last microbatch,
+        if the family can and `watching`.
+        """
         return self.spec.telemetry(model) if watching and self.spec.telemetry else nullcontext()
 
-    def describe(self, telemetry: Any, draws: Sequence[tuple[int, int]]) -> dict[str, float]:
+    def describe(self, telemetry: Any, depths: Sequence[tuple[int, int]]) -> dict[str, float]:
         """What `telemetry` saw, and the mean (n, k) of this rank's step; empty if nothing watched."""
         if telemetry is None:
             return {}
-        n, k = mean_depth(draws)
+        n, k = mean_depth(depths)
         return {**telemetry.read(), "num_steps_no_grad": n, "num_steps_with_grad": k}
 
-    def _cost(self, draw: tuple[int, int]) -> float:
-        count = self.spec.flops(self.shape, self.layout["seq_len"], num_steps=draw)
+    def _cost(self, depth: tuple[int, int]) -> float:
+        count = self.spec.flops(self.shape, self.seq_len, num_steps=depth)
         return count.matmul + count.attention_full
 
-    def _place(self, step: int, number: int, rows: int, per_stage: int) -> Microbatch:
-        """Its samples are rows of the global batch, in which a stage's rows stand together, rank after rank."""
-        stage, number_in_stage = divmod(number, per_stage)
-        first = (stage * self.data_degree + self.rank) * per_stage * rows + number_in_stage * rows
-        count = self.ramp.before(step) * self.accumulation + number + 1
-        return Microbatch(step, count, self.rank, range(first, first + rows), **self.layout)
+    def _place(self, step: int, number: int, batch: Batch) -> Microbatch:
+        count = self.dims.microbatches_before(step) + number + 1
+        return Microbatch(
+            step=step,
+            count=count,
+            rank=self.dims.data_rank,
+            samples=batch.rows,
+            seq_len=self.seq_len,
+            device=self.device,
+            dtype=self.dtype,
+        )
 
 
-def mean_depth(draws: Sequence[tuple[int, int]]) -> tuple[float, float]:
+def mean_depth(depths: Sequence[tuple[int, int]]) -> tuple[float, float]:
     """(mean n, mean k)."""
-    n, k = (sum(steps) / len(draws) for steps in zip(*draws, strict=True))
+    n, k = (sum(steps) / len(depths) for steps in zip(*depths, strict=True))
     return n, k

@@ -9,7 +9,9 @@ class TorchtitanRDError(Exception):
 
 
 class ConfigError(TorchtitanRDError):
-    """A setting is unknown, of the wrong type, out of range or at odds with another one or with this machine."""
+    """A setting is unknown, of the wrong type, out of range or at odds with another one or
+    with this machine.
+    """
 
 
 class DataError(TorchtitanRDError):
@@ -25,12 +27,15 @@ class ClusterError(TorchtitanRDError):
 
 
 class TrainingError(TorchtitanRDError):
-    """Training itself must stop: a non-finite loss or gradient under `training.on_nonfinite = "stop"`, or a block that
-    would be compiled again under `compile.fail_on_recompile`."""
+    """Training itself must stop: a non-finite loss or gradient under `training.on_nonfinite = "stop"`,
+    or a block that would be compiled again under `compile.fail_on_recompile`.
+    """
 
 
 def report(error: BaseException, rank: int) -> str:
-    """What the command line says of `error`: a user's mistake is one message, any other a traceback naming the rank."""
+    """What the command line says of `error`: a user's mistake is one message,
+    any other a traceback naming the rank.
+    """
     if isinstance(error, TorchtitanRDError):
         return f"{type(error).__name__}{f' on rank {rank}' if rank else ''}: {error}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -1,11 +1,13 @@
 """Says which rank hangs, and where: every rank keeps a small file up to date, and rank 0 compares them.
 
-The training thread only stores where it stands. A daemon thread writes it down every few seconds, so it goes on while
-the training thread hangs in a collective. A beat that is no longer renewed means a stopped or dead process.
+The training thread only stores where it stands. A daemon thread writes it down every few seconds, so it
+goes on while the training thread hangs in a collective. A beat that is no longer renewed means a
+stopped or dead process.
 
-Up to 256 ranks each has a file of its own in the shared folder. Above that a file holds the ranks of one node, which
-leave their beats in the node's memory, where its first rank gathers them: a shared file system does not like thousands
-of files renamed every few seconds. `rank_R.json` is the list of the beats of the ranks from R on, in both cases.
+Up to 256 ranks each has a file of its own in the shared folder. Above that a file holds the ranks of one
+node, which leave their beats in the node's memory, where its first rank gathers them: a shared file system
+does not like thousands of files renamed every few seconds. `rank_R.json` is the list of the beats of the
+ranks from R on, in both cases.
 """
 
 import faulthandler
@@ -34,9 +36,10 @@ _REMEMBERED = 33  # durations of each kind, for their median: a stall or two mus
 class Pace:
     """How long this run's steps and phases take, and so how long a silence is still healthy.
 
-    A step of 131072 tokens may take 90 s, nearly all of them in one phase, and one of a debug run 10 ms: what counts as
-    a hang must follow the run. minimum: seconds that are always allowed. first_time: seconds that are allowed in a
-    phase that has not ended once yet (compilation, the first validation). Times are in seconds on any clock.
+    A step of 131072 tokens may take 90 s, nearly all of them in one phase, and one of a debug run 10 ms: what
+    counts as a hang must follow the run. minimum: seconds that are always allowed. first_time: seconds that
+    are allowed in a phase that has not ended once yet (compilation, the first validation). Times are in
+    seconds on any clock.
     """
 
     def __init__(self, minimum: float, first_time: float):
@@ -84,15 +87,16 @@ class Heartbeat:
     """One rank's heartbeat; on rank 0 also the watch over all of them. `close` it before the process group.
 
     folder: shared by all ranks. interval: seconds between two writes; 0 switches everything off.
-    warn_after: seconds without an advance of any rank until rank 0 warns, and until each rank writes the Python stacks
-        of its threads to `rank_R.stacks`; more where the run itself is slower, see `Pace`, which has `first_time` too.
-        Rank 0 warns again each time that the silence has doubled.
-    local_rank, local_world_size: this rank among those of its node, which are numbered in one row. most_files: how many
-        files may be in the shared folder before the ranks of a node share one.
+    warn_after: seconds without an advance of any rank until rank 0 warns, and until each rank writes the
+        Python stacks of its threads to `rank_R.stacks`; more where the run itself is slower, see `Pace`,
+        which has `first_time` too. Rank 0 warns again each time that the silence has doubled.
+    local_rank, local_world_size: this rank among those of its node, which are numbered in one row.
+        most_files: how many files may be in the shared folder before the ranks of a node share one.
 
-    All ranks must call `beat` in the same sequence: behind is whoever has the fewest beats in the earliest step. Two
-    blind spots: if rank 0's own process is stopped nobody watches, and on a network file system other hosts' files are
-    seen late (up to a minute with NFS's default caching), so there `warn_after` should be minutes.
+    All ranks must call `beat` in the same sequence: behind is whoever has the fewest beats in the
+    earliest step. Two blind spots: if rank 0's own process is stopped nobody watches, and on a network
+    file system other hosts' files are seen late (up to a minute with NFS's default caching), so there
+    `warn_after` should be minutes.
     """
 
     def __init__(
@@ -113,12 +117,19 @@ class Heartbeat:
         self._interval = interval
         self._pace = Pace(warn_after, first_time)
         self._ranks_per_file = local_world_size if world_size > most_files else 1
-        self._leader = rank - local_rank if self._ranks_per_file > 1 else rank  # who writes the file of this rank
+        # Who writes the file of this rank.
+        self._leader = rank - local_rank if self._ranks_per_file > 1 else rank
         self._local = _node_folder(folder)
         self._state = (0, 0, "start", time.time())  # step, index of the beat in the step, phase, since
         self._closing = threading.Event()
-        self._thread = None
-        if interval <= 0:
+        self._thread: threading.Thread | None = None
+        now = time.monotonic()
+        self._seen = [_Seen(None, now, now) for _ in range(world_size)] if rank == 0 else []
+        self._warnings = 0
+        self._stuck_since = (self._state, now)
+        self._stacks_written = False
+        self._write_failed = False
+        if interval <= 0:  # beats are kept for nobody: no files and no thread
             return
         folder.mkdir(parents=True, exist_ok=True)
         if self._ranks_per_file > 1:
@@ -128,18 +139,14 @@ class Heartbeat:
                 path.unlink(missing_ok=True)
         if rank == 0:
             self._remove_old_files()
-        now = time.monotonic()
-        self._seen = [_Seen(None, now, now) for _ in range(world_size)] if rank == 0 else []
-        self._warnings = 0
-        self._stuck_since = (self._state, now)
-        self._stacks_written = False
-        self._write_failed = False
         self._write()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def beat(self, step: int, phase: str) -> None:
-        """Notes that this rank enters `phase` of `step`. Costs microseconds: no file, no lock, no device sync."""
+        """Notes that this rank enters `phase` of `step`. Costs microseconds: no file,
+        no lock, no device sync.
+        """
         self._pace.enter(step, phase, time.monotonic())
         index = self._state[1] + 1 if self._state[0] == step else 0
         self._state = (step, index, phase, time.time())
@@ -163,7 +170,9 @@ class Heartbeat:
                 self._watch()
 
     def _save(self, path: Path, save: Callable[[Path], object]) -> None:
-        """Writes a file whole or not at all. A full disk ends neither the watch nor, from here, the training."""
+        """Writes a file whole or not at all. A full disk ends neither the watch nor,
+        from here, the training.
+        """
         fresh = path.with_name(f".{path.name}.tmp")
         try:
             save(fresh)
@@ -186,7 +195,8 @@ class Heartbeat:
             "time": time.time(),
         }
         if self._rank != self._leader:
-            if self._local.is_dir() or not self._closing.is_set():  # at the end the leader may have gone first
+            # At the end the leader may have gone first.
+            if self._local.is_dir() or not self._closing.is_set():
                 self._save(self._local / f"rank_{self._rank}.json", _as_json([beat]))
             return
         others = range(self._leader + 1, self._leader + self._ranks_per_file)
@@ -222,13 +232,16 @@ class Heartbeat:
         deadline = max(3 * self._interval, self._pace.allowed / 2)
         dead = [r for r, seen in enumerate(self._seen) if now - seen.alive >= deadline]
         positions = [_position(seen.beat) for seen in self._seen]
-        behind = [r for r, position in enumerate(positions) if position < max(positions) and position == min(positions)]
+        behind = [
+            r
+            for r, position in enumerate(positions)
+            if position < max(positions) and position == min(positions)
+        ]
         suspects = dead or behind
         head = f"no rank has advanced for {silence:.0f} s; "
         tail = f"; Python stacks: {self._folder}/rank_*.stacks"
         if not suspects:
-            beat = self._seen[0].beat
-            return head + f"all are alive and at the same place: step {beat['step']}, phase {beat['phase']}" + tail
+            return head + f"all are alive and at the same place: {_phase(self._seen[0].beat)}" + tail
         named = ", ".join(
             f"rank {r} ({_where(self._seen[r].beat)}, for {now - self._seen[r].advanced:.0f} s)"
             for r in suspects[:_MAX_NAMED]
@@ -237,16 +250,21 @@ class Heartbeat:
         return head + ("no sign of life from " if dead else "behind the others: ") + named + more + tail
 
     def _remove_old_files(self) -> None:
-        """An earlier run's files would count as ranks that stand still. A rank of this run writes its own again."""
+        """An earlier run's files would count as ranks that stand still.
+        A rank of this run writes its own again.
+        """
         for path in self._folder.glob("rank_*"):
             path.unlink(missing_ok=True)
 
 
 def _node_folder(folder: Path) -> Path:
-    """Where the ranks of one node that share `folder` meet: in memory if it can be, the same for all of them."""
+    """Where the ranks of one node that share `folder` meet: in memory if it can be,
+    the same for all of them.
+    """
     memory = Path("/dev/shm")
     parent = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-    # The host's name, since a temporary folder may be shared between nodes, and the user's, who may write to it.
+    # The host's name, since a temporary folder may be shared between nodes, and the user's,
+    # who may write to it.
     name = f"{socket.gethostname()}:{os.getuid()}:{folder.resolve()}"
     return parent / f"torchtitan_rd_heartbeat_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
 
@@ -272,7 +290,9 @@ def _position(beat: dict | None) -> tuple[int, int]:
     return (-1, -1) if beat is None else (beat["step"], beat["index"])
 
 
+def _phase(beat: dict | None) -> str:
+    return "no heartbeat file yet" if beat is None else f"step {beat['step']}, phase {beat['phase']}"
+
+
 def _where(beat: dict | None) -> str:
-    if beat is None:
-        return "no heartbeat file yet"
-    return f"host {beat['host']}, pid {beat['pid']}, step {beat['step']}, phase {beat['phase']}"
+    return _phase(beat) if beat is None else f"host {beat['host']}, pid {beat['pid']}, {_phase(beat)}"

@@ -1,6 +1,7 @@
 """[job] and [comm]: this process among its peers. The only reader of os.environ.
 
-Ranks come from torchrun's variables; without them the process is the only one, and everything else is the same code.
+Ranks come from torchrun's variables; without them the process is the only one,
+and everything else is the same code.
 """
 
 import base64
@@ -20,6 +21,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_rd.config_loader import OptionalUserPath, Section, Subfolder, UserPath
 from torchtitan_rd.errors import ConfigError
+
+PREPARING = 24 * 3600.0
+"""Seconds that a rank waits for another one that fetches and converts data.
+A rank that dies meanwhile is noticed.
+"""
 
 
 class JobKeys(Section):
@@ -43,8 +49,9 @@ class CommConfig(Section):
     heartbeat_seconds: float = Field(10.0, ge=0.0)
     """How often each rank writes where it is to dump_folder/heartbeat. 0: never."""
     hang_warning_seconds: float = Field(60.0, gt=0.0)
-    """Rank 0 names the ranks that lag when no rank has advanced for this long, or for three times the run's own median
-    step (or its longest phase of that kind), whichever is longer."""
+    """Rank 0 names the ranks that lag when no rank has advanced for this long,
+    or for three times the run's own median step (or its longest phase of that kind), whichever is longer.
+    """
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,9 @@ class Environment:
             numbers = (rank, int(found["LOCAL_RANK"] or 0), int(found["WORLD_SIZE"] or 1))
             local_world_size = int(found["LOCAL_WORLD_SIZE"] or 1)
         except ValueError:
-            raise ConfigError(f"environment: {found} must be whole numbers; start ranks with torchrun") from None
+            raise ConfigError(
+                f"environment: {found} must be whole numbers; start ranks with torchrun"
+            ) from None
         if not 0 <= rank < numbers[2]:
             raise ConfigError(
                 f"environment: RANK {rank} does not fit WORLD_SIZE {numbers[2]}; unset both or use torchrun"
@@ -90,7 +99,9 @@ class Environment:
         return torch.device("cuda", self.local_rank)
 
 
-def init_process_group(environment: Environment, device: torch.device, comm: CommConfig, dump_folder: Path) -> None:
+def init_process_group(
+    environment: Environment, device: torch.device, comm: CommConfig, dump_folder: Path
+) -> None:
     """Starts torch.distributed: gloo for CPU tensors, NCCL for GPU tensors. A lone process needs no launcher.
 
     Writes nothing: the flight recorder is only told where its folder will be (`make_traces_folder`).
@@ -98,20 +109,25 @@ def init_process_group(environment: Environment, device: torch.device, comm: Com
     options: dict[str, Any] = {"backend": "gloo", "timeout": timedelta(seconds=comm.init_timeout_seconds)}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        # With its device known NCCL connects here, and the mesh splits its groups off this one (ncclCommSplit, one call
-        # a dimension) instead of making each group of each dimension anew on every rank.
+        # With its device known NCCL connects here, and the mesh splits its groups off this one
+        # (ncclCommSplit, one call a dimension) instead of making each group of each dimension anew on every
+        # rank.
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
         if comm.trace_buf_size > 0:
             os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(comm.trace_buf_size))
             os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-            os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(dump_folder / comm.save_traces_folder / "rank_"))
+            os.environ.setdefault(
+                "TORCH_FR_DUMP_TEMP_FILE", str(dump_folder / comm.save_traces_folder / "rank_")
+            )
     if environment.world_size == 1 and "MASTER_ADDR" not in os.environ:
         options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     dist.init_process_group(**options)
 
 
 def make_traces_folder(device: torch.device, comm: CommConfig, dump_folder: Path) -> None:
-    """Where NCCL's flight recorder writes; made with the other outputs, once the input is known to be good."""
+    """Where NCCL's flight recorder writes; made with the other outputs, once the input is known
+    to be good.
+    """
     if device.type == "cuda" and comm.trace_buf_size > 0:
         (dump_folder / comm.save_traces_folder).mkdir(parents=True, exist_ok=True)
 
@@ -128,7 +144,9 @@ def set_timeouts(mesh: DeviceMesh, seconds: float) -> None:
 
 
 def shorten_timeouts(comm: CommConfig, mesh: DeviceMesh) -> None:
-    """From start-up's timeout (compilation, first touch of the data) to training's. All ranks call it together."""
+    """From start-up's timeout (compilation, first touch of the data) to training's.
+    All ranks call it together.
+    """
     dist.barrier()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -151,7 +169,9 @@ def gather_numbers(numbers: list[float]) -> list[list[float]] | None:
 
 
 def set_determinism(seed: int, deterministic: bool, device: torch.device) -> None:
-    """Seeds every generator of this process alike on all ranks; `deterministic` makes kernels repeat bit for bit."""
+    """Seeds every generator of this process alike on all ranks;
+    `deterministic` makes kernels repeat bit for bit.
+    """
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -165,10 +185,17 @@ def set_determinism(seed: int, deterministic: bool, device: torch.device) -> Non
 def rng_state() -> dict[str, Any]:
     """The state of this rank's generators, as JSON."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy = np.random.get_state(legacy=False)
+    mersenne = numpy["state"]
     return {
         "python": [version, list(words), gauss],
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "numpy": [
+            numpy["bit_generator"],
+            mersenne["key"].tolist(),
+            mersenne["pos"],
+            numpy["has_gauss"],
+            numpy["gauss"],
+        ],
         "torch": _encode(torch.get_rng_state()),
         "cuda": _encode(torch.cuda.get_rng_state()) if torch.cuda.is_available() else None,
     }
@@ -201,7 +228,9 @@ def _decode(text: str) -> torch.Tensor:
 
 
 class GarbageCollector:
-    """Collects every `frequency` steps, on all ranks at once: a rank that collects alone lets all others wait."""
+    """Collects every `frequency` steps, on all ranks at once:
+    a rank that collects alone lets all others wait.
+    """
 
     def __init__(self, frequency: int):
         self.frequency = frequency

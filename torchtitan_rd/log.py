@@ -28,10 +28,14 @@ class _MaskingFormatter(logging.Formatter):
 
 
 def init_logging(rank: int = 0, level: str = "INFO") -> None:
-    """Sends the package's log to stderr. Calling it again (once the rank is known) replaces the earlier handler."""
+    """Sends the package's log to stderr.
+    Calling it again (once the rank is known) replaces the earlier handler.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.addFilter(_RankFilter(rank))
-    handler.setFormatter(_MaskingFormatter("%(asctime)s %(levelname).1s %(rank_mark)s%(message)s", "%H:%M:%S"))
+    handler.setFormatter(
+        _MaskingFormatter("%(asctime)s %(levelname).1s %(rank_mark)s%(message)s", "%H:%M:%S")
+    )
     logger.handlers[:] = [handler]
     logger.setLevel(level)
     logger.propagate = False

@@ -10,21 +10,24 @@ from torchtitan_rd.config_loader import Section
 
 class LRSchedulerConfig(Section):
     schedule: Literal["linear", "cosine", "constant", "trapezoid"] = "linear"
-    """What follows the warm-up: linear or cosine decay to the last step, or no decay. trapezoid (WSD: warm-up, stable,
-    decay) is constant under the name that is usual with cooldown_steps."""
+    """What follows the warm-up: linear or cosine decay to the last step, or no decay.
+    trapezoid (WSD: warm-up, stable, decay) is constant under the name that is usual with cooldown_steps.
+    """
     warmup_steps: int = Field(200, ge=0)
     """Steps of linear warm-up."""
     cooldown_steps: int = Field(0, ge=0)
-    """The steps at the end over which the rate falls from the full one, whatever the schedule. Under a linear or cosine
-    decay, which is lower by then, the rate first jumps up."""
+    """The steps at the end over which the rate falls from the full one, whatever the schedule.
+    Under a linear or cosine decay, which is lower by then, the rate first jumps up.
+    """
     cooldown_type: Literal["linear", "1-sqrt"] = "linear"
     """The form of the cool-down (1-sqrt: arXiv 2405.18392)."""
     min_lr_factor: float = Field(0.0, ge=0.0, le=1.0)
     """The share of the full rate that a decay or cool-down ends in."""
     convention: Literal["torchtitan", "huginn"] = "torchtitan"
-    """Where ramps touch zero. torchtitan: step s of a warm-up over w has s / (w + 1) of the full rate, and decays reach
-    their end one step after the last, so that no update is lost. huginn: s / w, decays reach their end in the last
-    step, and a cool-down heads for zero but stops at min_lr_factor."""
+    """Where ramps touch zero. torchtitan: step s of a warm-up over w has s / (w + 1) of the full rate, and
+    decays reach their end one step after the last, so that no update is lost. huginn: s / w, decays reach
+    their end in the last step, and a cool-down heads for zero but stops at min_lr_factor.
+    """
 
 
 def lr_factor(config: LRSchedulerConfig, step: int, total_steps: int) -> float:
@@ -52,7 +55,8 @@ def schedule_warnings(config: LRSchedulerConfig) -> list[str]:
     """What is legal but seldom meant, one line each."""
     if config.cooldown_steps and config.schedule in ("linear", "cosine"):
         return [
-            f'[lr_scheduler] cooldown_steps = {config.cooldown_steps} after schedule = "{config.schedule}": the rate '
-            f'jumps up to the full one where the cool-down starts; schedule = "trapezoid" has no jump'
+            f'[lr_scheduler] cooldown_steps = {config.cooldown_steps} after schedule = "{config.schedule}": '
+            "the rate jumps up to the full one where the cool-down starts; "
+            'schedule = "trapezoid" has no jump'
         ]
     return []

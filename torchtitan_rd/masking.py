@@ -1,7 +1,9 @@
-"""Credentials never reach a file or a log line: what is written of a config or a message goes through here first.
+"""Credentials never reach a file or a log line: what is written of a config or a message goes
+through here first.
 
-Hidden are the login and the query of every address (`https://user:password@host/path?token=...`), and each text under
-a name such as `api_key`, `hf_token`, `password`. Names like `num_tokens` and `tokenizer_path` are not meant.
+Hidden are the login and the query of every address (`https://user:password@host/path?token=...`), and
+each text under a name such as `api_key`, `hf_token`, `password`. Names like `num_tokens` and
+`tokenizer_path` are not meant.
 """
 
 import re
@@ -20,7 +22,9 @@ def mask_text(text: str) -> str:
 
 
 def mask_values(value: Any, name: str = "") -> Any:
-    """A config, or a part of it under the key `name`, as it may be written: same structure, credentials hidden."""
+    """A config, or a part of it under the key `name`, as it may be written: same structure,
+    credentials hidden.
+    """
     if isinstance(value, Mapping):
         return {key: mask_values(entry, str(key)) for key, entry in value.items()}
     if isinstance(value, list | tuple):

@@ -1,13 +1,16 @@
-"""Keys of the older torchtitan 0.1 schema, as the ancestors' files (gpt-neuro-arch, NewComputeBench) spell them.
+"""Keys of the older torchtitan 0.1 schema,
+as the ancestors' files (gpt-neuro-arch, NewComputeBench) spell them.
 
-Each loads with a warning that names its present key. Keys of features that are gone load only with a value that asked
-for nothing; any other value is an error.
+Each loads with a warning that names its present key.
+Keys of features that are gone load only with a value that asked for nothing; any other value is an error.
 """
 
 from torchtitan_rd.config_loader import RenamedKey
 
 _ANY_BOOL = (True, False)
-_NOT_BUILT = "tensor, pipeline and context parallelism are not part of this trainer yet; use 1 and shard with FSDP2"
+_NOT_BUILT = (
+    "tensor, pipeline and context parallelism are not part of this trainer yet; use 1 and shard with FSDP2"
+)
 _NO_FLOAT8 = "float8 is not supported; leave it off"
 
 
@@ -32,13 +35,19 @@ OLD_KEYS: dict[str, RenamedKey] = {
     "training.data_parallel_shard_degree": RenamedKey("parallelism.data_parallel_shard_degree"),
     "training.fsdp_reshard_after_forward": RenamedKey("parallelism.fsdp_reshard_after_forward"),
     "training.tensor_parallel_degree": RenamedKey(None, harmless=(1,), remedy=_NOT_BUILT),
-    "training.enable_loss_parallel": RenamedKey(None, harmless=_ANY_BOOL, remedy="it needs tensor parallelism"),
-    "training.disable_loss_parallel": RenamedKey(None, harmless=_ANY_BOOL, remedy="it needs tensor parallelism"),
+    "training.enable_loss_parallel": RenamedKey(
+        None, harmless=_ANY_BOOL, remedy="it needs tensor parallelism"
+    ),
+    "training.disable_loss_parallel": RenamedKey(
+        None, harmless=_ANY_BOOL, remedy="it needs tensor parallelism"
+    ),
     "training.compile": RenamedKey("compile.enable"),
     "experimental.pipeline_parallel_degree": RenamedKey(None, harmless=(1,), remedy=_NOT_BUILT),
     "experimental.pipeline_parallel_split_points": RenamedKey(None, harmless=([], ""), remedy=_NOT_BUILT),
     "experimental.pipeline_parallel_schedule": RenamedKey(
-        None, harmless=("1F1B", "1f1b", "gpipe", "interleaved_1f1b", "flexible_interleaved_1f1b"), remedy=_NOT_BUILT
+        None,
+        harmless=("1F1B", "1f1b", "gpipe", "interleaved_1f1b", "flexible_interleaved_1f1b"),
+        remedy=_NOT_BUILT,
     ),
     "experimental.pipeline_parallel_schedule_csv": RenamedKey(None, harmless=("",), remedy=_NOT_BUILT),
     "experimental.pipeline_parallel_microbatches": RenamedKey(None, harmless=(None,), remedy=_NOT_BUILT),
@@ -47,10 +56,14 @@ OLD_KEYS: dict[str, RenamedKey] = {
         None, harmless=("allgather", "alltoall"), remedy=_NOT_BUILT
     ),
     "experimental.enable_async_tensor_parallel": RenamedKey(None, harmless=(False,), remedy=_NOT_BUILT),
-    "experimental.enable_compiled_autograd": RenamedKey(None, harmless=(False,), remedy="use [compile] enable"),
+    "experimental.enable_compiled_autograd": RenamedKey(
+        None, harmless=(False,), remedy="use [compile] enable"
+    ),
     "checkpoint.enable_checkpoint": RenamedKey("checkpoint.enable"),
     "checkpoint.model_weights_only": RenamedKey("checkpoint.last_save_model_only"),
-    "metrics.rank_0_only": RenamedKey(None, harmless=(True,), remedy="rank 0 writes the metrics of all ranks"),
+    "metrics.rank_0_only": RenamedKey(
+        None, harmless=(True,), remedy="rank 0 writes the metrics of all ranks"
+    ),
     "metrics.enable_color_printing": RenamedKey(
         "metrics.disable_color_printing", value_type=bool, convert=lambda on: not on
     ),
@@ -60,6 +73,8 @@ OLD_KEYS: dict[str, RenamedKey] = {
     "float8.scaling_type_input": RenamedKey(None, harmless=("dynamic",), remedy=_NO_FLOAT8),
     "float8.scaling_type_weight": RenamedKey(None, harmless=("dynamic",), remedy=_NO_FLOAT8),
     "float8.scaling_type_grad_output": RenamedKey(None, harmless=("dynamic",), remedy=_NO_FLOAT8),
-    "memory_estimation.enabled": RenamedKey(None, harmless=(False,), remedy="there is no memory estimator yet"),
+    "memory_estimation.enabled": RenamedKey(
+        None, harmless=(False,), remedy="there is no memory estimator yet"
+    ),
     "memory_estimation.disable_fake_mode": RenamedKey(None, harmless=_ANY_BOOL, remedy="no estimator yet"),
 }

@@ -1,4 +1,6 @@
-"""[profiling]: torch profiler traces and CUDA memory snapshots, one file a rank, every `profile_freq` steps."""
+"""[profiling]: torch profiler traces and CUDA memory snapshots, one file a rank,
+every `profile_freq` steps.
+"""
 
 from pathlib import Path
 
@@ -32,7 +34,9 @@ class ProfilingConfig(Section):
     """Steps in one trace: the last ones of each `profile_freq`."""
 
     enable_memory_snapshot: bool = False
-    """Write a CUDA memory snapshot (for pytorch.org/memory_viz) every `profile_freq` steps and when out of memory."""
+    """Write a CUDA memory snapshot (for pytorch.org/memory_viz) every `profile_freq` steps and
+    when out of memory.
+    """
 
     save_memory_snapshot_folder: Subfolder = "memory_snapshot"
     """Folder inside the dump folder for memory snapshots."""
@@ -42,7 +46,8 @@ class ProfilingConfig(Section):
         needed = self.profiler_warmup + self.profiler_active
         if self.enable_profiling and needed > self.profile_freq:
             raise ValueError(
-                f"profiler_warmup + profiler_active = {needed} steps do not fit in profile_freq = {self.profile_freq}"
+                f"profiler_warmup + profiler_active = {needed} steps do not fit in profile_freq = "
+                f"{self.profile_freq}"
             )
         return self
 
@@ -51,23 +56,27 @@ def check_profiling(config: ProfilingConfig, device: torch.device) -> None:
     """Raises ConfigError if memory snapshots are enabled and `device` is not a CUDA device."""
     if config.enable_memory_snapshot and device.type != "cuda":
         raise ConfigError(
-            f"profiling.enable_memory_snapshot = true needs a CUDA device, and this run trains on {device.type}: "
-            "set it to false"
+            "profiling.enable_memory_snapshot = true needs a CUDA device, "
+            f"and this run trains on {device.type}: set it to false"
         )
 
 
 class Profiler:
-    """A context around the training loop; call `step` after every optimizer step. Idle when nothing is enabled.
+    """A context around the training loop; call `step` after every optimizer step.
+    Idle when nothing is enabled.
 
     Files: `{dump_folder}/{save_traces_folder}/iteration_N/rankR_trace.json` and
-    `{dump_folder}/{save_memory_snapshot_folder}/iteration_N/rankR_memory_snapshot.pickle`, N being the last step in it.
-    Leaving the loop during a recording, or out of memory, writes `iteration_N_exit`, N being the last whole step.
+    `{dump_folder}/{save_memory_snapshot_folder}/iteration_N/rankR_memory_snapshot.pickle`, N being the last
+    step in it. Leaving the loop during a recording, or out of memory, writes `iteration_N_exit`, N being
+    the last whole step.
 
     step: the steps already done; cycles are counted from step 0, so a restart profiles the same steps.
     Raises ConfigError if memory snapshots are enabled and `device` is not a CUDA device.
     """
 
-    def __init__(self, config: ProfilingConfig, *, dump_folder: Path, rank: int, device: torch.device, step: int):
+    def __init__(
+        self, config: ProfilingConfig, *, dump_folder: Path, rank: int, device: torch.device, step: int
+    ):
         check_profiling(config, device)
         self._config = config
         self._traces = dump_folder / config.save_traces_folder

@@ -1,9 +1,11 @@
-"""SIGINT, SIGTERM and SIGUSR1 (Ctrl-C, Slurm's preemption and time limit), and what `exit_status.json` says afterwards.
+"""SIGINT, SIGTERM and SIGUSR1 (Ctrl-C, Slurm's preemption and time limit),
+and what `exit_status.json` says afterwards.
 
-One state machine. Before the first step and during an export a signal ends what runs there, since no step is under way
-that could be saved. From the first step on it is remembered: the step is finished and saved on all ranks alike, for the
-flag of each rank is one number among those that a step sums over all ranks (parallelism/step_sums.py). Further signals
-change nothing, so that an impatient launcher does not lose the save it asked for; only a hasty third one ends the run.
+One state machine. Before the first step and during an export a signal ends what runs there, since no step is
+under way that could be saved. From the first step on it is remembered: the step is finished and saved on all
+ranks alike, for the flag of each rank is one number among those that a step sums over all ranks
+(parallelism/step_sums.py), and `Trainer._train` saves and ends. Further signals change nothing, so that an
+impatient launcher does not lose the save it asked for; only a hasty third one ends the run.
 """
 
 import json
@@ -31,25 +33,34 @@ STOPPED = 130
 HASTE = 2.0
 """Seconds after the signal before: a third one that comes sooner ends the run at once."""
 SAME_EVENT = 0.1
-"""Seconds. A terminal, torchrun and srun may each pass the same Ctrl-C on: signals that come together are one."""
+"""Seconds. A terminal, torchrun and srun may each pass the same Ctrl-C on:
+signals that come together are one.
+"""
 UNWINDING = 10.0
-"""Seconds that the main thread may stay deaf to a signal before the first step (it waits for a peer in C++)."""
+"""Seconds that the main thread may stay deaf to a signal before the first step (it waits for a
+peer in C++).
+"""
 
 Status = Literal["finished", "preempted", "stopped", "failed"]
 
 
 class Interrupted(BaseException):
-    """A signal, where no step is under way. As KeyboardInterrupt no Exception: nothing may take it for an error."""
+    """A signal, where no step is under way. As KeyboardInterrupt no Exception:
+    nothing may take it for an error.
+    """
 
 
 class StopRequest:
-    """What the signals to this rank ask for. As a context it listens; outside of one it is never asked to stop.
+    """What the signals to this rank ask for. As a context it listens;
+    outside of one it is never asked to stop.
 
-    Python runs handlers in the main thread only, between two bytecodes, so a rank that waits for the GPU or for a peer
-    would be deaf. The C-level handler writes each signal's number to a pipe (`signal.set_wakeup_fd`), and a thread
-    reads it there: it counts, logs, and can end the process while the main thread hangs.
+    Python runs handlers in the main thread only, between two bytecodes, so a rank that waits for the GPU or
+    for a peer would be deaf. The C-level handler writes each signal's number to a pipe
+    (`signal.set_wakeup_fd`), and a thread reads it there: it counts, logs, and can end the process while
+    the main thread hangs.
 
-    ends_at_once: whether a signal raises Interrupted in the main thread (once), instead of waiting for a step's end.
+    ends_at_once: whether a signal raises Interrupted in the main thread (once),
+        instead of waiting for a step's end.
     agreed: whether all ranks know of a request, through `agree`.
     lost: says what would be lost if the process ended now. record: writes that it does, with the reason.
     """
@@ -91,7 +102,9 @@ class StopRequest:
         return f"received {self.signal_name}" if self.received() else "another rank was told to stop"
 
     def agree(self, device: torch.device) -> bool:
-        """Whether any rank was asked to stop, the same on all. Collective; waits for the work queued on `device`."""
+        """Whether any rank was asked to stop, the same on all. Collective;
+        waits for the work queued on `device`.
+        """
         asked = torch.tensor(float(self.received()), device=device)
         dist.all_reduce(asked)
         self.agreed = self.agreed or bool(asked.item())
@@ -103,7 +116,9 @@ class StopRequest:
 
     @contextmanager
     def at_once(self, device: torch.device) -> Iterator[None]:
-        """Within it a signal ends what runs, as before the first step; one that came earlier does so on all ranks."""
+        """Within it a signal ends what runs, as before the first step;
+        one that came earlier does so on all ranks.
+        """
         is_asked = self.agree(device)
         self.ends_at_once = True
         if is_asked:
@@ -164,11 +179,14 @@ class StopRequest:
         os._exit(STOPPED)
 
 
-def write_exit_status(folder: Path, status: Status, step: int, reason: str = "", rank: int = 0) -> None:
+def write_exit_status(
+    folder: Path, status: Status, step: int, reason: str = "", rank: int = 0, replace: bool = False
+) -> None:
     """`exit_status.json`, by which the launch scripts decide whether to requeue: only a preempted run is.
 
-    The first rank that writes is the one that tells: the others often fail only because it has. Best effort, since it
-    often tells of the full disk that it is to be written on.
+    The first rank that writes is the one that tells: the others often fail only because it has. replace:
+    writes in place of what is there, an earlier run's perhaps. Best effort, since it often tells of the full
+    disk that it is to be written on.
     """
     path = folder / EXIT_STATUS
     staged = folder / f".{EXIT_STATUS}-{rank}"
@@ -176,7 +194,10 @@ def write_exit_status(folder: Path, status: Status, step: int, reason: str = "",
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staged.write_text(json.dumps(told) + "\n")
-        _publish(staged, path)
+        if replace:
+            staged.replace(path)
+        else:
+            _publish(staged, path)
     except OSError as error:
         logger.warning("cannot write %s: %s", path, error.strerror or error)
     finally:
@@ -196,7 +217,9 @@ def _publish(staged: Path, path: Path) -> None:
 
 
 def remove_exit_status(folder: Path) -> bool:
-    """Removes what an earlier run has left, which must not stand for this one; returns whether there was anything."""
+    """Removes what an earlier run has left, which must not stand for this one;
+    returns whether there was anything.
+    """
     path = folder / EXIT_STATUS
     was_there = path.exists()
     with suppress(OSError):

@@ -1,8 +1,10 @@
-"""[training]: the microbatches of one step -> loss -> backward -> clip -> one optimizer update. Returns numbers."""
+"""[training]: the microbatches of one step -> loss -> backward -> clip -> one optimizer update.
+Returns numbers.
+"""
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Literal
 
 import torch
@@ -11,8 +13,8 @@ from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from torchtitan_rd.data import Batch
-from torchtitan_rd.data.batch_ramp import BatchRampKeys
+from torchtitan_rd.batch import Batch
+from torchtitan_rd.config_loader import MUST_MATCH
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.errors import TrainingError
 from torchtitan_rd.log import logger
@@ -25,12 +27,12 @@ from torchtitan_rd.loss import (
     guard_error,
 )
 from torchtitan_rd.metrics import StepNumbers, StepResult
-from torchtitan_rd.models.spec import NO_INPUTS, ForwardInputs
+from torchtitan_rd.model_spec import NO_INPUTS, ForwardInputs
 from torchtitan_rd.optimizer import take_back_counts, takes_flag, update_unless
 from torchtitan_rd.parallelism import ShardingKeys, StepSums, StepTotals, prepare_microbatch
 
 
-class TrainingConfig(DatasetKeys, BatchRampKeys, ObjectiveKeys, ShardingKeys):
+class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys):
     steps: int = Field(10000, ge=1)
     """Optimizer updates of the whole run, those before a resume included."""
     max_norm: float = Field(1.0, gt=0.0)
@@ -38,13 +40,17 @@ class TrainingConfig(DatasetKeys, BatchRampKeys, ObjectiveKeys, ShardingKeys):
     z_loss_weight: float = Field(0.0, ge=0.0)
     """Weight of logsumexp(logits)^2 in the objective (PaLM used 1e-4)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What a NaN or infinite loss or gradient does, on all ranks alike, before it reaches the parameters. stop: no
-    update happens any more, and the error that names the step comes at once, on a GPU one step later. skip:
-    that update is left out, without a trace in parameters, moments and counts."""
+    """What a NaN or infinite loss or gradient does, on all ranks alike, before it reaches the parameters.
+    stop: no update happens any more, and the error that names the step comes at once, on a GPU one step
+    later. skip: that update is left out, without a trace in parameters, moments and counts.
+    """
     max_consecutive_skips: int = Field(10, ge=1)
-    """on_nonfinite = "skip": more skipped updates in a row than this stop the run, as on_nonfinite = "stop" does."""
-    seed: int = Field(0, ge=0, lt=2**64, json_schema_extra={"on_resume": "must_match"})
-    """Decides initial weights and synthetic data; the same for every number of ranks."""
+    """on_nonfinite = "skip": more skipped updates in a row than this stop the run,
+    as on_nonfinite = "stop" does.
+    """
+    seed: int = Field(0, ge=0, lt=2**64, json_schema_extra=MUST_MATCH)
+    """Decides initial weights, the state noise of a recurrent model and synthetic data; the same for every
+    number of ranks."""
     deterministic: bool = False
     """Only kernels that repeat bit for bit (slower on GPUs)."""
     gc_freq: int = Field(50, ge=1)
@@ -81,7 +87,9 @@ class Verdict:
         self.must_stop = torch.zeros((), dtype=torch.bool, device=device)
 
     def __call__(self, loss: torch.Tensor, grad_norm: torch.Tensor, tokens_seen: int) -> torch.Tensor:
-        """-> 1.0 if the update is to be left out, else 0.0: float32 scalar on the device, the same on all ranks."""
+        """-> 1.0 if the update is to be left out, else 0.0: float32 scalar on the device,
+        the same on all ranks.
+        """
         finite = loss.isfinite() & grad_norm.isfinite()
         self.consecutive_skips = (self.consecutive_skips + 1) * ~finite
         too_many = self.consecutive_skips > self.skips_allowed
@@ -98,7 +106,9 @@ class Readback:
         self._arrived = torch.cuda.Event() if on_gpu else None
 
     def post(self, vector: torch.Tensor) -> Callable[[], list[float]]:
-        """Starts the copy; returns what waits for it. The vector before must have been read: there is one buffer."""
+        """Starts the copy; returns what waits for it. The vector before must have been read:
+        there is one buffer.
+        """
         self._host.copy_(vector, non_blocking=True)
         if self._arrived is not None:
             self._arrived.record()
@@ -113,11 +123,12 @@ class Readback:
 class TrainStep:
     """One optimizer update.
 
-    The numbers of a step decide whether its update may happen. On a GPU that is decided on the device and the host
-    learns of it during the next step (`late`), when the numbers arrived long ago; a GPU never runs out of work for it.
-    On a CPU, and for an optimizer that takes no flag from the device, the host reads them before the update.
+    The numbers of a step decide whether its update may happen. On a GPU that is decided on the device and
+    the host learns of it during the next step (`late`), when the numbers arrived long ago; a GPU never runs
+    out of work for it. On a CPU, and for an optimizer that takes no flag from the device, the host reads
+    them before the update.
 
-    How many updates in a row were skipped is the only state; a resumed run starts counting anew.
+    Nothing of it is kept in a checkpoint: a resumed run counts the updates skipped in a row anew.
     """
 
     def __init__(
@@ -128,20 +139,26 @@ class TrainStep:
         device: torch.device,
         *,
         beat: Callable[[int, str], None] = lambda step, phase: None,
-        inputs: Callable[[int, int, Batch], ForwardInputs] = lambda step, number, batch: NO_INPUTS,
+        forward_inputs: Callable[[int, int, Batch], ForwardInputs] = lambda step, number, batch: NO_INPUTS,
         asked_to_stop: Callable[[], bool] = lambda: False,
         has_saved: Callable[[], bool] = lambda: False,
         late: bool | None = None,
     ):
         """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
 
-        inputs: (step, microbatch from 0, batch) -> what forward takes beside tokens (a recurrent model's draws).
-        asked_to_stop: whether a signal told this rank to stop (signals.py). has_saved: whether this rank has written
-        its share of the checkpoint that is written in the background. late: see above; by default as it says.
+        forward_inputs: (step, microbatch from 0, batch) -> what forward takes beside tokens (draws.py).
+        asked_to_stop: whether a signal told this rank to stop (signals.py). has_saved: whether this
+        rank has written its share of the checkpoint that is written in the background. late: see above;
+        by default as it says.
         """
-        self.model, self.optimizer, self.config, self.device = model, optimizer, config, device
-        self.beat, self.inputs = beat, inputs
-        self.asked_to_stop, self.has_saved = asked_to_stop, has_saved
+        self.model = model
+        self.optimizer = optimizer
+        self.config = config
+        self.device = device
+        self.beat = beat
+        self.forward_inputs = forward_inputs
+        self.asked_to_stop = asked_to_stop
+        self.has_saved = has_saved
         self.late = (device.type == "cuda" and takes_flag(optimizer, device)) if late is None else late
         self.sums = StepSums([p for group in optimizer.param_groups for p in group["params"]], device)
         self.verdict = Verdict(config, device)
@@ -151,13 +168,15 @@ class TrainStep:
         self._unread: StepResult | None = None
 
     def __call__(self, step: int, batches: Sequence[Batch], tokens_seen: int = 0) -> StepResult:
-        """Runs this rank's microbatches of update `step`. tokens_seen: this step's included, for the loss guard.
+        """Runs this rank's microbatches of update `step`. tokens_seen: this step's included,
+        for the loss guard.
 
-        Raises TrainingError on all ranks if training must stop, before any update that must not happen: for this step,
-        or (`late`) for the one before.
+        Raises TrainingError on all ranks if training must stop, before any update that must not happen:
+        for this step, or (`late`) for the one before.
         """
         batches = [self._place(batch) for batch in batches]
-        # The count comes first: every microbatch's gradient is then final, whatever the padding of the others.
+        # The count comes first: every microbatch's gradient is then final,
+        # whatever the padding of the others.
         valid = ValidTokens(batches)
         self.optimizer.zero_grad()
 
@@ -166,9 +185,9 @@ class TrainStep:
         for number, batch in enumerate(batches):
             self.beat(step, f"microbatch {number + 1} of {len(batches)}")
             prepare_microbatch(self.model, is_last=number == len(batches) - 1)
-            extra = self.inputs(step, number, batch)
-            local_sum += self._backward(batch, valid, extra)
-            depths.append(extra.num_steps)
+            drawn = self.forward_inputs(step, number, batch)
+            local_sum += self._backward(batch, valid, drawn)
+            depths.append(drawn.num_steps)
 
         self.beat(step, "update")
         mean_loss = local_sum / valid.local.clamp(min=1)
@@ -190,10 +209,11 @@ class TrainStep:
         return result
 
     def settle(self) -> None:
-        """Waits until the numbers of the last step are known, and acts on them: before anything outlives the step.
+        """Waits until the numbers of the last step are known, and acts on them:
+        before anything outlives the step.
 
-        To be called before a checkpoint, a validation or an export. Raises TrainingError on all ranks if training must
-        stop.
+        To be called before a checkpoint, a validation or an export.
+        Raises TrainingError on all ranks if training must stop.
         """
         if self._unread is None:
             return
@@ -212,22 +232,28 @@ class TrainStep:
             raise guard_error(self.config, result.step, numbers.loss, result.tokens_seen)
         else:
             raise TrainingError(
-                f"{what}: stopped before the update; training.on_nonfinite = {self.config.on_nonfinite!r} allows "
+                f"{what}: stopped before the update; "
+                f"training.on_nonfinite = {self.config.on_nonfinite!r} allows "
                 f"{self.verdict.skips_allowed} skipped updates in a row (training.max_consecutive_skips)"
             )
 
     def _place(self, batch: Batch) -> Batch:
-        """On the device, with the labels of the objective. Batches in page-locked memory are copied without a wait."""
+        """On the device, with the labels of the objective.
+        Batches in page-locked memory are copied without a wait.
+        """
         labels = batch.labels.to(self.device, non_blocking=True)
-        documents = None if batch.document_ids is None else batch.document_ids.to(self.device, non_blocking=True)
+        documents = (
+            None if batch.document_ids is None else batch.document_ids.to(self.device, non_blocking=True)
+        )
         inputs = batch.inputs.to(self.device, non_blocking=True)
-        return Batch(inputs, goldfish_labels(labels, self.config), documents)
+        labels = goldfish_labels(labels, self.config)
+        return replace(batch, inputs=inputs, labels=labels, document_ids=documents)
 
-    def _backward(self, batch: Batch, valid: ValidTokens, extra: ForwardInputs) -> torch.Tensor:
+    def _backward(self, batch: Batch, valid: ValidTokens, drawn: ForwardInputs) -> torch.Tensor:
         """Adds one microbatch's share to the gradients; returns its cross-entropy sum."""
-        logits = self.model(batch.inputs, batch.document_ids, **extra.kwargs)
+        logits = self.model(batch.inputs, batch.document_ids, **drawn.kwargs)
         sums = cross_entropy_sums(logits, batch.labels, self.config.z_loss_weight)
-        scale = valid.total() * max(extra.num_steps[1], 1) if self.config.throttle else valid.total()
+        scale = valid.total() * max(drawn.num_steps[1], 1) if self.config.throttle else valid.total()
         (sums.objective / scale).backward()
         return sums.cross_entropy
 
@@ -254,16 +280,20 @@ def _parse(values: Sequence[float]) -> StepNumbers:
     return StepNumbers(loss, loss_max, int(rank), grad_norm, bool(skipped), int(in_a_row), *map(bool, flags))
 
 
-def hash_ids(batches: Sequence[Batch], stages: int = 1) -> str | None:
+def hash_ids(batches: Sequence[Batch]) -> str | None:
     """sha256 of the global batch's input ids, int64 little-endian, in row order; on rank 0 alone, else None.
-
-    stages: batches of the loader that this global batch consists of, each spread over all ranks (data/batch_ramp.py).
 
     Gathers the ids of all ranks: a check to switch on when two runs are to be compared.
     """
-    rows = torch.cat([batch.inputs for batch in batches]).unflatten(0, (stages, -1)).contiguous()
-    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
-    dist.gather(rows, gathered)
+    numbers = torch.tensor([row for batch in batches for row in batch.rows])
+    ids = torch.cat([batch.inputs for batch in batches])
+    numbered = torch.cat([numbers[:, None], ids], dim=1)
+    gathered = (
+        [torch.empty_like(numbered) for _ in range(dist.get_world_size())] if dist.get_rank() == 0 else None
+    )
+    dist.gather(numbered, gathered)
     if gathered is None:
         return None
-    return hashlib.sha256(torch.cat(gathered, dim=1).numpy().astype("<i8").tobytes()).hexdigest()
+    everything = torch.cat(gathered)
+    in_order = everything[everything[:, 0].argsort(), 1:]
+    return hashlib.sha256(in_order.numpy().astype("<i8").tobytes()).hexdigest()

@@ -11,12 +11,13 @@ from pydantic import Field, field_validator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from torchtitan_rd.batch import Batch
 from torchtitan_rd.config_loader import OptionalUserPath, Section
-from torchtitan_rd.data import Batch, DatasetKeys, build_dataloader
+from torchtitan_rd.data import DATASETS, BatchDims, DataRanks, DatasetKeys, Tokenizer, build_dataloader
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.loss import count_valid, cross_entropy_sums
-from torchtitan_rd.models.spec import ReadOuts
+from torchtitan_rd.model_spec import ReadOuts
 from torchtitan_rd.signals import StopRequest
 
 
@@ -32,11 +33,13 @@ class ValidationConfig(Section):
     freq: int = Field(500, ge=1)
     """Steps from one validation to the next."""
     sequences: int = Field(64, ge=1)
-    """Size of the held-out set: so many sequences of training.seq_len, the same ones at every validation and on any
-    number of ranks. A multiple of training.local_batch_size times the data ranks."""
+    """Size of the held-out set: so many sequences of training.seq_len, the same ones at every validation and
+    on any number of ranks. A multiple of training.local_batch_size times the data ranks.
+    """
     partial_depth_eval: list[int] = Field(default_factory=lambda: [1, 4, 8, 16, 32, 64])
-    """Recurrent models: the depths at which the loss is measured too (val_loss_1, ...), beside the model's own mean
-    (val_loss)."""
+    """Recurrent models: the depths at which the loss is measured too (val_loss_1, ...),
+    beside the model's own mean (val_loss).
+    """
 
     @field_validator("partial_depth_eval")
     @classmethod
@@ -58,42 +61,59 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
             f"validation.sequences = {config.sequences} is not a multiple of training.local_batch_size = "
             f"{training.local_batch_size} times the {data_degree} data ranks = {at_once}"
         )
-    same = config.dataset in (None, training.dataset)
+
+    name = config.dataset or training.dataset
+    same = name == training.dataset
+    is_packed = name in DATASETS and DATASETS[name].kind == "packed"
     return DatasetKeys(
-        dataset=config.dataset or training.dataset,
+        dataset=name,
         dataset_path=config.dataset_path or (training.dataset_path if same else None),
         dataset_revision=training.dataset_revision if same and config.dataset_path is None else None,
         column=training.column if same else None,
+        source_dataset=training.source_dataset if same else None,
         seq_len=training.seq_len,
         local_batch_size=training.local_batch_size,
         global_batch_size=config.sequences,
         document_mask=training.document_mask,
-        pad_id=training.pad_id,
-        eos_id=training.eos_id,
+        pad_id=training.pad_id if is_packed else None,
+        eos_id=training.eos_id if is_packed else None,
     )
 
 
-def held_out_set(config: ValidationConfig, training: DatasetKeys, *, data_degree: int, **reading: Any) -> list[Batch]:
-    """What `config` names, nothing if it is not enabled. reading: the other arguments of `read_held_out`."""
+def held_out_set(
+    config: ValidationConfig, training: DatasetKeys, dims: BatchDims, **reading: Any
+) -> list[Batch]:
+    """What `config` names, nothing if it is not enabled. dims: of training.
+    reading: as for `read_held_out`.
+    """
     if not config.enable:
         return []
-    keys = validation_keys(config, training, data_degree)
-    return read_held_out(keys, config.split, data_degree=data_degree, **reading)
+    keys = validation_keys(config, training, dims.data_degree)
+    return read_held_out(
+        keys, BatchDims.resolve(keys, dims.data_rank, dims.data_degree), config.split, **reading
+    )
 
 
 def read_held_out(
-    keys: DatasetKeys, split: str, *, tokenizer_path: str, vocab_size: int, data_rank: int, data_degree: int, seed: int
+    keys: DatasetKeys,
+    dims: BatchDims,
+    split: str,
+    *,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    seed: int,
+    ranks: DataRanks | None = None,
 ) -> list[Batch]:
     """This rank's share of the held-out set: the first global batch of `keys`, which is kept in memory."""
     loader = build_dataloader(
         keys,
-        tokenizer_path=tokenizer_path,
+        dims,
+        tokenizer=tokenizer,
         vocab_size=vocab_size,
-        data_rank=data_rank,
-        data_degree=data_degree,
         seed=seed,
         pin_memory=False,
         split=split,
+        ranks=ranks,
     )
     try:
         return loader.next_step()
@@ -109,19 +129,23 @@ def validate(
     read_outs: ReadOuts,
     stop: StopRequest | None = None,
 ) -> dict[str, float]:
-    """Mean loss in nats per valid token of the held-out set, the same on all ranks, by the names of `read_outs`.
+    """Mean loss in nats per valid token of the held-out set, the same on all ranks,
+    by the names of `read_outs`.
 
-    Each batch is one forward, however many losses there are: logits are turned into a loss as soon as they are there.
+    Each batch is one forward, however many losses there are: logits are turned into a loss as soon
+    as they are there.
 
-    stop: asked before each batch, by all ranks together; once a rank was told to stop there are no losses. 64 sequences
-    of 131072 tokens would otherwise take the time that a launcher leaves for the checkpoint.
+    stop: asked before each batch, by all ranks together; once a rank was told to stop there are no losses.
+    64 sequences of 131072 tokens would otherwise take the time that a launcher leaves for the checkpoint.
     """
     was_training = model.training
     model.eval()
     results = max(read_outs.position.values()) + 1
-    sums = torch.zeros(results + 1, dtype=torch.float64, device=device)  # of the losses, and of the valid tokens
+    # Of the losses, and of the valid tokens.
+    sums = torch.zeros(results + 1, dtype=torch.float64, device=device)
     for number, batch in enumerate(batches):
-        # It waits for the batch before: the host would otherwise have asked for all of them before a GPU has begun.
+        # It waits for the batch before: the host would otherwise have asked for all of them
+        # before a GPU has begun.
         if stop is not None and stop.agree(device):
             break
         labels = batch.labels.to(device)
@@ -133,7 +157,7 @@ def validate(
     model.train(was_training)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # the next forward must gather anew; a kept copy would be of these parameters (T2)
+            module.reshard()  # the next forward must gather anew; a kept copy would be of these parameters
     if stop is not None and stop.agreed:
         logger.warning("validation cut short by a signal: no losses of it")
         return {}

@@ -11,13 +11,23 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from torchtitan_rd.checkpoint import CheckpointConfig, Checkpointer
 
-JOB = {"training": {"seq_len": 128, "steps": 100, "dataset": "pydoc"}, "model": {"flavor": "debug", "extra": None}}
+JOB = {
+    "training": {"seq_len": 128, "steps": 100, "dataset": "pydoc"},
+    "model": {"flavor": "debug", "extra": None},
+}
 SHAPE = {"name": "llama", "flavor": "debug", "dim": 4, "n_layers": 1}
 # 5 rows do not divide by 2 ranks, and 1 row leaves the second rank without any.
-SHAPES = {"tok_embeddings.weight": (5, 4), "layers.0.w1.weight": (8, 4), "norm.weight": (1, 4), "output.weight": (5, 4)}
+SHAPES = {
+    "tok_embeddings.weight": (5, 4),
+    "layers.0.w1.weight": (8, 4),
+    "norm.weight": (1, 4),
+    "output.weight": (5, 4),
+}
 
 
-def checkpointer(dump: Path, *, job=JOB, shape=SHAPE, must_match=("training.seq_len",), **config: Any) -> Checkpointer:
+def checkpointer(
+    dump: Path, *, job=JOB, shape=SHAPE, must_match=("training.seq_len",), **config: Any
+) -> Checkpointer:
     config = CheckpointConfig(**{"enable": True, "interval": 1, **config})
     return Checkpointer(
         config, dump_folder=Path(dump), job_config=job, must_match=frozenset(must_match), model_shape=shape
@@ -60,7 +70,9 @@ def save_steps(dump: Path, steps, **config: Any) -> None:
 
 
 def load_once(dump: Path, **config: Any):
-    """(state, digest of the tensors) after a resume in this process; (None, ...) if there is nothing to resume."""
+    """(state, digest of the tensors) after a resume in this process;
+    (None, ...) if there is nothing to resume.
+    """
     checkpoints = checkpointer(dump, **config)
     tensors = training_state(999)
     try:

@@ -12,10 +12,14 @@ import torch.distributed as dist
 CRASHED = 9
 
 
-def run_forked(world_size: int, body: Callable[..., Any], *args: Any, store: Path, timeout: float = 30.0) -> list[int]:
+def run_forked(
+    world_size: int, body: Callable[..., Any], *args: Any, store: Path, timeout: float = 30.0
+) -> list[int]:
     """The exit status of each rank: 0, CRASHED from `crash()`, 1 after an exception, which is printed."""
     context = get_context("fork")
-    processes = [context.Process(target=_run, args=(body, rank, world_size, store, args)) for rank in range(world_size)]
+    processes = [
+        context.Process(target=_run, args=(body, rank, world_size, store, args)) for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,4 +1,6 @@
-"""checkpoint.load_step and exclude_from_loading act once: the same command again goes on from where it came to."""
+"""checkpoint.load_step and exclude_from_loading act once:
+the same command again goes on from where it came to.
+"""
 
 import json
 
@@ -11,8 +13,9 @@ from torchtitan_rd.errors import CheckpointError
 
 
 def start(dump, steps, **config):
-    """One start of a command: resumes, saves `steps` (seeded 100 + step), ends; returns the step it resumed from and
-    the digest of what it loaded."""
+    """One start of a command: resumes, saves `steps` (seeded 100 + step), ends;
+    returns the step it resumed from and the digest of what it loaded.
+    """
     checkpoints = checkpointer(dump, **config)
     tensors = training_state(999)
     try:
@@ -33,7 +36,9 @@ def test_load_step_goes_back_once_and_each_requeue_goes_on(tmp_path, log_lines):
     assert start(tmp_path, [30, 35], **same) == (25, digest(training_state(125)))
     assert start(tmp_path, [40], **same)[0] == 35, "step 20 itself is gone by now"
     assert names(tmp_path) == ["step-30.superseded", "step-35", "step-40"]
-    assert any("checkpoint.load_step = 20 has acted: steps [35, 30] branched from it" in line for line in log_lines)
+    assert any(
+        "checkpoint.load_step = 20 has acted: steps [35, 30] branched from it" in line for line in log_lines
+    )
 
 
 def test_a_damaged_descendant_falls_back_to_the_one_before_it_and_then_to_the_step_named(tmp_path):
@@ -45,6 +50,15 @@ def test_a_damaged_descendant_falls_back_to_the_one_before_it_and_then_to_the_st
     assert "step-3.corrupt" in names(tmp_path)
     (folder / "step-2" / "state.json").write_text("{}")
     assert start(tmp_path, [], load_step=1)[0] == 1
+
+
+def test_a_folder_that_was_copied_in_part_is_not_in_the_way_of_a_run_that_goes_back(tmp_path):
+    start(tmp_path, [10, 20, 30])
+    for step in (20, 30):
+        (tmp_path / "checkpoint" / f"step-{step}" / "manifest.json").unlink()
+    assert start(tmp_path, [20, 25], load_step=10)[0] == 10
+    assert names(tmp_path) == ["step-10", "step-20", "step-20.corrupt", "step-25", "step-30.corrupt"]
+    assert start(tmp_path, [30], load_step=10)[0] == 25
 
 
 def test_another_load_step_goes_back_again(tmp_path):
@@ -89,7 +103,12 @@ def test_the_disk_does_not_grow_with_the_number_of_times_a_run_goes_back(tmp_pat
 ARGUMENTS = [
     *("--training.seq_len=16", "--training.local_batch_size=1", "--training.mixed_precision_param=float32"),
     *("--model.overrides.dim=32", "--model.overrides.n_layers=1", "--comm.heartbeat_seconds=0"),
-    *("--checkpoint.enable", "--checkpoint.interval=1", "--checkpoint.keep_latest_k=2", "--metrics.log_freq=1"),
+    *(
+        "--checkpoint.enable",
+        "--checkpoint.interval=1",
+        "--checkpoint.keep_latest_k=2",
+        "--metrics.log_freq=1",
+    ),
 ]
 
 

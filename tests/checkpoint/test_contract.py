@@ -6,6 +6,7 @@ import torch
 from tests.checkpoint.common import JOB, SHAPE, checkpointer, digest, load_once, save_steps, training_state
 from torchtitan_rd.checkpoint.contract import arithmetic_differences
 from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.models.raven import RAVEN
 
 
 def load_into(dump, tensors, **options):
@@ -38,8 +39,11 @@ def test_a_field_that_an_older_checkpoint_does_not_know_is_at_rest_there(saved, 
 
 def test_initial_weights_of_other_arithmetic_in_the_attention_are_told():
     plain, other = {"clip_qkv": None, "qk_norm": False}, {"clip_qkv": 8.0, "qk_norm": True}
-    assert [line.split()[0] for line in arithmetic_differences(plain, other)] == ["clip_qkv", "qk_norm"]
-    assert arithmetic_differences(other, other) == []
+    assert [line.split()[0] for line in arithmetic_differences(plain, other, RAVEN.arithmetic)] == [
+        "clip_qkv",
+        "qk_norm",
+    ]
+    assert arithmetic_differences(other, other, RAVEN.arithmetic) == []
 
 
 def test_settings_that_must_match_are_refused_all_at_once_with_the_remedy(saved):
@@ -47,7 +51,10 @@ def test_settings_that_must_match_are_refused_all_at_once_with_the_remedy(saved)
     with pytest.raises(CheckpointError) as raised:
         load_once(saved, job=job, must_match=("training.seq_len", "training.dataset"))
     text = str(raised.value)
-    assert "training.seq_len: 128 there, 256 here" in text and "training.dataset: 'pydoc' there, 'c4' here" in text
+    assert (
+        "training.seq_len: 128 there, 256 here" in text
+        and "training.dataset: 'pydoc' there, 'c4' here" in text
+    )
     assert "another checkpoint.folder" in text
 
 
@@ -64,7 +71,10 @@ def test_other_settings_may_change_and_each_is_logged(saved, log_lines):
 
 
 def test_a_run_that_asks_for_no_optimizer_state_is_refused_unless_it_says_so(saved, log_lines):
-    for tensors in ({"model": training_state(9)["model"]}, {"model": training_state(9)["model"], "optimizer": {}}):
+    for tensors in (
+        {"model": training_state(9)["model"]},
+        {"model": training_state(9)["model"], "optimizer": {}},
+    ):
         with pytest.raises(CheckpointError) as raised:
             load_into(saved, tensors)
         assert "holds optimizer.layers.0.w1.weight.exp_avg" in str(raised.value)
@@ -72,7 +82,9 @@ def test_a_run_that_asks_for_no_optimizer_state_is_refused_unless_it_says_so(sav
     tensors = training_state(9)
     load_into(saved, tensors, exclude_from_loading=["optimizer"])
     assert digest({"model": tensors["model"]}) == digest({"model": training_state(1)["model"]})
-    assert digest({"optimizer": tensors["optimizer"]}) == digest({"optimizer": training_state(9)["optimizer"]})
+    assert digest({"optimizer": tensors["optimizer"]}) == digest(
+        {"optimizer": training_state(9)["optimizer"]}
+    )
     assert "not loading optimizer: checkpoint.exclude_from_loading" in log_lines
 
 
@@ -95,13 +107,20 @@ def test_another_type_or_shape_is_refused_where_torch_would_cast_in_silence(save
 
 def test_parts_of_the_state_can_be_left_out_by_name(tmp_path):
     checkpoints = checkpointer(tmp_path)
-    checkpoints.save(1, training_state(1), {"step": 1, "data": {"epoch": 2, "offset": 3}, "rng": {"torch": "00"}})
+    checkpoints.save(
+        1, training_state(1), {"step": 1, "data": {"epoch": 2, "offset": 3}, "rng": {"torch": "00"}}
+    )
     checkpoints.close()
-    assert load_once(tmp_path, exclude_from_loading=["rng", "data.epoch"])[0] == {"step": 1, "data": {"offset": 3}}
+    assert load_once(tmp_path, exclude_from_loading=["rng", "data.epoch"])[0] == {
+        "step": 1,
+        "data": {"offset": 3},
+    }
 
 
 def test_a_misspelt_exclusion_is_refused(saved):
-    with pytest.raises(CheckpointError, match=r"'optimiser' names nothing in .*, which holds model, optimizer, step"):
+    with pytest.raises(
+        CheckpointError, match=r"'optimiser' names nothing in .*, which holds model, optimizer, step"
+    ):
         load_once(saved, exclude_from_loading=["optimiser"])
 
 

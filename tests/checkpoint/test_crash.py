@@ -1,4 +1,6 @@
-"""A process dies at any point of a save: afterwards the old checkpoint or the new one is loaded, never a mixture."""
+"""A process dies at any point of a save: afterwards the old checkpoint or the new one is
+loaded, never a mixture.
+"""
 
 import shutil
 import signal
@@ -12,6 +14,7 @@ from torch.distributed.checkpoint import FileSystemWriter
 
 from tests.checkpoint.common import checkpointer, digest, load_once, names, save_steps, training_state
 from tests.checkpoint.forked import CRASHED, crash, run_forked
+from tests.fork_server import start_python
 from torchtitan_rd.checkpoint import verify
 from torchtitan_rd.checkpoint.folders import CheckpointFolder
 from torchtitan_rd.checkpoint.manifest import Manifest
@@ -105,8 +108,11 @@ def test_however_the_program_ends_the_save_in_flight_is_kept(tmp_path):
     """)
     running = {}
     for name, (how, _) in EXITS.items():
-        command = [sys.executable, "-c", program.replace("HOW", how), str(tmp_path / name)]
-        running[name] = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        command = ["-c", program.replace("HOW", how), str(tmp_path / name)]
+        if name == "ctrl-c":  # whose exit status is that of an interpreter started as usual
+            running[name] = subprocess.Popen([sys.executable, *command], stderr=subprocess.DEVNULL)
+        else:
+            running[name] = start_python(*command)
     for name, process in running.items():
         assert process.wait(60) == EXITS[name][1], name
         assert load_once(tmp_path / name) == ({"step": 4}, digest(training_state(4))), name

@@ -111,7 +111,9 @@ def test_with_all_checkpoints_damaged_the_run_stops_and_nothing_is_changed(tmp_p
     for _ in range(2):  # the same when the same command runs again
         with pytest.raises(CheckpointError) as raised:
             load_once(tmp_path)
-        assert "step-1: __0_0.distcp: has" in str(raised.value) and "step-2: __0_0.distcp: has" in str(raised.value)
+        assert "step-1: __0_0.distcp: has" in str(raised.value) and "step-2: __0_0.distcp: has" in str(
+            raised.value
+        )
         assert names(tmp_path) == ["step-1", "step-2"]
 
 

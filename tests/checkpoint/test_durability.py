@@ -1,4 +1,6 @@
-"""What stands between a save and its loss: storage before the rename, rank 0 that looks, a trainer that listens."""
+"""What stands between a save and its loss: storage before the rename, rank 0 that looks,
+a trainer that listens.
+"""
 
 import json
 import os
@@ -17,7 +19,9 @@ from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.train_step import TrainStep
 
 
-def test_every_file_and_folder_is_forced_to_storage_before_the_rename_and_the_new_name_after_it(tmp_path, monkeypatch):
+def test_every_file_and_folder_is_forced_to_storage_before_the_rename_and_the_new_name_after_it(
+    tmp_path, monkeypatch
+):
     events: list[tuple[str, str]] = []
     fsync, rename = os.fsync, os.rename
 
@@ -59,7 +63,9 @@ def unseen_body(rank, world_size, dump, damage):
 
     Writer._hash_own_files = hidden
     try:
-        with pytest.raises(CheckpointError, match=r"rank 0 does not see .*__1_0\.distcp: the folder must be shared"):
+        with pytest.raises(
+            CheckpointError, match=r"rank 0 does not see .*__1_0\.distcp: the folder must be shared"
+        ):
             checkpoints.save(2, training_state(2), {"step": 2})
     finally:
         Writer._hash_own_files = hash_own_files
@@ -76,12 +82,19 @@ def test_a_shard_that_rank_0_does_not_see_is_not_committed(tmp_path, damage):
 
 ARGUMENTS = [
     *("--training.seq_len=16", "--training.local_batch_size=1", "--training.mixed_precision_param=float32"),
-    *("--model.overrides.dim=32", "--model.overrides.n_layers=1", "--comm.heartbeat_seconds=0", "--checkpoint.enable"),
+    *(
+        "--model.overrides.dim=32",
+        "--model.overrides.n_layers=1",
+        "--comm.heartbeat_seconds=0",
+        "--checkpoint.enable",
+    ),
 ]
 
 
 def test_a_resumed_run_draws_what_the_uninterrupted_one_draws(tmp_path, monkeypatch):
-    """Python's, NumPy's and torch's generators, each used once a step, go on where the checkpoint left them."""
+    """Python's, NumPy's and torch's generators, each used once a step, go on where the
+    checkpoint left them.
+    """
     call, draws = TrainStep.__call__, []
 
     def drawing(self, *arguments):
@@ -91,7 +104,10 @@ def test_a_resumed_run_draws_what_the_uninterrupted_one_draws(tmp_path, monkeypa
     def drawn(folder, *steps):
         draws.clear()
         for last in steps:
-            assert train.main([*ARGUMENTS, f"--job.dump_folder={tmp_path / folder}", f"--training.steps={last}"]) == 0
+            assert (
+                train.main([*ARGUMENTS, f"--job.dump_folder={tmp_path / folder}", f"--training.steps={last}"])
+                == 0
+            )
         return list(draws)
 
     monkeypatch.setattr(TrainStep, "__call__", drawing)

@@ -1,4 +1,6 @@
-"""Weights that a run starts from: a seed, another run's checkpoint, or a folder that another program wrote."""
+"""Weights that a run starts from: a seed, another run's checkpoint, or a folder that
+another program wrote.
+"""
 
 import pytest
 import torch
@@ -45,7 +47,9 @@ def test_two_ranks_start_from_the_weights_of_one(tmp_path, run):
 
 
 def test_tensors_that_a_foreign_folder_lacks_keep_their_values_and_are_logged(tmp_path, log_lines):
-    foreign = {name: t for name, t in training_state(1)["model"].items() if name.startswith(("layers", "norm"))}
+    foreign = {
+        name: t for name, t in training_state(1)["model"].items() if name.startswith(("layers", "norm"))
+    }
     dcp.save({"model": foreign | {"freqs": torch.zeros(3)}, "lr": object}, checkpoint_id=tmp_path / "llama")
     _, model = start(tmp_path / "new", tmp_path / "llama")
     assert torch.equal(model["norm.weight"], training_state(1)["model"]["norm.weight"])
@@ -57,7 +61,10 @@ def test_tensors_that_a_foreign_folder_lacks_keep_their_values_and_are_logged(tm
 
 
 def test_a_shape_may_differ_only_where_it_is_excluded_by_name(tmp_path, run, log_lines):
-    model = training_state(5)["model"] | {"output.weight": torch.ones(7, 4), "tok_embeddings.weight": torch.ones(7, 4)}
+    model = training_state(5)["model"] | {
+        "output.weight": torch.ones(7, 4),
+        "tok_embeddings.weight": torch.ones(7, 4),
+    }
     with pytest.raises(CheckpointError) as raised:
         start(tmp_path / "new", run, model)
     assert "model.output.weight: float32 (5, 4) there, float32 (7, 4) here" in str(raised.value)
@@ -66,7 +73,10 @@ def test_a_shape_may_differ_only_where_it_is_excluded_by_name(tmp_path, run, log
     start(tmp_path / "new", run, model, exclude_from_loading=remedy)
     assert torch.equal(model["output.weight"], torch.ones(7, 4))
     assert torch.equal(model["norm.weight"], training_state(2)["model"]["norm.weight"])
-    assert "model.output.weight keeps its initial value: excluded by checkpoint.exclude_from_loading" in log_lines
+    assert (
+        "model.output.weight keeps its initial value: excluded by checkpoint.exclude_from_loading"
+        in log_lines
+    )
 
 
 def test_another_type_is_converted_and_said(tmp_path, log_lines):
@@ -85,7 +95,10 @@ def test_a_folder_without_any_wanted_tensor_is_refused(tmp_path):
 
 def test_a_path_that_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    for source, message in ((tmp_path / "nowhere", "is not a folder"), (tmp_path / "empty", "is neither a checkpoint")):
+    for source, message in (
+        (tmp_path / "nowhere", "is not a folder"),
+        (tmp_path / "empty", "is neither a checkpoint"),
+    ):
         with pytest.raises(CheckpointError, match=f"checkpoint.initial_load_path = .*{message}"):
             start(tmp_path / "new", source)
 
@@ -96,7 +109,9 @@ def test_damaged_weights_are_not_used_and_not_touched(tmp_path, run, log_lines):
     assert path == run / "step-1" and any("step-2 is damaged" in line for line in log_lines)
     shard = run / "step-1" / "__0_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1] + b"!")
-    with pytest.raises(CheckpointError, match=r"no initial weights:\n.*step-2 is damaged.*\n.*step-1 is damaged"):
+    with pytest.raises(
+        CheckpointError, match=r"no initial weights:\n.*step-2 is damaged.*\n.*step-1 is damaged"
+    ):
         start(tmp_path / "other", run)
     assert sorted(p.name for p in run.iterdir()) == ["step-1", "step-2"]
 
@@ -117,7 +132,9 @@ def test_an_export_of_the_last_step_can_be_started_from(tmp_path):
     last.save(3, training_state(3), {"step": 3}, last_step=True)
     last.close()
     path, model = start(tmp_path / "new", tmp_path / "run" / "checkpoint")
-    assert path.name == "step-3-model" and digest({"model": model}) == digest({"model": training_state(3)["model"]})
+    assert path.name == "step-3-model" and digest({"model": model}) == digest(
+        {"model": training_state(3)["model"]}
+    )
 
 
 def test_initial_weights_load_even_where_saving_is_disabled(tmp_path, run):

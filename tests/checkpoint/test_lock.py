@@ -126,7 +126,9 @@ def test_of_two_runs_that_find_the_same_stale_lock_only_one_gets_it(tmp_path, mo
 @pytest.mark.parametrize(
     "elsewhere", [{"boot_id": "another"}, {"pid_namespace": 1}, {"boot_id": None}, {"pid_namespace": None}]
 )
-def test_a_pid_of_another_boot_or_namespace_of_the_same_host_name_decides_nothing(tmp_path, monkeypatch, elsewhere):
+def test_a_pid_of_another_boot_or_namespace_of_the_same_host_name_decides_nothing(
+    tmp_path, monkeypatch, elsewhere
+):
     """The owner's pid is free here, which says nothing of a process in another container."""
     monkeypatch.setattr(lock_module, "WATCH_SECONDS", 0.5)
     path = write_lock(tmp_path, start_ticks=1, **elsewhere)
@@ -204,7 +206,10 @@ def test_a_lock_whose_content_cannot_be_written_is_not_left_behind(tmp_path):
     """
     code = IN_A_NAMESPACE.format(module=lock_module.__file__, folder=str(tmp_path / "full"))
     found = subprocess.run(
-        ["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, env={**os.environ, "CODE": code}
+        ["unshare", "--mount", "bash", "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CODE": code},
     )
     if found.returncode == 77 or "unshare" in found.stderr:
         pytest.skip("may not mount a file system here")

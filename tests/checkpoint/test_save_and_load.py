@@ -13,7 +13,13 @@ from torchtitan_rd.checkpoint import SafeReader, read_manifest, verify
 from torchtitan_rd.checkpoint.writer import Writer
 from torchtitan_rd.errors import CheckpointError, ConfigError
 
-STATE = {"step": 3, "tokens_seen": 2**60 + 1, "loss": 0.1 + 0.2, "rng": [1, 2], "data": {"epoch": 0, "offset": 17}}
+STATE = {
+    "step": 3,
+    "tokens_seen": 2**60 + 1,
+    "loss": 0.1 + 0.2,
+    "rng": [1, 2],
+    "data": {"epoch": 0, "offset": 17},
+}
 
 
 def save_body(rank, world_size, dump, mode):
@@ -76,7 +82,8 @@ def test_the_folder_holds_what_docs_say_under_the_names_of_the_ancestors(tmp_pat
     run_on_ranks(2, save_body, tmp_path, "disabled")
     step = tmp_path / "checkpoint" / "step-3"
     assert sorted(p.name for p in step.iterdir()) == [
-        ".metadata", "__0_0.distcp", "__1_0.distcp", "config.toml", "manifest.json", "model.json", "state.json",
+        ".metadata", "__0_0.distcp", "__1_0.distcp",
+        "config.toml", "manifest.json", "model.json", "state.json",
     ]  # fmt: skip
     manifest = read_manifest(step)
     assert sorted(manifest.files) == sorted(p.name for p in step.iterdir() if p.name != "manifest.json")
@@ -158,7 +165,9 @@ def test_the_last_save_may_hold_only_the_model_in_another_type_and_is_not_resume
     assert {info.dtype for info in tensors.values()} == {torch.bfloat16}
     assert load_once(tmp_path)[0] == {"step": 1}
     export.rename(export.with_name("step-2"))
-    with pytest.raises(CheckpointError, match=r"step-2 holds only the model: name it in checkpoint\.initial_load_path"):
+    with pytest.raises(
+        CheckpointError, match=r"step-2 holds only the model: name it in checkpoint\.initial_load_path"
+    ):
         load_once(tmp_path)
 
 
@@ -172,7 +181,10 @@ def test_pinned_staging_without_cuda_is_an_error_that_names_the_other_mode(tmp_p
 def test_pinned_staging_copies_cuda_tensors_before_it_returns(tmp_path):
     checkpoints = checkpointer(tmp_path, async_mode="async_with_pinned_mem")
     for step in (1, 2):  # the second save reuses the buffers of the first
-        tensors = {group: {k: t.cuda() for k, t in members.items()} for group, members in training_state(step).items()}
+        tensors = {
+            group: {k: t.cuda() for k, t in members.items()}
+            for group, members in training_state(step).items()
+        }
         checkpoints.save(step, tensors, {"step": step})
         for tensor in tensors["model"].values():
             tensor.zero_()

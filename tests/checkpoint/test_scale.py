@@ -148,9 +148,22 @@ def test_tensors_that_are_merely_equal_keep_their_own_bytes(tmp_path):
 
 def test_a_run_with_a_tied_head_writes_its_bytes_once_and_converters_see_both_names(tmp_path):
     arguments = [
-        *("--training.seq_len=16", "--training.local_batch_size=1", "--training.mixed_precision_param=float32"),
-        *("--model.overrides.dim=128", "--model.overrides.n_layers=1", "--model.overrides.tie_word_embeddings=true"),
-        *("--comm.heartbeat_seconds=0", "--checkpoint.enable", "--training.steps=1", f"--job.dump_folder={tmp_path}"),
+        *(
+            "--training.seq_len=16",
+            "--training.local_batch_size=1",
+            "--training.mixed_precision_param=float32",
+        ),
+        *(
+            "--model.overrides.dim=128",
+            "--model.overrides.n_layers=1",
+            "--model.overrides.tie_word_embeddings=true",
+        ),
+        *(
+            "--comm.heartbeat_seconds=0",
+            "--checkpoint.enable",
+            "--training.steps=1",
+            f"--job.dump_folder={tmp_path}",
+        ),
         *("--checkpoint.last_save_model_only", "--model.vocab_size=4096"),
     ]
     assert train.main(arguments) == 0

@@ -78,7 +78,9 @@ def test_an_error_after_the_verification_advises_what_helps(tmp_path, monkeypatc
         return problems
 
     monkeypatch.setattr("torchtitan_rd.checkpoint.checkpointer.verify", verified_and_then_lost)
-    with pytest.raises(CheckpointError, match=r"run the same command again .* rename .*step-2 and an older") as raised:
+    with pytest.raises(
+        CheckpointError, match=r"run the same command again .* rename .*step-2 and an older"
+    ) as raised:
         load_once(tmp_path)
     assert "verify_hashes" not in str(raised.value)
 

@@ -1,4 +1,6 @@
-"""A checkpoint from elsewhere runs no code, reaches no other file, and takes no more memory than it has bytes."""
+"""A checkpoint from elsewhere runs no code, reaches no other file,
+and takes no more memory than it has bytes.
+"""
 
 import io
 import os
@@ -73,7 +75,9 @@ def test_a_code_object_in_the_metadata_is_refused_unexecuted(folder, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize("name", ["builtins eval", "os system", "torch load", "torch.hub load", "builtins getattr"])
+@pytest.mark.parametrize(
+    "name", ["builtins eval", "os system", "torch load", "torch.hub load", "builtins getattr"]
+)
 def test_no_function_can_be_named(folder, name):
     module, function = name.split()
     (folder / ".metadata").write_bytes(f"c{module}\n{function}\n.".encode())

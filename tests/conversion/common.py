@@ -53,7 +53,7 @@ def weights_of(model: nn.Module, family: str = "llama3", **fields) -> Weights:
     """A model in memory as weights."""
     tensors = model.state_dict()
     infos = {name: TensorInfo(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
-    return Weights(get_spec(family), model.config, "custom", infos, tensors.__getitem__, "memory", **fields)
+    return Weights(get_spec(family), model.shape, "custom", infos, tensors.__getitem__, "memory", **fields)
 
 
 def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -94,5 +94,11 @@ def run_script(script: str, *arguments: object, **environment: str) -> subproces
         text=True,
         timeout=120,
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            **environment,
+        },
     )

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 from tests.conversion.common import script, tiny, weights_of
 from torchtitan_rd.conversion.dcp import open_dcp
-from torchtitan_rd.conversion.pipeline import to_dcp, to_hf
+from torchtitan_rd.conversion.pipeline import open_released, to_dcp, to_hf
 from torchtitan_rd.errors import CheckpointError
 
 META = {
@@ -71,7 +71,9 @@ def test_every_good_folder_converts(folders, capsys):
         ("dcp_to_llama", "dcp", "--format", "pth"),
         ("dcp_to_hf", "raven", "--model", "raven"),
     ):
-        code = script(name)("--input_dir", folders / source, "--output_dir", folders / "out", "--no-verify", *arguments)
+        code = script(name)(
+            "--input_dir", folders / source, "--output_dir", folders / "out", "--no-verify", *arguments
+        )
         assert code == 0, capsys.readouterr().err
         assert "wrote" in capsys.readouterr().out
         shutil.rmtree(folders / "out")
@@ -85,7 +87,13 @@ def test_missing_params_json(folders, capsys):
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_missing_shard(folders, capsys, number):
     (folders / "meta" / f"consolidated.0{number}.pth").unlink()
-    refuses(capsys, "llama_to_dcp", folders, "meta", match="consolidated.00.pth" if number == 0 else "shard missing")
+    refuses(
+        capsys,
+        "llama_to_dcp",
+        folders,
+        "meta",
+        match="consolidated.00.pth" if number == 0 else "shard missing",
+    )
 
 
 def test_a_missing_input_folder(folders, capsys):
@@ -96,13 +104,23 @@ def test_a_missing_input_folder(folders, capsys):
 def test_truncated_safetensors(folders, capsys):
     path = folders / "hf" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="model.safetensors is damaged or truncated")
+    refuses(
+        capsys,
+        "hf_to_dcp",
+        folders,
+        "hf",
+        "--model",
+        "llama3",
+        match="model.safetensors is damaged or truncated",
+    )
 
 
 def test_a_missing_safetensors_file_of_an_index(folders, capsys):
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folders / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
-    refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="00001-of-00002.safetensors is missing")
+    refuses(
+        capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="00001-of-00002.safetensors is missing"
+    )
 
 
 def test_an_index_that_points_out_of_the_folder(folders, capsys):
@@ -112,9 +130,21 @@ def test_an_index_that_points_out_of_the_folder(folders, capsys):
 
 
 def test_the_wrong_model_name(folders, capsys):
-    refuses(capsys, "dcp_to_hf", folders, "raven", "--model", "llama3", match="holds a raven; use --model raven")
-    refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "raven", match="holds a llama; use --model llama3 or aixsim")
-    refuses(capsys, "hf_to_dcp", folders, "meta", "--model", "raven", match="holds a llama3; use --model llama3")
+    refuses(
+        capsys, "dcp_to_hf", folders, "raven", "--model", "llama3", match="holds a raven; use --model raven"
+    )
+    refuses(
+        capsys,
+        "hf_to_dcp",
+        folders,
+        "hf",
+        "--model",
+        "raven",
+        match="holds a llama; use --model llama3 or aixsim",
+    )
+    refuses(
+        capsys, "hf_to_dcp", folders, "meta", "--model", "raven", match="holds a llama3; use --model llama3"
+    )
 
 
 def test_a_shape_mismatch(folders, capsys):
@@ -128,11 +158,23 @@ def test_a_shape_mismatch(folders, capsys):
 def test_a_tensor_too_few_or_too_many(folders, capsys):
     edit(folders / "hf" / "config.json", lambda fields: fields.update(num_hidden_layers=3))
     refuses(
-        capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="lacks model.layers.2.input_layernorm.weight"
+        capsys,
+        "hf_to_dcp",
+        folders,
+        "hf",
+        "--model",
+        "llama3",
+        match="lacks model.layers.2.input_layernorm.weight",
     )
     edit(folders / "hf" / "config.json", lambda fields: fields.update(num_hidden_layers=1))
     refuses(
-        capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="holds model.layers.1.input_layernorm.weight"
+        capsys,
+        "hf_to_dcp",
+        folders,
+        "hf",
+        "--model",
+        "llama3",
+        match="holds model.layers.1.input_layernorm.weight",
     )
 
 
@@ -164,7 +206,15 @@ def test_a_flipped_bit_in_metas_files_is_found(folders, capsys):
 
 def test_a_model_that_is_not_ours(folders, capsys):
     edit(folders / "hf" / "config.json", lambda fields: fields.update(model_type="mistral"))
-    refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="model_type = 'mistral' is none of ours")
+    refuses(
+        capsys,
+        "hf_to_dcp",
+        folders,
+        "hf",
+        "--model",
+        "llama3",
+        match="model_type = 'mistral' is none of ours",
+    )
 
 
 class Evil:
@@ -202,7 +252,13 @@ def test_damaged_checkpoint_bytes(folders, capsys):
 def test_an_output_folder_that_is_not_empty(folders, capsys):
     (folders / "out").mkdir()
     (folders / "out" / "mine").write_text("precious")
-    refuses(capsys, "dcp_to_hf", folders, "dcp", match="is not empty: name another folder, or replace it with --force")
+    refuses(
+        capsys,
+        "dcp_to_hf",
+        folders,
+        "dcp",
+        match="is not empty: name another folder, or replace it with --force",
+    )
     refuses(capsys, "dcp_to_hf", folders, "dcp", "--force", match="so --force does not replace it")
     refuses(capsys, "dcp_to_hf", folders, "dcp", "--force", match="is or holds the input", output="dcp")
     refuses(capsys, "dcp_to_hf", folders, "dcp", match="is not a folder", output="out/mine")
@@ -211,7 +267,12 @@ def test_an_output_folder_that_is_not_empty(folders, capsys):
 def test_force_replaces_an_earlier_result(folders, capsys):
     convert = script("dcp_to_hf")
     for arguments in ((), ("--force", "--export_dtype", "bfloat16")):
-        assert convert("--input_dir", folders / "dcp", "--output_dir", folders / "out", "--no-verify", *arguments) == 0
+        assert (
+            convert(
+                "--input_dir", folders / "dcp", "--output_dir", folders / "out", "--no-verify", *arguments
+            )
+            == 0
+        )
     assert json.loads((folders / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert not [path for path in folders.iterdir() if path.name.startswith(".")]
 
@@ -250,9 +311,19 @@ def test_a_seed_without_embeddings_cannot_be_exported(folders, capsys):
 
 def test_a_checkpoint_of_another_program_needs_its_shape(folders, capsys):
     dcp.save({"model": tiny("llama3").state_dict(), "optimizer": object()}, checkpoint_id=folders / "foreign")
-    refuses(capsys, "dcp_to_hf", folders, "foreign", match="--model llama3 --flavor 8B --override vocab_size=256")
     refuses(
-        capsys, "dcp_to_hf", folders, "foreign", "--model", "llama3", "--flavor", "huge", match="no flavor of llama3"
+        capsys, "dcp_to_hf", folders, "foreign", match="--model llama3 --flavor 8B --override vocab_size=256"
+    )
+    refuses(
+        capsys,
+        "dcp_to_hf",
+        folders,
+        "foreign",
+        "--model",
+        "llama3",
+        "--flavor",
+        "huge",
+        match="no flavor of llama3",
     )
     shape = [f"--override={line}" for line in ("dim=32", "n_layers=2", "ffn_dim=48", "vocab_size=61")]
     arguments = ("--input_dir", folders / "foreign", "--output_dir", folders / "out", "--no-verify")
@@ -264,7 +335,9 @@ def test_a_wrong_override(folders, capsys, pair):
     refuses(capsys, "dcp_to_hf", folders, "dcp", "--override", pair, match=pair.split("=")[0])
 
 
-def test_a_failed_verification_publishes_nothing_and_keeps_the_work_under_another_name(folders, capsys, monkeypatch):
+def test_a_failed_verification_publishes_nothing_and_keeps_the_work_under_another_name(
+    folders, capsys, monkeypatch
+):
     from torchtitan_rd.conversion import verification
 
     convert = script("dcp_to_hf")
@@ -297,3 +370,9 @@ def test_a_result_that_transformers_cannot_load_is_kept_under_another_name_too(f
 
 def tree(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_config_json_of_brackets_within_brackets_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"a":' * 50_000)
+    with pytest.raises(CheckpointError, match=r"config\.json is not readable JSON: maximum recursion depth"):
+        open_released(tmp_path)

@@ -19,7 +19,13 @@ from torchtitan_rd.models.layers import RopeScaling
 CONFIG = {
     "job": {"dump_folder": "/home/someone/outputs", "description": "a run"},
     "model": {"name": "llama3", "flavor": "debug", "tokenizer_path": "/data/tokenizer", "vocab_size": None},
-    "training": {"steps": 1000, "seed": 0, "dataset": "fineweb", "dataset_path": "~/data", "files": ["a", "/b/c"]},
+    "training": {
+        "steps": 1000,
+        "seed": 0,
+        "dataset": "fineweb",
+        "dataset_path": "~/data",
+        "files": ["a", "/b/c"],
+    },
     "optimizer": {"name": "AdamW", "lr": 4e-4, "groups": {"a": None, "path": "/x"}},
     "lr_scheduler": {},
     "metrics": {"wandb_project": "secret-project"},
@@ -51,7 +57,9 @@ def test_the_card_says_what_the_model_is():
     assert "# llama3 nano" in text
     assert f"{unique:,} parameters, in bfloat16, after step 500" in text
     assert f"Converted from `step-500` by torchtitan_rd {__version__}" in text
-    assert "| n_kv_heads | 2 |" in text and "| tie_word_embeddings | True |" in text and "head_dim" not in text
+    assert (
+        "| n_kv_heads | 2 |" in text and "| tie_word_embeddings | True |" in text and "head_dim" not in text
+    )
     assert "| rope_scaling | factor 4.0, low_freq_factor 1.0," in card()
     assert "after step" not in card()
 
@@ -71,7 +79,9 @@ def test_the_training_is_told_as_toml_without_paths_and_other_sections():
     "value", ["/a", "~/a", "C:\\a", "\\\\host\\a", "file:///a", "x=/a", "s3://k:s@b/a", "az://b/a?sig=k"]
 )
 def test_a_value_that_may_be_a_path_or_hold_a_key_is_left_out(value):
-    text = model_card(random_weights(tiny_config()), dtype="float32", config={"training": {"x": value, "y": 1}})
+    text = model_card(
+        random_weights(tiny_config()), dtype="float32", config={"training": {"x": value, "y": 1}}
+    )
     assert tomli.loads(block(text, "toml")) == {"training": {"y": 1}}
 
 

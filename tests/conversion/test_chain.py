@@ -1,4 +1,6 @@
-"""Training from released weights, and a model that leaves: what the lang-primate script does, with a tiny model."""
+"""Training from released weights, and a model that leaves: what the lang-primate script does,
+with a tiny model.
+"""
 
 import json
 import re
@@ -114,26 +116,32 @@ def test_released_weights_train_on_spikes_and_leave_with_the_trainers_own_loss(t
 
 @torch.no_grad()
 def exported_loss(folder: Path, run: list[str]) -> float:
-    """The loss of the exported model, by the transformers library, on what the trainer calls its held-out set."""
+    """The loss of the exported model, by the transformers library,
+    on what the trainer calls its held-out set.
+    """
     from transformers import AutoModelForCausalLM
 
     from torchtitan_rd.config import load
+    from torchtitan_rd.data import BatchDims
     from torchtitan_rd.job import Environment
     from torchtitan_rd.validation import read_held_out, validation_keys
 
-    config = load(run, Environment(rank=0, local_rank=0, world_size=1, local_world_size=1, log_level="WARNING")).config
+    config = load(
+        run, Environment(rank=0, local_rank=0, world_size=1, local_world_size=1, log_level="WARNING")
+    ).config
+    keys = validation_keys(config.validation, config.training, 1)
     batches = read_held_out(
-        validation_keys(config.validation, config.training, 1),
+        keys,
+        BatchDims.resolve(keys, data_rank=0, data_degree=1),
         config.validation.split,
-        tokenizer_path="bytes",
+        tokenizer=None,
         vocab_size=256,
-        data_rank=0,
-        data_degree=1,
         seed=config.training.seed,
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     losses = [
-        torch.nn.functional.cross_entropy(model(b.inputs).logits.flatten(0, 1), b.labels.flatten()) for b in batches
+        torch.nn.functional.cross_entropy(model(b.inputs).logits.flatten(0, 1), b.labels.flatten())
+        for b in batches
     ]
     return torch.stack(losses).mean().item()
 
@@ -222,7 +230,12 @@ def test_the_printed_toml_trains_with_the_tokenizer_of_the_weights(tmp_path, oth
     toml = tmp_path / "run.toml"
     toml.write_text(capsys.readouterr().out.partition("start a run from it:")[2] + TEXT)
     assert tomli.loads(toml.read_text())["model"]["tokenizer_path"] == str(tmp_path / "seed")
-    run = ["--job.config_file", str(toml), f"--job.dump_folder={tmp_path / 'dump'}", "--checkpoint.interval=1"]
+    run = [
+        "--job.config_file",
+        str(toml),
+        f"--job.dump_folder={tmp_path / 'dump'}",
+        "--checkpoint.interval=1",
+    ]
     done = launch(1, run)
     assert done.codes == [0] and "initial weights: 21 of 21 tensors" in done.errors[0], done.errors
     assert "which gives other ids" not in done.errors[0]
@@ -250,7 +263,10 @@ def test_a_start_from_weights_of_another_tokenizer_is_warned_of_by_content(tmp_p
     assert not warned(tmp_path / "hf", tmp_path / "same") and not warned(tmp_path / "bytes", "bytes")
     assert not warned(tmp_path / "none", "bytes")
     text = warned(tmp_path / "hf", "bytes")
-    assert f"made with the tokenizer {tmp_path / 'hf'}, which gives other ids than model.tokenizer_path = 'by" in text
+    assert (
+        f"made with the tokenizer {tmp_path / 'hf'}, which gives other ids than model.tokenizer_path = 'by"
+        in text
+    )
     assert f"set model.tokenizer_path = '{tmp_path / 'hf'}'" in text
     # A checkpoint of a run names its tokenizer in its config.
     own = tmp_path / "step-3"
@@ -267,4 +283,7 @@ def test_a_run_says_so_when_it_starts(tmp_path, other_tokenizer):
     toml = tmp_path / "run.toml"
     toml.write_text(model_section(replace(weights, files={}), tmp_path / "hf") + TEXT)
     done = launch(1, ["--job.config_file", str(toml), f"--job.dump_folder={tmp_path / 'dump'}"])
-    assert done.codes == [0] and f"made with the tokenizer {tmp_path / 'hf'}, which gives other" in done.errors[0]
+    assert (
+        done.codes == [0]
+        and f"made with the tokenizer {tmp_path / 'hf'}, which gives other" in done.errors[0]
+    )

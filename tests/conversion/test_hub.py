@@ -70,14 +70,20 @@ def test_an_offline_machine_is_found_before_the_export(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("place", "address"), [(None, "https://hub/owner/name"), ("step-5", "https://hub/owner/name/tree/main/step-5")]
+    ("place", "address"),
+    [(None, "https://hub/owner/name"), ("step-5", "https://hub/owner/name/tree/main/step-5")],
 )
 def test_a_folder_is_pushed_into_a_repository_that_is_made_if_need_be(calls, place, address, tmp_path):
     assert push_folder(tmp_path, "owner/name", place) == address
     assert calls[0] == ("create_repo", "owner/name", {"repo_type": "model", "exist_ok": True})
     name, options = calls[1]
     assert name == "upload_folder" and options.pop("commit_message")
-    assert options == {"folder_path": tmp_path, "repo_id": "owner/name", "repo_type": "model", "path_in_repo": place}
+    assert options == {
+        "folder_path": tmp_path,
+        "repo_id": "owner/name",
+        "repo_type": "model",
+        "path_in_repo": place,
+    }
 
 
 def test_the_calls_have_the_arguments_of_the_real_hub(calls, tmp_path, monkeypatch):
@@ -106,7 +112,10 @@ def test_a_push_of_the_real_library_fails_in_the_same_way_when_it_is_offline(tmp
     (tmp_path / "config.json").write_text("{}")
     code = "import sys; from pathlib import Path; from torchtitan_rd.conversion.hub import push_folder; "
     code += "push_folder(Path(sys.argv[1]), 'owner/name', None)"
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_made_up"}  # read when the library is imported
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=variables)
+    # Read when the library is imported.
+    variables = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_TOKEN": "hf_made_up"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=variables
+    )
     assert "CheckpointError: the push to owner/name failed (Offline" in done.stderr
     assert f"the export itself is complete in {tmp_path}" in done.stderr

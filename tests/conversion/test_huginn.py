@@ -104,7 +104,7 @@ def assert_holds(weights, model: Raven) -> None:
 def test_every_tensor_comes_back_under_our_name(tmp_path):
     model = tiny_raven()
     weights = open_huginn(write(tmp_path / NAME, state_of(model)))
-    assert weights.shape == model.config
+    assert weights.shape == model.shape
     assert (weights.spec, weights.flavor, weights.step) == (RAVEN, "custom", 10)
     assert_holds(weights, model)
 
@@ -125,7 +125,13 @@ def test_names_of_a_compiled_a_wrapped_and_a_bare_model_are_known(tmp_path, pref
 
 
 def test_a_post_norm_model_with_its_unused_factors_and_an_untied_head_is_read(tmp_path):
-    before = {"block": "post", "qk_bias": False, "injection": "add", "init_strategy": "scaled", "n_kv_heads": 2}
+    before = {
+        "block": "post",
+        "qk_bias": False,
+        "injection": "add",
+        "init_strategy": "scaled",
+        "n_kv_heads": 2,
+    }
     model = tiny_raven(**before, tie_word_embeddings=False, norm_eps=1e-5)
     config = CONFIG | {
         "block_class_name": "TransformerPostNormBlock",
@@ -141,15 +147,20 @@ def test_a_post_norm_model_with_its_unused_factors_and_an_untied_head_is_read(tm
     state["model"][f"{WRAPPER}transformer.prelude.0.res_scale"] = torch.tensor(1.0)
     state["model"][f"{WRAPPER}transformer.core_block.0.skip_scale"] = torch.tensor(1.0)
     weights = open_huginn(write(tmp_path / NAME, state))
-    assert weights.shape == model.config
+    assert weights.shape == model.shape
     assert_holds(weights, model)
 
 
 def test_a_pre_norm_model_with_every_option_and_biased_grouped_keys_is_read(tmp_path):
     model = tiny_raven(block="pre", n_kv_heads=2, qk_norm=True, clip_qkv=8.0)
-    theirs = {"block_class_name": "TransformerPreNormBlock", "num_key_value_heads": 2, "qk_norm": True, "clip_qkv": 8}
+    theirs = {
+        "block_class_name": "TransformerPreNormBlock",
+        "num_key_value_heads": 2,
+        "qk_norm": True,
+        "clip_qkv": 8,
+    }
     weights = open_huginn(write(tmp_path / NAME, state_of(model, model_config={**CONFIG, **theirs})))
-    assert weights.shape == model.config
+    assert weights.shape == model.shape
     assert_holds(weights, model)
 
 
@@ -182,26 +193,28 @@ def test_a_configuration_object_of_a_lost_class_is_read_by_its_attributes(tmp_pa
         state_of(tiny_raven(), model_config=lost("RecurrentConfig", **{**CONFIG, "rope_settings": rope})),
     )
     del sys.modules[lost.module.__name__]
-    assert open_huginn(path).shape == tiny_raven(rope_theta=10_000.0).config
+    assert open_huginn(path).shape == tiny_raven(rope_theta=10_000.0).shape
 
 
 def test_a_configuration_that_reduces_itself_to_a_table_is_read(tmp_path, lost):
     """As Huginn's dataclass: __getstate__ gives its fields, and nested ones as tables."""
-    fields = [(key, object, field(default_factory=lambda value=value: value)) for key, value in CONFIG.items()]
+    fields = [
+        (key, object, field(default_factory=lambda value=value: value)) for key, value in CONFIG.items()
+    ]
     kind = make_dataclass("RecurrentConfig", fields)
     kind.__getstate__ = lambda self: {**asdict(self), "_class_name": "RecurrentConfig"}
     kind.__setstate__ = lambda self, state: 1 / 0
     kind.__module__, lost.module.RecurrentConfig = lost.module.__name__, kind
     path = write(tmp_path / NAME, state_of(tiny_raven(), model_config=kind()))
     del sys.modules[lost.module.__name__]
-    assert open_huginn(path).shape == tiny_raven().config
+    assert open_huginn(path).shape == tiny_raven().shape
 
 
 @pytest.mark.parametrize("place", [".", ".."])
 def test_without_a_configuration_in_the_file_the_one_of_the_run_counts(tmp_path, place):
     path = write(tmp_path / "checkpoints" / NAME, state_of(tiny_raven(), model_config=None))
     (path.parent / place / "model_config.json").write_text(json.dumps({**CONFIG, "mean_recurrence": 5}))
-    assert open_huginn(path).shape == tiny_raven(mean_recurrence=5).config
+    assert open_huginn(path).shape == tiny_raven(mean_recurrence=5).shape
     (path.parent / place / "model_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"model_config\.json is no JSON"):
         open_huginn(path)
@@ -223,7 +236,7 @@ def test_without_any_configuration_the_flavor_counts_and_must_be_given(tmp_path)
 def test_a_flavor_at_odds_with_the_file_is_warned_about(tmp_path, caplog):
     path = write(tmp_path / NAME, state_of(tiny_raven()))
     with caplog.at_level(logging.WARNING, "torchtitan_rd"):
-        assert open_huginn(path, "nebel-raven-3.5b").shape == tiny_raven().config
+        assert open_huginn(path, "nebel-raven-3.5b").shape == tiny_raven().shape
     assert "it is not that of flavor nebel-raven-3.5b" in caplog.text
 
 

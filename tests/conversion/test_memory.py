@@ -1,8 +1,8 @@
 """A conversion needs the memory of its largest tensor, and reads the model's bytes only.
 
-The case is scaled down: a model of 176 MB, whose largest tensor has 8 MB, with two AdamW moments for each parameter,
-saved on 2 ranks (528 MB in all). The resident set may grow during the conversion by 2 * 8 MB for a tensor, as it is put
-together, + 40 MB for what the allocator keeps.
+The case is scaled down: a model of 176 MB, whose largest tensor has 8 MB, with two AdamW moments for each
+parameter, saved on 2 ranks (528 MB in all). The resident set may grow during the conversion by 2 * 8 MB for a
+tensor, as it is put together, + 40 MB for what the allocator keeps.
 """
 
 import json
@@ -30,7 +30,8 @@ from torchtitan_rd.conversion.weights import model_tensors
 from torchtitan_rd.models import get_flavor, get_spec
 sys.path.insert(0, "convert")
 script = importlib.import_module(sys.argv[1])
-model_tensors(get_spec("llama3"), get_flavor(get_spec("llama3"), "debug"))  # loads what torch needs for meta tensors
+# Loads what torch needs for meta tensors.
+model_tensors(get_spec("llama3"), get_flavor(get_spec("llama3"), "debug"))
 huggingface_hub.split_state_dict_into_shards_factory
 def number(file, key):
     return int(next(line for line in open(f"/proc/self/{file}") if line.startswith(key)).split()[1])
@@ -48,12 +49,16 @@ def save_body(rank, world_size, dump):
     mesh = init_device_mesh("cpu", (world_size,))
 
     def sharded(shape, seed):
-        return distribute_tensor(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), mesh, [Shard(0)])
+        return distribute_tensor(
+            torch.randn(shape, generator=torch.Generator().manual_seed(seed)), mesh, [Shard(0)]
+        )
 
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in spec.build(config).state_dict().items()}
     model = {name: sharded(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
-    optimizer = {f"{name}.{key}": sharded(shapes[name], 0) for name in shapes for key in ("exp_avg", "exp_avg_sq")}
+    optimizer = {
+        f"{name}.{key}": sharded(shapes[name], 0) for name in shapes for key in ("exp_avg", "exp_avg_sq")
+    }
     checkpoints = Checkpointer(
         CheckpointConfig(enable=True),
         dump_folder=dump,

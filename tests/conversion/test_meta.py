@@ -1,4 +1,6 @@
-"""Meta's files: shards of every number and style give back the tensors bit by bit, and each defect one message."""
+"""Meta's files: shards of every number and style give back the tensors bit by bit,
+and each defect one message.
+"""
 
 import json
 import logging
@@ -11,8 +13,8 @@ from torchtitan_rd.conversion import meta
 from torchtitan_rd.conversion.meta import open_meta
 from torchtitan_rd.errors import CheckpointError, ConfigError
 from torchtitan_rd.models.layers import RopeScaling
-from torchtitan_rd.models.llama.config import LlamaConfig
 from torchtitan_rd.models.llama.model import Llama
+from torchtitan_rd.models.llama.shape import LlamaShape
 
 COLUMNS, ROWS = ("wq", "wk", "wv", "w1", "w3", "output"), ("wo", "w2")
 PARAMS = {"dim": 32, "n_layers": 2, "n_heads": 8, "n_kv_heads": 8, "norm_eps": 1e-5, "vocab_size": 64}
@@ -35,7 +37,9 @@ def write(folder, model: Llama, shards: int = 1, *, embedding_dim: int = 0, **pa
     tensors = {name: parameter.data for name, parameter in model.named_parameters()}
     for rank in range(shards):
         state = {
-            name: tensor.chunk(shards, dims[name.split(".")[-2]])[rank].clone() if "norm" not in name else tensor
+            name: tensor.chunk(shards, dims[name.split(".")[-2]])[rank].clone()
+            if "norm" not in name
+            else tensor
             for name, tensor in tensors.items()
         }
         torch.save(state | {"rope.freqs": torch.ones(2)}, folder / f"consolidated.{rank:02}.pth")
@@ -91,8 +95,16 @@ def test_the_model_that_is_opened_computes_the_same_logits(tmp_path):
 
 def test_the_shape_is_that_of_params_json_and_of_the_tensors(tmp_path):
     weights = open_meta(write(tmp_path, llama(n_kv_heads=2), 2, n_kv_heads=2))
-    assert weights.shape == LlamaConfig(
-        32, 2, 8, 2, vocab_size=64, ffn_dim=48, norm_eps=1e-5, rope_theta=500_000.0, max_seq_len=8192
+    assert weights.shape == LlamaShape(
+        dim=32,
+        n_layers=2,
+        n_heads=8,
+        n_kv_heads=2,
+        vocab_size=64,
+        ffn_dim=48,
+        norm_eps=1e-5,
+        rope_theta=500_000.0,
+        max_seq_len=8192,
     )
     assert (weights.spec.name, weights.flavor, weights.origin) == ("llama3", "custom", str(tmp_path))
     assert weights.step is None
@@ -102,7 +114,12 @@ def test_the_shape_is_that_of_params_json_and_of_the_tensors(tmp_path):
 def test_the_params_of_llama_1_say_less(tmp_path):
     write(tmp_path, llama(), 2, embedding_dim=1, vocab_size=-1, n_kv_heads=None, rope_theta=None)
     shape = open_meta(tmp_path).shape
-    assert (shape.vocab_size, shape.n_kv_heads, shape.rope_theta, shape.max_seq_len) == (64, 8, 10_000.0, 4096)
+    assert (shape.vocab_size, shape.n_kv_heads, shape.rope_theta, shape.max_seq_len) == (
+        64,
+        8,
+        10_000.0,
+        4096,
+    )
 
 
 def test_a_file_without_head_is_tied(tmp_path):
@@ -139,7 +156,8 @@ def test_the_subfolder_original_is_found_and_the_tokenizer_goes_along(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "key", ["moe", "moe_args", "quantization_args", "lora_args", "vision_chunk_size", "sliding_window", "head_dim"]
+    "key",
+    ["moe", "moe_args", "quantization_args", "lora_args", "vision_chunk_size", "sliding_window", "head_dim"],
 )
 def test_a_setting_of_another_model_is_refused_by_name(tmp_path, key):
     with pytest.raises(ConfigError, match=rf"params\.json: {key} = 4 is not supported"):

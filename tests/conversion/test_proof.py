@@ -1,4 +1,6 @@
-"""The proof of a conversion refuses each wrong one and accepts each right one, also where rounding is multiplied."""
+"""The proof of a conversion refuses each wrong one and accepts each right one,
+also where rounding is multiplied.
+"""
 
 import json
 
@@ -12,7 +14,12 @@ from tests.models.raven.tiny import tiny_raven
 from tests.models.tiny import tiny_llama
 from torchtitan_rd.conversion import verification
 from torchtitan_rd.conversion.pipeline import to_hf
-from torchtitan_rd.conversion.verification import compare, native, transformers_logits, transformers_logits_from
+from torchtitan_rd.conversion.verification import (
+    compare,
+    native,
+    transformers_logits,
+    transformers_logits_from,
+)
 from torchtitan_rd.models.layers import RopeScaling
 
 SEEDS = [*range(3), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(3, 30))]
@@ -26,7 +33,9 @@ def offline(monkeypatch):
 
 @torch.no_grad()
 def outlier_llama(seed: int, **fields):
-    """With a channel that is far larger than the others, as those of trained models ("massive activations")."""
+    """With a channel that is far larger than the others, as those of trained
+    models ("massive activations").
+    """
     model = tiny_llama(**{"dim": 64, "n_layers": 4, "ffn_dim": 160, "rope_scaling": SCALING, **fields})
     generator = torch.Generator().manual_seed(seed)
     std = (0.05, 0.1, 0.2)[seed % 3]
@@ -162,7 +171,10 @@ RAVEN = {
 def right(tmp_path_factory):
     """family -> (weights, what our model computes, their folder)."""
     found = {}
-    for family, model in (("llama3", outlier_llama(0, tie_word_embeddings=False)), ("raven", chaotic_raven(0))):
+    for family, model in (
+        ("llama3", outlier_llama(0, tie_word_embeddings=False)),
+        ("raven", chaotic_raven(0)),
+    ):
         weights, folder = weights_of(model, family), tmp_path_factory.mktemp("right") / family
         to_hf(weights, folder, verify=False)
         found[family] = weights, native(weights), folder
@@ -172,7 +184,10 @@ def right(tmp_path_factory):
 def changed(folder, place, change):
     """A copy of a folder with a mistake in it."""
     place.mkdir()
-    tensors, fields = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    tensors, fields = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text()),
+    )
     change(tensors, fields)
     save_file(tensors, place / "model.safetensors", {"format": "pt"})
     (place / "config.json").write_text(json.dumps(fields))

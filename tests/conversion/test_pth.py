@@ -1,4 +1,6 @@
-"""Files of torch.save: read as torch reads them, no code of a file runs, writing needs the memory of one tensor."""
+"""Files of torch.save: read as torch reads them, no code of a file runs,
+writing needs the memory of one tensor.
+"""
 
 import contextlib
 import copyreg
@@ -90,7 +92,9 @@ def test_every_flipped_bit_of_the_data_is_found(tmp_path):
         damaged = bytearray(whole)
         damaged[place + offset] ^= 4
         (tmp_path / "b.pth").write_bytes(damaged)
-        with pytest.raises(CheckpointError, match=r"b\.pth: the bytes of a/data/0 do not match their checksum"):
+        with pytest.raises(
+            CheckpointError, match=r"b\.pth: the bytes of a/data/0 do not match their checksum"
+        ):
             open_pth(tmp_path / "b.pth")
 
 
@@ -119,7 +123,9 @@ def test_a_type_that_cannot_be_written_is_refused_before_the_file_exists(tmp_pat
 def test_a_tensor_that_is_not_as_announced_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"a is torch.float32 \(3,\), not"):
         write_pth(
-            tmp_path / "a.pth", {"a": TensorInfo(torch.Size([2]), torch.float32)}, {"a": torch.zeros(3)}.__getitem__
+            tmp_path / "a.pth",
+            {"a": TensorInfo(torch.Size([2]), torch.float32)},
+            {"a": torch.zeros(3)}.__getitem__,
         )
 
 
@@ -200,7 +206,13 @@ def test_other_objects_become_inert_and_keep_their_attributes(tmp_path):
     assert (found["object"].number, found["object"].nested) == (3, {"names": ["a"]})
     for name in ("object", "table", "row", "number", "array", "function", "device", "bytes", "path"):
         assert type(found[name]) is Inert, name
-    plain = {"counts": {"a": [1]}, "ordered": {"a": 1}, "size": (2, 3), "dtype": torch.bfloat16, "set": {1, 2}}
+    plain = {
+        "counts": {"a": [1]},
+        "ordered": {"a": 1},
+        "size": (2, 3),
+        "dtype": torch.bfloat16,
+        "set": {1, 2},
+    }
     assert {name: found[name] for name in plain} == plain
     assert torch.equal(found["weight"], torch.arange(3))
 
@@ -321,7 +333,9 @@ class _StoragePickler(pickle.Pickler):
 def claimed(numel=4, offset=0, size=(2, 2), stride=(2, 1)) -> bytes:
     target = BytesIO()
     storage = ("storage", torch.FloatStorage, "0", "cpu", numel)
-    _StoragePickler(target, 2).dump(Calls(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {}))
+    _StoragePickler(target, 2).dump(
+        Calls(torch._utils._rebuild_tensor_v2, storage, offset, size, stride, False, {})
+    )
     return target.getvalue()
 
 
@@ -414,7 +428,9 @@ def test_what_cannot_be_read_is_refused(tmp_path, name, why):
 
 def test_the_format_from_before_torch_1_6_is_named(tmp_path):
     torch.save({"a": torch.zeros(2)}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match=r"format from before torch 1\.6: torch\.load and torch\.save it once"):
+    with pytest.raises(
+        CheckpointError, match=r"format from before torch 1\.6: torch\.load and torch\.save it once"
+    ):
         open_pth(tmp_path / "a.pth")
 
 

@@ -10,7 +10,7 @@ from torchtitan_rd.checkpoint import verify
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.huggingface import open_hf
 from torchtitan_rd.conversion.pipeline import open_released, to_dcp, to_hf, to_pth, with_tokenizer
-from torchtitan_rd.conversion.weights import cast
+from torchtitan_rd.conversion.weights import cast_weights
 from torchtitan_rd.errors import CheckpointError, ConfigError
 
 MODELS = {f"llama {name}": ("llama3", fields) for name, fields in LLAMAS.items()}
@@ -37,13 +37,13 @@ def test_dcp_to_hugging_face_to_dcp_gives_the_same_bits_and_shape(case, tmp_path
     again = open_dcp(tmp_path / "again")
     assert again.spec.name == family
     assert same_bits(state(again), model.state_dict())
-    assert type(again.shape)(**vars(again.shape)).attention_shape == model.config.attention_shape
-    assert again.spec.hf.config_fields(again.shape) == again.spec.hf.config_fields(model.config)
+    assert type(again.shape)(**vars(again.shape)).attention_shape == model.shape.attention_shape
+    assert again.spec.hf.config_fields(again.shape) == again.spec.hf.config_fields(model.shape)
 
 
 def test_hugging_face_to_dcp_to_hugging_face_gives_the_same_bits_and_config(case, tmp_path):
     family, model = case
-    bf16 = cast(weights_of(model, family), torch.bfloat16)  # as weights are released
+    bf16 = cast_weights(weights_of(model, family), torch.bfloat16)  # as weights are released
     to_hf(bf16, tmp_path / "hf", verify=False)
     to_dcp(open_hf(tmp_path / "hf", model=family), tmp_path / "step-0", verify=False)
     to_hf(open_dcp(tmp_path / "step-0"), tmp_path / "again", verify=False)
@@ -56,7 +56,7 @@ def test_hugging_face_to_dcp_to_hugging_face_gives_the_same_bits_and_config(case
 def test_a_folder_that_transformers_wrote_comes_back_with_the_same_bits(shape, tmp_path):
     transformers = pytest.importorskip("transformers")
     spec = weights_of(tiny("llama3")).spec
-    config = transformers.LlamaConfig(**spec.hf.config_fields(tiny("llama3", **LLAMAS[shape]).config))
+    config = transformers.LlamaConfig(**spec.hf.config_fields(tiny("llama3", **LLAMAS[shape]).shape))
     transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "hf")
     to_dcp(open_released(tmp_path / "hf"), tmp_path / "step-0", verify=False)
     to_hf(open_dcp(tmp_path / "step-0"), tmp_path / "again", verify=False)
@@ -90,7 +90,9 @@ def test_a_training_file_of_huginn_becomes_a_folder_for_transformers(tmp_path):
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused():
-    with pytest.raises(ConfigError, match="'bytes' has bos_token_id = 256, beyond the model's vocabulary of 61"):
+    with pytest.raises(
+        ConfigError, match="'bytes' has bos_token_id = 256, beyond the model's vocabulary of 61"
+    ):
         with_tokenizer(weights_of(tiny("llama3")), "bytes")
 
 
@@ -131,7 +133,9 @@ def test_a_tied_head_that_is_stored_must_equal_the_embedding(tmp_path):
         if passes:
             assert same_bits(state(open_hf(tmp_path / "hf")), model.state_dict())
         else:
-            with pytest.raises(CheckpointError, match=r"is tied to model.embed_tokens.weight, and yet they differ"):
+            with pytest.raises(
+                CheckpointError, match=r"is tied to model.embed_tokens.weight, and yet they differ"
+            ):
                 open_hf(tmp_path / "hf")
 
 
@@ -157,6 +161,6 @@ def test_a_checkpoint_is_described_by_its_own_shape_not_by_the_flavor_table(tmp_
     model = tiny("llama3", rope_theta=12345.0, norm_eps=3e-6)
     to_dcp(weights_of(model), tmp_path / "step-12", verify=False)
     weights = open_dcp(tmp_path / "step-12")
-    assert (weights.shape, weights.flavor, weights.step) == (model.config, "custom", 12)
+    assert (weights.shape, weights.flavor, weights.step) == (model.shape, "custom", 12)
     shown = open_dcp(tmp_path / "step-12", overrides={"rope_theta": 7.0}).shape
     assert shown.rope_theta == 7.0 and shown.norm_eps == 3e-6

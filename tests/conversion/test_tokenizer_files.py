@@ -12,8 +12,8 @@ from torchtitan_rd.conversion.tokenizer_files import files_in, tokenizer_files
 from torchtitan_rd.data import load_tokenizer
 from torchtitan_rd.data.text import pydoc_topics
 from torchtitan_rd.errors import CheckpointError, ConfigError, DataError
-from torchtitan_rd.models.llama.config import LLAMA3_FLAVORS
-from torchtitan_rd.models.llama.hf import hf_config
+from torchtitan_rd.models.llama.hf import config_fields
+from torchtitan_rd.models.llama.shape import LLAMA3_FLAVORS
 
 TEXTS = [
     "",
@@ -95,7 +95,7 @@ def load(found, folder):
     folder.mkdir()
     for name, content in found.files.items():
         (folder / name).write_bytes(content)
-    (folder / "config.json").write_text(json.dumps(hf_config(LLAMA3_FLAVORS["debug"])))
+    (folder / "config.json").write_text(json.dumps(config_fields(LLAMA3_FLAVORS["debug"])))
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -169,7 +169,10 @@ def test_a_remote_tiktoken_file_is_read_too(tiktoken_file, monkeypatch):
     monkeypatch.setattr(blobfile, "BlobFile", lambda path, mode: io.BytesIO(tiktoken_file.read_bytes()))
     remote = tokenizer_files("az://account/container/tokenizer.model")
     local = tokenizer_files(str(tiktoken_file))
-    assert remote.files["tokenizer.json"] == local.files["tokenizer.json"] and remote.token_ids == local.token_ids
+    assert (
+        remote.files["tokenizer.json"] == local.files["tokenizer.json"]
+        and remote.token_ids == local.token_ids
+    )
 
 
 def test_a_tiktoken_file_with_a_gap_is_refused(tmp_path):
@@ -184,7 +187,9 @@ def test_a_tiktoken_file_with_a_gap_is_refused(tmp_path):
 
 def test_a_sentencepiece_model_is_refused_with_the_remedy(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>")
-    with pytest.raises(ConfigError, match=r"sentencepiece model, .*folder with the tokenizer\.json .*or 'none'"):
+    with pytest.raises(
+        ConfigError, match=r"sentencepiece model, .*folder with the tokenizer\.json .*or 'none'"
+    ):
         tokenizer_files(str(tmp_path))
 
 
@@ -197,10 +202,10 @@ def test_a_missing_tokenizer_is_an_error_that_names_the_flag(path):
 def test_a_name_on_the_hub_is_looked_up_as_in_training(json_folder, monkeypatch):
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(json_folder))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(json_folder))
     assert tokenizer_files("some/tokenizer") == tokenizer_files(str(json_folder))
 
-    def unreachable(name, allow_patterns):
+    def unreachable(name, **_):
         raise ConnectionError
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)

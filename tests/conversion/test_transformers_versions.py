@@ -1,4 +1,6 @@
-"""Exported folders under the transformers versions that people have, each in a virtual environment of its own."""
+"""Exported folders under the transformers versions that people have,
+each in a virtual environment of its own.
+"""
 
 import json
 import os
@@ -27,8 +29,9 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).flo
 tied = model.lm_head.weight is model.get_input_embeddings().weight
 with torch.no_grad():
     logits = model(ids, **extra).logits
-    given = dict(attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6, do_sample=False, **extra)
-    outputs = [model.generate(ids, use_cache=cache, pad_token_id=0, **given).tolist() for cache in (True, False)]
+    given = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, **extra)
+    given["attention_mask"] = torch.ones_like(ids)
+    outputs = [model.generate(ids, use_cache=cache, **given).tolist() for cache in (True, False)]
 if extra:  # a raven, as a Trainer leaves it
     model.train()
     model.gradient_checkpointing_enable()
@@ -37,7 +40,8 @@ if extra:  # a raven, as a Trainer leaves it
     labelled = [model(ids, use_cache=True, **way, **extra).loss for way in ways]
     assert torch.equal(*labelled), labelled
     assert model.generate(ids, max_new_tokens=2, min_new_tokens=2, pad_token_id=0).shape == (2, 14)
-text = AutoTokenizer.from_pretrained(folder, trust_remote_code=True).encode("Hi \\u00e9", add_special_tokens=False)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+text = tokenizer.encode("Hi \\u00e9", add_special_tokens=False)
 print(json.dumps([transformers.__version__, logits.tolist(), outputs, text, tied]))
 """
 
@@ -68,7 +72,12 @@ def test_exported_folders_load_offline_and_compute_the_same(version, tmp_path):
         state = torch.zeros(2, 12, 32)
         own = {"num_steps": (4, 0), "initial_state": state} if family == "raven" else {}
         extra = {"num_steps": 4, "init_scale": 0.0} if family == "raven" else {}
-        variables = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONPATH": ""}
+        variables = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "cache"),
+            "PYTHONPATH": "",
+        }
         command = [python, "-c", CHILD, folder, json.dumps(ids.tolist()), json.dumps(extra)]
         done = subprocess.run(command, capture_output=True, text=True, env=variables)
         assert done.returncode == 0, done.stderr
@@ -79,4 +88,4 @@ def test_exported_folders_load_offline_and_compute_the_same(version, tmp_path):
             assert (torch.tensor(logits) - model(ids, **own)).abs().max() <= 1e-5
         assert cached == uncached
         assert text == list("Hi \u00e9".encode())
-        assert tied == model.config.tie_word_embeddings
+        assert tied == model.shape.tie_word_embeddings

@@ -14,6 +14,7 @@ from torch import nn
 from tests.models.tiny import tiny_config
 from torchtitan_rd.checkpoint import TensorInfo
 from torchtitan_rd.conversion import verification
+from torchtitan_rd.conversion.memory import cgroup_bytes
 from torchtitan_rd.conversion.verification import (
     Comparison,
     Native,
@@ -59,7 +60,9 @@ def random_weights(shape, spec=MODELS["llama3"], dtype=torch.float32) -> Weights
 def export(weights: Weights, folder, **changed_fields):
     layout, shape = weights.spec.hf, weights.shape
     names = layout.key_map(shape)
-    tensors = {theirs: layout.to_hf(ours, weights.read(ours), shape).contiguous() for ours, theirs in names.items()}
+    tensors = {
+        theirs: layout.to_hf(ours, weights.read(ours), shape).contiguous() for ours, theirs in names.items()
+    }
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     fields = {**layout.config_fields(shape), **changed_fields}
@@ -74,7 +77,10 @@ def test_equal_models_pass_from_a_folder_and_from_memory(shape, tmp_path):
     weights = random_weights(tiny_config(**SHAPES[shape]))
     ours = native(weights)
     assert ours.logits.shape == (1, SHAPES[shape].get("max_seq_len", 128), 61) and ours.logits.std() > 0.1
-    for theirs in (transformers_logits(export(weights, tmp_path), weights), transformers_logits_from(weights)):
+    for theirs in (
+        transformers_logits(export(weights, tmp_path), weights),
+        transformers_logits_from(weights),
+    ):
         found = compare(ours, theirs)
         assert found.passed and found.max_difference <= 1e-5 and abs(found.kl) < 1e-9, str(found)
 
@@ -110,7 +116,11 @@ def test_a_wrongly_converted_weight_is_found(mistake, tmp_path):
 
     def wrong(name, tensor, shape):
         if mistake == "a transposition":
-            return tensor.T if name == "layers.1.attention.wo.weight" else weights.spec.hf.to_hf(name, tensor, shape)
+            return (
+                tensor.T
+                if name == "layers.1.attention.wo.weight"
+                else weights.spec.hf.to_hf(name, tensor, shape)
+            )
         first, second = TENSORS[mistake]
         if name not in (first, second):
             return weights.spec.hf.to_hf(name, tensor, shape)
@@ -134,7 +144,9 @@ def test_tied_weights_are_read_once_and_shared():
 def test_a_tensor_of_another_shape_is_an_error_and_not_broadcast():
     weights = random_weights(tiny_config())
     wrong = replace(weights, read=lambda name: weights.read(name)[:1])
-    with pytest.raises(CheckpointError, match=r"tok_embeddings.weight has shape \(1, 32\), but .* \(61, 32\)"):
+    with pytest.raises(
+        CheckpointError, match=r"tok_embeddings.weight has shape \(1, 32\), but .* \(61, 32\)"
+    ):
         native_logits(wrong)
 
 
@@ -177,7 +189,9 @@ def test_a_recurrent_model_is_compared_at_a_fixed_depth_from_a_fixed_state(monke
     assert torch.equal(native_logits(weights), ours)
 
 
-@pytest.mark.parametrize("fields", [{}, {"block": "post", "injection": "add", "qk_bias": False, "n_kv_heads": 4}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"block": "post", "injection": "add", "qk_bias": False, "n_kv_heads": 4}]
+)
 @pytest.mark.parametrize("steps", [None, 1, 3])
 def test_equal_recurrent_models_pass_at_each_depth_and_others_do_not(fields, steps, tmp_path):
     spec = MODELS["raven"]
@@ -207,7 +221,9 @@ def test_only_the_code_of_this_package_is_run_and_each_change_of_it_counts(tmp_p
     fields = {"model_type": "tiny_llama", "architectures": ["TinyModel"], "auto_map": auto_map}
     plain = random_weights(tiny_config())
     layout = replace(
-        plain.spec.hf, code=(code,), config_fields=lambda shape: {**plain.spec.hf.config_fields(shape), **fields}
+        plain.spec.hf,
+        code=(code,),
+        config_fields=lambda shape: {**plain.spec.hf.config_fields(shape), **fields},
     )
     weights = replace(plain, spec=replace(plain.spec, hf=layout))
     ours = native(weights)
@@ -231,9 +247,13 @@ def test_five_times_the_noise_or_a_divergence_of_1e_6_nats_is_too_much_and_the_r
         found = compare(given(logits), logits + shift)
         assert found.passed == passes and found.error == pytest.approx(shift, rel=0.01), str(found)
     diverging = logits + torch.tensor([5e-3, 0, 0, 0, 0])
-    assert not compare(given(logits, 1.0), diverging).passed and compare(given(logits, 1.0), logits + 1e-3).passed
-    text = "max |delta logit| 3.1e-06, rms 1.0e-06 (at most 5 times the rounding noise of 2.0e-06), KL 1.2e-12 nats "
-    assert str(Comparison(1e-6, 2e-6, 1.2e-12, 3.1e-6, 64)) == f"{text}(at most 1e-06) over 64 tokens: equal"
+    assert (
+        not compare(given(logits, 1.0), diverging).passed
+        and compare(given(logits, 1.0), logits + 1e-3).passed
+    )
+    text = "max |delta logit| 3.1e-06, rms 1.0e-06 (at most 5 times the rounding noise of 2.0e-06), "
+    text += "KL 1.2e-12 nats (at most 1e-06) over 64 tokens: equal"
+    assert str(Comparison(1e-6, 2e-6, 1.2e-12, 3.1e-6, 64)) == text
     assert "64 tokens and 4 iterations: DIFFERENT" in str(Comparison(1.0, 0.1, 0.1, 1.0, 64, 4))
 
 
@@ -256,7 +276,10 @@ def test_a_logit_that_is_not_finite_never_passes(value, side):
 
 def test_other_shapes_never_pass():
     found = compare(given(torch.zeros(1, 4, 5)), torch.zeros(1, 4, 6))
-    assert not found.passed and str(found) == "logits are (1, 4, 5) here and (1, 4, 6) in transformers: DIFFERENT"
+    assert (
+        not found.passed
+        and str(found) == "logits are (1, 4, 5) here and (1, 4, 6) in transformers: DIFFERENT"
+    )
 
 
 @pytest.mark.parametrize("vocab_size", [2, 61, 258, 128_256])
@@ -300,7 +323,7 @@ def test_what_stands_against_a_comparison_is_said_with_the_remedy(monkeypatch):
 )
 def test_the_limit_of_the_job_counts_and_its_cached_files_do_not(line, base, limit, usage, cached, tmp_path):
     membership = tmp_path / "membership"
-    assert verification._cgroup_bytes(tmp_path, membership) == [float("inf")]
+    assert cgroup_bytes(tmp_path, membership) == [float("inf")]
     membership.write_text(f"7:cpu,cpuacct:/job\n{line}\n")
     for name, most in (("job", "1000"), ("job/step", "max")):
         folder = tmp_path / base / name
@@ -308,7 +331,7 @@ def test_the_limit_of_the_job_counts_and_its_cached_files_do_not(line, base, lim
         (folder / limit).write_text(most)
         (folder / usage).write_text("700\n")
         (folder / "memory.stat").write_text(f"anon 600\n{cached} 100\n")
-    assert min(verification._cgroup_bytes(tmp_path, membership)) == 400
+    assert min(cgroup_bytes(tmp_path, membership)) == 400
 
 
 def test_importing_the_module_imports_neither_transformers_nor_the_hub():

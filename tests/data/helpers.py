@@ -4,16 +4,15 @@ import json
 
 import torch
 
-from torchtitan_rd.data import DatasetKeys, build_dataloader, merge_states
+from torchtitan_rd.data import BatchDims, DatasetKeys, build_dataloader, load_tokenizer, merge_states
 
 
 def build(config: DatasetKeys, rank=0, degree=1, vocab_size=258, tokenizer_path="bytes", seed=0):
     return build_dataloader(
         config,
-        tokenizer_path=tokenizer_path,
+        BatchDims.resolve(config, rank, degree),
+        tokenizer=load_tokenizer(tokenizer_path),
         vocab_size=vocab_size,
-        data_rank=rank,
-        data_degree=degree,
         seed=seed,
         pin_memory=False,
     )
@@ -52,4 +51,6 @@ class Ranks:
 
 
 def equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
-    return len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    return len(found) == len(expected) and all(
+        torch.equal(a, b) for a, b in zip(found, expected, strict=True)
+    )

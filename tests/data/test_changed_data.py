@@ -1,4 +1,6 @@
-"""Data or a tokenizer that changed is refused on resume with what changed, and between ranks before the first step."""
+"""Data or a tokenizer that changed is refused on resume with what changed,
+and between ranks before the first step.
+"""
 
 import json
 import logging
@@ -11,9 +13,10 @@ import pytest
 
 from tests.data.helpers import Ranks, build, merge_states
 from tests.ranks import run_on_ranks
-from torchtitan_rd import job, train
-from torchtitan_rd.data import DatasetKeys, check_same_data, content
+from torchtitan_rd import job, parts, train
+from torchtitan_rd.data import DatasetKeys, content
 from torchtitan_rd.data.content import Digest, digest_of_table
+from torchtitan_rd.data.fingerprint import check_same_data
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.log import logger
 
@@ -51,7 +54,11 @@ def test_one_changed_row_among_ten_thousand_is_refused_with_where_it_is(stream, 
     resume(keys(path, stream=stream), state)
     rows[5000] = "Row 5000"
     write(path, rows)
-    where = "the content of the files" if stream else "the data: among rows 5000..5155 of 10000, some hold other data"
+    where = (
+        "the content of the files"
+        if stream
+        else "the data: among rows 5000..5155 of 10000, some hold other data"
+    )
     with pytest.raises(DataError, match=rf"what changed is {where}.*\(a\.jsonl has other content\)"):
         resume(keys(path, stream=stream), state)
 
@@ -60,7 +67,9 @@ def test_reordered_rows_are_refused_with_where_they_are(tmp_path):
     rows = [f"row {i:03}" for i in range(100)]
     state = build(write(tmp_path / "a.jsonl", rows)).state_dict()
     config = write(tmp_path / "a.jsonl", [rows[0], *reversed(rows[1:99]), rows[99]])
-    with pytest.raises(DataError, match=r"among rows 1\.\.99 of 100, some hold other data or stand in another order"):
+    with pytest.raises(
+        DataError, match=r"among rows 1\.\.99 of 100, some hold other data or stand in another order"
+    ):
         resume(config, state)
 
 
@@ -171,10 +180,14 @@ def test_a_checkpoint_that_noted_the_ends_of_the_data_alone_goes_on_with_a_warni
         resume(config, state)
 
     datasets.Dataset.from_dict({"spike_counts": [[[1] * 5] * 3] * 4}).save_to_disk(str(tmp_path / "spikes"))
-    config = DatasetKeys(dataset="primate", dataset_path=str(tmp_path / "spikes"), seq_len=4, local_batch_size=2)
+    config = DatasetKeys(
+        dataset="primate", dataset_path=str(tmp_path / "spikes"), seq_len=4, local_batch_size=2
+    )
     state = build(config, vocab_size=256).state_dict()
     state["fingerprint"] = {k: v for k, v in state["fingerprint"].items() if k in _OLD}
-    with pytest.raises(DataError, match=r"where small samples are cut .*'tokens', now 'time bins'.*begin a new run"):
+    with pytest.raises(
+        DataError, match=r"where small samples are cut .*'tokens', now 'time bins'.*begin a new run"
+    ):
         resume(config, state, vocab_size=256)
 
 
@@ -202,7 +215,7 @@ def test_the_trainer_compares_the_ranks_before_it_builds_the_model(monkeypatch, 
         return [value, {**value, "num_samples": 5}] if isinstance(value, dict) else [value]
 
     monkeypatch.setattr(job, "gather", gather)
-    monkeypatch.setattr(train, "build_model", None)
+    monkeypatch.setattr(parts, "build_model", None)
     assert train.main([f"--job.dump_folder={tmp_path}", "--training.seq_len=8"]) == 1
     assert "rank 1: num_samples, the number of rows (was 79, now 5)" in capsys.readouterr().err
 
@@ -211,7 +224,11 @@ def test_a_run_notes_in_its_folder_what_it_reads(tmp_path):
     write(tmp_path / "a.jsonl", ["a"] * 40)
     write(tmp_path / "test.jsonl", ["b"])
     arguments = [f"--job.dump_folder={tmp_path / 'dump'}", "--training.dataset=text", "--training.steps=1"]
-    arguments += [f"--training.dataset_path={tmp_path}", "--training.seq_len=8", "--model.overrides.n_layers=1"]
+    arguments += [
+        f"--training.dataset_path={tmp_path}",
+        "--training.seq_len=8",
+        "--model.overrides.n_layers=1",
+    ]
     assert train.main([*arguments, "--training.local_batch_size=1", "--model.overrides.dim=32"]) == 0
     record = json.loads((tmp_path / "dump" / "data.json").read_text())
     assert (record["files"], record["rows"], record["split"]) == (["a.jsonl"], 40, "train")

@@ -44,7 +44,8 @@ def test_every_bad_row_is_printed_with_its_reason_and_with_what_skips_it(spikes,
     assert printed[1].startswith("primate: row 300: neuron 1 has 1 time bins")
     assert printed[2].startswith("primate: row 301, neuron 0, time bin 0: spike count -1")
     assert printed[3] == (
-        "training: 700 rows, 4,176 spike counts; 1 empty, 0 skipped by training.skip_ranges, 3 that would stop a run"
+        "training: 700 rows, 4,176 spike counts; "
+        "1 empty, 0 skipped by training.skip_ranges, 3 that would stop a run"
     )
     assert printed[4] == "to leave these out: skip_ranges = [[41, 41], [300, 301]]"
     assert check(tmp_path, *arguments, "--training.skip_ranges=[[41, 41], [300, 301]]") == 0
@@ -53,7 +54,7 @@ def test_every_bad_row_is_printed_with_its_reason_and_with_what_skips_it(spikes,
 
 def test_with_the_ranges_that_it_proposes_a_run_reads_everything(spikes):
     keys = DatasetKeys(dataset="primate", dataset_path=spikes, seq_len=300, local_batch_size=1)
-    report = scan(keys, tokenizer_path="bytes", vocab_size=256, seed=0, split="train")
+    report = scan(keys, tokenizer=None, vocab_size=256, seed=0, split="train")
     loader = build(keys, vocab_size=256)
     with pytest.raises(DataError, match="row 41"):
         [loader.next_step() for _ in range(20)]
@@ -65,8 +66,13 @@ def test_with_the_ranges_that_it_proposes_a_run_reads_everything(spikes):
 
 
 def test_missing_texts_and_rows_of_another_length_are_found(tmp_path, capsys):
-    pq.write_table(pa.table({"text": ["a", None, "", "b"] * 100}), tmp_path / "text.parquet", row_group_size=7)
-    assert check(tmp_path, "--training.dataset=text", f"--training.dataset_path={tmp_path / 'text.parquet'}") == 1
+    pq.write_table(
+        pa.table({"text": ["a", None, "", "b"] * 100}), tmp_path / "text.parquet", row_group_size=7
+    )
+    assert (
+        check(tmp_path, "--training.dataset=text", f"--training.dataset_path={tmp_path / 'text.parquet'}")
+        == 1
+    )
     printed = capsys.readouterr().out
     assert printed.count("expected text") == 50 and "... and 50 more" in printed
     assert "text: row 1: column 'text' holds string None" in printed
@@ -74,7 +80,10 @@ def test_missing_texts_and_rows_of_another_length_are_found(tmp_path, capsys):
 
     rows = pa.array([[0] * 5, [0] * 4, [300, 0, 0, 0, 0]], pa.list_(pa.int32()))
     pq.write_table(pa.table({"input_ids": rows}), tmp_path / "packed.parquet")
-    assert check(tmp_path, "--training.dataset=packed", f"--training.dataset_path={tmp_path / 'packed.parquet'}") == 1
+    assert (
+        check(tmp_path, "--training.dataset=packed", f"--training.dataset_path={tmp_path / 'packed.parquet'}")
+        == 1
+    )
     printed = capsys.readouterr().out
     assert "packed: row 1: has 4 ids" in printed and "packed: row 2: token 0 has id 300" in printed
 

@@ -74,7 +74,8 @@ def test_windows_run_across_samples_and_epochs_without_gap_or_overlap():
     samples = [[0, 1, 2], [10, 11], [20, 21, 22, 23], [30]]
     even = LaneReader(Counted(samples), lane=0, num_lanes=2, seq_len=3)
     odd = LaneReader(Counted(samples), lane=1, num_lanes=2, seq_len=3)
-    # File order: lane 0 reads samples 0 and 2, and after the epoch (shifted by one) 1 and 3; lane 1 the other way.
+    # File order: lane 0 reads samples 0 and 2, and after the epoch (shifted by one) 1 and 3;
+    # lane 1 the other way.
     assert windows(even, 3) == ([[0, 1, 2, 20], [21, 22, 23, 10], [11, 30, 0, 1]], Cursor(2, 0, 2))
     assert windows(odd, 2) == ([[10, 11, 30, 0], [1, 2, 20, 21]], Cursor(1, 1, 2))
 
@@ -88,7 +89,7 @@ def test_an_epoch_of_all_lanes_holds_every_sample_once_also_when_shuffled():
         while cursor.epoch == 0:
             row = reader.read(cursor)
             cursor = row.position
-            found += row.ids[: 2 if cursor.epoch == 0 or cursor.index == 0 else 1].tolist()
+            found += row.ids[: 2 if cursor.epoch == 0 or cursor.unit == 0 else 1].tolist()
     assert sorted(found) == list(range(103))
 
 
@@ -108,7 +109,8 @@ def test_pieces_even_out_the_shares_of_lanes_when_documents_are_few_and_unequal(
 
     def shares(units_per_lane):
         readers = [
-            LaneReader(source, lane, 32, seq_len=1, shuffle_seed=0, units_per_lane=units_per_lane) for lane in range(32)
+            LaneReader(source, lane, 32, seq_len=1, shuffle_seed=0, units_per_lane=units_per_lane)
+            for lane in range(32)
         ]
         return [sum(len(r._unit(0, index)) for index in range(r._units_in(0))) for r in readers]
 

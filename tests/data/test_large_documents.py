@@ -1,15 +1,19 @@
 """Documents that lanes share are encoded once; recordings are cut between time bins."""
 
+import errno
 import json
 import os
 
 import numpy as np
 import pytest
 
+from tests.data import helpers
 from tests.data.helpers import Ranks, build, equal
 from tests.ranks import run_on_ranks
-from torchtitan_rd.data import DATASETS, DatasetKeys, sources
+from torchtitan_rd.data import DATASETS, DatasetKeys, ids
+from torchtitan_rd.data.arrow import SampleSource
 from torchtitan_rd.data.sources import Dataset
+from torchtitan_rd.data.text import TextEncoder
 from torchtitan_rd.data.tokenizer import ByteTokenizer
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.log import logger
@@ -36,7 +40,7 @@ def encodes(monkeypatch):
             lengths.append(len(text))
             return super().encode(text)
 
-    monkeypatch.setattr(sources, "load_tokenizer", lambda path: Counting())
+    monkeypatch.setattr(helpers, "load_tokenizer", lambda path: Counting())
     return lengths
 
 
@@ -110,12 +114,25 @@ def test_a_folder_that_cannot_be_written_costs_memory_and_a_warning(encodes, tmp
     assert "encoded documents cannot be kept" in caplog.text and "training.cache_folder" in caplog.text
 
 
+def test_a_disk_that_fills_up_keeps_nothing_of_the_ids_that_did_not_fit(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ids, "_sync", full)
+    source = SampleSource("mine", ["some text"] * 3, TextEncoder(ByteTokenizer(), 258))
+    encoded = ids.encode_once(source, np.dtype(np.uint16), tmp_path / "cache", "key")
+    assert len(encoded) == 3 and encoded.tokens(2).tolist() == source.tokens(2).tolist()
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["key.lock"]
+
+
 def test_small_recordings_are_cut_between_time_bins(tmp_path):
     import datasets
 
     counts = np.random.default_rng(0).poisson(1, (3, 3, 10)).astype(np.uint8)
     datasets.Dataset.from_dict({"spike_counts": counts.tolist()}).save_to_disk(str(tmp_path / "saved"))
-    config = DatasetKeys(dataset="primate", dataset_path=str(tmp_path / "saved"), seq_len=4, local_batch_size=4)
+    config = DatasetKeys(
+        dataset="primate", dataset_path=str(tmp_path / "saved"), seq_len=4, local_batch_size=4
+    )
     reader = build(config, vocab_size=256)._readers
     units = [unit for lane in reader for unit in (lane._unit(0, i) for i in range(lane._units_in(0)))]
     assert len(units) == 66 and reader[0].pieces == 22
@@ -133,7 +150,9 @@ def test_packed_rows_are_known_by_their_kind_and_not_by_their_name(tmp_path, mon
     rows = [[10 * i + j for j in range(5)] for i in range(3)]
     datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(str(tmp_path / "saved"))
     monkeypatch.setitem(DATASETS, "huginn", Dataset("packed", hub="some/repository"))
-    config = DatasetKeys(dataset="huginn", dataset_path=str(tmp_path / "saved"), seq_len=4, local_batch_size=2)
+    config = DatasetKeys(
+        dataset="huginn", dataset_path=str(tmp_path / "saved"), seq_len=4, local_batch_size=2
+    )
     with Ranks(config, vocab_size=100) as run:
         assert [batch[:, 0].tolist() for batch in run.read(2)] == [[0, 10], [20, 0]]
     with pytest.raises(DataError, match="huginn: holds 3 rows, fewer than the 4 of one global batch"):
@@ -152,7 +171,9 @@ def test_skipped_rows_are_never_read_and_all_others_keep_their_place(batch, tmp_
     rows = [f"{i:02}" for i in range(20)]  # four ids each: a window; with four lanes each is cut into pieces
     ranges = [[3, 3], [7, 9]]
     config = jsonl(tmp_path, rows, local_batch_size=batch, skip_ranges=ranges)
-    without = jsonl(tmp_path, ["" if i in (3, 7, 8, 9) else row for i, row in enumerate(rows)], local_batch_size=batch)
+    without = jsonl(
+        tmp_path, ["" if i in (3, 7, 8, 9) else row for i, row in enumerate(rows)], local_batch_size=batch
+    )
     with Ranks(without) as run:
         expected = run.read(12)
     config = jsonl(tmp_path, rows, local_batch_size=batch, skip_ranges=ranges)

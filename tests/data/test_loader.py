@@ -10,7 +10,7 @@ import torch
 
 from tests.data.helpers import Ranks, build, equal
 from tests.ranks import run_on_ranks
-from torchtitan_rd.data import DATASETS, DatasetKeys, accumulation_steps, check_dataset, merge_states
+from torchtitan_rd.data import DATASETS, DatasetKeys, get_dataset, merge_states
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.log import logger
 
@@ -21,7 +21,11 @@ STEPS = 6
 def keys(degree=1, accumulation=1, **others):
     local = GLOBAL // degree // accumulation
     return DatasetKeys(
-        seq_len=others.pop("seq_len", 600), local_batch_size=local, global_batch_size=GLOBAL, shuffle_seed=7, **others
+        seq_len=others.pop("seq_len", 600),
+        local_batch_size=local,
+        global_batch_size=GLOBAL,
+        shuffle_seed=7,
+        **others,
     )
 
 
@@ -34,7 +38,9 @@ def expected():
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("degree", [1, 2, 4])
-def test_the_global_batches_do_not_depend_on_ranks_accumulation_and_workers(degree, accumulation, workers, expected):
+def test_the_global_batches_do_not_depend_on_ranks_accumulation_and_workers(
+    degree, accumulation, workers, expected
+):
     with Ranks(keys(degree, accumulation, num_workers=workers), degree) as run:
         assert run.loaders[0].num_workers == workers
         assert equal(run.read(STEPS), expected)
@@ -121,7 +127,10 @@ def test_the_state_is_json_and_small_and_the_same_from_all_ranks():
     [
         ({"seq_len": 32}, r"seq_len \(was 600, now 32\); set training\.seq_len = 600"),
         ({"shuffle_seed": 8}, r"shuffle_seed \(was 7, now 8\); set training\.shuffle_seed = 7"),
-        ({"global_batch_size": 4}, r"was 8, now 4\); set training\.global_batch_size = 8, which any number of ranks"),
+        (
+            {"global_batch_size": 4},
+            r"was 8, now 4\); set training\.global_batch_size = 8, which any number of ranks",
+        ),
         ({"dataset": "synthetic"}, r"dataset \(was 'pydoc', now 'synthetic'\)"),
     ],
 )
@@ -148,7 +157,9 @@ def test_a_resume_with_other_data_is_refused(tmp_path):
     with Ranks(config) as run:
         state = run.save()
     (tmp_path / "0.txt").write_text("another beginning")
-    with pytest.raises(DataError, match=r"among rows 0 of 7, .*0\.txt had 11 bytes and has 17\); put the former data"):
+    with pytest.raises(
+        DataError, match=r"among rows 0 of 7, .*0\.txt had 11 bytes and has 17\); put the former data"
+    ):
         build(config).load_state_dict(state)
 
 
@@ -156,7 +167,9 @@ def test_ranks_that_see_different_data_are_found_when_their_states_meet():
     states = [build(keys(2), rank, 2).state_dict() for rank in range(2)]
     states[1] = copy.deepcopy(states[1])
     states[1]["fingerprint"]["num_samples"] = 5
-    with pytest.raises(DataError, match=r"other data than data rank 0[^$]*rank 1: num_samples.*was 79, now 5"):
+    with pytest.raises(
+        DataError, match=r"other data than data rank 0[^$]*rank 1: num_samples.*was 79, now 5"
+    ):
         merge_states(states)
 
 
@@ -167,7 +180,11 @@ def test_an_error_in_the_data_arrives_with_its_own_words_and_kind(workers, tmp_p
     counts = [[[1] * 40]] * 5 + [[[1] * 20 + [255] + [1] * 19], [[1] * 40]]
     datasets.Dataset.from_dict({"spike_counts": counts}).save_to_disk(str(tmp_path / "saved"))
     config = DatasetKeys(
-        dataset="rodent", dataset_path=str(tmp_path / "saved"), seq_len=19, local_batch_size=2, num_workers=workers
+        dataset="rodent",
+        dataset_path=str(tmp_path / "saved"),
+        seq_len=19,
+        local_batch_size=2,
+        num_workers=workers,
     )
     with Ranks(config, vocab_size=256) as run, pytest.raises(DataError) as caught:
         run.read(10)
@@ -200,20 +217,17 @@ def test_document_ids_follow_the_rows_through_workers():
     starts[:, 0] = False
     steps = batch.document_ids.diff(dim=1, prepend=torch.zeros(len(starts), 1, dtype=torch.int32))
     assert set(steps.unique().tolist()) == {0, 1}
-    assert (steps[starts] == 1).all() and starts.any(), "a document begins at its bos (and at a piece of another)"
+    assert (steps[starts] == 1).all() and starts.any(), (
+        "a document begins at its bos (and at a piece of another)"
+    )
     assert steps.sum() < 100 * len(starts), "and nowhere else"
 
 
-def test_accumulation_follows_from_the_batch_sizes():
-    assert accumulation_steps(DatasetKeys(local_batch_size=2, global_batch_size=24), 4) == 3
-    assert accumulation_steps(DatasetKeys(local_batch_size=2), 4) == 1
-    with pytest.raises(ConfigError, match=r"training\.global_batch_size = 20 is not a multiple of .* = 8"):
-        accumulation_steps(DatasetKeys(local_batch_size=2, global_batch_size=20), 4)
-
-
 def test_a_data_set_that_is_not_in_the_table_is_refused_with_the_nearest_name():
-    with pytest.raises(ConfigError, match=r"training\.dataset = 'primates' is not a data set; did you mean 'primate'"):
-        check_dataset(DatasetKeys(dataset="primates"))
+    with pytest.raises(
+        ConfigError, match=r"training\.dataset = 'primates' is not a data set; did you mean 'primate'"
+    ):
+        get_dataset(DatasetKeys(dataset="primates"))
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -222,15 +236,15 @@ def test_every_row_of_the_table_is_complete(name, tmp_path):
     assert not (row.hub and row.samples)
     (tmp_path / "rows.parquet").touch()
     path = None if row.hub or row.samples else str(tmp_path)
-    assert check_dataset(DatasetKeys(dataset=name, dataset_path=path)) is row
+    assert get_dataset(DatasetKeys(dataset=name, dataset_path=path)) is row
 
 
 def test_importing_the_room_loads_no_heavy_library():
     import subprocess
     import sys
 
-    code = "import sys, torchtitan_rd.data as d; print(sorted({'datasets','transformers','wandb','triton','pyarrow',"
-    code += "'tokenizers','tiktoken','blobfile'} & set(sys.modules)))"
+    code = "import sys, torchtitan_rd.data as d; print(sorted({'datasets','transformers','wandb','triton',"
+    code += "'pyarrow','tokenizers','tiktoken','blobfile'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
@@ -238,5 +252,10 @@ def _small_text(folder, **others):
     for i in range(7):
         (folder / f"{i}.txt").write_text(f"document {i} " * (i + 1))
     return DatasetKeys(
-        dataset="text", dataset_path=str(folder), seq_len=20, local_batch_size=2, global_batch_size=4, **others
+        dataset="text",
+        dataset_path=str(folder),
+        seq_len=20,
+        local_batch_size=2,
+        global_batch_size=4,
+        **others,
     )

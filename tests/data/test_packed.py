@@ -19,7 +19,9 @@ def write(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
     def write(rows, **keys):
-        pq.write_table(pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))}), tmp_path / "rows.parquet")
+        pq.write_table(
+            pa.table({"input_ids": pa.array(rows, pa.list_(pa.int32()))}), tmp_path / "rows.parquet"
+        )
         return DatasetKeys(dataset="packed", dataset_path=str(tmp_path / "rows.parquet"), seq_len=4, **keys)
 
     return write
@@ -64,12 +66,16 @@ def test_a_row_of_another_length_is_refused_with_both_lengths(write):
 
 
 def test_an_id_beyond_the_vocabulary_is_refused_before_the_first_step(write):
-    with pytest.raises(DataError, match=r"packed: row 0: token 3 has id 100, but the model's vocabulary is 0\.\.99"):
+    with pytest.raises(
+        DataError, match=r"packed: row 0: token 3 has id 100, but the model's vocabulary is 0\.\.99"
+    ):
         build(write([[0, 1, 2, 100, 4]], local_batch_size=1), vocab_size=100)
 
 
 def test_fewer_rows_than_a_global_batch_are_refused(write):
-    with pytest.raises(DataError, match=r"packed: holds 1 rows, fewer than the 2 .* training\.global_batch_size"):
+    with pytest.raises(
+        DataError, match=r"packed: holds 1 rows, fewer than the 2 .* training\.global_batch_size"
+    ):
         build(write([[0] * 5], local_batch_size=2), vocab_size=100)
 
 

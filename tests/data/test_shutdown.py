@@ -11,21 +11,29 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.fork_server import run_python
+
 PROGRAM = """
 import multiprocessing, sys, time
-from torchtitan_rd.data import DatasetKeys, build_dataloader
+from torchtitan_rd.data import BatchDims, DatasetKeys, build_dataloader, load_tokenizer
 if __name__ == "__main__":
-    loader = build_dataloader(DatasetKeys(local_batch_size=2, {keys}), tokenizer_path="bytes", vocab_size=258,
-                              data_rank=0, data_degree=1, seed=0, pin_memory=False)
+    keys = DatasetKeys(local_batch_size=2, {keys})
+    dims = BatchDims.resolve(keys, data_rank=0, data_degree=1)
+    text = {{"tokenizer": load_tokenizer("bytes"), "vocab_size": 258}}
+    loader = build_dataloader(keys, dims, **text, seed=0, pin_memory=False)
     loader.next_step()
     loader.next_step()
     {end}
 """
 
 
-def run(keys, end):
-    code = PROGRAM.format(keys=keys, end=end)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+def run(keys, end, start=run_python):
+    return start("-c", PROGRAM.format(keys=keys, end=end), timeout=60)
+
+
+def from_scratch(*command, timeout):
+    """A new interpreter, which imports in its own order what it takes apart at the end."""
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +46,13 @@ def parquet(tmp_path_factory):
 @pytest.mark.parametrize("end", ["loader.close()", "pass"])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_program_that_streams_parquet_ends_with_0_and_says_nothing(workers, end, parquet):
-    result = run(f"{parquet}, num_workers={workers}", end)
+    result = run(f"{parquet}, num_workers={workers}", end, start=run_python if workers else from_scratch)
     assert (result.returncode, result.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("end", ["loader.close(); assert not multiprocessing.active_children()", "sys.exit(0)"])
+@pytest.mark.parametrize(
+    "end", ["loader.close(); assert not multiprocessing.active_children()", "sys.exit(0)"]
+)
 def test_a_program_with_workers_ends_with_0_and_says_nothing(end):
     result = run("seq_len=64, num_workers=2", end)
     assert (result.returncode, result.stderr) == (0, "")

@@ -23,7 +23,9 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def texts(path) -> list[str]:
-    source = TableSource("text", open_table("text", str(path), None, stream=False), TextEncoder(ByteTokenizer(), 258))
+    source = TableSource(
+        "text", open_table("text", str(path), None, stream=False), TextEncoder(ByteTokenizer(), 258)
+    )
     return [bytes(source.tokens(i)[1:-1].tolist()).decode() for i in range(len(source))]
 
 
@@ -92,13 +94,17 @@ def test_a_hub_that_cannot_be_reached_is_one_error_with_what_was_sought_and_the_
     import datasets
 
     def unreachable(*args, **kwargs):
-        raise ConnectionError("Couldn't reach 'eminorhan/neural-pile-primate' on the Hub (OfflineModeIsEnabled)\nmore")
+        raise ConnectionError(
+            "Couldn't reach 'eminorhan/neural-pile-primate' on the Hub (OfflineModeIsEnabled)\nmore"
+        )
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DataError) as caught:
         build(DatasetKeys(dataset="primate", stream=stream), vocab_size=256)
     message = str(caught.value)
-    assert message.startswith("primate: cannot read 'eminorhan/neural-pile-primate' (subset default, split train)")
+    assert message.startswith(
+        "primate: cannot read 'eminorhan/neural-pile-primate' (subset default, split train)"
+    )
     assert "training.dataset_path" in message and "HF_HUB_OFFLINE" in message and "\n" not in message
 
 
@@ -149,6 +155,8 @@ def test_the_first_window_of_every_row_of_the_batch_is_read_when_the_loader_is_b
     counts = np.ones((64, 3, 5), np.uint8)
     counts[17] = 255  # the only sample of lane 17, and a count that recordings do not have
     datasets.Dataset.from_dict({"spike_counts": counts.tolist()}).save_to_disk(str(tmp_path / "spikes"))
-    config = DatasetKeys(dataset="primate", dataset_path=str(tmp_path / "spikes"), seq_len=4, local_batch_size=64)
+    config = DatasetKeys(
+        dataset="primate", dataset_path=str(tmp_path / "spikes"), seq_len=4, local_batch_size=64
+    )
     with pytest.raises(DataError, match="row 17, neuron 0, time bin 0: spike count 255"):
         build(config, vocab_size=256)

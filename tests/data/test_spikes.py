@@ -71,14 +71,21 @@ def test_a_two_dimensional_array_type_of_the_datasets_library_is_read(tmp_path):
     assert TableSource("primate", table, SpikeEncoder()).tokens(1).tolist() == TOKENS
 
 
-@pytest.mark.parametrize("cell", [pa.array(["text"]), pa.array([[1, 2]]), pa.array([[[0.5]]]), pa.array([[[None, 1]]])])
+@pytest.mark.parametrize(
+    "cell", [pa.array(["text"]), pa.array([[1, 2]]), pa.array([[[0.5]]]), pa.array([[[None, 1]]])]
+)
 def test_anything_but_whole_lists_of_lists_of_integers_is_refused(cell):
     with pytest.raises(DataError, match=r"^here: "):
         read_matrix(cell, "here")
 
 
 def test_a_recording_without_neurons_has_no_tokens():
-    assert SpikeEncoder().encode(read_matrix(pa.array([[]], pa.list_(pa.list_(pa.uint8()))), "here"), "here").size == 0
+    assert (
+        SpikeEncoder()
+        .encode(read_matrix(pa.array([[]], pa.list_(pa.list_(pa.uint8()))), "here"), "here")
+        .size
+        == 0
+    )
 
 
 def test_synthetic_recordings_depend_on_seed_and_index_alone_and_have_the_stated_sizes():

@@ -128,5 +128,7 @@ def test_a_saved_data_set_can_be_streamed(tmp_path):
 def test_what_cannot_be_streamed_is_refused(parquet):
     with pytest.raises(ConfigError, match=r"unset training\.shuffle_seed or training\.stream"):
         build(keys(parquet, shuffle_seed=1))
-    with pytest.raises(ConfigError, match=r"'pydoc' is made here: set training\.stream \(STREAM_HF_DATA\) = false"):
+    with pytest.raises(
+        ConfigError, match=r"'pydoc' is made here: set training\.stream \(STREAM_HF_DATA\) = false"
+    ):
         build(DatasetKeys(stream=True))

@@ -30,7 +30,9 @@ def json_folder(tmp_path):
     folder.mkdir()
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": "<s>", "eos_token": {"content": "</s>"}, "auto_map": {"AutoTokenizer": ["evil.py"]}})
+        json.dumps(
+            {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "auto_map": {"AutoTokenizer": ["evil.py"]}}
+        )
     )
     (folder / "evil.py").write_text("raise SystemExit('remote code was run')")
     return folder
@@ -104,7 +106,7 @@ def test_a_name_on_the_hub_is_fetched_as_json_files_only(json_folder, monkeypatc
 
     asked = {}
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, revision, allow_patterns):
         asked[name] = allow_patterns
         return str(json_folder)
 
@@ -119,11 +121,13 @@ def test_a_name_on_the_hub_is_fetched_as_json_files_only(json_folder, monkeypatc
 def test_a_hub_that_is_out_of_reach_is_one_clear_error(monkeypatch):
     import huggingface_hub
 
-    def unreachable(name, allow_patterns):
+    def unreachable(name, revision, allow_patterns):
         raise ConnectionError("no network")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(ConfigError, match=r"model\.tokenizer_path = 'some/tokenizer'.*ConnectionError.*local folder"):
+    with pytest.raises(
+        ConfigError, match=r"model\.tokenizer_path = 'some/tokenizer'.*ConnectionError.*local folder"
+    ):
         load_tokenizer("some/tokenizer")
 
 
@@ -143,7 +147,9 @@ def test_bos_and_eos_stand_around_documents_and_an_empty_one_has_no_tokens():
 
 
 def test_an_id_beyond_the_vocabulary_is_refused_with_its_row():
-    with pytest.raises(DataError, match=r"text: row 3: token 0 has id 256, but the model's vocabulary is 0\.\.255"):
+    with pytest.raises(
+        DataError, match=r"text: row 3: token 0 has id 256, but the model's vocabulary is 0\.\.255"
+    ):
         TextEncoder(load_tokenizer("bytes"), 256).encode("ab", "text: row 3")
 
 
@@ -153,11 +159,13 @@ def test_a_tokenizer_larger_than_the_model_is_refused_at_the_start(json_folder):
 
 
 def test_the_open_vocabulary_size_is_that_of_the_data(json_folder):
-    assert dataset_vocab_size(DatasetKeys(dataset="primate"), "bytes") == 256
-    assert dataset_vocab_size(DatasetKeys(), "bytes") == 258
-    assert dataset_vocab_size(DatasetKeys(), str(json_folder)) == 400
+    assert dataset_vocab_size(DatasetKeys(dataset="primate"), load_tokenizer("bytes")) == 256
+    assert dataset_vocab_size(DatasetKeys(), load_tokenizer("bytes")) == 258
+    assert dataset_vocab_size(DatasetKeys(), load_tokenizer(str(json_folder))) == 400
     with pytest.raises(ConfigError, match=r"model\.vocab_size must be given"):
-        dataset_vocab_size(DatasetKeys(dataset="packed", dataset_path=str(json_folder)), "bytes")
+        dataset_vocab_size(
+            DatasetKeys(dataset="packed", dataset_path=str(json_folder)), load_tokenizer("bytes")
+        )
 
 
 def test_the_pydoc_topics_are_english_prose_and_any_tokenizer_reads_them(json_folder):

@@ -21,7 +21,7 @@ def loaded(family: str, tokenizer: Tokenizer | None = None, sharp: float = 2.0, 
     for name, parameter in model.named_parameters():
         if any(part in name for part in ("wq", "wk", "wv", "Wqkv", "proj", "wo", "w2")):
             parameter *= sharp
-    shape = model.config
+    shape = model.shape
     source = Source(Path("memory"), None, shape.vocab_size, ())
     return Loaded(get_spec(family), shape, model.requires_grad_(False), tokenizer, source)
 
@@ -32,7 +32,9 @@ def prompts(*lengths: int, seed: int = 3, vocab_size: int = VOCAB) -> list[list[
 
 
 @torch.no_grad()
-def logits_without_cache(loaded: Loaded, ids: list[int], depth: int | None = None, seed: int = 0, scale: float = 1.0):
+def logits_without_cache(
+    loaded: Loaded, ids: list[int], depth: int | None = None, seed: int = 0, scale: float = 1.0
+):
     """(S, V): the whole sequence through the model's own forward."""
     tokens = torch.tensor([ids])
     if depth is None:

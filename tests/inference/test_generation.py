@@ -42,7 +42,9 @@ def test_a_raven_repeats_itself_from_zero_and_from_seeded_states(scale, kv):
     model, given = loaded("raven"), prompts(6, 3)
     settings = Settings(max_new_tokens=COUNT, depth=4, init_scale=scale, seed=1, kv=kv)
     found = [answer.ids for answer in generate(model, given, settings).rows]
-    assert found == [greedy_without_cache(model, prompt, COUNT, depth=4, scale=scale, seed=1) for prompt in given]
+    assert found == [
+        greedy_without_cache(model, prompt, COUNT, depth=4, scale=scale, seed=1) for prompt in given
+    ]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

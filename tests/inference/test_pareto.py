@@ -127,7 +127,7 @@ def test_the_bytes_are_those_of_the_slots_that_a_token_has_written(seen, model):
     """2 (keys and values) * H_kv * D * 4 bytes a slot; prelude and coda always,
     the core as far as it came.
     """
-    config = model.model.config
+    config = model.model.shape
     heads = config.attention_shape
     a_slot = 2 * heads.n_kv_heads * heads.head_dim * 4
     outside = config.n_layers_prelude + config.n_layers_coda

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tests.inference.common import loaded, prompts
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference import CRITERIA, ExitPolicy, Settings, Sharing, Stepper, generate, think
+from torchtitan_rd.inference.cache import KVCache
 from torchtitan_rd.models.attention import KeyValues
 
 CORE = 2  # layers in the recurrence of the tiny model
@@ -47,7 +48,9 @@ class Remembered(KeyValues):
         if "compress-r" in self.strategy:
             period = max(CORE // int(self.strategy.split("compress-r")[1]), 1)
         same = [
-            slot for slot, p in self.memory if p == position and slot[0] == "core" and (slot[1] - mine[1]) % period == 0
+            slot
+            for slot, p in self.memory
+            if p == position and slot[0] == "core" and (slot[1] - mine[1]) % period == 0
         ]
         if self.strategy.startswith("always-last"):
             return self.memory[max(same), position]
@@ -113,7 +116,14 @@ def test_strategies_that_differ_think_differently():
         assert len(set(report.rows[0].steps)) > 2
         return str([answer.exit_values for answer in report.rows])
 
-    kinds = ("full", "latest-m4", "always-last-m4", "latest-m4-compress-s4", "latest-m4-compress-anchor", "compress-r4")
+    kinds = (
+        "full",
+        "latest-m4",
+        "always-last-m4",
+        "latest-m4-compress-s4",
+        "latest-m4-compress-anchor",
+        "compress-r4",
+    )
     assert len({values(kv) for kv in kinds}) == len(kinds)
     assert values("skip") == values("full") and values("available-m4") == values("latest-m4")
 
@@ -121,7 +131,14 @@ def test_strategies_that_differ_think_differently():
 @pytest.mark.parametrize(
     ("strategy", "slots"),
     [
-        *(("full", 24), ("skip", 24), ("latest-m4", 24), ("always-last-m4", 2), ("compress-s2", 2), ("compress-s4", 4)),
+        *(
+            ("full", 24),
+            ("skip", 24),
+            ("latest-m4", 24),
+            ("always-last-m4", 2),
+            ("compress-s2", 2),
+            ("compress-s4", 4),
+        ),
         *(("compress-r2", 12), ("compress-r8", 3), ("compress-anchor", 18), ("latest-m4-compress-s16", 16)),
     ],
 )
@@ -157,7 +174,9 @@ def test_a_threshold_of_nothing_is_full_depth_and_of_infinity_is_one_step(criter
     assert [(answer.ids, answer.steps) for answer in found] == [(answer.ids, [1] * 6) for answer in one]
 
 
-@pytest.mark.parametrize("kv", ["full", "latest-m4", "always-last-m4", "compress-s4", "latest-m4-compress-r4"])
+@pytest.mark.parametrize(
+    "kv", ["full", "latest-m4", "always-last-m4", "compress-s4", "latest-m4-compress-r4"]
+)
 @pytest.mark.parametrize("criterion", ["entropy-diff", "argmax-stability", "latent-diff", "cosine"])
 def test_a_sequence_in_a_batch_leaves_and_goes_on_as_it_does_alone(criterion, kv):
     model, given = loaded("raven"), prompts(9, 1, 5, 7)
@@ -177,7 +196,9 @@ def test_iterations_that_a_policy_demands_are_made_and_those_between_checks_too(
     assert late.steps == [4] * 4 and [len(values) for values in late.exit_values] == [4] * 4
     (seldom,) = generate(model, given, Settings(**common, exits=ExitPolicy("kl", 99.0, every=3))).rows
     assert seldom.steps == [3] * 4 and [len(values) for values in seldom.exit_values] == [1] * 4
-    (prompt,) = generate(model, given, Settings(**common, exits=ExitPolicy("kl", 99.0, in_prefill=False))).rows
+    (prompt,) = generate(
+        model, given, Settings(**common, exits=ExitPolicy("kl", 99.0, in_prefill=False))
+    ).rows
     assert prompt.steps == [9, 1, 1, 1] and prompt.exit_values[0] == []
 
 
@@ -188,14 +209,27 @@ def test_the_values_of_every_criterion_are_those_of_its_formula():
     depth, vocab = 8, model.shape.vocab_size
     steps, tokens = model.spec.steps(model.model), torch.tensor([ids])
     layers, states = model.model.transformer, []
-    handle = layers.recurrence.iteration.register_forward_hook(lambda module, args, out: states.append(out[0].double()))
+    handle = layers.recurrence.iteration.register_forward_hook(
+        lambda module, args, out: states.append(out[0].double())
+    )
     first = torch.stack([steps.first_state(0, position, 1.0) for position in range(6)])
-    common = {"initial_state": first[None], "early_read_outs": range(1, depth), "read_out": lambda x: x[0, -1].double()}
+    common = {
+        "initial_state": first[None],
+        "early_read_outs": range(1, depth),
+        "read_out": lambda x: x[0, -1].double(),
+    }
     logits = model.model(tokens, num_steps=(depth, 0), **common)
     handle.remove()
     states = [first.double(), *states]
 
-    entropy, p_kl, p_min, argmax, stable, expected = 100.0, [1 / vocab] * vocab, [1 / vocab] * vocab, -1, 0, {}
+    entropy, p_kl, p_min, argmax, stable, expected = (
+        100.0,
+        [1 / vocab] * vocab,
+        [1 / vocab] * vocab,
+        -1,
+        0,
+        {},
+    )
     for name in CRITERIA:
         expected[name] = []
     for t in range(depth):
@@ -223,7 +257,9 @@ def test_the_values_of_every_criterion_are_those_of_its_formula():
 
 def test_default_thresholds():
     defaults = {"entropy-diff": 1e-3, "kl": 1e-3, "minp-kl": 1e-5, "argmax-stability": 5, "latent-diff": 0.03}
-    assert {name: CRITERIA[name].threshold for name in defaults} == defaults and CRITERIA["cosine"].threshold == 1e-3
+    assert {name: CRITERIA[name].threshold for name in defaults} == defaults and CRITERIA[
+        "cosine"
+    ].threshold == 1e-3
 
 
 @pytest.mark.parametrize(
@@ -235,9 +271,18 @@ def test_default_thresholds():
         ("compress-s0", "at least 1"),
         ("full-", "is no strategy"),
         ("compress-", "is no strategy"),
+        ("fullcompress-s4", "is no strategy"),
+        ("latest-m4-compress", "is no strategy"),
+        ("always-last-m4-compress-s4", "nothing is left to compress"),
         ("", "is no strategy"),
     ],
 )
 def test_a_wrong_strategy_is_refused_with_the_nearest_name(name, message):
     with pytest.raises(ConfigError, match=message):
         Sharing(name, core=4, depth=8)
+
+
+def test_a_cache_beyond_the_memory_is_refused_with_its_size():
+    model = loaded("raven")
+    with pytest.raises(ConfigError, match=r"the cache needs 3670016\.0 GiB \(14 slots.*compress-s4"):
+        KVCache(model.spec.steps(model.model).layout, Sharing("full", 2, 6), 1, 2**40, torch.device("cpu"))

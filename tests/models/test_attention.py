@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.attention import (
+    SDPBackend,
     current_flash_attention_impl,
     register_flash_attention_impl,
     restore_flash_attention_impl,
+    sdpa_kernel,
 )
 
 from tests.models.tiny import some_tokens, tiny_llama
@@ -49,7 +51,9 @@ FA3, FA4 = "flash_attn_interface", "flash_attn.cute.interface"
         (8, (FA3, FA4), torch.bfloat16, "sdpa", "GPU 8.0"),
     ],
 )
-def test_auto_takes_the_fastest_kernel_that_is_there_and_says_why(machine, capability, modules, dtype, name, reason):
+def test_auto_takes_the_fastest_kernel_that_is_there_and_says_why(
+    machine, capability, modules, dtype, name, reason
+):
     machine(capability, *modules)
     chosen = choose_backend("auto", CUDA, dtype, document_mask=False)
     assert chosen.name == name and reason in chosen.reason
@@ -119,7 +123,9 @@ def test_an_active_flash_attention_is_not_outranked_by_cudnn(monkeypatch):
 
 
 class Installed:
-    """Stands for an installed FlashAttention 3: torch's registry activates and restores it as it does a real one."""
+    """Stands for an installed FlashAttention 3: torch's registry activates and restores it as
+    it does a real one.
+    """
 
     def __init__(self, load_error: Exception | None = None):
         self.load_error, self.removed = load_error, 0
@@ -162,14 +168,22 @@ def break_attention_while_fa3_is_active(monkeypatch):
 
 
 BROKEN = {
-    "does not load": (ImportError("undefined symbol"), "fa3 is installed but does not load: undefined symbol"),
-    "another package": (AttributeError("no attribute 'cute'"), "fa3 is installed but does not load: no attribute"),
+    "does not load": (
+        ImportError("undefined symbol"),
+        "fa3 is installed but does not load: undefined symbol",
+    ),
+    "another package": (
+        AttributeError("no attribute 'cute'"),
+        "fa3 is installed but does not load: no attribute",
+    ),
     "wrong numbers": (None, "is wrong: relative errors output 1.00e-01"),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_auto_warns_and_takes_sdpa_where_an_installed_flash_attention_is_broken(kind, install, monkeypatch, caplog):
+def test_auto_warns_and_takes_sdpa_where_an_installed_flash_attention_is_broken(
+    kind, install, monkeypatch, caplog
+):
     load_error, message = BROKEN[kind]
     installed = install(Installed(load_error))
     break_attention_while_fa3_is_active(monkeypatch)
@@ -230,17 +244,23 @@ def test_the_probe_passes_on_a_right_kernel(document_mask, dtype, kv_heads):
     "wrong",
     [
         lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
-        lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True, scale=0.3),
+        lambda q, k, v, mask: F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, enable_gqa=True, scale=0.3
+        ),
         lambda q, k, v, mask: (
             F.scaled_dot_product_attention(q, k.detach(), v, is_causal=True, enable_gqa=True) + 0 * k.mean()
         ),
-        lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) * torch.nan,
+        lambda q, k, v, mask: (
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True) * torch.nan
+        ),
     ],
     ids=["not causal", "wrong scale", "wrong dk", "nan"],
 )
 def test_the_probe_refuses_a_wrong_kernel_with_numbers(monkeypatch, wrong):
     monkeypatch.setattr(attention, "attend", wrong)
-    with pytest.raises(ConfigError, match=r"sdpa on cpu.* is wrong: relative errors output .*, dk .* exceed 2e-02"):
+    with pytest.raises(
+        ConfigError, match=r"sdpa on cpu.* is wrong: relative errors output .*, dk .* exceed 2e-02"
+    ):
         probe(Backend("sdpa", ""), SHAPE, CPU, torch.bfloat16, document_mask=False)
 
 
@@ -314,6 +334,61 @@ def test_fsdp_mixed_precision_leaves_the_rotary_table_exact():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_automatic_choice_passes_its_probe_on_the_gpu(document_mask, dtype):
     setup_attention("auto", AttentionShape(8, 2, 64), CUDA, dtype, document_mask)
+
+
+@pytest.fixture
+def backend_is_undone(monkeypatch):
+    monkeypatch.setattr(attention, "_flex_without_documents", False)
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    yield
+    attention._deactivate(cudnn)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("cpu", "sdpa"),
+        *(pytest.param("cuda", name, marks=pytest.mark.gpu) for name in ("sdpa", "fa3", "fa4", "flex")),
+    ],
+)
+def test_each_backend_has_the_gradients_of_float32_on_the_cpu(device, name, backend_is_undone):
+    """In bfloat16, with grouped heads; skips a FlashAttention that is not to be had here."""
+    try:
+        backend = choose_backend(name, torch.device(device), torch.bfloat16, document_mask=False)
+    except ConfigError as obstacle:
+        pytest.skip(str(obstacle))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, out = (torch.randn(2, heads, 256, 64, generator=generator).bfloat16() for heads in (8, 2, 2, 8))
+    causal = torch.ones(256, 256, dtype=torch.bool).tril()
+    expected = with_gradients(lambda *qkv: dense(*qkv, causal), *(t.float() for t in (q, k, v, out)))
+
+    attention.activate(backend)
+    mask = attention.build_mask(torch.zeros(2, 256, dtype=torch.int64, device=device), None)
+    kernels = (
+        [SDPBackend.FLASH_ATTENTION] if device == "cuda" else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    )
+    with sdpa_kernel(kernels):
+        found = with_gradients(
+            lambda *qkv: attention.attend(*qkv, mask), *(t.detach().to(device) for t in (q, k, v, out))
+        )
+    for number, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert (a.float().cpu() - b).norm() < 0.02 * b.norm(), (
+            f"{('output', 'dq', 'dk', 'dv')[number]} of {backend}"
+        )
+
+
+def dense(q, k, v, allowed):
+    """Attention as its formula says it, each key-value head repeated for its query heads."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~allowed, float("-inf")).softmax(-1) @ v
+
+
+def with_gradients(function, q, k, v, out):
+    """-> output, dq, dk, dv for the gradient `out` of the output."""
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    output = function(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, out)]
 
 
 @pytest.mark.gpu

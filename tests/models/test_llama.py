@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.tiny import initialise, some_tokens, tiny_config, tiny_llama
 from torchtitan_rd.models.layers import RMSNorm, RopeScaling, Rotary, apply_rotary
-from torchtitan_rd.models.llama.config import count_flops
-from torchtitan_rd.models.llama.model import Llama, inits
+from torchtitan_rd.models.llama.init import inits
+from torchtitan_rd.models.llama.model import Llama
+from torchtitan_rd.models.llama.shape import count_flops
 
 
 def test_a_later_token_never_changes_earlier_logits():
@@ -42,7 +43,9 @@ def test_every_buffer_is_filled_by_init_buffers_and_none_is_saved():
         model = Llama(tiny_config())
     model.to_empty(device="cpu").init_buffers("cpu")
     expected = dict(Llama(tiny_config()).named_buffers())
-    assert {name: b.tolist() for name, b in model.named_buffers()} == {n: b.tolist() for n, b in expected.items()}
+    assert {name: b.tolist() for name, b in model.named_buffers()} == {
+        n: b.tolist() for n, b in expected.items()
+    }
     assert set(model.state_dict()) == set(dict(model.named_parameters()))
 
 
@@ -72,7 +75,9 @@ def test_rotary_turns_pair_i_by_position_times_theta_to_the_minus_2i_over_d():
 
 
 def test_rope_scaling_keeps_fast_waves_slows_slow_ones_and_blends_between():
-    scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
+    scaling = RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
     turns = torch.tensor([100.0, 4.0, 2.5, 1.0, 0.1])  # in the original context
     kept = scaling.apply(turns * 2 * math.pi / 8192) / (turns * 2 * math.pi / 8192)
     assert torch.allclose(kept, torch.tensor([1.0, 1.0, 0.5 + 0.5 / 8, 1 / 8, 1 / 8]))
@@ -128,7 +133,8 @@ def test_every_unique_parameter_has_one_initialiser_that_fills_it(norm_type, tie
 def test_initial_weights_have_the_documented_spread(depth_init, depths):
     shape = {"dim": 256, "n_heads": 4, "n_kv_heads": 4, "ffn_dim": 512, "vocab_size": 512}
     state = tiny_llama(**shape, depth_init=depth_init).state_dict()
-    expected = {"tok_embeddings": 1.0, "output": 256**-0.5 * 0.9866}  # a normal cut at 3 std has 0.9866 of its std
+    # a normal cut at 3 std has 0.9866 of its std.
+    expected = {"tok_embeddings": 1.0, "output": 256**-0.5 * 0.9866}
     for layer, depth in enumerate(depths):
         for name in ("attention.wq", "attention.wk", "attention.wv", "feed_forward.w1"):
             expected[f"layers.{layer}.{name}"] = 0.02

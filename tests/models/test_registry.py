@@ -7,11 +7,11 @@ import torch
 from pydantic import ValidationError
 
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.model_spec import Microbatch
 from torchtitan_rd.models import MODELS, get_flavor, get_spec
 from torchtitan_rd.models.config import ModelConfig
 from torchtitan_rd.models.layers import RopeScaling
 from torchtitan_rd.models.raven import RecurrenceConfig
-from torchtitan_rd.models.spec import Microbatch
 
 LLAMA3, AIXSIM = MODELS["llama3"], MODELS["aixsim"]
 
@@ -92,14 +92,20 @@ def test_llama_is_the_older_name_of_llama3():
         ),
         (lambda: get_flavor(LLAMA3, "debug", {"n_layers": 2.5}), "model.overrides.n_layers = 2.5"),
         (lambda: get_flavor(LLAMA3, "debug", {"tie_word_embeddings": 1}), "should be a valid boolean"),
-        (lambda: get_flavor(LLAMA3, "debug", {"norm_type": "batchnorm"}), "'rmsnorm', 'layernorm' or 'np_layernorm'"),
+        (
+            lambda: get_flavor(LLAMA3, "debug", {"norm_type": "batchnorm"}),
+            "'rmsnorm', 'layernorm' or 'np_layernorm'",
+        ),
         (lambda: get_flavor(LLAMA3, "debug", {"rope_scaling": {"faktor": 8.0}}), "faktor"),
         (
             lambda: get_flavor(LLAMA3, "debug", {"rope_scaling": {"low_freq_factor": 4.0}}),
             "low_freq_factor < high_freq",
         ),
         (lambda: get_flavor(LLAMA3, "debug", {"dim": 130}), "dim = 130 is not divisible by n_heads = 4"),
-        (lambda: get_flavor(LLAMA3, "debug", {"n_kv_heads": 3}), "n_heads = 4 is not divisible by n_kv_heads = 3"),
+        (
+            lambda: get_flavor(LLAMA3, "debug", {"n_kv_heads": 3}),
+            "n_heads = 4 is not divisible by n_kv_heads = 3",
+        ),
         (lambda: get_flavor(LLAMA3, "debug", {"head_dim": 33}), "head_dim = 33 must be even"),
         (lambda: get_flavor(LLAMA3, "debug", {"n_layers": 0}), "n_layers = 0 must be positive"),
         (lambda: get_flavor(LLAMA3, "debug", {"norm_eps": float("nan")}), "norm_eps = nan must be positive"),

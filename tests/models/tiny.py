@@ -2,13 +2,14 @@
 
 import torch
 
-from torchtitan_rd.models.llama.config import LlamaConfig
-from torchtitan_rd.models.llama.model import Llama, inits
+from torchtitan_rd.models.llama.init import inits
+from torchtitan_rd.models.llama.model import Llama
+from torchtitan_rd.models.llama.shape import LlamaShape
 
 
-def tiny_config(**fields) -> LlamaConfig:
+def tiny_config(**fields) -> LlamaShape:
     shape = {"dim": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "ffn_dim": 48, "vocab_size": 61}
-    return LlamaConfig(**{**shape, **fields})
+    return LlamaShape(**{**shape, **fields})
 
 
 @torch.no_grad()

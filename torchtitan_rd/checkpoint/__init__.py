@@ -1,4 +1,6 @@
-"""Checkpoints: torch.distributed.checkpoint files, verified, committed by one rename and read without trust."""
+"""Checkpoints: torch.distributed.checkpoint files, verified, committed by one rename and
+read without trust.
+"""
 
 from torchtitan_rd.checkpoint.checkpointer import Checkpointer
 from torchtitan_rd.checkpoint.config import CheckpointConfig

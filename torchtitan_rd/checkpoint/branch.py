@@ -1,7 +1,8 @@
-"""`load_step` and `exclude_from_loading` act once, however often the command that holds them is started again.
+"""`load_step` and `exclude_from_loading` act once, however often the command that holds
+them is started again.
 
-Each checkpoint records what the command that wrote it had asked of loading. A later start with the same request has
-been served by such a checkpoint already, and goes on from it like any other run.
+Each checkpoint records what the command that wrote it had asked of loading. A later start with the same
+request has been served by such a checkpoint already, and goes on from it like any other run.
 """
 
 import json
@@ -27,16 +28,20 @@ def record(load_step: int, excluded: Sequence[str]) -> dict[str, Any]:
 
 
 def still_to_exclude(excluded: Sequence[str], state: Mapping[str, Any]) -> list[str]:
-    """The names of `excluded` that did not start afresh on the way to the checkpoint with this `state` already."""
+    """The names of `excluded` that did not start afresh on the way to the checkpoint with
+    this `state` already.
+    """
     done = state.get(BRANCH, {}).get("excluded", [])
     return [name for name in excluded if name not in done]
 
 
 def descendants(root: Path, newer: Sequence[int], load_step: int) -> list[int]:
-    """Those of the steps `newer` (newest first) that a run with this `load_step` wrote after it had gone back.
+    """Those of the steps `newer` (newest first) that a run with this `load_step` wrote
+    after it had gone back.
 
-    The newest step that can be read tells of which branch all of them are, since the first save of a branch sets the
-    other one aside. If it is this branch, steps above it that cannot be read count too: verification will say more.
+    The newest step that can be read tells of which branch all of them are, since the first save of a branch
+    sets the other one aside. If it is this branch, steps above it that cannot be read count too:
+    verification will say more.
     """
     for step in newer:
         try:

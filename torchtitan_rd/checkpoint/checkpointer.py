@@ -1,10 +1,13 @@
-"""Saves and loads the state of a run, exactly and safely. docs/checkpoints.md tells the protocol and its promises."""
+"""Saves and loads the state of a run, exactly and safely.
+docs/checkpoints.md tells the protocol and its promises.
+"""
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +15,19 @@ import tomli
 import tomli_w
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from torchtitan_rd.checkpoint import branch, contract, loading, rank_state
 from torchtitan_rd.checkpoint.config import CheckpointConfig
-from torchtitan_rd.checkpoint.folders import STATE, CheckpointFolder
+from torchtitan_rd.checkpoint.cpu_copies import CpuCopies
+from torchtitan_rd.checkpoint.folders import CONFIG, STATE, CheckpointFolder
 from torchtitan_rd.checkpoint.loading import TensorReader, Tensors
 from torchtitan_rd.checkpoint.lock import FolderLock
-from torchtitan_rd.checkpoint.manifest import Manifest, Unreadable, read_manifest, second_look, tensor_table, verify
+from torchtitan_rd.checkpoint.manifest import Unreadable, tensor_table, verify
 from torchtitan_rd.checkpoint.rank_group import RankGroup
 from torchtitan_rd.checkpoint.safe_reader import METADATA, MODEL_SHAPE, SafeReader
 from torchtitan_rd.checkpoint.writer import Snapshot, Writer, find_aliases
 from torchtitan_rd.errors import CheckpointError, ConfigError
 from torchtitan_rd.log import logger
-
-CONFIG = "config.toml"
 
 
 class Checkpointer:
@@ -35,9 +36,12 @@ class Checkpointer:
     job_config: {section: {key: value}}, stored with each checkpoint and compared on resume.
     must_match: the `section.key` that must not change within a run.
     model_shape: name, flavor and every field of the model, as JSON values.
-    open_released: folder of released weights -> a reader of them, for `initial_load_path`; raises CheckpointError.
-    run_lock: rank 0's lock of a folder around this one, which is then enough. The checkpoints have a lock of their own
-        without it, and where a symbolic link leads them elsewhere.
+    arithmetic: those of its fields that are told if initial weights were made with others
+        (`ModelSpec.arithmetic`).
+    open_released: folder of released weights -> a reader of them, for `initial_load_path`;
+        raises CheckpointError.
+    run_lock: rank 0's lock of a folder around this one, which is then enough.
+        The checkpoints have a lock of their own without it, and where a symbolic link leads them elsewhere.
 
     Raises CheckpointError if a living run uses the folder, ConfigError if `async_mode` cannot work here.
     """
@@ -50,21 +54,25 @@ class Checkpointer:
         job_config: Mapping[str, Mapping[str, Any]],
         must_match: frozenset[str],
         model_shape: Mapping[str, Any],
+        arithmetic: Collection[str] = (),
         open_released: Callable[[Path], TensorReader] | None = None,
         run_lock: FolderLock | None = None,
     ):
         if config.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
             raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs CUDA; use "async" here')
+
         self.config = config
         # `model.*` names are of initial weights only: a resume that reset the head would not be one.
         self._excluded = [n for n in config.exclude_from_loading if not contract.is_excluded(n, ["model"])]
         self.must_match = must_match
         self._open_released = open_released
         self._config_text = tomli_w.dumps(_without_none(job_config))
+        self._arithmetic = arithmetic
         self._model_text = json.dumps(model_shape, indent=1, sort_keys=True)
+
         self._folder = CheckpointFolder(Path(dump_folder) / config.folder)
-        # A group must not be used by two threads at once: while a save is in flight `_ranks` is its writer's, and this
-        # thread asks `_world`; at all other times this thread may use both.
+        # A group must not be used by two threads at once: while a save is in flight `_ranks` is its writer's,
+        # and this thread asks `_world`; at all other times this thread may use both.
         self._world = RankGroup()
         self._ranks = RankGroup(config.timeout_seconds) if config.enable else self._world
         self._run_lock = run_lock
@@ -72,19 +80,24 @@ class Checkpointer:
         if config.enable:
             self._ranks.from_rank0(self._take_folder)
         self._writer = Writer(self._folder, self._ranks, self._lock, config.keep_latest_k)
-        # Its thread is waited for at interpreter exit, so that a run that ends without close() keeps its save.
-        # A new thread would otherwise open a CUDA context on device 0, whichever device this rank uses.
+
+        # Its thread is waited for at interpreter exit, so that a run that ends without close() keeps its
+        # save. A new thread would otherwise open a CUDA context on device 0, whichever device this rank uses.
         on_device = (
-            (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_initialized() else (None, ())
+            (torch.cuda.set_device, (torch.cuda.current_device(),))
+            if torch.cuda.is_initialized()
+            else (None, ())
         )
         self._executor = ThreadPoolExecutor(1, "checkpoint", *on_device)
         self._in_flight: Future[None] | None = None
-        self._pinned: DefaultStager | None = None
+        self._copies = CpuCopies(pinned=config.async_mode == "async_with_pinned_mem")
         self._last_save = time.monotonic()
         self._saved_step = -1
 
     def should_save(self, step: int, *, last_step: bool) -> bool:
-        """Whether to save now. In seconds mode rank 0's clock decides, so every rank must ask at every step."""
+        """Whether to save now. In seconds mode rank 0's clock decides, so every rank must ask
+        at every step.
+        """
         if not self.config.enable:
             return False
         if self.config.interval_type == "steps":
@@ -103,11 +116,13 @@ class Checkpointer:
     ) -> None:
         """Saves step `step`; in the async modes it returns once the tensors are copied.
 
-        tensors: {"model": {fqn: tensor}, "optimizer": {...}}, DTensors or tensors that are equal on every rank.
-        state: JSON values, equal on every rank. own_state: those of this rank, with the same keys on every rank; `load`
-        gives them back among the others, if the number of ranks is the same.
-        Step 0 is a seed and holds only `tensors["model"]`, as does the last step under `last_save_model_only`.
-        Raises CheckpointError, on every rank, if this save or the previous one failed.
+        tensors: {"model": {fqn: tensor}, "optimizer": {...}},
+            DTensors or tensors that are equal on every rank.
+        state: JSON values, equal on every rank. own_state: those of this rank, with the same keys on every
+        rank; `load` gives them back among the others, if the number of ranks is the same.
+        Step 0 is a seed and holds only `tensors["model"]`, as does the last step under
+        `last_save_model_only`. Raises CheckpointError, on every rank, if this save or the previous one
+        failed.
         """
         self.wait()
         export = last_step and self.config.last_save_model_only
@@ -120,11 +135,14 @@ class Checkpointer:
         if self.config.async_mode == "disabled":
             self._writer.write(snapshot)
         else:
-            self._in_flight = self._executor.submit(self._writer.write, self._staged(snapshot))
+            copied = dataclasses.replace(snapshot, tensors=self._copies.make(snapshot.tensors))
+            self._in_flight = self._executor.submit(self._writer.write, copied)
         self._saved_step = -1 if export else step
 
     def has_saved(self) -> bool:
-        """Whether this rank's share of the save in flight is written, or has failed; False if none is in flight."""
+        """Whether this rank's share of the save in flight is written, or has failed;
+        False if none is in flight.
+        """
         return self._in_flight is not None and self._in_flight.done()
 
     def wait(self) -> None:
@@ -140,7 +158,9 @@ class Checkpointer:
             raise
         waited = time.monotonic() - started
         if waited > 1:
-            logger.warning("waited %.1f s for the previous save; a larger checkpoint.interval avoids it", waited)
+            logger.warning(
+                "waited %.1f s for the previous save; a larger checkpoint.interval avoids it", waited
+            )
 
     def is_committed(self, step: int) -> bool:
         """Whether the run can go on from `step`. Not while its save is in flight."""
@@ -151,28 +171,37 @@ class Checkpointer:
         newest = max(self._folder.steps(), default=0) if self.config.enable else 0
         if newest >= step:
             return "nothing is lost"
-        return f"the steps after {newest} are lost" if newest else f"all {step} steps are lost: there is no checkpoint"
+        if newest:
+            return f"the steps after {newest} are lost"
+        return f"all {step} steps are lost: there is no checkpoint"
 
     def load(self, tensors: Tensors) -> dict[str, Any] | None:
         """Resumes: fills `tensors` in place from the newest good checkpoint, and returns its state.
 
-        Returns None if there is no checkpoint. Damaged ones newer than the one loaded are renamed to `step-N.corrupt`;
-        those that the storage did not let be read stay, and are superseded by the next save.
-        Raises CheckpointError if all are damaged (and changes nothing), if the one named by `checkpoint.load_step` is,
-        or if the checkpoint is of another model, other tensors or settings that must not change.
+        Returns None if there is no checkpoint. Damaged ones newer than the one loaded are renamed to
+        `step-N.corrupt`; those that the storage did not let be read stay, and are superseded by the next
+        save. Raises CheckpointError if all are damaged (and changes nothing), if the one named by
+        `checkpoint.load_step` is, or if the checkpoint is of another model, other tensors or settings
+        that must not change.
         """
         if not self.config.enable:
             return None
         candidates = self._ranks.from_rank0(self._candidates)
+
         refused: dict[str, list[str]] = {}
         for step in candidates:
             path = self._folder.root / f"step-{step}"
             problems = self._verify(path)
             if not problems:
-                damaged = [name for name, found in refused.items() if not all(isinstance(p, Unreadable) for p in found)]
-                return self._resume(path, tensors, damaged)
+                damaged = [name for name, found in refused.items() if _is_damage(found)]
+                # `load_step` passes over these without a look;
+                # the save of such a step would find them in its way.
+                passed_over = self._ranks.from_rank0(partial(self._folder.incomplete, step))
+                return self._resume(path, tensors, list(dict.fromkeys(damaged + passed_over)))
+
             refused[path.name] = problems
             logger.warning("%s is damaged: %s", path, "; ".join(problems))
+
         if not refused:
             return None
         lines = "\n".join(f"  {name}: {'; '.join(problems)}" for name, problems in refused.items())
@@ -182,40 +211,52 @@ class Checkpointer:
         )
 
     def load_initial(self, model: Mapping[str, Tensor]) -> Path | None:
-        """Fills `model` in place from the `step-0` seed or `checkpoint.initial_load_path`; returns what was loaded.
+        """Fills `model` in place from the `step-0` seed or `checkpoint.initial_load_path`;
+        returns what was loaded.
 
-        Tensors that it lacks, or that `exclude_from_loading` names, keep their values, and each is logged; a type may
-        differ and is converted, which is logged. Raises CheckpointError if it is missing, damaged or has other shapes.
+        Tensors that it lacks, or that `exclude_from_loading` names, keep their values, and each is logged; a
+        type may differ and is converted, which is logged. Raises CheckpointError if it is missing, damaged
+        or has other shapes.
         """
         own = self._folder.root if self.config.enable else None
-        candidates = self._ranks.from_rank0(lambda: loading.initial_candidates(own, self.config.initial_load_path))
+        candidates = self._ranks.from_rank0(
+            lambda: loading.initial_candidates(own, self.config.initial_load_path)
+        )
+
         refused = []
         for path in candidates:
-            if self._ranks.from_rank0(lambda path=path: loading.has_checksums(path)):
+            if self._ranks.from_rank0(partial(loading.has_checksums, path)):
                 problems = self._verify(path)
             else:
                 logger.warning("%s has no checksums: damage to it would not be seen", path)
                 problems = []
+
             if not problems:
-                reader = self._reader_of(path)
-                for line in contract.arithmetic_differences(reader.model_shape(), json.loads(self._model_text)):
-                    logger.warning("initial weights: %s", line)
-                loading.load_initial_weights(reader, path, model, self.config.exclude_from_loading, self._ranks)
+                self._load_initial_from(path, model)
                 return path
             refused.append(f"{path} is damaged: {'; '.join(problems)}")
             logger.warning("%s", refused[-1])
+
         if refused:
             raise CheckpointError("no initial weights:\n  " + "\n  ".join(refused))
         return None
 
+    def _load_initial_from(self, path: Path, model: Mapping[str, Tensor]) -> None:
+        reader = self._reader_of(path)
+        wanted = json.loads(self._model_text)
+        for line in contract.arithmetic_differences(reader.model_shape(), wanted, self._arithmetic):
+            logger.warning("initial weights: %s", line)
+        loading.load_initial_weights(reader, path, model, self.config.exclude_from_loading, self._ranks)
+
     def close(self) -> None:
-        """Waits for the save in flight and gives the folder free. Idempotent; before destroy_process_group."""
+        """Waits for the save in flight and gives the folder free. Idempotent;
+        before destroy_process_group.
+        """
         try:
             self.wait()
         finally:
             self._executor.shutdown()
-            if self._pinned is not None:
-                self._pinned.close()
+            self._copies.close()
             if self._lock is not None and self._lock is not self._run_lock:
                 self._lock.release()
             self._lock = None
@@ -224,12 +265,11 @@ class Checkpointer:
     def _reader_of(self, path: Path) -> TensorReader:
         if (path / METADATA).exists() or self._open_released is None:
             return SafeReader(path, prefix="model.")
-        opened = []
-        self._ranks.agree(lambda: opened.append(self._open_released(path)))
-        return opened[0]
+        return self._ranks.agree_on_own(partial(self._open_released, path))
 
     def export(self, step: int, write: Callable[[Path, Path], None]) -> None:
-        """Calls `write(checkpoint, folder to make)` on rank 0 for the saved step, unless its export exists already.
+        """Calls `write(checkpoint, folder to make)` on rank 0 for the saved step,
+        unless its export exists already.
 
         Collective. Raises CheckpointError on every rank if it fails.
         """
@@ -252,7 +292,12 @@ class Checkpointer:
         self._folder.remove_leftovers()
 
     def _snapshot(
-        self, step: int, tensors: Tensors, state: Mapping[str, Any], own_state: Mapping[str, Any], export: bool
+        self,
+        step: int,
+        tensors: Tensors,
+        state: Mapping[str, Any],
+        own_state: Mapping[str, Any],
+        export: bool,
     ) -> Snapshot:
         resumable = step > 0 and not export
         kept = {
@@ -265,25 +310,14 @@ class Checkpointer:
         if export:
             dtype = getattr(torch, self.config.export_dtype)
             kept, stored = ({"model": _converted(found["model"], dtype)} for found in (kept, stored))
-        documents, own_documents = {CONFIG: self._config_text, MODEL_SHAPE: self._model_text}, {}
+        documents = {CONFIG: self._config_text, MODEL_SHAPE: self._model_text}
+        own_documents: dict[str, str] = {}
         if resumable:
             own, own_documents = rank_state.divide(own_state, self._ranks)
             asked = branch.record(self.config.load_step, self._excluded)
             documents[STATE] = json.dumps({**state, **own, **asked}, indent=1)
         name = f"step-{step}-model" if export else f"step-{step}"
         return Snapshot(name, step, resumable, stored, aliases, tensor_table(kept), documents, own_documents)
-
-    def _staged(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot with its tensors copied to CPU memory, so that training may change the originals."""
-        if self.config.async_mode == "async_with_pinned_mem":
-            if self._pinned is None:
-                self._pinned = _stager(pinned=True)
-            copies = self._pinned.stage(snapshot.tensors)
-        else:
-            stager = _stager(pinned=False)
-            copies = stager.stage(snapshot.tensors)
-            stager.close()
-        return dataclasses.replace(snapshot, tensors=copies)
 
     def _candidates(self) -> list[int]:
         """The steps to try, in order."""
@@ -299,7 +333,9 @@ class Checkpointer:
         if served := branch.descendants(self._folder.root, newer, wanted):
             logger.info("checkpoint.load_step = %d has acted: steps %s branched from it", wanted, served)
         elif wanted not in steps:
-            raise CheckpointError(f"checkpoint.load_step = {wanted}: {self._folder.root} has the steps {steps}")
+            raise CheckpointError(
+                f"checkpoint.load_step = {wanted}: {self._folder.root} has the steps {steps}"
+            )
         elif newer:
             logger.warning("going back to step %d: steps %s are set aside at the next save", wanted, newer)
         return served + [wanted] * (wanted in steps)
@@ -311,21 +347,29 @@ class Checkpointer:
         return list(dict.fromkeys(problem for problems in found for problem in problems))
 
     def _resume(self, path: Path, tensors: Tensors, damaged: list[str]) -> dict[str, Any]:
-        manifest, shape, config, state = self._ranks.from_rank0(lambda: _read_documents(path))
+        manifest, shape, config, state = self._ranks.from_rank0(lambda: loading.read_documents(path))
         contract.check_model_shape(shape, json.loads(self._model_text), str(path))
         for line in contract.check_config(config, tomli.loads(self._config_text), self.must_match, str(path)):
             logger.warning("setting changed since the checkpoint: %s", line)
+
         excluded = branch.still_to_exclude(self._excluded, state)
         contract.check_exclusions(excluded, [*manifest.tensors, *contract.flat_keys(state)], str(path))
         wanted = loading.select(tensors, excluded)
-        saved = {key: entry for key, entry in manifest.tensors.items() if not contract.is_excluded(key, excluded)}
+        saved = {
+            key: entry for key, entry in manifest.tensors.items() if not contract.is_excluded(key, excluded)
+        }
         contract.check_tensors(saved, tensor_table(wanted), str(path))
         if excluded:
             logger.warning("not loading %s: checkpoint.exclude_from_loading", ", ".join(excluded))
+
         loading.read_tensors(SafeReader(path), wanted, self._ranks)
+
+        # Not before: a checkpoint that turns out to be another run's leaves the folder as it was.
         for name in damaged:
-            moved = self._ranks.from_rank0(lambda name=name: self._folder.set_aside(name, "corrupt"))
-            logger.warning("%s is now %s", name, moved)
+            moved = self._ranks.from_rank0(partial(self._folder.set_aside, name, "corrupt"))
+            if moved != name:
+                logger.warning("%s is now %s", name, moved)
+
         self._saved_step = manifest.step
         logger.info("resumed from %s", path)
         state = rank_state.unite(state, path, manifest, self._ranks)
@@ -333,35 +377,9 @@ class Checkpointer:
         return contract.prune(state, excluded)
 
 
-def _read_documents(path: Path) -> tuple[Manifest, dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Manifest, model shape, config and state of a checkpoint."""
-    manifest = read_manifest(path)
-    if not manifest.resumable:
-        raise CheckpointError(f"{path} holds only the model: name it in checkpoint.initial_load_path instead")
-    try:
-        shape = json.loads(_text(path / MODEL_SHAPE))
-        config = tomli.loads(_text(path / CONFIG))
-        state = json.loads(_text(path / STATE))
-    except OSError as error:
-        raise CheckpointError(
-            f"{error}: run the same command again once the storage answers; if it stays so, rename {path} and an older "
-            f"checkpoint is used"
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; checkpoint.verify_hashes = true falls back to an older one") from None
-    return manifest, shape, config, state
-
-
-def _text(path: Path) -> str:
-    return second_look(lambda: path.read_text(encoding="utf-8"))
-
-
-def _stager(*, pinned: bool) -> DefaultStager:
-    """Copies in the calling thread, and returns when all copies are complete."""
-    options = StagingOptions(
-        use_pinned_memory=pinned, use_non_blocking_copy=pinned, use_shared_memory=False, use_async_staging=False
-    )
-    return DefaultStager(options)
+def _is_damage(problems: Iterable[str]) -> bool:
+    """Whether any of them is more than storage that did not let be read."""
+    return not all(isinstance(problem, Unreadable) for problem in problems)
 
 
 def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -23,8 +23,9 @@ class CheckpointConfig(Section):
     """Unit of `interval`. In seconds, rank 0's clock decides for all ranks."""
 
     keep_latest_k: int = Field(10, ge=0)
-    """How many of the newest good checkpoints to keep, beside the last 3 that were set aside as damaged and the last 3
-    as superseded; 0 keeps all. 1 is refused: it leaves nothing to fall back to."""
+    """How many of the newest good checkpoints to keep, beside the last 3 that were set aside as damaged and
+    the last 3 as superseded; 0 keeps all. 1 is refused: it leaves nothing to fall back to.
+    """
 
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """`async`: copy the state to CPU memory, then write in the background while training goes on.
@@ -35,12 +36,15 @@ class CheckpointConfig(Section):
     -1: from the newest good checkpoint."""
 
     initial_load_path: OptionalUserPath = None
-    """Initial weights for a run that has no checkpoint yet: a step folder, a checkpoint folder (its newest step), a
-    Hugging Face folder, or one of Meta's Llama files."""
+    """Initial weights for a run that has no checkpoint yet: a step folder,
+    a checkpoint folder (its newest step), a Hugging Face folder, or one of Meta's Llama files.
+    """
 
     exclude_from_loading: list[str] = Field(default_factory=list)
-    """Names, or prefixes of names, not to load. `model.*` names keep their initial values in an initial load;
-    other names (`optimizer`, `data`, `rng`, ...) start afresh at a resume, once: not when the same command goes on."""
+    """Names, or prefixes of names, not to load. `model.*` names keep their initial values in an initial
+    load; other names (`optimizer`, `data`, `rng`, ...) start afresh at a resume, once: not when the
+    same command goes on.
+    """
 
     last_save_model_only: bool = False
     """Write only the model at the last step, as `step-N-model`: for export, not for resuming."""
@@ -55,8 +59,9 @@ class CheckpointConfig(Section):
     """Write the freshly initialised model as `step-0` and stop."""
 
     timeout_seconds: int = Field(1800, ge=1)
-    """The longest that a rank waits for another one to read, write or hash its share of a checkpoint. It replaces the
-    time-outs of [comm], since a slow file system is no hang."""
+    """The longest that a rank waits for another one to read, write or hash its share of a checkpoint.
+    It replaces the time-outs of [comm], since a slow file system is no hang.
+    """
 
     verify_hashes: bool = True
     """Compare every file with its sha256 before loading. If false, only names and sizes are compared."""
@@ -65,14 +70,18 @@ class CheckpointConfig(Section):
     @classmethod
     def _something_to_fall_back_to(cls, k: int) -> int:
         if k == 1:
-            raise ValueError("1 would leave no older checkpoint to fall back to; use 2 or more, or 0 to keep all")
+            raise ValueError(
+                "1 would leave no older checkpoint to fall back to; use 2 or more, or 0 to keep all"
+            )
         return k
 
     @field_validator("load_step")
     @classmethod
     def _a_seed_is_not_resumed(cls, step: int) -> int:
         if step == 0:
-            raise ValueError("step-0 is a seed: it is loaded without being named, by a run that has no other step")
+            raise ValueError(
+                "step-0 is a seed: it is loaded without being named, by a run that has no other step"
+            )
         return step
 
     @model_validator(mode="after")

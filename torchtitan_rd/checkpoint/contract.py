@@ -1,4 +1,6 @@
-"""What must agree between a checkpoint and the run that loads it. Pure functions: each raises one CheckpointError."""
+"""What must agree between a checkpoint and the run that loads it.
+Pure functions: each raises one CheckpointError.
+"""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -7,36 +9,43 @@ from torchtitan_rd.checkpoint.manifest import TensorTable
 from torchtitan_rd.errors import CheckpointError
 
 Tables = Mapping[str, Any]
-# Fields of a model's shape that change what the same tensors compute.
-_ARITHMETIC = (
-    *("norm_type", "norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings"),
-    *("block", "injection", "init_strategy", "clip_qkv", "qk_norm"),
-)
 
 
 def check_model_shape(saved: Tables, wanted: Tables, name: str) -> None:
-    """Every field of the model's shape must be the same; one that the checkpoint is too old to know, None or False."""
-    known = {name: value for name, value in wanted.items() if name in saved or not (value is None or value is False)}
+    """Every field of the model's shape must be the same;
+    one that the checkpoint is too old to know, None or False.
+    """
+    known = {
+        name: value
+        for name, value in wanted.items()
+        if name in saved or not (value is None or value is False)
+    }
     fields = sorted(f for f in {*saved, *known} if saved.get(f) != known.get(f))
     if fields:
         differences = _lines(f"{f}: {saved.get(f)!r} there, {wanted.get(f)!r} here" for f in fields)
         raise CheckpointError(
             f"{name} is of another model:\n{differences}\n"
-            f"set these back, or start a new run with another checkpoint.folder (and checkpoint.initial_load_path)"
+            "set these back, or start a new run with another checkpoint.folder "
+            "(and checkpoint.initial_load_path)"
         )
 
 
-def arithmetic_differences(saved: Tables, wanted: Tables) -> list[str]:
-    """What makes initial weights mean something else in this run than where they come from, one line each."""
+def arithmetic_differences(saved: Tables, wanted: Tables, arithmetic: Iterable[str]) -> list[str]:
+    """What makes initial weights mean something else in this run than where they come from, one line each.
+
+    arithmetic: the fields of the model's shape that change what the same tensors compute
+    (`ModelSpec.arithmetic`).
+    """
     return [
         f"{field} is {wanted[field]!r} in this run, {saved[field]!r} where the weights were made"
-        for field in _ARITHMETIC
+        for field in arithmetic
         if field in saved and field in wanted and saved[field] != wanted[field]
     ]
 
 
 def check_config(saved: Tables, wanted: Tables, must_match: Collection[str], name: str) -> list[str]:
-    """Keys in `must_match` (`section.key`) must be the same; the other differences are returned, one line each.
+    """Keys in `must_match` (`section.key`) must be the same;
+    the other differences are returned, one line each.
 
     saved, wanted: {section: {key: value}}; a key without a value is absent.
     """
@@ -45,25 +54,32 @@ def check_config(saved: Tables, wanted: Tables, must_match: Collection[str], nam
         there, here = saved.get(section, {}), wanted.get(section, {})
         for key in sorted({*there, *here}):
             if there.get(key) != here.get(key):
-                differing[f"{section}.{key}"] = f"{section}.{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+                differing[f"{section}.{key}"] = (
+                    f"{section}.{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+                )
     fatal = [line for key, line in differing.items() if key in must_match]
     if fatal:
         raise CheckpointError(
             f"{name} was written with other settings, which must not change within a run:\n{_lines(fatal)}\n"
-            f"set these back, or start a new run with another checkpoint.folder (and checkpoint.initial_load_path)"
+            "set these back, or start a new run with another checkpoint.folder "
+            "(and checkpoint.initial_load_path)"
         )
     return [line for key, line in differing.items() if key not in must_match]
 
 
 def check_tensors(saved: TensorTable, wanted: TensorTable, name: str) -> None:
-    """Both must have the same keys, shapes and types: torch itself ignores surplus keys and casts in silence."""
+    """Both must have the same keys, shapes and types: torch itself ignores surplus keys and
+    casts in silence.
+    """
     absent, surplus = sorted({*wanted} - {*saved}), sorted({*saved} - {*wanted})
     if absent or surplus:
-        parts = [f"has no {some(absent)}"] if absent else []
-        parts += [f"holds {some(surplus)}, which this run does not load"] if surplus else []
+        parts = [f"has no {listed(absent)}"] if absent else []
+        parts += [f"holds {listed(surplus)}, which this run does not load"] if surplus else []
         groups = sorted({key.partition(".")[0] for key in absent + surplus} - {"model"})
         remedy = (
-            f"; to start {' and '.join(groups)} afresh, checkpoint.exclude_from_loading = {groups}" if groups else ""
+            f"; to start {' and '.join(groups)} afresh, checkpoint.exclude_from_loading = {groups}"
+            if groups
+            else ""
         )
         raise CheckpointError(f"{name} {' and '.join(parts)}{remedy}")
     differing = [
@@ -75,14 +91,17 @@ def check_tensors(saved: TensorTable, wanted: TensorTable, name: str) -> None:
         raise CheckpointError(f"{name} holds other tensors than this run:\n{_lines(differing)}")
 
 
-def plan_initial_load(saved: TensorTable, wanted: TensorTable, excluded: Sequence[str], name: str) -> list[str]:
+def plan_initial_load(
+    saved: TensorTable, wanted: TensorTable, excluded: Sequence[str], name: str
+) -> list[str]:
     """The keys to take from a checkpoint of initial weights: those in both, less the excluded ones.
 
     Keys that it lacks keep their initial values. A shape may differ only if the key is excluded.
     """
     taken = [key for key in wanted if key in saved and not is_excluded(key, excluded)]
     if not taken:
-        raise CheckpointError(f"{name} has none of the wanted tensors {some(wanted)}; it holds {some(sorted(saved))}")
+        there = listed(sorted(saved))
+        raise CheckpointError(f"{name} has none of the wanted tensors {listed(wanted)}; it holds {there}")
     differing = [key for key in taken if saved[key].shape != wanted[key].shape]
     if differing:
         lines = _lines(f"{key}: {_shown(saved, key)} there, {_shown(wanted, key)} here" for key in differing)
@@ -115,7 +134,8 @@ def check_exclusions(excluded: Iterable[str], keys: Iterable[str], name: str) ->
         if not any(is_excluded(key, [prefix]) for key in keys):
             groups = sorted({key.partition(".")[0] for key in keys})
             raise CheckpointError(
-                f"checkpoint.exclude_from_loading: {prefix!r} names nothing in {name}, which holds {', '.join(groups)}"
+                f"checkpoint.exclude_from_loading: {prefix!r} names nothing in {name}, "
+                f"which holds {', '.join(groups)}"
             )
 
 
@@ -127,7 +147,7 @@ def flat_keys(state: Mapping[str, Any], path: str = "") -> list[str]:
     return found
 
 
-def some(keys: Collection[str], limit: int = 6) -> str:
+def listed(keys: Collection[str], limit: int = 6) -> str:
     """`a, b, c and 12 more`."""
     shown = ", ".join(list(keys)[:limit])
     return shown if len(keys) <= limit else f"{shown} and {len(keys) - limit} more"

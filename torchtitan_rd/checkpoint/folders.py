@@ -1,7 +1,8 @@
-"""The folder of a run's checkpoints: names, staging, the one commit, retention. Called on rank 0 only.
+"""The folder of a run's checkpoints: names, staging, the one commit, retention. Rank 0 alone writes here.
 
-A checkpoint is a real folder `step-N` with a manifest. Everything that this module makes, renames or removes has one
-of the names below; whatever else lies in the folder, symbolic links included, is the user's and is never touched.
+A checkpoint is a real folder `step-N` with a manifest. Everything that this module makes, renames or
+removes has one of the names below; whatever else lies in the folder, symbolic links included, is the user's
+and is never touched.
 """
 
 import os
@@ -21,7 +22,7 @@ MODEL_ONLY = re.compile(r"step-([1-9][0-9]*)-model")
 CORRUPT = re.compile(r"step-[0-9]+\.corrupt(-[0-9a-f]{32})?")
 SET_ASIDE = re.compile(r"step-[0-9]+(-model|-hf)?\.(?P<suffix>corrupt|superseded)(-[0-9a-f]{32})?")
 LEFTOVER = re.compile(r"\.(tmp|trash)-step-[0-9]+(-model|-hf)?-[0-9a-f]{32}")
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.toml"
 # Of the damaged ones, and of the superseded ones: enough to look at, and to go back to after a slip.
 SET_ASIDE_KEPT = 3
 
@@ -39,6 +40,11 @@ class CheckpointFolder:
     def quarantined(self) -> list[str]:
         """Names of the checkpoints that were set aside as damaged."""
         return sorted(m[0] for m in self._named(CORRUPT))
+
+    def incomplete(self, above: int) -> list[str]:
+        """Names of the folders of later steps that have no manifest, as after a copy that was cut off."""
+        later = (self.root / f"step-{n}" for n in self.steps() if n > above)
+        return [path.name for path in later if _is_real_folder(path) and not (path / MANIFEST).exists()]
 
     def new_staging(self, name: str) -> Path:
         """A fresh, empty folder to write checkpoint `name` in."""
@@ -60,7 +66,9 @@ class CheckpointFolder:
         shutil.rmtree(staging, ignore_errors=True)
 
     def set_aside(self, name: str, suffix: str) -> str:
-        """Renames checkpoint `name` to `name.suffix`, a name that nothing is loaded from; returns the new name."""
+        """Renames checkpoint `name` to `name.suffix`, a name that nothing is loaded from;
+        returns the new name.
+        """
         source = self.root / name
         if not _is_real_folder(source):
             return name
@@ -74,8 +82,8 @@ class CheckpointFolder:
     def set_aside_from(self, step: int, own_name: str) -> None:
         """Sets aside what an abandoned branch left at `step` or later, before `own_name` is committed there.
 
-        It happens after `checkpoint.load_step` went back: a later resume must not mix the two branches, and an export
-        of the abandoned one must not pass for this one's.
+        It happens after `checkpoint.load_step` went back: a later resume must not mix the two branches,
+        and an export of the abandoned one must not pass for this one's.
         """
         later = sorted(n for n in self.steps() if n > step)
         stale = [own_name, *(f"step-{n}" for n in later)]
@@ -89,10 +97,11 @@ class CheckpointFolder:
                 logger.warning("%s is of an earlier run that this one replaces; it is now %s", name, moved)
 
     def purge(self, keep: int, is_good: Callable[[Path], bool]) -> None:
-        """Removes checkpoints older than the newest `keep` good ones, and all but the last few that were set aside.
+        """Removes checkpoints older than the newest `keep` good ones,
+        and all but the last few that were set aside.
 
-        A damaged checkpoint is nothing to fall back to: it does not count, and goes with the good ones of its age.
-        Seeds and exports stay. keep: 0 removes nothing.
+        A damaged checkpoint is nothing to fall back to: it does not count,
+        and goes with the good ones of its age. Seeds and exports stay. keep: 0 removes nothing.
         """
         if keep == 0:
             return
@@ -180,4 +189,6 @@ def saved_states(config: CheckpointConfig, dump_folder: Path) -> list[Path]:
     """The `state.json` that a run may resume from, the likeliest first; none of them is verified."""
     checkpoints = CheckpointFolder(dump_folder / config.folder)
     steps = checkpoints.steps() if config.enable else []
-    return [checkpoints.root / f"step-{n}" / STATE for n in sorted(steps, key=lambda n: n != config.load_step)]
+    return [
+        checkpoints.root / f"step-{n}" / STATE for n in sorted(steps, key=lambda n: n != config.load_step)
+    ]

@@ -1,13 +1,13 @@
 """One run in one folder: `.lock` names its owner, and the lock of a dead owner is taken over.
 
-An owner whose process could be seen from here lives if its pid does with the same start time (a pid can be reused);
-otherwise it is taken over at once. Any other owner, as after a requeue to another host, renews the lock's time of
-change every HEARTBEAT_SECONDS; the lock is watched for WATCH_SECONDS and taken over if it was not renewed. Watching
-for change needs no agreement of clocks.
+An owner whose process could be seen from here lives if its pid does with the same start time (a pid can be
+reused); otherwise it is taken over at once. Any other owner, as after a requeue to another host, renews the
+lock's time of change every HEARTBEAT_SECONDS; the lock is watched for WATCH_SECONDS and taken over if it was
+not renewed. Watching for change needs no agreement of clocks.
 
-A host name does not say whose pids these are: two containers of one host, or two machines called "localhost", have the
-same name and other processes. A pid means something only to the same boot of the same kernel (`boot_id`) in the same
-PID namespace, so both must be known and equal before /proc decides anything.
+A host name does not say whose pids these are: two containers of one host, or two machines called "localhost",
+have the same name and other processes. A pid means something only to the same boot of the same kernel
+(`boot_id`) in the same PID namespace, so both must be known and equal before /proc decides anything.
 """
 
 import json
@@ -52,7 +52,9 @@ class FolderLock:
         return folder.resolve().is_relative_to(self.folder.resolve())
 
     def require_held(self) -> None:
-        """Raises CheckpointError if another run has taken the lock over, as after this process was suspended."""
+        """Raises CheckpointError if another run has taken the lock over, as after this
+        process was suspended.
+        """
         if _read(self.path) != self._content:
             raise CheckpointError(f"{self.path} is no longer held by this run: another run uses the folder")
 
@@ -65,7 +67,8 @@ class FolderLock:
             with file:
                 file.write(self._content)
         except OSError:
-            # A full disk still takes the name of a file: without its content, nobody could tell whose lock it is.
+            # A full disk still takes the name of a file: without its content,
+            # nobody could tell whose lock it is.
             self.path.unlink(missing_ok=True)
             raise
         return True
@@ -77,7 +80,8 @@ class FolderLock:
         owner = _parse(found)
         if _is_alive(owner, self.path):
             raise CheckpointError(
-                f"{self.path.parent} is in use by {_named(owner)}, started {owner.get('since', 'at an unknown time')}; "
+                f"{self.path.parent} is in use by {_named(owner)}, "
+                f"started {owner.get('since', 'at an unknown time')}; "
                 f"stop that run, or set another job.dump_folder or checkpoint.folder"
             )
         # Two runs may find the same stale lock: each renames what it sees, and looks at what it got.
@@ -115,8 +119,8 @@ def _this_process() -> dict[str, Any]:
 def _process_space() -> dict[str, Any]:
     """Within what a pid of this process means something; None where this system does not tell.
 
-    A /proc of another PID namespace (`unshare --pid` alone leaves the outer one mounted) shows other processes under
-    our pids, so it counts as not telling.
+    A /proc of another PID namespace (`unshare --pid` alone leaves the outer one mounted) shows other
+    processes under our pids, so it counts as not telling.
     """
     try:
         if Path("/proc/self").readlink().name != str(os.getpid()):
@@ -153,7 +157,9 @@ def _named(owner: dict[str, Any]) -> str:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """When process `pid` started, in clock ticks since boot (field 22 of /proc/PID/stat); None if there is none."""
+    """When process `pid` started, in clock ticks since boot (field 22 of /proc/PID/stat);
+    None if there is none.
+    """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,6 +1,7 @@
 """`manifest.json`: what a checkpoint holds, with a sha256 of every file and of itself; and its verification.
 
-torch.distributed.checkpoint keeps no checksums: a flipped bit, a zeroed page or another step's shard loads in silence.
+torch.distributed.checkpoint keeps no checksums: a flipped bit,
+a zeroed page or another step's shard loads in silence.
 """
 
 import hashlib
@@ -70,7 +71,9 @@ class Manifest(_Entry):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises CheckpointError if the manifest of `folder` is missing, unreadable, damaged or of an unknown format."""
+    """Raises CheckpointError if the manifest of `folder` is missing, unreadable,
+    damaged or of an unknown format.
+    """
     try:
         return _read_manifest(folder)
     except OSError as error:
@@ -89,7 +92,9 @@ def _read_manifest(folder: Path) -> Manifest:
         if text != _serialise(content).encode():
             raise CheckpointError(f"{MANIFEST} is damaged: it does not match its own sha256")
         if content["format"] != FORMAT:
-            raise CheckpointError(f"{MANIFEST} has format {content['format']}; this program reads format {FORMAT}")
+            raise CheckpointError(
+                f"{MANIFEST} has format {content['format']}; this program reads format {FORMAT}"
+            )
         return Manifest.model_validate(content)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{MANIFEST} is damaged: {type(error).__name__}: {error}") from None
@@ -101,7 +106,8 @@ def verify(folder: Path, *, hashes: bool = True, share: tuple[int, int] = (0, 1)
     What could not be read, twice, is `Unreadable`.
 
     hashes: read every byte; otherwise only names and sizes are compared.
-    share: (i, n) checks only every n-th file, from the i-th, so that n ranks share the work; and always the manifest.
+    share: (i, n) checks only every n-th file, from the i-th, so that n ranks share the work;
+        and always the manifest.
     """
     try:
         manifest = _read_manifest(folder)
@@ -120,7 +126,9 @@ def verify(folder: Path, *, hashes: bool = True, share: tuple[int, int] = (0, 1)
 
 def hash_files(folder: Path, names: list[str]) -> FileTable:
     """Size and sha256 of files of `folder`, read back from storage."""
-    return {name: FileEntry(size=(folder / name).stat().st_size, sha256=_sha256(folder / name)) for name in names}
+    return {
+        name: FileEntry(size=(folder / name).stat().st_size, sha256=_sha256(folder / name)) for name in names
+    }
 
 
 def tensor_table(tensors: dict[str, dict[str, torch.Tensor]]) -> TensorTable:
@@ -150,11 +158,16 @@ def check_file(folder: Path, name: str, expected: FileEntry, hashes: bool) -> li
         if not hashes:
             return []
         actual = second_look(lambda: _sha256(path))
-        if actual != expected.sha256:  # perhaps only as it was read: what is set aside must be damaged where it lies
+        # Perhaps only as it was read: what is set aside must be damaged where it lies.
+        if actual != expected.sha256:
             actual = second_look(lambda: _sha256(path))
     except OSError as error:
         return [_unreadable(name, error)]
-    return [] if actual == expected.sha256 else [f"{name}: sha256 is {actual}, {MANIFEST} says {expected.sha256}"]
+    return (
+        []
+        if actual == expected.sha256
+        else [f"{name}: sha256 is {actual}, {MANIFEST} says {expected.sha256}"]
+    )
 
 
 def _unreadable(name: str, error: OSError) -> Unreadable:
@@ -162,7 +175,9 @@ def _unreadable(name: str, error: OSError) -> Unreadable:
 
 
 def second_look(read: Callable[[], T]) -> T:
-    """What `read()` returns, the second time if storage fails it the first time: a single EIO says little of a disk."""
+    """What `read()` returns, the second time if storage fails it the first time:
+    a single EIO says little of a disk.
+    """
     try:
         return read()
     except OSError as error:

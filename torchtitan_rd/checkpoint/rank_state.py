@@ -1,7 +1,8 @@
-"""The state that each rank has of its own, as of random generators. All start from one seed, so mostly all are alike.
+"""The state that each rank has of its own, as of random generators. All start from one seed,
+so mostly all are alike.
 
-Rank 0's stands in `state.json`, and only a rank whose state differs writes a file of its own. All ranks' states in one
-JSON would be 114 MB at 4096 ranks, gathered, written and parsed by each of them.
+Rank 0's stands in `state.json`, and only a rank whose state differs writes a file of its own.
+All ranks' states in one JSON would be 114 MB at 4096 ranks, gathered, written and parsed by each of them.
 """
 
 import json
@@ -29,7 +30,8 @@ def divide(own: Mapping[str, Any], ranks: RankGroup) -> tuple[dict[str, Any], di
 
 
 def unite(state: Mapping[str, Any], path: Path, manifest: Manifest, ranks: RankGroup) -> dict[str, Any]:
-    """`state` as this rank had it when `path` was saved. Another number of ranks gets none of the ranks' own entries.
+    """`state` as this rank had it when `path` was saved.
+    Another number of ranks gets none of the ranks' own entries.
 
     Collective. Raises CheckpointError on every rank if a file cannot be read.
     """

@@ -11,10 +11,12 @@ from torchtitan_rd.errors import CheckpointError
 
 @contextmanager
 def locked_run_folder(folder: Path, stale: str) -> Iterator[FolderLock | None]:
-    """Holds the folder that a whole run writes into, making it if need be; gives the lock on rank 0, None elsewhere.
+    """Holds the folder that a whole run writes into, making it if need be;
+    gives the lock on rank 0, None elsewhere.
 
-    Collective at the start, and not at the end. Raises CheckpointError on every rank if a living run holds it.
-    stale: name of a file that an earlier run left and that would be taken for this one's; a refused run leaves it.
+    Collective at the start, and not at the end. Raises CheckpointError on every rank if a living run
+    holds it. stale: name of a file that an earlier run left and that would be taken for this one's; a
+    refused run leaves it.
     """
     held: list[FolderLock] = []
 
@@ -25,8 +27,8 @@ def locked_run_folder(folder: Path, stale: str) -> Iterator[FolderLock | None]:
         except OSError as error:  # the folder is nobody's: where a lock stands, it is found, not written
             _remove(folder / stale)
             raise CheckpointError(
-                f"cannot write into {folder}: {error.strerror or error}; make room or permission there, or set "
-                f"another job.dump_folder"
+                f"cannot write into {folder}: {error.strerror or error}; make room or permission there, "
+                f"or set another job.dump_folder"
             ) from error
         _remove(folder / stale)
 

@@ -1,8 +1,8 @@
 """Reads torch.distributed.checkpoint folders without trusting them.
 
-torch's own reader unpickles `.metadata` and byte entries without restriction, which runs whatever code they name, and
-follows a `relative_path` out of the folder. This one builds only the classes that torch writes for tensors, checks
-every name and number against the files, and gives each problem as a CheckpointError.
+torch's own reader unpickles `.metadata` and byte entries without restriction, which runs whatever code they
+name, and follows a `relative_path` out of the folder. This one builds only the classes that torch writes for
+tensors, checks every name and number against the files, and gives each problem as a CheckpointError.
 """
 
 import io
@@ -20,7 +20,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
@@ -29,7 +34,8 @@ from torchtitan_rd.errors import CheckpointError
 
 METADATA = ".metadata"
 MODEL_SHAPE = "model.json"
-# torch.save frames each tensor in a zip file of its own; more than this above the data would be something else.
+# torch.save frames each tensor in a zip file of its own;
+# more than this above the data would be something else.
 MAX_FRAME_BYTES = 1 << 20
 
 
@@ -63,12 +69,12 @@ class PlainReader(StorageReader):
 class SafeReader(PlainReader):
     """A `storage_reader` for `torch.distributed.checkpoint.load`.
 
-    Call `tensors()` or `read_metadata()` first: their CheckpointError is clear, while torch hides one raised inside its
-    own load in a CheckpointException, which is not even an Exception.
+    Call `tensors()` or `read_metadata()` first: their CheckpointError is clear,
+    while torch hides one raised inside its own load in a CheckpointException, which is not even an Exception.
 
     folder: holds `.metadata` and its data files.
-    prefix: only the tensors whose key starts with it are there at all; what a foreign program stored beside them
-        (an optimizer, pickled loader states) is neither checked nor read.
+    prefix: only the tensors whose key starts with it are there at all; what a foreign program stored beside
+        them (an optimizer, pickled loader states) is neither checked nor read.
     """
 
     def __init__(self, folder: Path | str, prefix: str = ""):
@@ -78,8 +84,8 @@ class SafeReader(PlainReader):
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Shape and type of every tensor by its flat key (`model.layers.0...`), without reading any data."""
-        found = self.read_metadata().state_dict_metadata
-        return {key: TensorInfo(entry.size, entry.properties.dtype) for key, entry in found.items()}
+        entries = {key: self._entry(key) for key in self.read_metadata().state_dict_metadata}
+        return {key: TensorInfo(entry.size, entry.properties.dtype) for key, entry in entries.items()}
 
     def model_shape(self) -> dict[str, Any]:
         """The fields of `model.json`; empty in a folder of another program. Raises CheckpointError."""
@@ -107,13 +113,14 @@ class SafeReader(PlainReader):
         return self._metadata
 
     def read(self, key: str) -> torch.Tensor:
-        """One whole tensor, put together from its parts, each checked against the checksum that torch stored with it.
+        """One whole tensor, put together from its parts, each checked against the checksum that
+        torch stored with it.
 
         key: as in `tensors()`. Raises CheckpointError. Memory: the tensor and twice its largest part.
         """
         metadata = self.read_metadata()
-        entry = metadata.state_dict_metadata[key]
-        whole = None
+        entry = self._entry(key)
+        whole: torch.Tensor | None = None
         for chunk in entry.chunks:
             info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
             path = self.folder / info.relative_path
@@ -121,7 +128,10 @@ class SafeReader(PlainReader):
                 file.seek(info.offset)
                 part = _load_tensor(file.read(info.length), f"{path}: {key}", check_sum=True)
             if part.shape != chunk.sizes or part.dtype != entry.properties.dtype:
-                raise CheckpointError(f"{path}: {key} holds {part.dtype} {tuple(part.shape)}, not what {METADATA} says")
+                raise CheckpointError(
+                    f"{path}: {key} holds {part.dtype} {tuple(part.shape)}, not what {METADATA} says"
+                )
+
             if chunk.sizes == entry.size:
                 return part
             whole = torch.empty(entry.size, dtype=part.dtype) if whole is None else whole
@@ -129,6 +139,9 @@ class SafeReader(PlainReader):
             for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
                 target = target.narrow(dim, offset, size)
             target.copy_(part)
+
+        if whole is None:
+            raise CheckpointError(f"{self.folder}: {key} has no parts")
         return whole
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -156,6 +169,12 @@ class SafeReader(PlainReader):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
         return (Path(checkpoint_id) / METADATA).is_file()
 
+    def _entry(self, key: str) -> TensorStorageMetadata:
+        entry = self.read_metadata().state_dict_metadata[key]
+        if not isinstance(entry, TensorStorageMetadata):  # `_checked` has refused it
+            raise CheckpointError(f"{self.folder}: {key} is not described as a tensor")
+        return entry
+
     def _read_item(self, file: io.BufferedReader, item: ReadItem, planner: LoadPlanner) -> None:
         key = item.storage_index.fqn
         if item.type != LoadItemType.TENSOR:
@@ -167,7 +186,9 @@ class SafeReader(PlainReader):
             tensor = tensor.narrow(dim, start, length)
         target = planner.resolve_tensor(item).detach()
         if target.shape != tensor.shape:
-            raise CheckpointError(f"{file.name}: {key} has shape {tuple(tensor.shape)}, not {tuple(target.shape)}")
+            raise CheckpointError(
+                f"{file.name}: {key} has shape {tuple(tensor.shape)}, not {tuple(target.shape)}"
+            )
         target.copy_(tensor)
         planner.commit_tensor(item, target)
 
@@ -177,14 +198,20 @@ class SafeReader(PlainReader):
             raise CheckpointError(f"holds a {type(found).__name__}, not the metadata of a checkpoint")
         entries = {key: e for key, e in found.state_dict_metadata.items() if key.startswith(self.prefix)}
         storage = {index: info for index, info in found.storage_data.items() if index.fqn in entries}
+
         sizes: dict[str, int] = {}
         for key, entry in entries.items():
             if isinstance(entry, BytesStorageMetadata):
-                raise CheckpointError(f"{key} is a pickled Python object, which is never loaded; only tensors are")
-            if not isinstance(entry, TensorStorageMetadata) or not isinstance(entry.properties.dtype, torch.dtype):
+                raise CheckpointError(
+                    f"{key} is a pickled Python object, which is never loaded; only tensors are"
+                )
+            if not isinstance(entry, TensorStorageMetadata) or not isinstance(
+                entry.properties.dtype, torch.dtype
+            ):
                 raise CheckpointError(f"{key} is not described as a tensor")
             if sum(prod(chunk.sizes) for chunk in entry.chunks) != prod(entry.size):
                 raise CheckpointError(f"{key}: its parts do not add up to shape {tuple(entry.size)}")
+
             for chunk in entry.chunks:
                 index = MetadataIndex(key, chunk.offsets)
                 if index not in storage:
@@ -193,12 +220,17 @@ class SafeReader(PlainReader):
                 name = storage[index].relative_path
                 if name not in sizes:
                     sizes[name] = self._size_of(name)
-                _check_place(key, storage[index], sizes[name], prod(chunk.sizes) * entry.properties.dtype.itemsize)
+                _check_place(
+                    key, storage[index], sizes[name], prod(chunk.sizes) * entry.properties.dtype.itemsize
+                )
+
         planner_data = {key: path for key, path in (found.planner_data or {}).items() if key in entries}
         return Metadata(entries, planner_data, storage, version=found.version)
 
     def _size_of(self, name: Any) -> int:
-        """Size in bytes of a data file. Raises CheckpointError for anything but a regular file in the folder itself."""
+        """Size in bytes of a data file. Raises CheckpointError for anything but a regular file in
+        the folder itself.
+        """
         if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
             raise CheckpointError(f"it refers to {name!r}, which is outside the folder")
         if not _is_regular(self.folder / name):
@@ -211,11 +243,15 @@ def _check_chunk(key: str, entry: TensorStorageMetadata, chunk: dcp_metadata.Chu
         raise CheckpointError(f"{key}: a part has another number of dimensions than the whole")
     for offset, size, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True):
         if offset < 0 or size < 0 or offset + size > whole:
-            raise CheckpointError(f"{key}: the part at {tuple(chunk.offsets)} reaches beyond shape {tuple(entry.size)}")
+            raise CheckpointError(
+                f"{key}: the part at {tuple(chunk.offsets)} reaches beyond shape {tuple(entry.size)}"
+            )
 
 
 def _check_place(key: str, info: Any, file_size: int, data_bytes: int) -> None:
-    """A claimed length beyond the file, or a claimed tensor beyond its length, would be read as gigabytes of memory."""
+    """A claimed length beyond the file, or a claimed tensor beyond its length,
+    would be read as gigabytes of memory.
+    """
     if not isinstance(info, _StorageInfo) or info.transform_descriptors:
         raise CheckpointError(f"{key} is stored in a way that this program does not write")
     if info.offset < 0 or info.length < 0 or info.offset + info.length > file_size:
@@ -236,7 +272,9 @@ def _load_tensor(record: bytes, place: str, *, check_sum: bool = False) -> torch
     except CheckpointError:
         raise
     except Exception as error:  # a damaged file can raise any
-        raise CheckpointError(f"{place} is damaged: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        raise CheckpointError(
+            f"{place} is damaged: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from None
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{place} is a {type(tensor).__name__}, not a tensor")
     return tensor
@@ -280,13 +318,17 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
+_BUILD: Callable[[Any], None] = pickle._Unpickler.dispatch[pickle.BUILD[0]]
+
+
 class _Unpickler(pickle._Unpickler):
     """Builds only what stands in the table above, and torch's types.
 
     The pure-Python unpickler, because the C one fills memory up to any memo index that a damaged file names.
     """
 
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
@@ -298,6 +340,6 @@ class _Unpickler(pickle._Unpickler):
     def load_build(self) -> None:
         if isinstance(self.stack[-2], type):
             raise CheckpointError("refused: it would change a class")
-        super().load_build()
+        _BUILD(self)
 
     dispatch[pickle.BUILD[0]] = load_build

@@ -32,9 +32,10 @@ class Snapshot:
     """What is to be written, fixed at the moment of the save.
 
     tensors: {group: {name: tensor or DTensor}}, which nobody changes until the write has ended.
-    aliases: `group.name` of a further name of a tensor -> the `group.name` in `tensors`; its bytes are written once.
-    table: names, shapes and types of all, aliases too. documents: name -> text of the small files beside them, written
-    by rank 0. own_documents: those of this rank alone, with names that begin with `__RANK_`.
+    aliases: `group.name` of a further name of a tensor -> the `group.name` in `tensors`;
+        its bytes are written once.
+    table: names, shapes and types of all, aliases too. documents: name -> text of the small files beside
+    them, written by rank 0. own_documents: those of this rank alone, with names that begin with `__RANK_`.
     """
 
     name: str
@@ -49,11 +50,14 @@ class Snapshot:
     def stored_bytes(self) -> int:
         """Bytes of all tensors together, each counted once whatever its sharding."""
         entries = (entry for key, entry in self.table.items() if key not in self.aliases)
-        return sum(torch.Size(entry.shape).numel() * getattr(torch, entry.dtype).itemsize for entry in entries)
+        return sum(
+            torch.Size(entry.shape).numel() * getattr(torch, entry.dtype).itemsize for entry in entries
+        )
 
 
 def find_aliases(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
-    """`group.name` of each tensor that lies in the same memory as an earlier one of its group -> that one's name.
+    """`group.name` of each tensor that lies in the same memory as an earlier one of its
+    group -> that one's name.
 
     A head that is tied to the embedding has two names. Ask rank 0: another rank may hold no row of either.
     """
@@ -72,7 +76,9 @@ def find_aliases(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
 
 
 class _AliasWriter(FileSystemWriter):
-    """Lists each alias in `.metadata` at the place of the tensor that was written, so that any reader finds both."""
+    """Lists each alias in `.metadata` at the place of the tensor that was written,
+    so that any reader finds both.
+    """
 
     def __init__(self, folder: Path, aliases: Mapping[str, str]):
         super().__init__(folder, sync_files=True, overwrite=False)
@@ -85,7 +91,9 @@ class _AliasWriter(FileSystemWriter):
             metadata.state_dict_metadata[alias] = metadata.state_dict_metadata[source]
             metadata.planner_data[alias] = tuple(alias.split(".", 1))
             again += [
-                dataclasses.replace(result, index=MetadataIndex(alias, result.index.offset, result.index.index))
+                dataclasses.replace(
+                    result, index=MetadataIndex(alias, result.index.offset, result.index.index)
+                )
                 for result in written
                 if result.index.fqn == source
             ]
@@ -95,14 +103,18 @@ class _AliasWriter(FileSystemWriter):
 class Writer:
     """Writes snapshots into `folder`, one at a time. Rank 0 holds `lock`."""
 
-    def __init__(self, folder: CheckpointFolder, ranks: RankGroup, lock: FolderLock | None, keep_latest_k: int):
+    def __init__(
+        self, folder: CheckpointFolder, ranks: RankGroup, lock: FolderLock | None, keep_latest_k: int
+    ):
         self.folder = folder
         self.ranks = ranks
         self.lock = lock
         self.keep_latest_k = keep_latest_k
 
     def write(self, snapshot: Snapshot) -> None:
-        """Collective. Returns after the commit, or raises CheckpointError on every rank with nothing committed."""
+        """Collective. Returns after the commit, or raises CheckpointError on every rank with
+        nothing committed.
+        """
         ranks, where = self.ranks, self.folder.root / snapshot.name
         try:
             staging = ranks.from_rank0(lambda: self.folder.new_staging(snapshot.name))
@@ -116,7 +128,9 @@ class Writer:
         except CheckpointError as error:
             raise CheckpointError(f"{where} was not saved ({self._room()}): {error}") from error
         except RuntimeError as error:  # of gloo: a rank died or was silent for too long
-            raise CheckpointError(f"{where} was not saved: lost contact with another rank: {error}") from error
+            raise CheckpointError(
+                f"{where} was not saved: lost contact with another rank: {error}"
+            ) from error
 
     def _room(self) -> str:
         try:
@@ -139,7 +153,10 @@ class Writer:
         files = {name: entry for table in hashes for name, entry in table.items()}
         for name, entry in files.items():
             if not (staging / name).is_file() or (staging / name).stat().st_size != entry.size:
-                raise CheckpointError(f"rank 0 does not see {staging / name}: the folder must be shared by all nodes")
+                raise CheckpointError(
+                    f"rank 0 does not see {staging / name}: the folder must be shared by all nodes"
+                )
+
         for name, text in snapshot.documents.items():
             write_durably(staging / name, text)
         manifest = Manifest(
@@ -152,11 +169,14 @@ class Writer:
             tensors=snapshot.table,
         )
         manifest.write(staging)
+
+        # A run that was suspended may have lost the folder to another one meanwhile.
         if self.lock is not None:
             self.lock.require_held()
         self.folder.set_aside_from(snapshot.step, snapshot.name)
         self.folder.commit(staging, snapshot.name)
         logger.info("saved %s (%.1f MB)", self.folder.root / snapshot.name, snapshot.stored_bytes() / 1e6)
+
         try:
             self.folder.purge(self.keep_latest_k, lambda path: not verify(path, hashes=False))
         except OSError as error:  # the new checkpoint is safe; the next save tries again

@@ -1,22 +1,30 @@
-"""Prints the resolved config with the origin of every value.
+"""Prints the resolved config with the origin of every value, and what it runs;
+status 1 and every contradiction if any.
 
 torchtitan-rd config --job.config_file X.toml [--section.key value ...]
 torchtitan-rd config X.toml [--section.key value ...]
+torchtitan-rd config --ranks 144 X.toml                      # as that many ranks would run it
 torchtitan-rd config --print-key job.dump_folder X.toml      # one value alone, for scripts
 torchtitan-rd config --schema                                # every key, its default and meaning (Markdown)
+
+Without --ranks they are as many as WORLD_SIZE says, else the fewest that [parallelism] allows.
+Whether this machine has the devices is not asked: it need not be the one that trains.
 """
 
 import json
 import sys
 import types
 import typing
+from dataclasses import replace
 
 from tabulate import tabulate
 
 from torchtitan_rd.config import JobConfig, load
+from torchtitan_rd.config_loader import section_type
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
 from torchtitan_rd.log import logger
+from torchtitan_rd.run_plan import RunPlan, fewest_ranks, resolve
 
 
 def main(arguments: list[str]) -> int:
@@ -26,29 +34,58 @@ def main(arguments: list[str]) -> int:
     if arguments == ["--schema"]:
         print(schema_page())
         return 0
-    key = None
-    if arguments[:1] == ["--print-key"]:
-        if len(arguments) < 2:
-            raise ConfigError("--print-key needs a section.key")
-        key, arguments = arguments[1], arguments[2:]
+
+    key, arguments = _option("--print-key", "a section.key", arguments)
+    ranks, arguments = _option("--ranks", "a number", arguments)
     if arguments and not arguments[0].startswith("--"):
         arguments = ["--job.config_file", *arguments]
-    loaded = load(arguments, Environment.read())
+
+    environment = Environment.read()
+    loaded = load(arguments, environment)
     rows = {f"{s}.{k}": value for s, keys in loaded.config.as_dict().items() for k, value in keys.items()}
     if key is not None:
         if key not in rows:
             raise ConfigError(f"--print-key: unknown key {key!r}")
+        _plan(loaded.config, environment, ranks)
         print(rows[key])
         return 0
+
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     table = [(name, json.dumps(value), _origin(name, loaded.origins)) for name, value in rows.items()]
-    sys.stdout.write(tabulate(table, headers=("key", "value", "origin"), disable_numparse=True) + "\n")
+    sys.stdout.write(tabulate(table, headers=("key", "value", "origin"), disable_numparse=True) + "\n\n")
+    sys.stdout.flush()
+
+    plan = _plan(loaded.config, environment, ranks)
+    model = f"model: {plan.spec.name} {loaded.config.model.flavor}, {plan.count_parameters():,} parameters"
+    sys.stdout.write("\n".join([*plan.report(), f"{model}, vocabulary {plan.shape.vocab_size}"]) + "\n")
     return 0
 
 
+def _option(name: str, needs: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """(its value or None, the arguments without it), where it stands before all keys and the file."""
+    if arguments[:1] != [name]:
+        return None, arguments
+    if len(arguments) < 2:
+        raise ConfigError(f"{name} needs {needs}")
+    return arguments[1], arguments[2:]
+
+
+def _plan(config: JobConfig, environment: Environment, ranks: str | None) -> RunPlan:
+    """What `config` runs. Raises ConfigError with every contradiction."""
+    if ranks is not None:
+        if not ranks.isdecimal() or int(ranks) == 0:
+            raise ConfigError(f"--ranks {ranks}: must be a positive whole number")
+        environment = replace(environment, rank=0, world_size=int(ranks))
+    elif environment.world_size == 1:
+        environment = replace(environment, world_size=fewest_ranks(config.parallelism))
+    return resolve(config, environment)
+
+
 def _origin(name: str, origins: dict[str, str]) -> str:
-    """Where a value came from; a table's entries (model.overrides.dim) may each have an origin of their own."""
+    """Where a value came from; a table's entries (model.overrides.dim) may each have an origin
+    of their own.
+    """
     found = [origin for key, origin in origins.items() if key == name or key.startswith(name + ".")]
     return ", ".join(dict.fromkeys(found)) or "default"
 
@@ -58,14 +95,14 @@ _PAGE_HEAD = """# Configuration
 Every key, as `python -m torchtitan_rd config --schema` prints it. A TOML file sets keys in sections;
 `--section.key value` on the command line overrides it (also `--section.key=value`, `--section.flag`,
 `--no-section.flag`). Unknown keys and wrong values are errors, all reported at once.
-`python -m torchtitan_rd config FILE.toml [overrides]` prints the resolved config with the origin of every value;
-the same config is stored in the dump folder and in each checkpoint. Names of the
-older torchtitan 0.1 schema load with a warning that says today's name (torchtitan_rd/old_keys.py). STREAM_HF_DATA=1 in
-the environment sets training.stream.
+`python -m torchtitan_rd config FILE.toml [overrides]` prints the resolved config with the origin of every
+value; the same config is stored in the dump folder and in each checkpoint. Names of the older torchtitan 0.1
+schema load with a warning that says today's name (torchtitan_rd/old_keys.py). STREAM_HF_DATA=1 in the
+environment sets training.stream.
 
 Credentials are hidden in every config that is written or printed: the login and the query of an address
-(`https://***@host/path?***`) and texts under names such as `api_key`. Such a file still loads, with a warning for each
-key that had one; a run that needs the value must be given it again, as on the command line.
+(`https://***@host/path?***`) and texts under names such as `api_key`. Such a file still loads, with a warning
+for each key that had one; a run that needs the value must be given it again, as on the command line.
 
 Keys marked * cannot change between a checkpoint and the run that resumes from it.
 """
@@ -83,9 +120,11 @@ def schema_page() -> str:
                 f"`{json.dumps(field.get_default(call_default_factory=True))}`",
                 " ".join((field.description or "").split()).replace("|", "\\|"),
             )
-            for key, field in info.annotation.model_fields.items()
+            for key, field in section_type(info).fields_in_order()
         ]
-        table = tabulate(rows, headers=("key", "type", "default", "meaning"), tablefmt="github", disable_numparse=True)
+        table = tabulate(
+            rows, headers=("key", "type", "default", "meaning"), tablefmt="github", disable_numparse=True
+        )
         parts.append(f"## [{section}]\n\n{table}\n")
     return "\n".join(parts).removesuffix("\n")
 
@@ -98,4 +137,6 @@ def _type_name(annotation: object) -> str:
         return " or ".join(_type_name(option) for option in typing.get_args(annotation))
     if annotation is type(None):
         return "none"
-    return annotation.__name__ if typing.get_origin(annotation) is None else str(annotation).replace("typing.", "")
+    if isinstance(annotation, type) and typing.get_origin(annotation) is None:
+        return annotation.__name__
+    return str(annotation).replace("typing.", "")

@@ -19,6 +19,7 @@ from tabulate import tabulate
 from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.evaluation import (
+    check_context,
     check_vocabulary,
     evaluate,
     evaluation_group,
@@ -53,9 +54,10 @@ def measure(
         depths = parse_depths(DEPTHS)
     device = torch.device(chosen.device) if chosen.device else environment.device()
     dtype = getattr(torch, training.mixed_precision_param)
-    open_weights(
-        Path(chosen.checkpoint), model=config.model.name, flavor=chosen.flavor
-    )  # names a mistake before the data is read
+
+    # Names a mistake before the data is read.
+    weights = open_weights(Path(chosen.checkpoint), model=config.model.name, flavor=chosen.flavor)
+    check_context(weights.shape, training.seq_len)
     with evaluation_group(environment, device):
         held_out = open_validation(
             validation,
@@ -86,7 +88,7 @@ def measure(
 
 def parse_depths(text: str) -> list[int]:
     """`1-8,16` -> [1, ..., 8, 16]. Raises ConfigError."""
-    depths = []
+    depths: list[int] = []
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")

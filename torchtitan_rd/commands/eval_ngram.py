@@ -9,14 +9,21 @@ Counts are of the train split, the loss is that of the test split.
 
 import argparse
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from tabulate import tabulate
 
 from torchtitan_rd.commands.eval_loss import write_json
-from torchtitan_rd.data import DatasetKeys, check_dataset, dataset_vocab_size
-from torchtitan_rd.data.sources import build_encoder, open_source
+from torchtitan_rd.data import (
+    DatasetKeys,
+    Tokenizer,
+    build_encoder,
+    dataset_vocab_size,
+    get_dataset,
+    load_tokenizer,
+)
+from torchtitan_rd.data.sources import open_source
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.ngram import NGram
 
@@ -29,15 +36,23 @@ def main(kind: str, arguments: list[str]) -> int:
         raise ConfigError(
             "--test-split: the loss would be that of the data that was counted; name another split"
         )
-    train = _samples(chosen, chosen.dataset, chosen.path, chosen.split)
     test_path = chosen.test_path or (chosen.path if test_dataset == chosen.dataset else None)
-    test = _samples(chosen, test_dataset, test_path, chosen.test_split)
-    vocab_size = chosen.vocab_size or dataset_vocab_size(
-        DatasetKeys(dataset=chosen.dataset), chosen.tokenizer
+    train, test = _keys(chosen, chosen.dataset, chosen.path), _keys(chosen, test_dataset, test_path)
+    on_text = any(
+        get_dataset(keys, split=split).kind == "text"
+        for keys, split in ((train, chosen.split), (test, chosen.test_split))
     )
+    tokenizer = load_tokenizer(chosen.tokenizer) if on_text else None
+    vocab_size = chosen.vocab_size or dataset_vocab_size(train, tokenizer)
+
+    def samples(keys: DatasetKeys, split: str) -> Iterable[np.ndarray]:
+        """Up to --max-tokens."""
+        return _first(_samples(keys, split, tokenizer, vocab_size, chosen.seed), chosen.max_tokens)
+
     model = NGram(chosen.n, vocab_size, chosen.alpha)
-    counted = model.count(_first(train, chosen.max_tokens))
-    score = model.score(_first(test, chosen.max_tokens))
+    counted = model.count(samples(train, chosen.split))
+    score = model.score(samples(test, chosen.test_split))
+
     nats = score.nats / score.tokens
     result = {
         **{name: getattr(chosen, name) for name in ("n", "alpha", "dataset", "source_dataset")},
@@ -48,22 +63,31 @@ def main(kind: str, arguments: list[str]) -> int:
         "bits_per_token": nats / math.log(2),
         "perplexity": math.exp(nats),
     }
+
     print(tabulate([result.values()], headers=list(result), floatfmt=".6g"))
     write_json(result, chosen.output)
     return 0
 
 
-def _samples(chosen: argparse.Namespace, dataset: str, path: str | None, split: str) -> Iterable[np.ndarray]:
-    keys = DatasetKeys(
+def _keys(chosen: argparse.Namespace, dataset: str, path: str | None) -> DatasetKeys:
+    return DatasetKeys(
         dataset=dataset, dataset_path=path, column=chosen.column, source_dataset=chosen.source_dataset
     )
-    row = check_dataset(keys)
+
+
+def _samples(
+    keys: DatasetKeys, split: str, tokenizer: Tokenizer | None, vocab_size: int, seed: int
+) -> Iterator[np.ndarray]:
+    """The ids of each sample. Raises ConfigError for packed rows."""
+    row = get_dataset(keys, split=split)
     if row.kind == "packed":
-        raise ConfigError(f"--dataset {dataset}: n-grams are counted in spikes and text, not in packed rows")
-    vocab_size = chosen.vocab_size or dataset_vocab_size(keys, chosen.tokenizer)
-    encoder = build_encoder(keys, row.kind, chosen.tokenizer, vocab_size)
-    source, _ = open_source(keys, row, encoder, chosen.seed, split)
-    return (source.tokens(index) for index in range(len(source)))
+        raise ConfigError(
+            f"--dataset {keys.dataset}: n-grams are counted in spikes and text, not in packed rows"
+        )
+    encoder = build_encoder(keys, row.kind, tokenizer, vocab_size)
+    source, _ = open_source(keys, row, encoder, seed, split)
+    for index in range(len(source)):
+        yield source.tokens(index)
 
 
 def _first(samples: Iterable[np.ndarray], most: int | None) -> Iterable[np.ndarray]:

@@ -2,7 +2,7 @@
 
 torchtitan-rd generate outputs/debug --prompt "The module" --temperature 0.7
 torchtitan-rd generate outputs/recurrent_debug --prompt "The module" --depths 4,8,16,32
-torchtitan-rd generate outputs/recurrent_debug --prompt "The module" --exit kl --exit-threshold 0.001 --kv latest-m4
+torchtitan-rd generate outputs/recurrent_debug --prompt "The module" --exit kl --kv latest-m4
 torchrun --nproc_per_node 2 -m torchtitan_rd generate exported --prompts-file prompts.txt
 
 docs/inference.md describes it. Models of spikes: torchtitan-rd generate-spikes.
@@ -57,13 +57,13 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"{chosen.path} was trained on spikes: use torchtitan-rd generate-spikes")
     if chosen.interactive:
         return _converse(loaded, chosen, settings)
+
     prompts = _prompts(loaded, chosen)
+    runs: list[int | None] = [*depths] or [settings.depth]
     with process_group(environment):
-        for depth in depths or [settings.depth]:  # nothing is computed before all of them are known to be good
+        for depth in runs:  # nothing is computed before all of them are known to be good
             replace(settings, depth=depth).check(loaded, prompts)
-        reports = [
-            _run(loaded, prompts, replace(settings, depth=d), chosen, environment) for d in depths or [settings.depth]
-        ]
+        reports = [_run(loaded, prompts, replace(settings, depth=d), chosen, environment) for d in runs]
     if environment.rank == 0:
         _print(chosen, prompts, loaded, depths, reports)
     return 0
@@ -111,14 +111,18 @@ def _print(
     if depths:
         for number in range(len(prompts)):
             texts = [_text(by_prompt[number].rows[0]) for by_prompt in reports]
-            print(tabulate([texts], headers=[f"depth {d}" for d in depths], maxcolwidths=max(100 // len(depths), 20)))
+            print(
+                tabulate(
+                    [texts], headers=[f"depth {d}" for d in depths], maxcolwidths=max(100 // len(depths), 20)
+                )
+            )
     elif len(prompts) == 1 and reports[0][0].rows[0].text is not None and len(reports[0]) == 1:
         print()
     else:
         for number, report in enumerate(reports[0]):
             print(f"[{number}] {_text(report.rows[0])}")
-    for depth, by_prompt in zip(depths or [None], reports, strict=True):
-        print(_summary(depth, by_prompt), file=sys.stderr)
+    for number, by_prompt in enumerate(reports):
+        print(_summary(depths[number] if depths else None, by_prompt), file=sys.stderr)
 
 
 def _text(answer: Answer) -> str:
@@ -128,12 +132,17 @@ def _text(answer: Answer) -> str:
 def _summary(depth: int | None, reports: Sequence[Report]) -> str:
     answers = [report.rows[0] for report in reports]
     tokens = sum(len(answer.ids) for answer in answers)
-    parts = [f"{tokens} tokens in {reports[0].seconds:.1f} s", f"KV cache {reports[0].kv_bytes / 2**20:.1f} MiB"]
+    parts = [
+        f"{tokens} tokens in {reports[0].seconds:.1f} s",
+        f"KV cache {reports[0].kv_bytes / 2**20:.1f} MiB",
+    ]
     steps = [n for answer in answers for n in answer.steps]
     if steps:
         parts.append(f"{sum(steps) / len(steps):.2f} iterations a token")
     if drafted := sum(report.drafted for report in reports):
-        parts.append(f"{sum(report.accepted for report in reports) / drafted:.0%} of {drafted} drafted tokens accepted")
+        parts.append(
+            f"{sum(report.accepted for report in reports) / drafted:.0%} of {drafted} drafted tokens accepted"
+        )
     return ("" if depth is None else f"depth {depth}: ") + "; ".join(parts)
 
 
@@ -147,12 +156,16 @@ def _prompts(loaded: Loaded, chosen: argparse.Namespace) -> list[list[int]]:
     try:
         ids = [[int(id_) for id_ in text.replace(",", " ").split()] for text in chosen.prompt_ids]
     except ValueError:
-        raise ConfigError(f"--prompt-ids {chosen.prompt_ids}: ids are whole numbers, as in '12 7 99'") from None
+        raise ConfigError(
+            f"--prompt-ids {chosen.prompt_ids}: ids are whole numbers, as in '12 7 99'"
+        ) from None
     if not texts and not ids:
         raise ConfigError("give a --prompt, --prompts-file, --prompt-ids, or --interactive")
     if chosen.chat:
         system = [{"role": "system", "content": chosen.system}] if chosen.system else []
-        return [encode_chat(loaded.source.folder, [*system, {"role": "user", "content": text}]) for text in texts] + ids
+        return [
+            encode_chat(loaded.source.folder, [*system, {"role": "user", "content": text}]) for text in texts
+        ] + ids
     return [encode_prompt(loaded.tokenizer, text) for text in texts] + ids
 
 
@@ -171,7 +184,9 @@ def _converse(loaded: Loaded, chosen: argparse.Namespace, settings: Settings) ->
             prompt = encode_chat(loaded.source.folder, messages)
         else:
             prompt = encode_prompt(loaded.tokenizer, line)
-        report = generate(loaded, [prompt], settings, on_text=lambda row, text: print(text, end="", flush=True))
+        report = generate(
+            loaded, [prompt], settings, on_text=lambda row, text: print(text, end="", flush=True)
+        )
         messages.append({"role": "assistant", "content": report.rows[0].text or ""})
         print()
         print(_summary(None, [report]), file=sys.stderr)
@@ -183,6 +198,8 @@ def settings_of(chosen: argparse.Namespace) -> tuple[Settings, list[int]]:
         depths = [int(depth) for depth in chosen.depths.split(",")] if chosen.depths else []
     except ValueError:
         raise ConfigError(f"--depths {chosen.depths}: whole numbers, as in 4,8,16") from None
+    _refuse_what_has_no_effect(chosen)
+
     kv, exits = chosen.kv, None
     if chosen.exit_policy:
         if chosen.exit:
@@ -190,14 +207,22 @@ def settings_of(chosen: argparse.Namespace) -> tuple[Settings, list[int]]:
         exits, kv = read_policy(Path(chosen.exit_policy), kv)
     elif chosen.exit:
         exits = ExitPolicy(
-            chosen.exit, chosen.exit_threshold, chosen.min_steps, chosen.check_every, not chosen.full_depth_prompt
+            chosen.exit,
+            chosen.exit_threshold,
+            min_steps=1 if chosen.min_steps is None else chosen.min_steps,
+            every=1 if chosen.check_every is None else chosen.check_every,
+            in_prefill=not chosen.full_depth_prompt,
         )
+
     drafting = None
     if chosen.draft_steps is not None:
-        drafting = Drafting(chosen.draft_steps, chosen.lookahead, chosen.verification_threshold)
+        lookahead = 8 if chosen.lookahead is None else chosen.lookahead
+        share = 1.0 if chosen.verification_threshold is None else chosen.verification_threshold
+        drafting = Drafting(chosen.draft_steps, lookahead, share)
     temperature = chosen.temperature
     if temperature is None:
-        temperature = 0.0 if drafting else 0.7
+        temperature = 0.0 if drafting else 0.7  # drafts are verified greedily
+
     settings = Settings(
         max_new_tokens=chosen.max_new_tokens,
         sampling=Sampling(temperature, chosen.top_k, chosen.top_p, chosen.min_p, chosen.repetition_penalty),
@@ -214,18 +239,42 @@ def settings_of(chosen: argparse.Namespace) -> tuple[Settings, list[int]]:
     return settings, depths
 
 
+def _refuse_what_has_no_effect(chosen: argparse.Namespace) -> None:
+    def given(name: str) -> bool:
+        value = getattr(chosen, name, None)
+        return value is not None and value is not False  # zero is a value
+
+    for needed, flags in (
+        ("exit", ("exit_threshold", "min_steps", "check_every", "full_depth_prompt")),
+        ("draft_steps", ("lookahead", "verification_threshold")),
+        ("chat", ("system",)),
+    ):
+        for flag in flags:
+            if given(flag) and not given(needed):
+                raise ConfigError(
+                    f"--{flag.replace('_', '-')} has no effect without --{needed.replace('_', '-')}"
+                )
+    if chosen.depths and chosen.depth is not None:
+        raise ConfigError("--depth and --depths: give one of them")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="torchtitan-rd generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="torchtitan-rd generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", help="step folder, run's folder, or Hugging Face folder")
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", default=[], help="may be given several times")
     add("--prompts-file", help="one prompt a line")
     add("--prompt-ids", action="append", default=[], help="token ids, for models without a tokenizer")
-    add("--chat", action="store_true", help="prompts are a user's messages: use the tokenizer's chat template")
+    add(
+        "--chat", action="store_true", help="prompts are a user's messages: use the tokenizer's chat template"
+    )
     add("--system", help="the system's message, with --chat")
     add("--interactive", action="store_true", help="read prompts from the terminal")
+
     add = parser.add_argument_group("sampling").add_argument
     add("--max-new-tokens", type=int, default=128)
     add("--temperature", type=float, help="0: the most likely token (default 0.7; 0 with --draft-steps)")
@@ -236,12 +285,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of draws and of first states")
     add("--stop", action="append", default=[], help="a string that ends the text; may be given several times")
     add("--ignore-eos", action="store_true")
+
     add_recurrent_arguments(parser)
     parser.add_argument("--depths", help="several --depth, side by side: 4,8,16,32")
     add_model_arguments(parser)
     add = parser.add_argument_group("output").add_argument
     add("--batch-size", type=int, help="prompts at once (default: all)")
-    add("--json", action="store_true", help="a line a prompt: ids, text, iterations and exit values of every token")
+    add(
+        "--json",
+        action="store_true",
+        help="a line a prompt: ids, text, iterations and exit values of every token",
+    )
     return parser
 
 
@@ -252,14 +306,18 @@ def add_recurrent_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exit", help="criterion to leave the recurrence by, such as kl or latent-diff")
     add("--exit-threshold", type=float, help="default: the criterion's")
     add("--exit-policy", help="a TOML file with criterion, threshold, min_steps, every, in_prefill, kv")
-    add("--min-steps", type=int, default=1)
-    add("--check-every", type=int, default=1)
+    add("--min-steps", type=int, help="iterations before the criterion counts (default 1)")
+    add("--check-every", type=int, help="iterations between two checks (default 1)")
     add("--full-depth-prompt", action="store_true", help="the criterion is not asked in the prompt")
-    add("--continuous", action="store_true", help="a token's recurrence starts from the last state of the one before")
+    add(
+        "--continuous",
+        action="store_true",
+        help="a token's recurrence starts from the last state of the one before",
+    )
     add("--init-scale", type=float, default=1.0, help="of the noise that is the first state; 0: none")
     add("--draft-steps", type=int, help="self-speculative decoding: iterations of a draft")
-    add("--lookahead", type=int, default=8, help="tokens that are drafted before they are verified")
-    add("--verification-threshold", type=float, default=1.0)
+    add("--lookahead", type=int, help="tokens that are drafted before they are verified (default 8)")
+    add("--verification-threshold", type=float, help="1, the default: only the most likely token is accepted")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

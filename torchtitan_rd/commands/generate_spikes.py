@@ -1,7 +1,8 @@
-"""Continues recordings of neurons with a model of spikes, and writes an .npz file of ids and, if wanted, a raster.
+"""Continues recordings of neurons with a model of spikes, and writes an .npz file of ids and,
+if wanted, a raster.
 
-torchtitan-rd generate-spikes outputs/rodent_8B_131k --dataset rodent --split test --data-idx 11 --ctx-t 10 --gen-t
-10 torchtitan-rd generate-spikes outputs/rodent_8B_131k --unconditional --n-neurons 100 --gen-t 29 --raster
+torchtitan-rd generate-spikes outputs/rodent_8B_131k --dataset rodent --split test --data-idx 11 --ctx-t 10
+torchtitan-rd generate-spikes outputs/rodent_8B_131k --unconditional --n-neurons 100 --gen-t 29 --raster
 
 docs/inference.md describes it.
 """
@@ -16,7 +17,15 @@ from torchtitan_rd.commands.generate import DTYPES, add_model_arguments, add_rec
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference import generate, load_model
 from torchtitan_rd.inference.ranks import over_ranks, process_group
-from torchtitan_rd.inference.spikes import bins_of, conditional, counts_of, ids_of, raster, save, unconditional
+from torchtitan_rd.inference.spikes import (
+    bins_of,
+    conditional,
+    counts_of,
+    ids_of,
+    raster,
+    save,
+    unconditional,
+)
 from torchtitan_rd.job import Environment
 
 
@@ -34,6 +43,7 @@ def main(arguments: list[str]) -> int:
     )
     if loaded.source.kind not in ("spikes", None):
         raise ConfigError(f"{chosen.path} was trained on {loaded.source.kind}: use torchtitan-rd generate")
+
     separator = loaded.source.vocab_size - 1
     if chosen.unconditional:
         prompt = unconditional(chosen.n_neurons, chosen.seed)
@@ -48,6 +58,8 @@ def main(arguments: list[str]) -> int:
             vocab_size=loaded.source.vocab_size,
             seed=chosen.seed,
         )
+
+    # Whole time bins: one token a neuron and one that ends the bin.
     chosen.max_new_tokens = chosen.gen_t * (prompt.neurons + 1)
     settings, _ = settings_of(chosen)
     ids = ids_of(prompt.counts, separator)
@@ -59,6 +71,7 @@ def main(arguments: list[str]) -> int:
             environment,
             lambda own: generate(loaded, [ids] * len(own), settings, numbers=own, constraint=constraint).rows,
         )
+
     for number, answer in enumerate(samples or []):
         suffix = f"-{number}" if chosen.batch_size > 1 else ""
         path = save(Path(chosen.out), prompt, answer.ids, chosen.gen_t, separator, suffix)
@@ -66,13 +79,18 @@ def main(arguments: list[str]) -> int:
         if chosen.raster:
             raster(path.with_suffix(".png"), prompt, counts_of(answer.ids, separator))
             print(path.with_suffix(".png"))
-        print(f"{len(answer.ids)} tokens for {chosen.gen_t} time bins of {prompt.neurons} neurons", file=sys.stderr)
+        print(
+            f"{len(answer.ids)} tokens for {chosen.gen_t} time bins of {prompt.neurons} neurons",
+            file=sys.stderr,
+        )
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="torchtitan-rd generate-spikes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="torchtitan-rd generate-spikes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("path", help="step folder, run's folder, or Hugging Face folder")
     add = parser.add_argument_group("recording").add_argument
@@ -82,8 +100,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--data-idx", type=int, default=0, help="row")
     add("--ctx-t", type=int, default=10, help="time bins of the prompt")
     add("--gen-t", type=int, default=10, help="time bins to generate")
-    add("--unconditional", action="store_true", help="no recording: a tenth of the neurons spike in the first bin")
+    add(
+        "--unconditional",
+        action="store_true",
+        help="no recording: a tenth of the neurons spike in the first bin",
+    )
     add("--n-neurons", type=int, default=100, help="with --unconditional")
+
     add = parser.add_argument_group("sampling").add_argument
     add("--temperature", type=float, default=1.0)
     add("--top-k", type=int)
@@ -92,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, default=1.0)
     add("--seed", type=int, default=0)
     add("--batch-size", type=int, default=1, help="samples")
+
     add_recurrent_arguments(parser)
     add_model_arguments(parser)
     add = parser.add_argument_group("output").add_argument

@@ -43,7 +43,7 @@ from torchtitan_rd.inference.pareto import (
 )
 from torchtitan_rd.inference.pareto_chart import draw
 from torchtitan_rd.inference.sharing import Sharing
-from torchtitan_rd.inference.stepper import resolve_depth
+from torchtitan_rd.inference.stepper import resolve_depth, steps_of
 from torchtitan_rd.job import Environment
 
 
@@ -137,7 +137,7 @@ def _open(
         dtype=getattr(torch, config.training.mixed_precision_param),
         device=device,
     )
-    steps = loaded.spec.steps(loaded.model)
+    steps = steps_of(loaded.spec, loaded.model)
     if steps.mean_depth is None:
         raise ConfigError(f"a {loaded.spec.name} has no recurrence to leave: pareto is for recurrent models")
     depth = resolve_depth(loaded.spec, steps.mean_depth, chosen.depth)
@@ -163,7 +163,7 @@ def _records(
 ) -> dict[str, Record]:
     """One pass for all strategies that are exact, one for each of the others."""
     records, shared = {}, None
-    core = loaded.spec.steps(loaded.model).layout.core
+    core = steps_of(loaded.spec, loaded.model).layout.core
     for kv in strategies:
         if Sharing(kv, core, chosen.depth or 1).is_exact:
             shared = shared or record(loaded, windows, chosen.depth, seed=chosen.seed)

@@ -1,1 +1,3 @@
-"""Weights between torch.distributed.checkpoint (DCP) folders, Hugging Face folders, Meta's and Huginn's own files."""
+"""Weights between torch.distributed.checkpoint (DCP) folders, Hugging Face folders,
+Meta's and Huginn's own files.
+"""

@@ -1,4 +1,6 @@
-"""README.md of an exported folder: what the model is, how it was trained, how to load it. It promises nothing."""
+"""README.md of an exported folder: what the model is, how it was trained, how to load it.
+It promises nothing.
+"""
 
 import dataclasses
 import re
@@ -12,6 +14,7 @@ from torchtitan_rd import __version__
 from torchtitan_rd.conversion.tokenizer_files import TOKENIZER_JSON
 from torchtitan_rd.conversion.verification import parameter_count
 from torchtitan_rd.conversion.weights import Weights
+from torchtitan_rd.model_spec import ModelShape
 
 SECTIONS = ("model", "training", "optimizer", "lr_scheduler")
 # Absolute paths, and addresses with a login or a query, in which keys are passed.
@@ -21,10 +24,9 @@ _PRIVATE = re.compile(r"^(/|~|[A-Za-z]:[\\/]|\\\\|file:)|[\s,;=:](/|~)(?!/)|://[
 def model_card(weights: Weights, *, dtype: str, config: Mapping[str, Any] | None) -> str:
     """Markdown with the front matter of the Hugging Face hub.
 
-    dtype: of the exported tensors. config: {section: {key: value}} of the run. Of it, only how the model was trained is
-    told, and nothing of the machine: no absolute paths, and no addresses that may hold a key.
+    dtype: of the exported tensors. config: {section: {key: value}} of the run. Of it, only how the model was
+    trained is told, and nothing of the machine: no absolute paths, and no addresses that may hold a key.
     """
-    layout = weights.spec.hf
     parts = [
         _front_matter(weights),
         f"# {weights.spec.name} {weights.flavor}",
@@ -36,7 +38,7 @@ def model_card(weights: Weights, *, dtype: str, config: Mapping[str, Any] | None
     ]
     if training := _training(config or {}):
         parts += ["## Training", f"These keys of the run's configuration tell how:\n\n```toml\n{training}```"]
-    parts += ["## Use", _usage(weights, bool(layout.code))]
+    parts += ["## Use", _usage(weights)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -46,7 +48,7 @@ def _front_matter(weights: Weights) -> str:
     return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n{listed}\n---"
 
 
-def _table(shape: Any) -> str:
+def _table(shape: ModelShape) -> str:
     rows = ["| | |", "|---|---|"]
     for key, value in dataclasses.asdict(shape).items():
         if isinstance(value, dict):
@@ -81,27 +83,32 @@ def _name(origin: str) -> str:
     return Path(origin).name or origin
 
 
-def _usage(weights: Weights, has_code: bool) -> str:
-    steps = f", num_steps={weights.shape.mean_recurrence}" if has_code else ""
-    lines = ["from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if _has_tokenizer(weights) else "")]
+def _usage(weights: Weights) -> str:
+    layout = weights.spec.hf
+    given = "".join(f", {name}={value!r}" for name, value in layout.example_arguments(weights.shape).items())
+    trust = ", trust_remote_code=True" if layout.code else ""
+    lines = [
+        "from transformers import AutoModelForCausalLM"
+        + (", AutoTokenizer" if _has_tokenizer(weights) else "")
+    ]
     lines += ["", 'folder = "."  # this folder, or its name on the hub']
-    lines += [f"model = AutoModelForCausalLM.from_pretrained(folder{', trust_remote_code=True' if has_code else ''})"]
+    lines += [f"model = AutoModelForCausalLM.from_pretrained(folder{trust})"]
+
     if _has_tokenizer(weights):
         lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
         lines += ['tokens = tokenizer("A text", return_tensors="pt").input_ids']
     else:
-        lines = ["import torch", *lines, "tokens = torch.tensor([[0, 1, 2]])  # ids of the data it was trained on"]
-    lines += [f"logits = model(tokens{steps}).logits"]
+        lines = [
+            "import torch",
+            *lines,
+            "tokens = torch.tensor([[0, 1, 2]])  # ids of the data it was trained on",
+        ]
+    lines += [f"logits = model(tokens{given}).logits"]
+
     text = "```python\n" + "\n".join(lines) + "\n```"
-    if has_code:
-        text += (
-            "\n\nThe transformers library lacks this class: the Python files of this folder are run. `num_steps` is "
-            "the number of iterations of the recurrent part.\n\n"
-            "To finetune: `labels` are the input ids themselves and are shifted inside, as in every class of "
-            "transformers. The class released with huginn-0125 takes them shifted; labels made for it are to be given "
-            "as `shift_labels`."
-        )
-    return text
+    if layout.code:
+        text += "\n\nThe transformers library lacks this class: the Python files of this folder are run."
+    return f"{text} {layout.usage}" if layout.usage else text
 
 
 def _has_tokenizer(weights: Weights) -> bool:

@@ -15,34 +15,49 @@ import torch
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.hub import check_push, push_folder
 from torchtitan_rd.conversion.pipeline import TOKENIZERS, to_dcp, to_hf, to_pth, with_tokenizer
-from torchtitan_rd.conversion.weights import Weights, cast
+from torchtitan_rd.conversion.weights import Weights, cast_weights
 from torchtitan_rd.errors import ConfigError, TorchtitanRDError
 from torchtitan_rd.log import init_logging
+from torchtitan_rd.models import MODELS
 
+FAMILIES = tuple(dict.fromkeys(spec.name for spec in MODELS.values()))
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """With the arguments that every script has."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--input_dir", type=Path, required=True, help="where the weights are")
-    made.add_argument("--output_dir", type=Path, required=True, help="folder to write; it must not exist or be empty")
-    made.add_argument("--force", action="store_true", help="replace a converted model that stands in output_dir")
+    made.add_argument(
+        "--output_dir", type=Path, required=True, help="folder to write; it must not exist or be empty"
+    )
+    made.add_argument(
+        "--force", action="store_true", help="replace a converted model that stands in output_dir"
+    )
     made.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
-        help="compare the logits of the result with those of transformers (default: if that is possible here)",
+        help="compare the logits of the result with those of transformers "
+        "(default: if that is possible here)",
     )
     return made
 
 
 def add_export_arguments(made: argparse.ArgumentParser) -> None:
     """Those of a checkpoint on its way out. Each but the push replaces what the checkpoint itself says."""
-    made.add_argument("--export_dtype", choices=DTYPES, help="round the weights to this type (default: as stored)")
+    made.add_argument(
+        "--export_dtype", choices=DTYPES, help="round the weights to this type (default: as stored)"
+    )
     made.add_argument("--tokenizer_path", help="as model.tokenizer_path, or none (default: the run's own)")
     made.add_argument("--flavor", help="size of a checkpoint that does not store its shape")
     made.add_argument(
-        "--override", action="append", default=[], metavar="KEY=VALUE", help="a field of the shape, as rope_theta=10000"
+        "--override",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a field of the shape, as rope_theta=10000",
     )
     made.add_argument("--hf_repo_name", help="repository on the Hugging Face hub to push to")
     made.add_argument("--push_to_hub", action="store_true", help="push the result to hf_repo_name")
@@ -51,7 +66,8 @@ def add_export_arguments(made: argparse.ArgumentParser) -> None:
 def run(action: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Runs a script; returns its exit status. A user's mistake is one message on stderr and status 1."""
     init_logging()
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the staging is removed
+    # So that the staging is removed.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         action(arguments)
         return 0
@@ -66,17 +82,22 @@ def run(action: Callable[[list[str]], None], arguments: list[str]) -> int:
 def export(given: argparse.Namespace, *, model: str | None, to_torch_file: bool = False) -> None:
     """A DCP folder -> a Hugging Face folder, or a .pth file; and to the hub."""
     check_push(given.hf_repo_name, given.push_to_hub)
-    weights = open_dcp(given.input_dir, model=model, flavor=given.flavor, overrides=parse_overrides(given.override))
-    weights = cast(weights, getattr(torch, given.export_dtype) if given.export_dtype else None)
+    weights = open_dcp(
+        given.input_dir, model=model, flavor=given.flavor, overrides=parse_overrides(given.override)
+    )
+    weights = cast_weights(weights, getattr(torch, given.export_dtype) if given.export_dtype else None)
     convert = to_pth if to_torch_file else to_hf
     weights = weights if to_torch_file else with_tokenizer(weights, given.tokenizer_path)
     print(convert(weights, given.output_dir, force=given.force, verify=given.verify, progress=True))
     print(f"wrote {given.output_dir}")
     if given.push_to_hub:
-        # The ancestor's scripts find a .pth under the name of the checkpoint; from_pretrained wants the top folder.
+        # The ancestor's scripts find a .pth under the name of the checkpoint;
+        # from_pretrained wants the top folder.
         print(
             "pushed to",
-            push_folder(given.output_dir, given.hf_repo_name, given.input_dir.name if to_torch_file else None),
+            push_folder(
+                given.output_dir, given.hf_repo_name, given.input_dir.name if to_torch_file else None
+            ),
         )
 
 
@@ -87,7 +108,9 @@ def import_(given: argparse.Namespace, weights: Weights) -> None:
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:
-    """["rope_theta=1e4", "rope_scaling.factor=8"] -> a nested table; values as in TOML. Raises ConfigError."""
+    """["rope_theta=1e4", "rope_scaling.factor=8"] -> a nested table; values as in TOML.
+    Raises ConfigError.
+    """
     lines = []
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -97,7 +120,9 @@ def parse_overrides(pairs: list[str]) -> dict[str, Any]:
     try:
         return tomli.loads("\n".join(lines))
     except tomli.TOMLDecodeError as error:
-        raise ConfigError(f"--override {' '.join(pairs)}: {error}; values are as in TOML, text in quotes") from None
+        raise ConfigError(
+            f"--override {' '.join(pairs)}: {error}; values are as in TOML, text in quotes"
+        ) from None
 
 
 def model_section(weights: Weights, folder: Path) -> str:
@@ -107,7 +132,9 @@ def model_section(weights: Weights, folder: Path) -> str:
     given = {"vocab_size", "max_seq_len"}  # model.vocab_size, and what training.seq_len raises
 
     def differing(name: str) -> dict[str, Any]:
-        return {key: value for key, value in shape.items() if key not in given and value != choices[name][key]}
+        return {
+            key: value for key, value in shape.items() if key not in given and value != choices[name][key]
+        }
 
     if weights.flavor in choices:
         flavor, overrides = weights.flavor, {}

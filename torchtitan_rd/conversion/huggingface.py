@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from torchtitan_rd.checkpoint import TensorInfo
-from torchtitan_rd.checkpoint.contract import some
+from torchtitan_rd.checkpoint.contract import listed
 from torchtitan_rd.checkpoint.manifest import dtype_name
 from torchtitan_rd.conversion.card import model_card
 from torchtitan_rd.conversion.pth import named_tensors, open_pth
@@ -25,8 +25,8 @@ from torchtitan_rd.conversion.weights import (
     travelling_files,
 )
 from torchtitan_rd.errors import CheckpointError, ConfigError
+from torchtitan_rd.model_spec import ModelSpec
 from torchtitan_rd.models import MODELS, get_spec
-from torchtitan_rd.models.spec import ModelSpec
 
 CONFIG_JSON = "config.json"
 INDEX = "{}.index.json"
@@ -37,21 +37,23 @@ MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face's own folders
 def open_hf(folder: Path, *, model: str | None = None) -> Weights:
     """The weights of a Hugging Face folder of a family that we have; its config.json decides the shape.
 
-    model: the family that it must be of; by default the first one that stands in such a folder.
-    Raises CheckpointError for missing, truncated or wrongly shaped files, ConfigError for a model that is not ours.
+    model: the family that it must be of; by default the first one that stands in such a folder. Raises
+    CheckpointError for missing, truncated or wrongly shaped files, ConfigError for a model that is not ours.
     Reads names and shapes only.
     """
     fields = _read_json(folder / CONFIG_JSON)
     spec = _family(fields, model, folder)
     try:
-        shape = spec.hf.shape(fields)
+        shape = spec.hf.shape_of(fields)
     except ConfigError as error:
         raise ConfigError(f"{folder / CONFIG_JSON}: {str(error).removeprefix(f'{CONFIG_JSON}: ')}") from None
+
     stored = _stored_tensors(folder)
     wanted, tied = model_tensors(spec, shape)
     names = spec.hf.key_map(shape)  # ours -> theirs
     if tied and HEAD in stored:
         _check_tied(stored, names[next(iter(tied.values()))], folder)
+
     ignored = re.compile(f"{spec.hf.derived}|{re.escape(HEAD)}" if tied else spec.hf.derived)
     found = {
         name: entry.info.shape
@@ -60,6 +62,7 @@ def open_hf(folder: Path, *, model: str | None = None) -> Weights:
     }
     expected = {names[ours]: wanted[ours] for ours in names}
     check_shapes(found, expected, str(folder))
+
     travelling = files_in(folder)
     info = {name: stored[names[tied.get(name, name)]].info for name in wanted}
 
@@ -111,14 +114,18 @@ def write_hf(weights: Weights, folder: Path) -> None:
 def require_complete(weights: Weights) -> None:
     """Raises CheckpointError if a tensor of the model is missing, or two that are tied differ."""
     wanted, tied = model_tensors(weights.spec, weights.shape)
-    if missing := [name for name in wanted if name not in weights.tensors and tied.get(name) not in weights.tensors]:
+    if missing := [
+        name for name in wanted if name not in weights.tensors and tied.get(name) not in weights.tensors
+    ]:
         raise CheckpointError(
-            f"{weights.origin} lacks {some(missing)}: a whole model is needed. llama_to_dcp.py leaves embedding and "
-            f"head out unless it is given --keep_embeddings"
+            f"{weights.origin} lacks {listed(missing)}: a whole model is needed. "
+            f"llama_to_dcp.py leaves embedding and head out unless it is given --keep_embeddings"
         )
     for second, first in tied.items():
         if second in weights.tensors and not torch.equal(weights.read(first), weights.read(second)):
-            raise CheckpointError(f"{weights.origin}: {first} and {second} are tied in this model, and yet differ")
+            raise CheckpointError(
+                f"{weights.origin}: {first} and {second} are tied in this model, and yet differ"
+            )
 
 
 def _write_shards(infos: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor], folder: Path) -> None:
@@ -150,15 +157,21 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
         index = folder / INDEX.format(base)
         if index.exists():
             places = _read_json(index).get("weight_map")
-            if not isinstance(places, dict) or not all(Path(str(file)).name == file for file in places.values()):
+            if not isinstance(places, dict) or not all(
+                Path(str(file)).name == file for file in places.values()
+            ):
                 raise CheckpointError(f"{index} is damaged: it has no weight_map of files beside it")
             files = {file: open_file(folder / file) for file in sorted(set(places.values()))}
             if absent := [name for name, file in places.items() if name not in files[file]]:
-                raise CheckpointError(f"{index} names {some(absent)}, which {places[absent[0]]} does not hold")
+                raise CheckpointError(
+                    f"{index} names {listed(absent)}, which {places[absent[0]]} does not hold"
+                )
             return {name: files[file][name] for name, file in places.items()}
         if (folder / base).exists():
             return open_file(folder / base)
-    raise CheckpointError(f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index")
+    raise CheckpointError(
+        f"{folder} holds no weights: neither model.safetensors nor pytorch_model.bin, nor an index"
+    )
 
 
 def _open_safetensors(path: Path) -> dict[str, _Stored]:
@@ -177,7 +190,9 @@ def _open_safetensors(path: Path) -> dict[str, _Stored]:
             for name in list(file.keys()):
                 part = file.get_slice(name)
                 if part.get_dtype() not in DTYPES_BY_NAME:
-                    raise CheckpointError(f"{path}: {name} has the type {part.get_dtype()}, which is not read here")
+                    raise CheckpointError(
+                        f"{path}: {name} has the type {part.get_dtype()}, which is not read here"
+                    )
                 info = TensorInfo(torch.Size(part.get_shape()), DTYPES_BY_NAME[part.get_dtype()])
                 found[name] = _Stored(info, partial(read, name))
     except (SafetensorError, OSError) as error:
@@ -205,7 +220,9 @@ def _family(fields: Mapping[str, Any], model: str | None, folder: Path) -> Model
     families = {spec.name: spec for spec in MODELS.values() if spec.hf.model_type == kind}
     if not families:
         known = sorted({spec.hf.model_type for spec in MODELS.values()})
-        raise ConfigError(f"{folder / CONFIG_JSON}: model_type = {kind!r} is none of ours ({', '.join(known)})")
+        raise ConfigError(
+            f"{folder / CONFIG_JSON}: model_type = {kind!r} is none of ours ({', '.join(known)})"
+        )
     if model is None:
         return next(iter(families.values()))
     if get_spec(model).name not in families:
@@ -218,7 +235,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except (OSError, ValueError) as error:
+    # RecursionError: brackets within brackets, thousands deep.
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a table")

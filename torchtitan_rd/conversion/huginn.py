@@ -1,7 +1,7 @@
 """Training files of Huginn's own program: `step-<microbatch>-<run>_<rank>.pth`.
 
-Each holds the whole model beside the optimizer, the state of the data loader and other objects, of which nothing is
-read but the step and the shape.
+Each holds the whole model beside the optimizer, the state of the data loader and other objects,
+of which nothing is read but the step and the shape.
 """
 
 import json
@@ -18,32 +18,42 @@ from torchtitan_rd.conversion.weights import Weights, check_shapes, matching_fla
 from torchtitan_rd.errors import CheckpointError, ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.models import get_flavor, get_spec
-from torchtitan_rd.models.raven.config import NOT_BUILT, RavenConfig
-from torchtitan_rd.models.raven.hf import BLOCKS
+from torchtitan_rd.models.raven.released import (
+    BLOCK_OF,
+    COMPUTED,
+    NOT_BUILT,
+    OPTIONS,
+    REQUIRED,
+    ROTARY,
+    SIZES,
+    Option,
+)
+from torchtitan_rd.models.raven.shape import RavenShape
 
 MODEL_CONFIG = "model_config.json"
 _WRAPPED = re.compile(r"(_orig_mod\.)?_original_module\.")  # by compile and by the training fabric
 # Tables that follow from the shape, and factors that none of the supported blocks applies.
 _DERIVED = re.compile(r"(.*\.)?(freqs_cis|res_scale|skip_scale)")
 _IN_LOOP = re.compile(r"^transformer\.(?=(adapter|core_block)\.)")
-_BLOCKS = {theirs: ours for ours, theirs in BLOCKS.items()}
-# What its configuration can say beyond our model: key -> the values that mean what ours computes, the default first.
+_ROPE = "rope_settings"
+# What its configuration can say beyond our model: key -> the values that mean what ours computes,
+# the default first.
 _ONLY: dict[str, tuple] = {
     "architecture_class_name": ("RecurrentGPT",),
     "norm_class_name": ("RMSNorm_llama", "RMSNorm", "TorchRMSNorm", "FusedRMSNorm"),
+    "init_strategy": COMPUTED["init_strategy"],
     **NOT_BUILT,
-    "rope_settings.use_rope": (True,),
-    "rope_settings.rope_condense_ratio": (1,),
+    **{f"{_ROPE}.{key}": known for key, known in ROTARY.items()},
 }
 
 
 def open_huginn(file: Path, flavor: str | None = None) -> Weights:
     """The weights in a training file of Huginn's.
 
-    The shape is that of `model_config` in the file, else of model_config.json in its folder or the one above, else of
-    `flavor`. Raises ConfigError for a shape that is unknown or not ours, CheckpointError for a damaged file and for
-    tensors that are missing, left over or of another shape; all before any data is read, but for a tied head that is
-    stored apart from the embedding, which must be equal to it.
+    The shape is that of `model_config` in the file, else of model_config.json in its folder or the one above,
+    else of `flavor`. Raises ConfigError for a shape that is unknown or not ours, CheckpointError for a
+    damaged file and for tensors that are missing, left over or of another shape; all before any data is read,
+    but for a tied head that is stored apart from the embedding, which must be equal to it.
     """
     spec = get_spec("raven")
     state = open_pth(file)
@@ -76,8 +86,12 @@ def open_huginn(file: Path, flavor: str | None = None) -> Weights:
 
 
 def _our_tensors(model: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """By our names. The wrapped module lists each tensor twice; the names that count are those of the original."""
-    names = {key: key[match.end() :] for key in model if (match := _WRAPPED.match(key))} or {key: key for key in model}
+    """By our names. The wrapped module lists each tensor twice;
+    the names that count are those of the original.
+    """
+    names = {key: key[match.end() :] for key in model if (match := _WRAPPED.match(key))} or {
+        key: key for key in model
+    }
     return {
         _IN_LOOP.sub("transformer.recurrence.iteration.", name): model[key]
         for key, name in names.items()
@@ -85,8 +99,11 @@ def _our_tensors(model: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def _find_shape(file: Path, stored: Any, flavor: str | None) -> RavenConfig:
-    besides = [path for path in (file.parent / MODEL_CONFIG, file.parent.parent / MODEL_CONFIG) if path.is_file()]
+def _find_shape(file: Path, stored: Any, flavor: str | None) -> RavenShape:
+    besides = [
+        path for path in (file.parent / MODEL_CONFIG, file.parent.parent / MODEL_CONFIG) if path.is_file()
+    ]
+
     if stored is not None:
         shape, place = _shape(_table(stored), f"{file}: model_config"), str(file)
     elif besides:
@@ -96,38 +113,59 @@ def _find_shape(file: Path, stored: Any, flavor: str | None) -> RavenConfig:
             raise CheckpointError(f"{besides[0]} is no JSON: {error}") from None
         shape, place = _shape(_table(fields), str(besides[0])), str(besides[0])
     elif flavor is None:
-        raise ConfigError(f"{file} does not tell the model's shape, nor does a {MODEL_CONFIG} there: pass --flavor")
+        raise ConfigError(
+            f"{file} does not tell the model's shape, nor does a {MODEL_CONFIG} there: pass --flavor"
+        )
     else:
         return get_flavor(get_spec("raven"), flavor)
+
     if flavor is not None and get_flavor(get_spec("raven"), flavor) != shape:
-        logger.warning("%s: the shape is taken from %s; it is not that of flavor %s", file.name, place, flavor)
+        logger.warning(
+            "%s: the shape is taken from %s; it is not that of flavor %s", file.name, place, flavor
+        )
     return shape
 
 
 def _table(fields: Any) -> dict[str, Any]:
-    """A configuration as a table, with the nested `rope_settings` flattened; it may be an object of a lost class."""
+    """A configuration as a table, with the nested `rope_settings` flattened;
+    it may be an object of a lost class.
+    """
     table = dict(vars(fields)) if isinstance(fields, Inert) else fields
     if not isinstance(table, dict):
         raise CheckpointError("the model's configuration is no table of settings")
-    rope = table.get("rope_settings", {})
+    rope = table.get(_ROPE, {})
     rope = vars(rope) if isinstance(rope, Inert) else rope
-    return table | {f"rope_settings.{key}": value for key, value in (rope if isinstance(rope, dict) else {}).items()}
+    return table | {
+        f"{_ROPE}.{key}": value for key, value in (rope if isinstance(rope, dict) else {}).items()
+    }
 
 
-def _shape(fields: Mapping[str, Any], place: str) -> RavenConfig:
+def _shape(fields: Mapping[str, Any], place: str) -> RavenShape:
     for key, only in _ONLY.items():
         if fields.get(key, only[0]) not in only:
             wanted = " or ".join(map(repr, only))
             raise ConfigError(f"{place}: {key} = {fields[key]!r} is not supported, only {wanted}")
     block = fields.get("block_class_name")
-    if block not in _BLOCKS:
-        raise ConfigError(f"{place}: block_class_name = {block!r} is not supported, only {' or '.join(_BLOCKS)}")
+    if block not in BLOCK_OF:
+        raise ConfigError(
+            f"{place}: block_class_name = {block!r} is not supported, only {' or '.join(BLOCK_OF)}"
+        )
 
     def get(key: str, kind: type | tuple[type, ...] = int, default: Any = None) -> Any:
         value = fields.get(key, default)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ConfigError(f"{place}: {key} is {'missing' if value is None else f'{value!r}, of the wrong type'}")
+            raise ConfigError(
+                f"{place}: {key} is {'missing' if value is None else f'{value!r}, of the wrong type'}"
+            )
         return value
+
+    def get_option(option: Option) -> Any:
+        key = f"{_ROPE}.{option.name}" if option.name == "rope_base" else option.name
+        default = None if option.trained is REQUIRED else option.trained
+        if option.released is None and fields.get(key, default) is None:
+            return None
+        kind = type(option.released)
+        return get(key, kind, default) if kind in (bool, int, str) else float(get(key, (int, float), default))
 
     heads = get("num_attention_heads")
     kv_heads = heads if fields.get("num_key_value_heads") is None else get("num_key_value_heads")
@@ -137,40 +175,16 @@ def _shape(fields: Mapping[str, Any], place: str) -> RavenConfig:
     else:
         vocab = get("padded_vocab_size")
     try:
-        return RavenConfig(
-            dim=get("n_embd"),
+        return RavenShape(
             n_heads=heads,
-            ffn_dim=get("intermediate_size"),
-            n_layers_prelude=get("n_layers_in_prelude"),
-            n_layers_core=get("n_layers_in_recurrent_block"),
-            n_layers_coda=get("n_layers_in_coda"),
-            mean_recurrence=get("mean_recurrence"),
-            mean_backprop_depth=get("mean_backprop_depth"),
-            vocab_size=vocab,
             n_kv_heads=None if kv_heads == heads else kv_heads,
-            block=_BLOCKS[block],
-            clip_qkv=None if fields.get("clip_qkv") is None else float(get("clip_qkv", (int, float))),
-            qk_bias=get("qk_bias", bool, False),
-            qk_norm=get("qk_norm", bool, False),
-            injection=get("injection_type", str),
-            state_init=get("state_init", str, "like-init"),
-            sampling_scheme=get("sampling_scheme", str),
-            init_strategy=_init_strategy(get("init_strategy", str), place),
-            init_orthogonal=get("init_orthogonal", bool, False),
-            norm_eps=float(get("norm_eps", (int, float))),
-            rope_theta=float(get("rope_settings.rope_base", (int, float), 50_000)),
-            tie_word_embeddings=get("tie_embeddings", bool, False),
-            max_seq_len=get("block_size"),
+            vocab_size=vocab,
+            block=BLOCK_OF[block],
+            **{ours: get(theirs) for ours, theirs in SIZES.items()},
+            **{ours: get_option(option) for ours, option in OPTIONS.items()},
         )
     except ConfigError as error:
         raise error if str(error).startswith(place) else ConfigError(f"{place}: {error}") from None
-
-
-def _init_strategy(name: str, place: str) -> Any:
-    """It sets the scale of embeddings in the forward too, so another one would be another model."""
-    if name not in ("takase", "scaled"):
-        raise ConfigError(f"{place}: init_strategy = {name!r} is not supported, only 'takase' or 'scaled'")
-    return name
 
 
 def _step(state: Mapping[str, Any], name: str) -> int | None:

@@ -18,7 +18,7 @@ from torchtitan_rd.errors import CheckpointError, ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.models import get_spec
 from torchtitan_rd.models.layers import RopeScaling
-from torchtitan_rd.models.llama.config import LlamaConfig
+from torchtitan_rd.models.llama.shape import LlamaShape
 
 PARAMS = "params.json"
 TOKENIZER = "tokenizer.model"
@@ -27,7 +27,8 @@ _INTEGERS = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size")
 _NUMBERS = (*_INTEGERS, "norm_eps", "rope_theta", "rope_scaling_factor")
 # The tensors tell the width of the feed-forward; the last three size the buffers of Meta's own program.
 _NOT_NEEDED = ("ffn_dim_multiplier", "multiple_of", "max_seq_len", "max_batch_size", "model_parallel_size")
-# Llama 3.2's two text sizes (dim, layers), whose params.json does not tell their factor from that of Llama 3.1.
+# Llama 3.2's two text sizes (dim, layers), whose params.json does not tell their factor from
+# that of Llama 3.1.
 _LLAMA_3_2 = ((2048, 16), (3072, 28))
 
 Pieces: TypeAlias = Mapping[str, list[torch.Tensor]]  # by name, of rank 0, 1, ...
@@ -36,21 +37,24 @@ Pieces: TypeAlias = Mapping[str, list[torch.Tensor]]  # by name, of rank 0, 1, .
 def open_meta(folder: Path) -> Weights:
     """The weights in a folder of Meta's, or in its subfolder `original`.
 
-    Raises ConfigError for a params.json of another model, CheckpointError for files or tensors that are missing, left
-    over, damaged or of another shape; all of it before any data is read. Copies of a norm that differ between the
-    shards are found when it is read.
+    Raises ConfigError for a params.json of another model, CheckpointError for files or tensors that are
+    missing, left over, damaged or of another shape; all of it before any data is read. Copies of a norm that
+    differ between the shards are found when it is read.
     """
     root = folder if any(folder.glob("consolidated.*.pth")) else folder / "original"
     paths = _shard_files(root if root.is_dir() else folder)
     params = _read_params(root / PARAMS)
+
     shards = [named_tensors(open_pth(path), str(path)) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         shard.pop("rope.freqs", None)
         for name in sorted(shards[0].keys() ^ shard.keys()):
             raise CheckpointError(f"{name} is not in both of {paths[0]} and {path}: one of them is damaged")
+
     pieces = {name: [shard[name] for shard in shards] for name in shards[0]}
     dims = {name: _split_dim(name, parts, params["dim"]) for name, parts in pieces.items()}
     found = {name: _merged_info(name, parts, dims[name], root) for name, parts in pieces.items()}
+
     shape = _shape(params, found, root)
     spec = get_spec("llama3")
     wanted, tied = model_tensors(spec, shape)
@@ -64,6 +68,7 @@ def open_meta(folder: Path) -> Weights:
         raise CheckpointError(
             f"{error}; put together from {', '.join(path.name for path in paths)}: is a shard missing?"
         ) from None
+
     tokenizer = root / TOKENIZER
     return Weights(
         spec=spec,
@@ -78,10 +83,13 @@ def open_meta(folder: Path) -> Weights:
 
 def _read(pieces: Pieces, dims: Mapping[str, int | None], name: str, root: Path) -> torch.Tensor:
     first, *others = parts = pieces[name]
-    if dims[name] is not None:
-        return torch.cat(parts, dims[name]) if others else first
+    dim = dims[name]
+    if dim is not None:
+        return torch.cat(parts, dim) if others else first
     if not all(torch.equal(first, other) for other in others):
-        raise CheckpointError(f"{root}: {name} is not the same in all shards: one of them is damaged or foreign")
+        raise CheckpointError(
+            f"{root}: {name} is not the same in all shards: one of them is damaged or foreign"
+        )
     return first
 
 
@@ -89,7 +97,9 @@ def _shard_files(root: Path) -> list[Path]:
     """Sorted by rank. Raises CheckpointError unless they are numbered 00, 01, ..."""
     names = {path.name: path for path in root.glob("consolidated.*.pth")}
     if not names:
-        raise CheckpointError(f"{root} holds no consolidated.00.pth: give the folder that Meta's download made")
+        raise CheckpointError(
+            f"{root} holds no consolidated.00.pth: give the folder that Meta's download made"
+        )
     for name in names:
         if not re.fullmatch(r"consolidated\.\d\d\.pth", name):
             raise CheckpointError(f"{root / name} is no shard (consolidated.NN.pth): move it away")
@@ -110,13 +120,17 @@ def _read_params(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is no JSON ({error}): download it again") from None
     if not isinstance(params, dict):
         raise CheckpointError(f"{path} holds no table of settings: download it again")
+
     params = {key: value for key, value in params.items() if value is not None}
     for key, value in params.items():
         if key not in (*_NUMBERS, "use_scaled_rope", *_NOT_NEEDED):
-            raise ConfigError(f"{path}: {key} = {value!r} is not supported: it may change what the model computes")
+            raise ConfigError(
+                f"{path}: {key} = {value!r} is not supported: it may change what the model computes"
+            )
         wanted = int if key in _INTEGERS else bool if key == "use_scaled_rope" else (int, float)
         if not isinstance(value, wanted) or isinstance(value, bool) != (wanted is bool):
             raise ConfigError(f"{path}: {key} = {value!r} has the wrong type")
+
     for key in ("dim", "n_layers", "n_heads", "norm_eps"):
         if key not in params:
             raise ConfigError(f"{path}: {key} is missing")
@@ -139,13 +153,15 @@ def _merged_info(name: str, parts: list[torch.Tensor], dim: int | None, root: Pa
         alike = part.dtype == parts[0].dtype and part.ndim == parts[0].ndim
         if not alike or any(part.shape[i] != parts[0].shape[i] for i in range(part.ndim) if i != dim):
             kinds = ", ".join(f"{part.dtype} {tuple(part.shape)}" for part in parts)
-            raise CheckpointError(f"{root}: {name} is not alike in all shards ({kinds}): one of them is foreign")
+            raise CheckpointError(
+                f"{root}: {name} is not alike in all shards ({kinds}): one of them is foreign"
+            )
         if dim is not None:
             shape[dim] += part.shape[dim]
     return TensorInfo(torch.Size(shape), parts[0].dtype)
 
 
-def _shape(params: Mapping[str, Any], found: Mapping[str, TensorInfo], root: Path) -> LlamaConfig:
+def _shape(params: Mapping[str, Any], found: Mapping[str, TensorInfo], root: Path) -> LlamaShape:
     for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight"):
         if name not in found:
             raise CheckpointError(f"{root} lacks {name}: this is no Llama, or a damaged file")
@@ -156,7 +172,7 @@ def _shape(params: Mapping[str, Any], found: Mapping[str, TensorInfo], root: Pat
         vocab_size = found["tok_embeddings.weight"].shape[0]
     try:
         # head_dim stays dim / n_heads, as in Meta's own program: taken from wq it would hide a missing shard.
-        return LlamaConfig(
+        return LlamaShape(
             dim=params["dim"],
             n_layers=params["n_layers"],
             n_heads=params["n_heads"],

@@ -1,4 +1,6 @@
-"""Where a conversion is written: all of it, under its name, or nothing; under another name if its proof fails."""
+"""Where a conversion is written: all of it, under its name, or nothing;
+under another name if its proof fails.
+"""
 
 import itertools
 import shutil
@@ -34,25 +36,32 @@ def check_output(output: Path, source: Path, needed: int, *, force: bool) -> Non
                 f"--output_dir {output} is not empty: name another folder, or replace it with --force"
             )
         if not any((output / mark).is_file() for mark in _MARKS):
-            raise CheckpointError(f"--output_dir {output} holds no converted model, so --force does not replace it")
+            raise CheckpointError(
+                f"--output_dir {output} holds no converted model, so --force does not replace it"
+            )
     existing = next(folder for folder in output.parents if folder.is_dir())
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise CheckpointError(f"--output_dir {output} needs {needed:,} bytes and {free:,} are free: free some space")
+        raise CheckpointError(
+            f"--output_dir {output} needs {needed:,} bytes and {free:,} are free: free some space"
+        )
 
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output` that takes its place when the block ends well, and is removed otherwise.
+    """An empty folder beside `output` that takes its place when the block ends well,
+    and is removed otherwise.
 
-    What `check_output` allowed to be replaced stays until then. If the block raises Refused, which ends it as another
-    CheckpointError, the folder is kept as NAME.unverified, or NAME.unverified-2, ... where that is taken.
+    What `check_output` allowed to be replaced stays until then. If the block raises Refused, which ends
+    it as another CheckpointError, the folder is kept as NAME.unverified, or NAME.unverified-2, ...
+    where that is taken.
     """
     output = output.absolute()
     new_parents = [folder for folder in output.parents if not folder.is_dir()]
     output.parent.mkdir(parents=True, exist_ok=True)
     staging = output.with_name(f".tmp-{output.name}-{uuid.uuid4().hex}")
     staging.mkdir()
+
     try:
         yield staging
         for path in staging.iterdir():
@@ -62,7 +71,10 @@ def staged(output: Path) -> Iterator[Path]:
     except Refused as error:
         kept = _unverified(output)
         staging.rename(kept)
-        raise CheckpointError(f"{error}. {output} was not written; what was converted is kept as {kept}") from error
+        raise CheckpointError(
+            f"{error}. {output} was not written; what was converted is kept as {kept}"
+        ) from error
+
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
         with suppress(OSError):  # one that somebody else has put something into

@@ -18,8 +18,13 @@ from torchtitan_rd.conversion.huginn import open_huginn
 from torchtitan_rd.conversion.meta import open_meta
 from torchtitan_rd.conversion.output import Refused, check_output, staged
 from torchtitan_rd.conversion.pth import GGUF_REMEDY, open_pth, write_pth
-from torchtitan_rd.conversion.tokenizer_files import TOKENIZER_JSON, TOKENIZER_MODEL, same_ids, tokenizer_files
-from torchtitan_rd.conversion.weights import GENERATION_CONFIG, Weights, only, total_bytes
+from torchtitan_rd.conversion.tokenizer_files import (
+    TOKENIZER_JSON,
+    TOKENIZER_MODEL,
+    same_ids,
+    tokenizer_files,
+)
+from torchtitan_rd.conversion.weights import GENERATION_CONFIG, Weights, select_tensors, total_bytes
 from torchtitan_rd.data import DATASETS
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
@@ -33,8 +38,8 @@ TOKENIZERS = (TOKENIZER_JSON, TOKENIZER_MODEL)
 def open_released(path: Path, *, model: str | None = None, flavor: str | None = None) -> Weights:
     """Weights that another program wrote: a Hugging Face folder, Meta's files, or a training file of Huginn.
 
-    model: the family that they must be of. flavor: the shape, where a training file does not tell it. Reads names and
-    shapes only. Raises ConfigError, CheckpointError.
+    model: the family that they must be of. flavor: the shape, where a training file does not tell it.
+    Reads names and shapes only. Raises ConfigError, CheckpointError.
     """
     ggufs = sorted(path.glob("*.gguf"))
     if path.is_file():
@@ -42,21 +47,26 @@ def open_released(path: Path, *, model: str | None = None, flavor: str | None = 
     elif not path.is_dir():
         raise CheckpointError(f"{path} does not exist")
     elif ggufs and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin")):
-        raise CheckpointError(f"{path} holds only GGUF files ({ggufs[0].name}), which are not read here; {GGUF_REMEDY}")
+        raise CheckpointError(
+            f"{path} holds only GGUF files ({ggufs[0].name}), which are not read here; {GGUF_REMEDY}"
+        )
     elif (path / CONFIG_JSON).exists():
         weights = open_hf(path, model=model)
     else:
         weights = open_meta(path)
     if model is not None and get_spec(model).hf is not weights.spec.hf:
-        raise ConfigError(f"--model {model}: {path} holds a {weights.spec.name}; use --model {weights.spec.name}")
+        raise ConfigError(
+            f"--model {model}: {path} holds a {weights.spec.name}; use --model {weights.spec.name}"
+        )
     return weights
 
 
 def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weights:
     """The weights with the tokenizer that they were trained with, as Hugging Face's library loads it.
 
-    tokenizer_path: one that `model.tokenizer_path` could name, instead of what the checkpoint says; "none" for none.
-    Spikes have no tokenizer; their separator is stated as bos. Raises ConfigError if the tokenizer is out of reach.
+    tokenizer_path: one that `model.tokenizer_path` could name, instead of what the checkpoint says; "none"
+    for none. Spikes have no tokenizer; their separator is stated as bos. Raises ConfigError if the
+    tokenizer is out of reach.
     """
     config = weights.job_config or {}
     training, kept = config.get("training", {}), weights.files
@@ -65,30 +75,39 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
         return replace(weights, files={name: kept[name] for name in kept if name == GENERATION_CONFIG})
     if tokenizer_path is None and not any(name in kept for name in TOKENIZERS):
         if kind == "spikes":
-            ids = config.get("model", {}).get("vocab_size", SPIKE_VOCAB_SIZE)  # the model may have padded rows beyond
+            # The model may have padded rows beyond.
+            ids = config.get("model", {}).get("vocab_size", SPIKE_VOCAB_SIZE)
             return replace(weights, token_ids={"bos_token_id": ids - 1, "eos_token_id": None})
         if kind == "packed":
             ids = {"eos_token_id": training.get("eos_id"), "pad_token_id": training.get("pad_id")}
             return replace(weights, token_ids={**weights.token_ids, **ids})
         tokenizer_path = config.get("model", {}).get("tokenizer_path") if kind == "text" else None
     if tokenizer_path is None and "tokenizer.model" in kept and "tokenizer.json" not in kept:
-        tokenizer_path = str(Path(weights.origin) / "tokenizer.model")  # Meta's, which transformers does not load
+        # Meta's, which transformers does not load.
+        tokenizer_path = str(Path(weights.origin) / "tokenizer.model")
     if tokenizer_path is None:
         return weights
     found = tokenizer_files(tokenizer_path)
     if beyond := [name for name, id_ in found.token_ids.items() if id_ >= weights.shape.vocab_size]:
         raise ConfigError(
-            f"the tokenizer {tokenizer_path!r} has {beyond[0]} = {found.token_ids[beyond[0]]}, beyond the model's "
-            f"vocabulary of {weights.shape.vocab_size}: name the right one with --tokenizer_path, or none"
+            f"the tokenizer {tokenizer_path!r} has {beyond[0]} = {found.token_ids[beyond[0]]}, "
+            f"beyond the model's vocabulary of {weights.shape.vocab_size}: "
+            "name the right one with --tokenizer_path, or none"
         )
     return replace(weights, files={**kept, **found.files}, token_ids={**weights.token_ids, **found.token_ids})
 
 
 def warn_of_another_tokenizer(folder: Path, tokenizer_path: str) -> None:
-    """For a run on text with `model.tokenizer_path` that starts from the weights in `folder`: logs a warning unless
-    these were made with a tokenizer that gives the same ids, or do not tell. Compared by content."""
+    """For a run on text with `model.tokenizer_path` that starts from the weights in `folder`: logs a warning
+    unless these were made with a tokenizer that gives the same ids, or do not tell. Compared by content.
+    """
     config = job_config(folder) or {}
-    places = [place for place in (folder, folder / "original") if any((place / name).is_file() for name in TOKENIZERS)]
+    places = [
+        place
+        for place in (folder, folder / "original")
+        if any((place / name).is_file() for name in TOKENIZERS)
+    ]
+
     training = config.get("training", {})
     if places:
         theirs = str(places[0])
@@ -96,12 +115,14 @@ def warn_of_another_tokenizer(folder: Path, tokenizer_path: str) -> None:
         theirs = config.get("model", {}).get("tokenizer_path", "bytes")
     else:
         return
+
     try:
         if same_ids(theirs, tokenizer_path):
             return
         found = "which gives other ids than"
     except TorchtitanRDError as error:
         found = f"which cannot be compared ({error}) with"
+
     logger.warning(
         "the weights in %s were made with the tokenizer %s, %s model.tokenizer_path = %r of this run: set "
         "model.tokenizer_path = %r, unless the embedding is to be learned anew",
@@ -118,8 +139,8 @@ def to_dcp(
     force: replaces a folder that holds a converted model.
     verify: compare the logits of the result with those of transformers; None: if that is possible here.
     progress: show a bar on stderr.
-    Returns a sentence on the proof. Raises ConfigError, CheckpointError; then nothing is left of the output, but if the
-    proof failed: then it is kept beside its place, as the message says.
+    Returns a sentence on the proof. Raises ConfigError, CheckpointError; then nothing is left of the output,
+    but if the proof failed: then it is kept beside its place, as the message says.
     """
     obstacle = _check(weights, output, force, verify)
     with staged(output) as folder:
@@ -130,7 +151,9 @@ def to_dcp(
             written = open_dcp(folder)
             # What was left out (an embedding) is taken from the source, so that the rest can be compared.
             whole = replace(
-                weights, read=lambda name: (written if name in written.tensors else weights).read(name), hf_folder=None
+                weights,
+                read=lambda name: (written if name in written.tensors else weights).read(name),
+                hf_folder=None,
             )
             ours = verification.native(whole)
             if weights.hf_folder is not None:
@@ -149,7 +172,7 @@ def to_hf(
     require_complete(weights)
     obstacle = _check(weights, output, force, verify)
     with staged(output) as folder:
-        stored = only(weights, weights.spec.hf.key_map(weights.shape))
+        stored = select_tensors(weights, weights.spec.hf.key_map(weights.shape))
         with _with_bar(stored, "to Hugging Face", progress) as counted:
             write_hf(counted, folder)
 
@@ -163,7 +186,9 @@ def to_hf(
 def to_pth(
     weights: Weights, output: Path, *, force: bool = False, verify: bool | None = None, progress: bool = False
 ) -> str:
-    """Writes `checkpoint.pth`, the model's state dict by our names; see `to_dcp`. The proof compares every tensor."""
+    """Writes `checkpoint.pth`, the model's state dict by our names; see `to_dcp`.
+    The proof compares every tensor.
+    """
     check_output(output, Path(weights.origin), total_bytes(weights.tensors), force=force)
     with staged(output) as folder:
         with _with_bar(weights, "to .pth", progress) as counted:
@@ -205,7 +230,9 @@ def _with_bar(weights: Weights, title: str, show: bool) -> Iterator[Weights]:
     from tqdm import tqdm
 
     logger.info("%s: %s %s from %s", title, weights.spec.name, weights.flavor, weights.origin)
-    with tqdm(total=total_bytes(weights.tensors), unit="B", unit_scale=True, desc=title, disable=not show) as bar:
+    with tqdm(
+        total=total_bytes(weights.tensors), unit="B", unit_scale=True, desc=title, disable=not show
+    ) as bar:
 
         def read(name: str) -> torch.Tensor:
             tensor = weights.read(name)

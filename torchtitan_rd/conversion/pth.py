@@ -1,8 +1,9 @@
 """Files of torch.save: read without trust and without reading the data, written one tensor at a time.
 
-Such a file is a zip archive without compression: `<any>/data.pkl` describes the objects, `<any>/data/<key>` holds the
-bytes of one storage. The reader maps the file, so a tensor costs memory only where it is touched. It runs the pickle
-with a table of its own: what is not in it becomes an `Inert` object, so no function that a file names is called.
+Such a file is a zip archive without compression: `<any>/data.pkl` describes the objects, `<any>/data/<key>`
+holds the bytes of one storage. The reader maps the file, so a tensor costs memory only where it is touched.
+It runs the pickle with a table of its own: what is not in it becomes an `Inert` object, so no function that a
+file names is called.
 """
 
 import mmap
@@ -35,17 +36,20 @@ STORAGES = {
     "BoolStorage": torch.bool,
 }
 GGUF_REMEDY = (
-    "download the Hugging Face folder that it was made from, or let transformers write one: AutoModelForCausalLM"
+    "download the Hugging Face folder that it was made from, or let transformers write one: "
+    "AutoModelForCausalLM"
     ".from_pretrained(FOLDER, gguf_file=NAME).save_pretrained(OUTPUT), which cannot undo its quantization"
 )
 _ALIGNMENT = 64  # of each storage in the file, as torch.save has it
-_LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip member: the lengths of its name and of its extra field come last
+# Of a zip member: the lengths of its name and of its extra field come last.
+_LOCAL_HEADER = struct.Struct("<26xHH")
 _ZIP64_BYTES = 20  # the extra field in which zipfile keeps sizes beyond 4 GiB
 
 
 class Inert:
-    """Stands for an object of any class but the few in the table. Calling it or filling it does nothing; it remembers
-    the attributes that the file gives it."""
+    """Stands for an object of any class but the few in the table. Calling it or filling it does nothing;
+    it remembers the attributes that the file gives it.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
@@ -69,11 +73,12 @@ class Inert:
 
 
 def open_pth(path: Path) -> Any:
-    """The object in a file of torch.save; its tensors are views of the mapped file (private: changes stay in memory).
+    """The object in a file of torch.save;
+    its tensors are views of the mapped file (private: changes stay in memory).
 
-    Dictionaries of every kind become dict, sizes tuples; other foreign objects become `Inert`. Raises CheckpointError
-    for a file that is missing, damaged or of another format. The checksums of all its parts are checked, which reads
-    the whole file once, a piece at a time.
+    Dictionaries of every kind become dict, sizes tuples; other foreign objects become `Inert`. Raises
+    CheckpointError for a file that is missing, damaged or of another format. The checksums of all its parts
+    are checked, which reads the whole file once, a piece at a time.
     """
     try:
         with path.open("rb") as file:
@@ -90,7 +95,8 @@ def open_pth(path: Path) -> Any:
         raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from None
     except Exception as error:  # a damaged file can raise any
         raise CheckpointError(
-            f"{path} is damaged, or no file of torch.save ({type(error).__name__}: {error}): download it again"
+            f"{path} is damaged, or no file of torch.save ({type(error).__name__}: {error}): "
+            "download it again"
         ) from None
 
 
@@ -119,7 +125,8 @@ def _what_else(head: bytes) -> str:
     if head.startswith(b"GGUF"):
         return f"is a GGUF file, which is not read here; {GGUF_REMEDY}"
     if head.lstrip()[:1] == b"<":
-        return "is a web page, not a file of torch.save: download it again, with access rights if it asks for them"
+        remedy = "download it again, with access rights if it asks for them"
+        return f"is a web page, not a file of torch.save: {remedy}"
     if head.startswith(b"PK"):
         return "is cut off: download it again"
     if head.startswith(b"\x80\x02"):
@@ -174,7 +181,8 @@ class _Unpickler(pickle._Unpickler):
     The pure-Python unpickler, because there each instruction that could reach further can be replaced.
     """
 
-    dispatch: ClassVar = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]
 
     def __init__(self, records: _Records):
         super().__init__(BytesIO(records.bytes_of("data.pkl")), encoding="utf-8")
@@ -203,7 +211,8 @@ class _Unpickler(pickle._Unpickler):
         return torch.frombuffer(self.records.mapped, dtype=dtype, count=numel, offset=start)
 
     def load_build(self) -> None:
-        # The original calls what the file made `__setstate__`, or sets attributes of any object, a class or a function.
+        # The original calls what the file made `__setstate__`, or sets attributes of any object,
+        # a class or a function.
         state = self.stack.pop()
         if isinstance(self.stack[-1], Inert):
             self.stack[-1].remember(state)
@@ -216,7 +225,11 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> An
     if not isinstance(storage, torch.Tensor):
         return Inert()
     numbers = (offset, *size, *stride)
-    if len(size) != len(stride) or any(type(number) is not int or number < 0 for number in numbers) or any(rest[2:]):
+    if (
+        len(size) != len(stride)
+        or any(type(number) is not int or number < 0 for number in numbers)
+        or any(rest[2:])
+    ):
         raise CheckpointError(f"a tensor of size {size}, stride {stride}, offset {offset} is not supported")
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if prod(size) and last >= storage.numel():
@@ -274,10 +287,11 @@ class _Pickler(pickle.Pickler):
 
 
 def write_pth(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor]) -> None:
-    """Writes {name: tensor} so that `torch.load(path, weights_only=True)` reads it, mapped too, checksums included.
+    """Writes {name: tensor} so that `torch.load(path, weights_only=True)` reads it, mapped too,
+    checksums included.
 
-    One tensor is in memory at a time. Raises CheckpointError for a type that is not supported, before anything is
-    written, and for a tensor that is not as announced.
+    One tensor is in memory at a time. Raises CheckpointError for a type that is not supported,
+    before anything is written, and for a tensor that is not as announced.
     """
     for name, info in tensors.items():
         if info.dtype not in STORAGES.values():
@@ -286,7 +300,11 @@ def write_pth(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str
         described = BytesIO()
         entries = {name: _Entry(str(key), info) for key, (name, info) in enumerate(tensors.items())}
         _Pickler(described, protocol=2).dump(entries)
-        for name, content in (("data.pkl", described.getvalue()), ("byteorder", b"little"), ("version", b"3\n")):
+        for name, content in (
+            ("data.pkl", described.getvalue()),
+            ("byteorder", b"little"),
+            ("version", b"3\n"),
+        ):
             _add(archive, file, name, content)
         for name, entry in entries.items():
             # In one expression: a variable would keep the last tensor while the next one is read.
@@ -300,7 +318,9 @@ def _content(name: str, tensor: torch.Tensor, info: TensorInfo) -> memoryview:
 
 
 def _add(archive: zipfile.ZipFile, file: BinaryIO, name: str, content: bytes | memoryview) -> None:
-    """One member whose content starts at a multiple of the alignment, so that a mapping of the file is aligned."""
+    """One member whose content starts at a multiple of the alignment,
+    so that a mapping of the file is aligned.
+    """
     member = zipfile.ZipInfo(f"archive/{name}")
     fixed = _LOCAL_HEADER.size + len(member.filename) + _ZIP64_BYTES + 4  # 4: the head of the padding below
     padding = -(file.tell() + fixed) % _ALIGNMENT

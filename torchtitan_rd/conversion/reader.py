@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -22,7 +23,8 @@ PREFIX = "model."
 
 
 class WeightsReader(PlainReader):
-    """A `storage_reader` for `torch.distributed.checkpoint.load`, with the keys of our checkpoints (`model.<name>`).
+    """A `storage_reader` for `torch.distributed.checkpoint.load`,
+    with the keys of our checkpoints (`model.<name>`).
 
     Each rank reads every whole tensor that it holds a part of, one at a time: rows change places on the way.
     """
@@ -38,7 +40,8 @@ class WeightsReader(PlainReader):
         return asdict(self.weights.shape)
 
     def read_metadata(self) -> Metadata:
-        entries, storage = {}, {}
+        entries: dict[str, STORAGE_TYPES] = {}
+        storage: dict[MetadataIndex, None] = {}
         for key, (shape, dtype) in self.tensors().items():
             start = torch.Size([0] * len(shape))
             chunks = [ChunkStorageMetadata(start, shape)]

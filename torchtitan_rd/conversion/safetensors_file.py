@@ -1,7 +1,7 @@
 """Writes a .safetensors file one tensor at a time; the library's own writer needs all of them in memory.
 
-Format: 8 bytes of little-endian length, a JSON header of that length, then the tensors' bytes in the header's order
-(documentation of the safetensors library). Reading is the library's.
+Format: 8 bytes of little-endian length, a JSON header of that length, then the tensors' bytes in the header's
+order (documentation of the safetensors library). Reading is the library's.
 """
 
 import json
@@ -16,8 +16,12 @@ DTYPES_BY_NAME = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float
 _NAMES = {dtype: name for name, dtype in DTYPES_BY_NAME.items()}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor]) -> None:
-    """A new file with floating-point `tensors`, whose data `read` gives. Costs the memory of the largest one."""
+def write_safetensors(
+    path: Path, tensors: Mapping[str, TensorInfo], read: Callable[[str], torch.Tensor]
+) -> None:
+    """A new file with floating-point `tensors`, whose data `read` gives.
+    Costs the memory of the largest one.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, info in tensors.items():

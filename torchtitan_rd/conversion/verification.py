@@ -1,7 +1,8 @@
-"""Proves a conversion: the same tokens through our model and through the transformers library's, in float32 on CPU.
+"""Proves a conversion: the same tokens through our model and through the transformers library's,
+in float32 on CPU. conversion/pipeline.py refuses what does not pass.
 
-Both read the same numbers, so the type that they are stored in does not count. One model is in memory at a time.
-Shapes: B batch, S sequence, V vocabulary.
+Both read the same numbers, so the type that they are stored in does not count.
+One model is in memory at a time. Shapes: B batch, S sequence, V vocabulary.
 """
 
 import hashlib
@@ -15,30 +16,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from torchtitan_rd.conversion.memory import available_bytes
 from torchtitan_rd.conversion.weights import Weights, model_tensors
 from torchtitan_rd.errors import CheckpointError
-from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
-from torchtitan_rd.models.spec import Microbatch
+from torchtitan_rd.model_spec import DrawnInputs, Microbatch
 
 LENGTH = 128  # tokens
 MAX_STEPS = 4  # iterations of a recurrent model: an error shows in a few, and each costs time
 MAX_KL = 1e-6  # nats: wrong conversions have 1e-4 and far more, right ones of trained models 1e-9 and less
-MAX_NOISES = 5.0  # times the rounding noise: right implementations differ by about 1, wrong ones by 13 and far more
+# Times the rounding noise: right implementations differ by about 1, wrong ones by 13 and far more.
+MAX_NOISES = 5.0
 # Where each sum over features is cut in two for a measurement of the noise, as a share of its length.
 _CUTS = (1 / 2, 1 / 3, 3 / 4)
 
 
 @dataclass(frozen=True)
 class Native:
-    """What our model computes for the fixed tokens. logits: (1, S, V). noise, noise_kl: how far rounding alone moves
-    them (see `native`). steps: iterations of a recurrent model."""
+    """What our model computes for the fixed tokens. logits: (1, S, V).
+    noise, noise_kl: how far rounding alone moves them (see `native`). steps: iterations of a recurrent model.
+    """
 
     logits: torch.Tensor
     noise: float
@@ -48,9 +50,11 @@ class Native:
 
 @dataclass(frozen=True)
 class Comparison:
-    """error: root mean square of the differences of all logits. noise: the same between right implementations, as
-    measured. kl: KL(ours || theirs), nats, mean over tokens. max_difference: of any logit, for people. steps:
-    iterations of a recurrent model. problem: why the logits cannot be compared, if so."""
+    """error: root mean square of the differences of all logits. noise: the same between right
+    implementations, as measured. kl: KL(ours || theirs), nats, mean over tokens. max_difference:
+    of any logit, for people. steps: iterations of a recurrent model. problem: why the logits
+    cannot be compared, if so.
+    """
 
     error: float
     noise: float
@@ -69,8 +73,9 @@ class Comparison:
             return f"{self.problem}: DIFFERENT"
         over = f"{self.tokens} tokens" + (f" and {self.steps} iterations" if self.steps is not None else "")
         return (
-            f"max |delta logit| {self.max_difference:.1e}, rms {self.error:.1e} (at most {MAX_NOISES:.0f} times the "
-            f"rounding noise of {self.noise:.1e}), KL {self.kl:.1e} nats (at most {MAX_KL:.0e}) over {over}: "
+            f"max |delta logit| {self.max_difference:.1e}, "
+            f"rms {self.error:.1e} (at most {MAX_NOISES:.0f} times the rounding noise of {self.noise:.1e}), "
+            f"KL {self.kl:.1e} nats (at most {MAX_KL:.0e}) over {over}: "
             f"{'equal' if self.passed else 'DIFFERENT'}"
         )
 
@@ -83,7 +88,9 @@ def compare(ours: Native, theirs: torch.Tensor) -> Comparison:
         return Comparison(math.nan, math.nan, math.nan, math.nan, tokens, ours.steps, problem)
 
     if ours.logits.shape != theirs.shape:
-        return incomparable(f"logits are {tuple(ours.logits.shape)} here and {tuple(theirs.shape)} in transformers")
+        return incomparable(
+            f"logits are {tuple(ours.logits.shape)} here and {tuple(theirs.shape)} in transformers"
+        )
     for where, logits in (("here", ours.logits), ("in transformers", theirs)):
         if broken := int((~logits.isfinite()).sum()):
             return incomparable(f"{broken} logits {where} are nan or infinite")
@@ -95,7 +102,8 @@ def compare(ours: Native, theirs: torch.Tensor) -> Comparison:
 def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
     """KL(p || q) of logits (B, S, V): nats, mean over tokens."""
     total = 0.0
-    for some_p, some_q in zip(p.flatten(0, -2).split(16), q.flatten(0, -2).split(16), strict=True):  # to save memory
+    # To save memory.
+    for some_p, some_q in zip(p.flatten(0, -2).split(16), q.flatten(0, -2).split(16), strict=True):
         log_p, log_q = some_p.double().log_softmax(-1), some_q.double().log_softmax(-1)
         total += float(F.kl_div(log_q, log_p, log_target=True, reduction="sum"))
     return total / p[..., 0].numel()
@@ -113,19 +121,20 @@ def fixed_tokens(vocab_size: int, length: int = LENGTH) -> torch.Tensor:
 
 def verification_steps(weights: Weights) -> int | None:
     """The iterations at which a recurrent model is compared by default; None for a model of another kind."""
-    return None if weights.spec.inputs is None else min(_drawer(weights).mean_depth, MAX_STEPS)
+    drawer = _drawer(weights)
+    return None if drawer is None else min(drawer.mean_depth, MAX_STEPS)
 
 
 @torch.no_grad()
 def native(weights: Weights, num_steps: int | None = None) -> Native:
-    """What our model computes, and how far rounding moves it: the model is run again with the terms of every sum over
-    features (matrix products, attention scores, means of norms) added in another order.
+    """What our model computes, and how far rounding moves it: the model is run again with the terms of every
+    sum over features (matrix products, attention scores, means of norms) added in another order.
 
         noise = max over orders o of rms(logits - logits_o), and at least 2^-23 rms(logits)
 
-    num_steps: iterations of a recurrent model. By default `verification_steps`, halved while rounding alone moves the
-    logits by more than MAX_KL / 100: a chaotic recurrence multiplies it with each iteration, until nothing can be told.
-    Raises CheckpointError for a tensor of another shape than the model's.
+    num_steps: iterations of a recurrent model. By default `verification_steps`, halved while rounding alone
+    moves the logits by more than MAX_KL / 100: a chaotic recurrence multiplies it with each iteration, until
+    nothing can be told. Raises CheckpointError for a tensor of another shape than the model's.
     """
     model = _native_model(weights)
     steps = verification_steps(weights) if num_steps is None else num_steps
@@ -190,10 +199,11 @@ class _OtherOrder(TorchFunctionMode):
 
 
 def transformers_logits(folder: Path, weights: Weights, num_steps: int | None = None) -> torch.Tensor:
-    """-> (1, S, V): what transformers computes for the fixed tokens with the model that it loads from `folder`.
+    """-> (1, S, V): what transformers computes for the fixed tokens with the model that it
+    loads from `folder`.
 
-    weights: of the family and shape that the folder describes. The only Python files that are run are this package's.
-    Raises CheckpointError if transformers does not load the folder.
+    weights: of the family and shape that the folder describes. The only Python files that are run are this
+    package's. Raises CheckpointError if transformers does not load the folder.
     """
     with _place(weights, folder) as place:
         return _logits(_load("AutoModelForCausalLM", place, weights, str(folder)), weights, num_steps)
@@ -243,7 +253,7 @@ def unavailable(weights: Weights) -> str | None:
         return "transformers is not installed: pip install 'transformers>=4.53'"
     if _number(version) < (4, 53):
         return f"transformers {version} is too old: pip install 'transformers>=4.53'"
-    needed, available = _bytes_needed(weights), _bytes_available()
+    needed, available = _bytes_needed(weights), available_bytes()
     if needed > available:
         return (
             f"it needs about {needed / 1e9:.1f} GB of memory and {available / 1e9:.1f} GB are available: "
@@ -259,56 +269,28 @@ def parameter_count(weights: Weights) -> int:
 
 
 def _bytes_needed(weights: Weights) -> int:
-    """One float32 model with what loading and a forward take beside it, two tensors of logits, and their difference in
-    float32 and twice in float64."""
+    """One float32 model with what loading and a forward take beside it, two tensors of logits,
+    and their difference in float32 and twice in float64.
+    """
     logits = _tokens(weights).numel() * weights.shape.vocab_size
     return int(4 * 1.3 * parameter_count(weights)) + (3 * 4 + 2 * 8) * logits
 
 
-def _bytes_available() -> int:
-    return min(psutil.virtual_memory().available, *_cgroup_bytes(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")))
-
-
-def _cgroup_bytes(mount: Path, membership: Path) -> list[float]:
-    """What each memory limit above this process leaves (Slurm sets such limits); [inf] without any.
-
-    mount, membership: /sys/fs/cgroup and /proc/self/cgroup, whose lines are `number:controllers:path`; version 2 has no
-    controllers there. Cached files count as free.
-    """
-    found = [math.inf]
-    for line in membership.read_text().splitlines() if membership.is_file() else []:
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        base = mount / "memory" if controllers else mount
-        limit, usage = ("limit_in_bytes", "usage_in_bytes") if controllers else ("max", "current")
-        cached = "total_cache" if controllers else "file"
-        own = base / path.lstrip("/")
-        for folder in (own, *own.parents):
-            if not folder.is_relative_to(base):
-                break
-            try:
-                most, used = (int((folder / f"memory.{name}").read_text()) for name in (limit, usage))
-                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            except (OSError, ValueError):  # not there, or "max": no limit
-                continue
-            found.append(most - used + int(stat.get(cached, 0)))
-    return found
-
-
-def _drawer(weights: Weights) -> Any:
-    return weights.spec.inputs(weights.shape, RecurrenceConfig(), seed=0, total_steps=1)
+def _drawer(weights: Weights) -> DrawnInputs | None:
+    make = weights.spec.inputs
+    return None if make is None else make(weights.shape, None, seed=0, total_steps=1)
 
 
 def _forward_inputs(weights: Weights, num_steps: int | None) -> dict[str, Any]:
     """What forward takes beside tokens: for both sides the same first state, as validation draws it."""
-    if weights.spec.inputs is None:
+    drawer = _drawer(weights)
+    if drawer is None:
         return {}
     length = _tokens(weights).shape[1]
     microbatch = Microbatch(
         step=0, count=0, samples=(0,), rank=0, seq_len=length, device=torch.device("cpu"), dtype=torch.float32
     )
-    return dict(_drawer(weights).at_depths([num_steps or verification_steps(weights)], microbatch).kwargs)
+    return dict(drawer.at_depths([num_steps or min(drawer.mean_depth, MAX_STEPS)], microbatch).kwargs)
 
 
 def _tokens(weights: Weights) -> torch.Tensor:
@@ -317,16 +299,16 @@ def _tokens(weights: Weights) -> torch.Tensor:
 
 def _fill(parameter: torch.Tensor, tensor: torch.Tensor, name: str) -> None:
     if parameter.shape != tensor.shape:
-        raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, but the model wants {tuple(parameter.shape)}")
+        raise CheckpointError(
+            f"{name} has shape {tuple(tensor.shape)}, but the model wants {tuple(parameter.shape)}"
+        )
     parameter.copy_(tensor)
 
 
 @torch.no_grad()
 def _logits(model: nn.Module, weights: Weights, num_steps: int | None) -> torch.Tensor:
     """`model`: of the transformers library."""
-    inputs = _forward_inputs(weights, num_steps)
-    if inputs:
-        inputs = {"num_steps": sum(inputs["num_steps"]), "input_states": inputs["initial_state"]}
+    inputs = weights.spec.hf.forward_arguments(_forward_inputs(weights, num_steps))
     return model.eval()(input_ids=_tokens(weights), **inputs).logits.float()
 
 
@@ -350,8 +332,9 @@ def _number(version: str) -> tuple[int, ...]:
 
 @contextmanager
 def _place(weights: Weights, folder: Path | None) -> Iterator[Path]:
-    """A folder for transformers to load: `folder` itself, if its library has the class. Else a passing one with links
-    to the files of `folder`, but with this package's code: that of a downloaded folder is not to be trusted.
+    """A folder for transformers to load: `folder` itself, if its library has the class. Else a passing
+    one with links to the files of `folder`, but with this package's code: that of a downloaded folder
+    is not to be trusted.
 
     folder: None if only a configuration is wanted.
     """
@@ -364,7 +347,8 @@ def _place(weights: Weights, folder: Path | None) -> Iterator[Path]:
         named = {key: fields[key] for key in ("architectures", "auto_map")}
         fields = {**json.loads((folder / "config.json").read_text(encoding="utf-8")), **named}
     code = {path.name: path.read_bytes() for path in layout.code}
-    # transformers keeps modules by the name of the folder, also when its files change: a name for each content.
+    # transformers keeps modules by the name of the folder, also when its files change:
+    # a name for each content.
     digest = hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()[:16]
     with tempfile.TemporaryDirectory() as parent:
         place = Path(parent) / f"torchtitan_rd_{digest}"
@@ -380,7 +364,8 @@ def _place(weights: Weights, folder: Path | None) -> Iterator[Path]:
 class _WithoutDraws(TorchDispatchMode):
     """Fills with the mean instead of at random, which takes minutes for a large model.
 
-    Left as they are, tensors could be drawn again for ever: torch's truncated normal does so until all is in bounds.
+    Left as they are, tensors could be drawn again for ever: torch's truncated normal does so
+    until all is in bounds.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

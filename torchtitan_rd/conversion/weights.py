@@ -9,25 +9,22 @@ from typing import Any
 import torch
 
 from torchtitan_rd.checkpoint import TensorInfo
-from torchtitan_rd.checkpoint.contract import some
+from torchtitan_rd.checkpoint.contract import listed
 from torchtitan_rd.errors import CheckpointError
-from torchtitan_rd.models.spec import ModelSpec
+from torchtitan_rd.model_spec import ModelShape, ModelSpec
 
 GENERATION_CONFIG = "generation_config.json"
-_SIZES_STATED_IN_WAYS = (
-    *("vocab_size", "max_seq_len"),
-    *("head_dim", "n_kv_heads", "ffn_dim", "ffn_dim_multiplier", "multiple_of"),
-)
 
 
 @dataclass(frozen=True)
 class Weights:
     """The weights of one model by our names, read one tensor at a time.
 
-    spec, shape: its family and its config (`LlamaConfig`, `RavenConfig`).
+    spec, shape: its family and its shape there.
     flavor: the name of the size, for people; the shape alone says what the model is.
     tensors: our name -> shape and type, in the order of the model's state dict.
-    read: our name -> the whole tensor on the CPU, perhaps a view of a mapped file: not to be changed in place.
+    read: our name -> the whole tensor on the CPU, perhaps a view of a mapped file:
+        not to be changed in place.
     origin: where they are stored, for messages and the model card.
     step: training step, where known.
     token_ids: bos_token_id, eos_token_id, pad_token_id (each an id, or None; eos also a list), where known.
@@ -37,7 +34,7 @@ class Weights:
     """
 
     spec: ModelSpec
-    shape: Any
+    shape: ModelShape
     flavor: str
     tensors: Mapping[str, TensorInfo]
     read: Callable[[str], torch.Tensor]
@@ -50,7 +47,9 @@ class Weights:
 
 
 def travelling_files(weights: Weights) -> dict[str, bytes]:
-    """The files that go with the model, with the token ids in generation_config.json if they were elsewhere."""
+    """The files that go with the model, with the token ids in generation_config.json if
+    they were elsewhere.
+    """
     files = dict(weights.files)
     if weights.token_ids and GENERATION_CONFIG not in files:
         files[GENERATION_CONFIG] = json.dumps(dict(weights.token_ids), indent=2).encode()
@@ -62,12 +61,12 @@ def total_bytes(tensors: Mapping[str, TensorInfo]) -> int:
     return sum(info.shape.numel() * info.dtype.itemsize for info in tensors.values())
 
 
-def only(weights: Weights, names: Collection[str]) -> Weights:
+def select_tensors(weights: Weights, names: Collection[str]) -> Weights:
     """The weights of these names alone."""
     return replace(weights, tensors={name: info for name, info in weights.tensors.items() if name in names})
 
 
-def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
+def cast_weights(weights: Weights, dtype: torch.dtype | None) -> Weights:
     """The weights with every floating-point tensor rounded to `dtype`; None: as they are."""
     if dtype is None:
         return weights
@@ -78,21 +77,25 @@ def cast(weights: Weights, dtype: torch.dtype | None) -> Weights:
     return replace(weights, tensors=tensors, read=lambda name: weights.read(name).to(tensors[name].dtype))
 
 
-def model_tensors(spec: ModelSpec, shape: Any) -> tuple[dict[str, torch.Size], dict[str, str]]:
+def model_tensors(spec: ModelSpec, shape: ModelShape) -> tuple[dict[str, torch.Size], dict[str, str]]:
     """-> (name -> shape of the whole state dict, second name -> first name of each tied tensor)."""
     with torch.device("meta"):
         found = spec.build(shape).state_dict(keep_vars=True)
     first: dict[int, str] = {}
-    tied = {name: first[id(tensor)] for name, tensor in found.items() if first.setdefault(id(tensor), name) != name}
+    tied = {
+        name: first[id(tensor)]
+        for name, tensor in found.items()
+        if first.setdefault(id(tensor), name) != name
+    }
     return {name: tensor.shape for name, tensor in found.items()}, tied
 
 
 def check_shapes(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size], origin: str) -> None:
     """Every wanted tensor must be there, with the wanted shape, and no other. Raises CheckpointError."""
     if missing := [name for name in wanted if name not in found]:
-        raise CheckpointError(f"{origin} lacks {some(missing)}")
+        raise CheckpointError(f"{origin} lacks {listed(missing)}")
     if surplus := [name for name in found if name not in wanted]:
-        raise CheckpointError(f"{origin} holds {some(surplus)}, which the model it describes does not have")
+        raise CheckpointError(f"{origin} holds {listed(surplus)}, which the model it describes does not have")
     for name, shape in wanted.items():
         if tuple(found[name]) != tuple(shape):
             raise CheckpointError(
@@ -100,12 +103,11 @@ def check_shapes(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Siz
             )
 
 
-def matching_flavor(spec: ModelSpec, shape: Any) -> str:
+def matching_flavor(spec: ModelSpec, shape: ModelShape) -> str:
     """The flavor of this shape, whatever its vocabulary and context; "custom" if there is none."""
 
-    def key(config: Any) -> tuple[Any, ...]:
-        # A width may be given, or follow from others.
-        stated = {name: value for name, value in vars(config).items() if name not in _SIZES_STATED_IN_WAYS}
-        return stated, config.attention_shape, getattr(config, "hidden_dim", config.ffn_dim)
+    def comparable(one: ModelShape) -> ModelShape:
+        return replace(one.resolved(), vocab_size=1, max_seq_len=1)
 
-    return next((name for name, flavor in spec.flavors.items() if key(flavor) == key(shape)), "custom")
+    wanted = comparable(shape)
+    return next((name for name, flavor in spec.flavors.items() if comparable(flavor) == wanted), "custom")

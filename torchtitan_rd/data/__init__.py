@@ -1,22 +1,23 @@
 """Data sets: one row each in the table below; see docs/data.md.
 
-loader = build_dataloader(config.training, tokenizer_path="bytes", vocab_size=258, data_rank=0, data_degree=1,
-                          seed=0, pin_memory=False)
+dims = BatchDims.resolve(config.training, data_rank=0, data_degree=1)
+loader = build_dataloader(config.training, dims, tokenizer=load_tokenizer("bytes"), vocab_size=258, seed=0,
+                          pin_memory=False)
 for batch in loader.next_step(): ...        # the microbatches of this rank's share of one global batch
 """
 
-from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
+from torchtitan_rd.batch import Batch
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data.arrow import check_path
+from torchtitan_rd.data.batch_dims import BatchDims, BatchKeys
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.cursor import Cursor, LaneReader
-from torchtitan_rd.data.fingerprint import check_same_data
-from torchtitan_rd.data.hub import pin_revision, repository
-from torchtitan_rd.data.loader import Batch, DataLoader, merge_states
+from torchtitan_rd.data.hub import repository, tokenizer_revision
+from torchtitan_rd.data.loader import BatchLoader, merge_states
+from torchtitan_rd.data.ranks import DataRanks
 from torchtitan_rd.data.sources import (
     Cutting,
     Dataset,
@@ -30,25 +31,27 @@ from torchtitan_rd.data.sources import (
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE, SyntheticRecordings
 from torchtitan_rd.data.stream import STREAM_START, StreamReader
 from torchtitan_rd.data.text import pydoc_topics
-from torchtitan_rd.data.tokenizer import Tokenizer, load_tokenizer
+from torchtitan_rd.data.tokenizer import Tokenizer, is_hub_name, load_tokenizer
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 
 __all__ = [
     "DATASETS",
     "Batch",
-    "DataLoader",
+    "BatchDims",
+    "BatchKeys",
+    "BatchLoader",
+    "DataRanks",
     "Dataset",
     "DatasetKeys",
     "Tokenizer",
-    "accumulation_steps",
     "build_dataloader",
-    "check_dataset",
-    "check_same_data",
+    "build_encoder",
     "dataset_vocab_size",
+    "get_dataset",
+    "is_hub_name",
     "load_tokenizer",
     "merge_states",
-    "pinned",
 ]
 
 DATASETS: dict[str, Dataset] = {
@@ -67,117 +70,131 @@ DATASETS: dict[str, Dataset] = {
 }
 
 
-def check_dataset(config: DatasetKeys) -> Dataset:
-    """The row of `training.dataset`. Touches no data. Raises ConfigError; DataError if dataset_path does not exist."""
+def get_dataset(config: DatasetKeys, section: str = "training", split: str = "train") -> Dataset:
+    """The row of `config.dataset`, a key of `section`, of which `split` is read. Touches no data.
+
+    Raises ConfigError with all that is wrong; DataError if dataset_path does not exist.
+    """
     name = config.dataset
     if name not in DATASETS:
-        raise ConfigError(f"training.dataset = {name!r} is not a data set{nearest(name, DATASETS)}")
+        raise ConfigError(f"{section}.dataset = {name!r} is not a data set{nearest(name, DATASETS)}")
+
     row = DATASETS[name]
     shuffled = config.shuffle_seed is not None
     packed_keys = config.pad_id is not None or config.eos_id is not None
     needs_eos = row.kind == "packed" and (config.pad_id is not None or config.document_mask)
-    for wrong, problem in (
-        (row.samples and config.dataset_path, "is made here: training.dataset_path has no effect on it"),
+    remarks = (
+        (row.samples and config.dataset_path, f"is made here: {section}.dataset_path has no effect on it"),
         (row.samples and config.stream, "is made here: set training.stream (STREAM_HF_DATA) = false"),
-        (not (row.samples or row.hub or config.dataset_path), "needs training.dataset_path"),
-        (config.stream and config.skip_ranges, "is streamed, so its rows have no numbers: unset training.skip_ranges"),
+        (not (row.samples or row.hub or config.dataset_path), f"needs {section}.dataset_path"),
+        (
+            config.stream and config.skip_ranges,
+            "is streamed, so its rows have no numbers: unset training.skip_ranges",
+        ),
         (config.stream and shuffled, "is streamed in order: unset training.shuffle_seed or training.stream"),
-        (row.samples and config.source_dataset, "is made here and has one source: unset training.source_dataset"),
-        (config.stream and config.source_dataset, "is streamed whole: unset training.source_dataset or stream"),
+        (
+            row.samples and config.source_dataset,
+            "is made here and has one source: unset training.source_dataset",
+        ),
+        (
+            config.stream and config.source_dataset,
+            "is streamed whole: unset training.source_dataset or training.stream",
+        ),
         (row.kind != "packed" and packed_keys, "is not packed: unset training.pad_id and training.eos_id"),
         (needs_eos and config.eos_id is None, "needs training.eos_id for training.pad_id or document_mask"),
-    ):
-        if wrong:
-            raise ConfigError(f"training.dataset = {name!r} {problem}")
+    )
+    if problems := [f"{section}.dataset = {name!r} {problem}" for wrong, problem in remarks if wrong]:
+        raise ConfigError("\n".join(problems))
+
     if config.dataset_path:
-        check_path(config.dataset_path)
-    if config.dataset_revision and repository(config, row.hub) is None:
-        raise ConfigError(f"training.dataset = {name!r} is not read from the hub here: unset training.dataset_revision")
+        check_path(config.dataset_path, split)
+    if config.dataset_revision and repository(config, row.hub, split) is None:
+        raise ConfigError(
+            f"{section}.dataset = {name!r} is not read from the hub here: unset training.dataset_revision"
+        )
     return row
 
 
-def pinned(config: DatasetKeys, states: Iterable[Path]) -> DatasetKeys:
-    """The keys with the commit to read, for data on the hub; see `pin_revision`. For one rank to call."""
-    return config.model_copy(update={"dataset_revision": pin_revision(config, check_dataset(config).hub, states)})
+def dataset_vocab_size(config: DatasetKeys, tokenizer: Tokenizer | None) -> int:
+    """What `model.vocab_size` is where it is left open: 256 for spikes, the tokenizer's size for text.
 
-
-def dataset_vocab_size(config: DatasetKeys, tokenizer_path: str) -> int:
-    """What `model.vocab_size` is where it is left open: 256 for spikes, the tokenizer's size for text."""
-    kind = check_dataset(config).kind
+    tokenizer: that of the run; None where no data set is text.
+    """
+    kind = get_dataset(config).kind
     if kind == "packed":
         raise ConfigError(
-            "model.vocab_size must be given for training.dataset = 'packed': the ids say nothing about it"
+            f"model.vocab_size must be given for training.dataset = {config.dataset!r}: "
+            "packed ids say nothing about it"
         )
-    return SPIKE_VOCAB_SIZE if kind == "spikes" else load_tokenizer(tokenizer_path).vocab_size
-
-
-def accumulation_steps(config: DatasetKeys, data_degree: int) -> int:
-    """Microbatches a step. Raises ConfigError unless the global batch is a whole number of them."""
-    at_once = config.local_batch_size * data_degree
-    if config.global_batch_size == -1:
-        return 1
-    if config.global_batch_size % at_once:
-        raise ConfigError(
-            f"training.global_batch_size = {config.global_batch_size} is not a multiple of "
-            f"training.local_batch_size = {config.local_batch_size} times the {data_degree} data ranks = {at_once}"
-        )
-    return config.global_batch_size // at_once
+    if kind == "spikes":
+        return SPIKE_VOCAB_SIZE
+    if tokenizer is None:
+        raise ValueError("text is read with a tokenizer, and none was given")
+    return tokenizer.vocab_size
 
 
 def build_dataloader(
     config: DatasetKeys,
+    dims: BatchDims,
     *,
-    tokenizer_path: str,
+    tokenizer: Tokenizer | None,
     vocab_size: int,
-    data_rank: int,
-    data_degree: int,
     seed: int,
     pin_memory: bool,
     split: str = "train",
-) -> DataLoader:
+    ranks: DataRanks | None = None,
+) -> BatchLoader:
     """The loader of one data rank, at the beginning of the data.
 
-    vocab_size: of the model. split: of data that has several. The first window of every row is read here, so that
-    data that does not suit the model is found before anything expensive. Raises ConfigError or DataError.
+    tokenizer: for text. vocab_size: of the model. split: of data that has several. The first window of every
+    row is read here, so that data that does not suit the model is found before anything expensive. ranks: all
+    that build this loader together, of which one asks the hub, and which must read the same; without it this
+    rank stands alone. Raises ConfigError or DataError.
     """
-    row = check_dataset(config)
-    accumulation = accumulation_steps(config, data_degree)
-    encoder = build_encoder(config, row.kind, tokenizer_path, vocab_size)
-    rows = config.local_batch_size * accumulation
-    fingerprint = {
+    row = get_dataset(config, split=split)
+    prepared: list[str] = []
+    if ranks is not None:
+        config = ranks.pinned(config, row, split)
+        prepared = ranks.prepared(config, row, split)
+    encoder = build_encoder(config, row.kind, tokenizer, vocab_size)
+    fingerprint: dict[str, Any] = {
         "dataset": config.dataset,
         "stream": config.stream,
         "seq_len": config.seq_len,
-        "global_batch_size": config.global_batch_size if config.stream else rows * data_degree,
+        "global_batch_size": config.global_batch_size if config.stream else dims.global_batch_size,
         "shuffle_seed": config.shuffle_seed,
+        **({"batch_ramp_stages": dims.stages} if dims.stages > 1 else {}),
     }
+
     readers: list[LaneReader] | list[StreamReader]
     if config.stream:
-        table, found = open_rows(config, row, split)
+        table, found = open_rows(config, row, encoder, split)
         fingerprint |= stream_fingerprint(encoder, found)
-        mask = config.document_mask
-        readers = [StreamReader(config.dataset, table, encoder, config.seq_len, data_rank, data_degree, mask)]
+        share = (dims.data_rank, dims.data_degree)
+        readers = [StreamReader(config.dataset, table, encoder, config.seq_len, *share, config.document_mask)]
         start: list[Any] = [STREAM_START]
-        logger.info("data: streaming; the position can be continued on %d data ranks only", data_degree)
+        logger.info("data: streaming; the position can be continued on %d data ranks only", dims.data_degree)
+
     else:
-        source, found = open_source(config, row, encoder, seed, split)
-        lanes = range(data_rank * rows, (data_rank + 1) * rows)
-        cutting = Cutting(config, row.kind, len(source), num_lanes=rows * data_degree)
+        source, found = open_source(config, row, encoder, seed, split, prepared)
+        cutting = Cutting(config, row.kind, len(source), num_lanes=dims.rows_per_stage)
         fingerprint |= source_fingerprint(config, source, found, cutting)
-        source = prepare(config, source, cutting, fingerprint)
-        readers = cutting.readers(source, lanes)
-        start = [Cursor()] * rows
+        samples = prepare(config, source, cutting, fingerprint)
+        readers = cutting.readers(samples, dims.lanes)
+        start = [Cursor()] * len(readers)
         for reader in readers:
             reader.read(Cursor())
+
+    if row.kind == "text" and tokenizer is not None:
+        fingerprint |= tokenizer_revision(tokenizer)
+    if ranks is not None:
+        ranks.compare(fingerprint)
     found.log(config.dataset, fingerprint.get("num_samples"))
-    return DataLoader(
+    return BatchLoader(
         readers,
         start,
+        dims,
         fingerprint=fingerprint,
-        local_batch_size=config.local_batch_size,
-        accumulation_steps=accumulation,
-        data_rank=data_rank,
-        data_degree=data_degree,
         num_workers=config.num_workers,
         pin_memory=pin_memory,
         fill_id=config.eos_id,

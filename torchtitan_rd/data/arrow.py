@@ -5,9 +5,9 @@
 
 import errno
 import glob
-import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,7 +15,8 @@ import numpy as np
 
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data.content import digest_of
-from torchtitan_rd.data.files import FileList, find_files
+from torchtitan_rd.data.files import HUB_NAME, FileList, find_files
+from torchtitan_rd.data.json_text import check_json_text
 from torchtitan_rd.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,14 +24,21 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SOURCE_COLUMN = "source_dataset"
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class Encoder(Protocol):
-    """How the cell of one row becomes ids: `read` the arrow value, `encode` it. `where` names the row in messages."""
+    """How the cell of one row becomes ids: `read` the arrow value, `encode` it.
+    `where` names the row in messages.
+    """
 
-    column: str
-    border_id: int | None
+    @property
+    def column(self) -> str: ...
+
+    @property
+    def border_id(self) -> int | None: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
     def check_type(self, column: "pa.ChunkedArray", name: str) -> None: ...
 
@@ -51,7 +59,9 @@ class TableSource:
             raise DataError(f"{name}: holds no rows")
         check_column(table.column_names, encoder.column, name)
         encoder.check_type(table.data.column(encoder.column), name)
-        self.name, self.encoder, self.border_id = name, encoder, encoder.border_id
+        self.name = name
+        self.encoder = encoder
+        self.border_id = encoder.border_id
         self.table = table.with_format("arrow", columns=[encoder.column])
 
     def __len__(self) -> int:
@@ -73,7 +83,10 @@ class SampleSource:
     """A sequence of samples that needs no files, as ids."""
 
     def __init__(self, name: str, samples: Any, encoder: Encoder):
-        self.name, self.samples, self.encoder, self.border_id = name, samples, encoder, encoder.border_id
+        self.name = name
+        self.samples = samples
+        self.encoder = encoder
+        self.border_id = encoder.border_id
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -110,7 +123,7 @@ def check_path(path: str, split: str = "train") -> FileList:
     Raises DataError for a path that neither exists nor can be such a name.
     """
     found = find_files(path, split)
-    if not found.files and not found.saved and not _HUB_NAME.fullmatch(path):
+    if not found.files and not found.saved and not HUB_NAME.fullmatch(path):
         raise DataError(
             f"training.dataset_path = {path!r}: no such file or folder, and nothing matches it as a pattern"
         )
@@ -125,10 +138,15 @@ def open_table(
     split: str = "train",
     found: FileList | None = None,
     revision: str | None = None,
+    text_column: str | None = None,
+    prepared: Sequence[str] = (),
 ) -> "datasets.Dataset | datasets.IterableDataset":
     """One split of a local path or of a repository on the hub; only columns and rows, no format.
 
-    found: what `check_path` says of the path and split, if that is known. revision: of a repository on the hub.
+    found: what `check_path` says of the path and split, if that is known.
+        revision: of a repository on the hub.
+    text_column: what must hold text in every row, if that is so. prepared: arrow files that hold this split
+    of the repository already, which are mapped and nobody is asked.
     Raises DataError with the remedy if it cannot be had.
     """
     import datasets
@@ -142,7 +160,9 @@ def open_table(
             table = _split_of(datasets.load_from_disk(path), path, split)
             return table.to_iterable_dataset() if stream else table
         if found.files:
-            return _open_files(found, stream)
+            return _open_files(found, stream, text_column)
+        if prepared:
+            return datasets.concatenate_datasets([_mapped(Path(file)) for file in prepared])
         pinned = {} if revision is None else {"revision": revision}
         return _load(path, subset, split=split, streaming=stream, **pinned)
     except DataError:
@@ -154,8 +174,12 @@ def open_table(
 def rows_of(table: "datasets.Dataset", source: str, name: str) -> "datasets.Dataset":
     """The rows whose column `source_dataset` holds `source`. Raises DataError if there are none."""
     if SOURCE_COLUMN not in table.column_names:
-        raise DataError(f"{name}: training.source_dataset = {source!r}, but it has no column {SOURCE_COLUMN!r}")
-    sources = np.array(table.with_format("arrow", columns=[SOURCE_COLUMN])[:].column(SOURCE_COLUMN).to_pylist())
+        raise DataError(
+            f"{name}: training.source_dataset = {source!r}, but it has no column {SOURCE_COLUMN!r}"
+        )
+    sources = np.array(
+        table.with_format("arrow", columns=[SOURCE_COLUMN])[:].column(SOURCE_COLUMN).to_pylist()
+    )
     rows = np.flatnonzero(sources == source)
     if not len(rows):
         known = sorted(set(sources.tolist()))
@@ -167,54 +191,118 @@ def _complaint(error: Exception, found: FileList, subset: str | None) -> str:
     """What was looked for, what is wrong with it, in one line, and the remedy."""
     if _read_only(error):
         return (
-            f"{found.path}: {_first_line(error)}; the cache of the datasets library cannot be written and holds no "
-            f"converted copy: set HF_DATASETS_CACHE to a folder that can be written, or name a save_to_disk folder or "
-            f".arrow files with training.dataset_path, which are mapped where they lie"
+            f"{found.path}: {_first_line(error)}; the cache of the datasets library cannot be written "
+            "and holds no converted copy: set HF_DATASETS_CACHE to a folder that can be written, "
+            "or name a save_to_disk folder or .arrow files with training.dataset_path, "
+            "which are mapped where they lie"
         )
-    reasons, file, shown = [], None, error
-    while shown is not None:
-        if _first_line(shown) not in reasons:
-            reasons.append(_first_line(shown))
-        file = _file_being_read(shown) or file
-        shown = shown.__cause__
-    reason = ", caused by ".join(reasons)
+    reason, file = causes(error), _file_being_read(error)
     if found.files or found.saved:
         return f"{file or found.path}: {reason}; is the file damaged or of another format?"
     return (
-        f"{found.path!r} (subset {subset or 'default'}, split {found.split}) on the hub or in its cache: {reason}; "
-        f"download it where the hub can be reached, or name an existing local copy with training.dataset_path; "
-        f"with HF_HUB_OFFLINE=1 only the cache is looked at"
+        f"{found.path!r} (subset {subset or 'default'}, split {found.split}) on the hub or in its cache: "
+        f"{reason}; download it where the hub can be reached, or name an existing local copy "
+        "with training.dataset_path; with HF_HUB_OFFLINE=1 only the cache is looked at"
     )
 
 
+def causes(error: BaseException) -> str:
+    """An error of the datasets library with those that led to it, in one line."""
+    reasons: list[str] = []
+    shown: BaseException | None = error
+    while shown is not None:
+        if _first_line(shown) not in reasons:
+            reasons.append(_first_line(shown))
+        shown = shown.__cause__
+    return ", caused by ".join(reasons)
+
+
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    line = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if "BatchSize must be greater than 0" in line:
+        return f"{line} (a parquet file without rows: remove it)"
+    here, expected = (set(getattr(error, f"{whose}_column_names", ())) for whose in ("table", "requested"))
+    if here != expected:
+        return (
+            f"{line}: the files have different columns: here {_listed(here - expected)} more and "
+            f"{_listed(expected - here)} less than in the first"
+        )
+    return line
 
 
-def _file_being_read(error: BaseException) -> str | None:
-    """The file that a reader of `datasets` had open when it failed; the library says so only in its own log."""
-    trace, file = error.__traceback__, None
-    while trace is not None:
-        if trace.tb_frame.f_code.co_name == "_generate_tables":
-            file = trace.tb_frame.f_locals.get("file", file)
-        trace = trace.tb_next
+def _listed(columns: set[str]) -> str:
+    return ", ".join(sorted(columns)) or "none"
+
+
+def _file_being_read(error: BaseException | None) -> str | None:
+    """The file that a reader of `datasets` had open when it failed;
+    the library says so only in its own log.
+    """
+    file = None
+    while error is not None:
+        trace = error.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_code.co_name == "_generate_tables":
+                file = trace.tb_frame.f_locals.get("file", file)
+            trace = trace.tb_next
+        error = error.__cause__
     return None if file is None else str(getattr(file, "name", file))
 
 
-def _open_files(found: FileList, stream: bool) -> "datasets.Dataset | datasets.IterableDataset":
+def _open_files(
+    found: FileList, stream: bool, text_column: str | None
+) -> "datasets.Dataset | datasets.IterableDataset":
     import datasets
 
     builder = found.builder()
+    if builder in ("json", "text") and not any(file.stat().st_size for file in found.files):
+        raise DataError(f"{found.path}: holds nothing but empty files ({found.name(found.files[0])}, ...)")
     if builder == "arrow" and not stream:  # mapped where they lie; load_dataset would copy them first
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(p)) for p in found.files])
+        return datasets.concatenate_datasets([_mapped(p) for p in found.files])
     options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
-    if not stream:
-        # The library keys its converted copies (and what it unpacked) by path and time of change; a file that changed
-        # under the same time would be served from the old copy.
-        options["download_config"] = datasets.DownloadConfig(force_extract=True)
-        options["name"] = f"content-{digest_of(*((name, c['digest']) for name, c in found.contents.items()))}"
-    files = [glob.escape(str(p)) for p in found.files]  # the library takes names for patterns
-    return _load(builder, data_files=files, split="train", streaming=stream, **options)
+    options["data_files"] = [glob.escape(str(p)) for p in found.files]  # the library takes names for patterns
+    if stream:
+        if builder == "json" and text_column is not None and _refuses_mixed_types():
+            options["on_mixed_types"] = None
+        return _load(builder, split="train", streaming=True, **options)
+    # The library keys its converted copies by path and time of change; a file that changed under the same
+    # time would be served from the old copy. A copy of JSON is of files that were checked for this column.
+    checked = text_column if builder == "json" else None
+    contents = [(name, c["digest"]) for name, c in found.contents.items()]
+    options["name"] = f"content-{digest_of(*contents, *([checked] if checked else []))}"
+    if checked and not _is_converted(builder, **options):
+        check_json_text(found.files, checked)
+    return _load(builder, split="train", streaming=False, **options)
+
+
+def _mapped(file: Path) -> "datasets.Dataset":
+    import datasets
+
+    with file.open("rb") as opened:
+        if opened.read(6) == b"ARROW1":
+            raise DataError(
+                f"{file}: an arrow file of the random access kind (Feather), and only the stream kind is "
+                f"mapped: write it anew with pyarrow.ipc.new_stream, or as parquet"
+            )
+    return datasets.Dataset.from_file(str(file))
+
+
+def _refuses_mixed_types() -> bool:
+    """Whether the library can be told to; versions that cannot do nothing else."""
+    from datasets.packaged_modules.json.json import JsonConfig
+
+    return hasattr(JsonConfig, "on_mixed_types")
+
+
+def _is_converted(builder: str, **options: Any) -> bool:
+    import datasets
+
+    try:
+        return Path(datasets.load_dataset_builder(builder, **options).cache_dir).is_dir()
+    except OSError as error:
+        if _read_only(error):  # nothing can be converted either
+            return True
+        raise
 
 
 def _load(*arguments: Any, split: str, streaming: bool, **options: Any) -> Any:
@@ -226,13 +314,17 @@ def _load(*arguments: Any, split: str, streaming: bool, **options: Any) -> Any:
     except OSError as error:
         if streaming or not _read_only(error):
             raise
-        return _load_prepared(*arguments, split=split, **options) or _raise(error)
+        prepared = _load_prepared(*arguments, split=split, **options)
+        if prepared is None:
+            raise
+        return prepared
 
 
 def _load_prepared(*arguments: Any, split: str, **options: Any) -> "datasets.Dataset | None":
     """What a cache that cannot be written holds already, or None.
 
-    The library takes locks beside what it reads, so it is shown the cache through links in a temporary folder.
+    The library takes locks beside what it reads, so it is shown the cache through links in
+    a temporary folder.
     """
     import datasets
 
@@ -244,11 +336,9 @@ def _load_prepared(*arguments: Any, split: str, **options: Any) -> "datasets.Dat
         if not Path(builder.cache_dir, "dataset_info.json").is_file():
             return None
         files = [entry["filename"] for entry in builder.as_dataset(split=split).cache_files]
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(Path(f).resolve())) for f in files])
-
-
-def _raise(error: Exception) -> None:
-    raise error
+        return datasets.concatenate_datasets(
+            [datasets.Dataset.from_file(str(Path(f).resolve())) for f in files]
+        )
 
 
 def _read_only(error: BaseException) -> bool:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torchtitan_rd.data import check_dataset
+from torchtitan_rd.data import get_dataset
 from torchtitan_rd.data.arrow import SampleSource, TableSource
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.sources import build_encoder, open_source
+from torchtitan_rd.data.tokenizer import Tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.log import logger
 
@@ -21,7 +22,9 @@ _MADE_ON_DEMAND = 1000  # samples that are computed without end: a few stand for
 
 @dataclass
 class Report:
-    """rows: in all; size: counts, characters or ids (`unit`) of the good ones; problems: row number -> the error."""
+    """rows: in all; size: counts, characters or ids (`unit`) of the good ones;
+    problems: row number -> the error.
+    """
 
     rows: int
     unit: str
@@ -43,19 +46,21 @@ class Report:
         return merged
 
 
-def scan(keys: DatasetKeys, *, tokenizer_path: str, vocab_size: int, seed: int, split: str) -> Report:
-    """Checks every row that training.skip_ranges does not skip: its type, its counts or ids, whether it is empty.
+def scan(keys: DatasetKeys, *, tokenizer: Tokenizer | None, vocab_size: int, seed: int, split: str) -> Report:
+    """Checks every row that training.skip_ranges does not skip: its type, its counts or ids,
+    whether it is empty.
 
-    Text is not tokenised: a tokenizer that fits the vocabulary makes no id that does not. Raises ConfigError or
-    DataError for what no row can be read without.
+    Text is not tokenised: a tokenizer that fits the vocabulary makes no id that does not.
+    Raises ConfigError or DataError for what no row can be read without.
     """
-    row = check_dataset(keys)
+    row = get_dataset(keys, split=split)
     if keys.stream:
         raise ConfigError("a stream has no row numbers: check it with --training.stream=false")
-    encoder = build_encoder(keys, row.kind, tokenizer_path, vocab_size)
+    encoder = build_encoder(keys, row.kind, tokenizer, vocab_size)
     source, found = open_source(keys, row, encoder, seed, split)
     report = Report(_count(source), _UNITS[row.kind], ranges=keys.skip_ranges)
     found.log(keys.dataset, len(source))
+
     reported = time.monotonic()
     for index, read in _rows(source):
         if any(first <= index <= last for first, last in keys.skip_ranges):
@@ -67,9 +72,12 @@ def scan(keys: DatasetKeys, *, tokenizer_path: str, vocab_size: int, seed: int, 
             report.empty += size == 0
         except DataError as error:
             report.problems[index] = str(error)
+
         if time.monotonic() - reported > _REPORT_SECONDS:
             reported = time.monotonic()
-            logger.info("data: checked %d of %d rows, %d would stop a run", index, report.rows, len(report.problems))
+            logger.info(
+                "data: checked %d of %d rows, %d would stop a run", index, report.rows, len(report.problems)
+            )
     return report
 
 
@@ -78,7 +86,9 @@ def _count(source: TableSource | SampleSource) -> int:
 
 
 def _rows(source: TableSource | SampleSource) -> Iterator[tuple[int, Callable[[], Any]]]:
-    """The number of each row, and what reads its value. Rows of a table are taken many at a time, without a copy."""
+    """The number of each row, and what reads its value.
+    Rows of a table are taken many at a time, without a copy.
+    """
     if isinstance(source, SampleSource):
         yield from ((index, partial(source.samples.__getitem__, index)) for index in range(_count(source)))
         return

@@ -1,7 +1,7 @@
 """What tells data apart: digests of rows and files, and what changed between two of them.
 
-Up to `WHOLE_BYTES` every byte counts. Beyond it the length of every row (and of every list within) counts, and of the
-values the first of every so many pages, `SAMPLE_BYTES` in all, spread evenly.
+Up to `WHOLE_BYTES` every byte counts. Beyond it the length of every row (and of every list within) counts,
+and of the values the first of every so many pages, `SAMPLE_BYTES` in all, spread evenly.
 """
 
 import mmap
@@ -25,12 +25,16 @@ _MANY = 1 << 20  # samples that are made on demand, of which a few tell them apa
 
 
 class Digest:
-    """A digest of a sequence of bytes that arrives in parts of any size: of its pages 0, stride, 2 * stride, ..."""
+    """A digest of a sequence of bytes that arrives in parts of any size: of its pages 0,
+    stride, 2 * stride, ...
+    """
 
     def __init__(self, stride: int = 1):
         import xxhash
 
-        self._hash, self._stride, self._position = xxhash.xxh3_128(), stride, 0
+        self._hash = xxhash.xxh3_128()
+        self._stride = stride
+        self._position = 0
 
     def update(self, data: Any) -> None:
         """data: bytes, or anything with a buffer."""
@@ -72,7 +76,9 @@ def digest_of_file(path: Path, stride: int = 1) -> str:
 
 
 def digest_of_table(table: "datasets.Dataset", column: str) -> dict[str, Any]:
-    """Of one column: its type, and a digest of each of up to 64 equal ranges of rows, whatever chunks it lies in."""
+    """Of one column: its type, and a digest of each of up to 64 equal ranges of rows,
+    whatever chunks it lies in.
+    """
     cells = table.with_format("arrow", columns=[column])
     stride = stride_of(table.data.column(column).nbytes)
     digests = []

@@ -1,15 +1,20 @@
 """Where a run stands in an indexable data set, and how to read on from there.
 
-Row g of the global batch is lane g: it has a cursor of its own and reads its own share of the samples. The sequence
-of global batches is therefore a function of the seed and the step alone, whatever the ranks, the workers or the
-accumulation; and since a cursor names the first id of the lane's next window, it is all the state there is.
+Row g of the global batch is lane g: it has a cursor of its own and reads its own share of the samples.
+The sequence of global batches is therefore a function of the seed and the step alone, whatever the ranks,
+the workers or the accumulation; and since a cursor names the first id of the lane's next window, it is
+all the state there is.
+
+A reader keeps no cursor: it is given one and returns the next. `BatchLoader` keeps those of its rank's
+lanes, as of the last step that it handed out; a checkpoint holds those of all lanes, in the order of
+lanes (`merge_states`).
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from torchtitan_rd.data.windows import Window, cut, pack
 from torchtitan_rd.errors import DataError
 
 _MASK = (1 << 64) - 1
@@ -17,24 +22,17 @@ _NOTHING = np.empty(0, np.uint8)
 
 
 class Cursor(NamedTuple):
-    """The first id of a lane's next window: token `offset` of the lane's unit number `index` of `epoch`."""
+    """The first id of a lane's next window: token `offset` of the lane's unit number `unit` of `epoch`."""
 
     epoch: int = 0
-    index: int = 0
+    unit: int = 0
     offset: int = 0
 
 
-@dataclass(frozen=True)
-class Row:
-    """One sequence. ids: (S + 1,) integers; document_ids: (S,) int32 or None; position: of the row after this one."""
-
-    ids: np.ndarray
-    document_ids: np.ndarray | None
-    position: object
-
-
 class Source(Protocol):
-    """An indexable data set, as ids. `name` is for messages; `border_id` ends a document inside a sample (or None)."""
+    """An indexable data set, as ids. `name` is for messages;
+    `border_id` ends a document inside a sample (or None).
+    """
 
     name: str
     border_id: int | None
@@ -49,13 +47,14 @@ class Source(Protocol):
 
 
 class LaneReader:
-    """Cuts windows of `seq_len + 1` ids for one lane; a pure function of the cursor but for the cached last unit.
+    """Reads the windows of one lane; a pure function of the cursor but for the cached last unit.
 
-    A unit is a sample, or, where that would be fewer than `units_per_lane` for each lane, one of several nearly equal
-    pieces of it: no lane is left without data, and with enough units the lanes' shares are of like length, so that no
-    short document is repeated in one lane while another has not yet seen its own. In epoch e lane g reads the units at
-    the positions g + e, g + e + num_lanes, ... of that epoch's order: the lanes together read every unit once, and the
-    shift lets every lane see all the data in time even in file order.
+    A unit is a sample, or, where that would be fewer than `units_per_lane` for each lane, one of several
+    nearly equal pieces of it: no lane is left without data, and with enough units the lanes' shares are
+    of like length, so that no short document is repeated in one lane while another has not yet seen its
+    own. In epoch e lane g reads the units at the positions g + e, g + e + num_lanes, ... of that epoch's
+    order: the lanes together read every unit once, and the shift lets every lane see all the data in
+    time even in file order.
     """
 
     def __init__(
@@ -68,32 +67,39 @@ class LaneReader:
         document_mask: bool = False,
         units_per_lane: int = 1,
     ):
-        self.source, self.lane, self.num_lanes = source, lane, num_lanes
-        self.seq_len, self.shuffle_seed, self.document_mask = seq_len, shuffle_seed, document_mask
+        self.source = source
+        self.lane = lane
+        self.num_lanes = num_lanes
+        self.seq_len = seq_len
+        self.shuffle_seed = shuffle_seed
+        self.document_mask = document_mask
         self.pieces = pieces_per_sample(len(source), num_lanes, units_per_lane)
         self.num_units = len(source) * self.pieces
         self._cached: tuple[tuple[int, int] | None, np.ndarray] = (None, _NOTHING)
 
-    def read(self, position) -> Row:
+    def read(self, position) -> Window:
         """The window that begins at `position` (a Cursor, or its JSON form). Raises DataError."""
         epoch, index, offset = position
-        parts, needed, empty = [], self.seq_len + 1, 0
-        while needed:
+        empty = 0  # units in a row without a token
+
+        def take(count: int) -> np.ndarray:
+            nonlocal epoch, index, offset, empty
             unit = self._unit(epoch, index)
-            part = unit[offset : offset + needed]
+            part = unit[offset : offset + count]
             offset += len(part)
-            needed -= len(part)
-            if len(part):
-                parts.append(part)
             empty = 0 if len(unit) else empty + 1
             if empty > self.num_units:
                 self._require_tokens()
                 empty = 0
-            if offset >= len(unit):  # more only where the unit is skipped now and was not when the position was saved
+            # More only where the unit is skipped now and was not when the position was saved.
+            if offset >= len(unit):
                 index, offset = index + 1, 0
                 if index == self._units_in(epoch):
                     epoch, index = epoch + 1, 0
-        return join_parts(parts, Cursor(epoch, index, offset), self.document_mask, self.source.border_id)
+            return part
+
+        parts = cut(take, self.seq_len)
+        return pack(parts, Cursor(epoch, index, offset), self.document_mask, self.source.border_id)
 
     def close(self) -> None:
         """Lets go of the cached unit."""
@@ -135,7 +141,8 @@ def piece_of(items: np.ndarray, part: int, parts: int) -> np.ndarray:
 
 
 class SkippingSource:
-    """A source in which some samples are as if they were empty, and are never read; all others keep their numbers.
+    """A source in which some samples are as if they were empty, and are never read;
+    all others keep their numbers.
 
     ranges: pairs of the first and the last number to skip.
     """
@@ -157,24 +164,11 @@ class SkippingSource:
         return any(first <= index <= last for first, last in self.ranges)
 
 
-def join_parts(parts: list[np.ndarray], position: object, document_mask: bool, border_id: int | None) -> Row:
-    """One row of consecutive parts of samples. Documents are the parts, or end at `border_id` if that is given."""
-    ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    if not document_mask:
-        return Row(ids, None, position)
-    if border_id is not None:
-        starts = np.zeros(len(ids) - 1, np.int32)
-        starts[1:] = ids[:-2] == border_id
-        return Row(ids, np.cumsum(starts, dtype=np.int32), position)
-    documents = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
-    return Row(ids, documents[:-1], position)
-
-
 def permuted(position: int, size: int, seed: int, epoch: int) -> int:
     """The element at `position` of a pseudo-random permutation of range(size), in O(1) time and memory.
 
-    A balanced Feistel network over the next power of four; values outside are sent through again until they fall
-    inside ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
+    A balanced Feistel network over the next power of four; values outside are sent through again until they
+    fall inside ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1

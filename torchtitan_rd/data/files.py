@@ -1,4 +1,6 @@
-"""Which files a path names: those that are read, those that are not and why, and what tells their contents apart."""
+"""Which files a path names: those that are read, those that are not and why,
+and what tells their contents apart.
+"""
 
 import glob
 import os
@@ -13,13 +15,18 @@ from torchtitan_rd.data.content import digest_of_file, stride_of
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.log import logger
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".txt": "text"}
 _COMPRESSIONS, _COMPRESSIBLE = (".gz", ".zst"), ("json", "text")
 _OTHER_COMPRESSIONS = (".bz2", ".xz", ".lz4", ".zip", ".7z", ".rar")
 # What the `datasets` library writes beside its data. A folder with one of the last two is read as a whole.
 _METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _SAVED = ("dataset_dict.json", "state.json")
-_SPLITS = {"train": "train(?:ing)?", "validation": "val(?:id|idation)?|dev", "test": "test(?:ing)?"}
+_SPLITS = {
+    "train": "train(?:ing)?",
+    "validation": "val(?:id|idation)?|dev",
+    "test": "test(?:ing)?|eval(?:uation)?",
+}
 _LISTED = 1000  # names that a record holds at most
 
 
@@ -27,7 +34,8 @@ _LISTED = 1000  # names that a record holds at most
 class FileList:
     """What `path` holds for one split. files: sorted; left_out: reason -> names, relative to `path`.
 
-    saved: a folder of `save_to_disk`, whose files the `datasets` library knows. No files and not saved: not here.
+    saved: a folder of `save_to_disk`, whose files the `datasets` library knows.
+        No files and not saved: not here.
     commit: of a repository on the hub, once it is known.
     """
 
@@ -42,13 +50,14 @@ class FileList:
     def builder(self) -> str:
         """The one kind of all files, as `datasets` calls it. Raises DataError unless there is one."""
         kinds = {BUILDERS.get(_data_suffix(p)) for p in self.files}
-        if len(kinds) > 1 or None in kinds:
+        kind = kinds.pop() if len(kinds) == 1 else None
+        if kind is None:
             found = ", ".join(sorted({_data_suffix(p) or p.name for p in self.files}))
             raise DataError(
                 f"training.dataset_path = {self.path!r}: expected files of one kind of {', '.join(BUILDERS)} "
                 f"(.jsonl and .txt also as .gz or .zst), found {found}"
             )
-        return kinds.pop()
+        return kind
 
     def name(self, file: Path) -> str:
         """A file's name relative to the folder, if it lies below it."""
@@ -59,17 +68,24 @@ class FileList:
         """Name -> size in bytes and digest of the content, of every file."""
         sizes = {p: p.stat().st_size for p in self.files}
         stride = stride_of(sum(sizes.values()))
-        return {self.name(p): {"size": size, "digest": digest_of_file(p, stride)} for p, size in sizes.items()}
+        return {
+            self.name(p): {"size": size, "digest": digest_of_file(p, stride)} for p, size in sizes.items()
+        }
 
     def sizes(self, times: bool) -> dict[str, dict[str, int]]:
         """Name -> size in bytes, and with `times` the time of the last change in ns, of every file."""
         facts = {self.name(p): p.stat() for p in self.files}
-        return {name: {"size": f.st_size} | ({"time": f.st_mtime_ns} if times else {}) for name, f in facts.items()}
+        return {
+            name: {"size": f.st_size} | ({"time": f.st_mtime_ns} if times else {})
+            for name, f in facts.items()
+        }
 
     def log(self, name: str, rows: int | None) -> None:
         """Says what is read and what is not."""
         count = "streamed" if rows is None else f"{rows} rows"
-        listed = f", {len(self.files)} files: {_some([self.name(p) for p in self.files])}" if self.files else ""
+        listed = (
+            f", {len(self.files)} files: {_some([self.name(p) for p in self.files])}" if self.files else ""
+        )
         logger.info("data: %s reads split %s of %s: %s%s", name, self.split, self.path, count, listed)
         for reason, names in self.left_out.items():
             logger.info("data: %s does not read %d files (%s): %s", name, len(names), reason, _some(names))
@@ -92,9 +108,9 @@ class FileList:
 def find_files(path: str, split: str = "train") -> FileList:
     """The data files that a file, folder or glob names.
 
-    Of a folder, those named after the split; a folder in which no file is named after `train` is read whole to train
-    on, less the files that are named after other splits. Raises DataError where that leaves nothing, or for data that
-    is compressed in a way that is not read.
+    Of a folder, those named after the split; a folder in which no file is named after `train` is read whole
+    to train on, less the files that are named after other splits. Raises DataError where that leaves nothing,
+    or for data that is compressed in a way that is not read.
     """
     root = Path(path)
     if root.is_file():
@@ -112,7 +128,8 @@ def find_files(path: str, split: str = "train") -> FileList:
             raise DataError(f"{path}: a folder without data files (looked for {', '.join(BUILDERS)})")
         _keep_split(found)
     else:
-        matches = sorted(Path(p) for p in glob.glob(path, recursive=True))  # noqa: PTH207 (absolute patterns too)
+        # Path.glob would take no absolute pattern.
+        matches = sorted(Path(p) for p in glob.glob(path, recursive=True))  # noqa: PTH207
         found = FileList(path, split, Path(_plain_part(path)), [p for p in matches if p.is_file()])
         _keep_split(found)
     _refuse_compressed(found)
@@ -151,29 +168,39 @@ def _not_data(file: Path) -> str | None:
 
 
 def _keep_split(found: FileList) -> None:
-    """Leaves only the files of the split. A glob of which none is named after it is read whole: it was written out."""
+    """Leaves only the files of the split. A glob of which none is named after it is read whole:
+    it was written out.
+    """
     owner = {p: _split_of(found.name(p), found.split) for p in found.files}
     named = [p for p in found.files if owner[p] == found.split]
     unnamed = [p for p in found.files if owner[p] is None]
     is_folder = Path(found.path).is_dir()
+
     if not found.files:
         return
+
     if named:
         kept = named
     elif is_folder and found.split != "train":
         count = len(found.files)
-        raise DataError(f"{found.path}: none of its {count} data files is named after the split {found.split!r}")
+        raise DataError(
+            f"{found.path}: none of its {count} data files is named after the split {found.split!r}"
+        )
     else:
         kept = unnamed
     if not kept and is_folder:
         raise DataError(
             f"{found.path}: each of its {len(found.files)} data files is named after another split than "
-            f"{found.split!r} ({_some([found.name(p) for p in found.files])}); name them with a pattern to read them"
+            f"{found.split!r} ({_some([found.name(p) for p in found.files])}); "
+            "name them with a pattern to read them"
         )
+
     kept = kept or found.files
     for file in found.files:
         if file not in set(kept):
-            reason = "named after another split" if owner[file] else f"not named {found.split!r} as others are"
+            reason = (
+                "named after another split" if owner[file] else f"not named {found.split!r} as others are"
+            )
             found.left_out.setdefault(reason, []).append(found.name(file))
     found.files = kept
 
@@ -196,7 +223,9 @@ def _split_of(name: str, wanted: str) -> str | None:
 
 
 def _data_suffix(file: Path) -> str:
-    """The suffix that says what a file holds, in lower case: the one before .gz or .zst of a compressed file."""
+    """The suffix that says what a file holds, in lower case: the one before .gz or .zst of
+    a compressed file.
+    """
     suffix = file.suffix.lower()
     inner = Path(file.stem).suffix.lower()
     return inner if suffix in _COMPRESSIONS and BUILDERS.get(inner) in _COMPRESSIBLE else suffix
@@ -211,12 +240,16 @@ def _refuse_compressed(found: FileList) -> None:
     for file in found.files:
         suffix = file.suffix.lower()
         if _is_refused(file):
-            raise DataError(f"{file}: {suffix} files are not read: unpack it, or compress it with gzip or zstd")
+            raise DataError(
+                f"{file}: {suffix} files are not read: unpack it, or compress it with gzip or zstd"
+            )
         if suffix == ".zst":
             try:
                 import zstandard  # noqa: F401
             except ImportError:
-                raise DataError(f"{file}: reading .zst needs the package zstandard: install or unpack it") from None
+                raise DataError(
+                    f"{file}: reading .zst needs the package zstandard: install or unpack it"
+                ) from None
 
 
 def _plain_part(pattern: str) -> str:

@@ -1,7 +1,8 @@
 """What a position in the data depends on; compared over the ranks before the first step, and on every resume.
 
-A fingerprint is a dict of plain values: the settings that choose the windows, and digests of the rows (or, for a
-stream of local files, of the files) and of the tokenizer. `files` and `skip_ranges` explain; they refuse nothing.
+A fingerprint is a dict of plain values: the settings that choose the windows, and digests of the rows (or,
+for a stream of local files, of the files) and of the tokenizer. `files`, `skip_ranges` and
+`tokenizer_revision` explain; they refuse nothing.
 """
 
 from collections.abc import Sequence
@@ -11,37 +12,36 @@ from torchtitan_rd.data.content import changed_files, changed_rows
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.log import logger
 
-_EXPLAINING = ("files", "skip_ranges")
+_EXPLAINING = ("files", "skip_ranges", "tokenizer_revision")
 _OF_DATA = ("num_samples", "rows", "content", "tokenizer")
 
 
 def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
-    """Raises DataError, naming what changed and the remedy, unless a position in the one is a position in the other."""
-    saved = _completed(saved, present)
+    """Raises DataError, naming what changed and the remedy,
+    unless a position in the one is a position in the other.
+    """
+    saved = _completed(_of_full_batches(saved, present), present)
     changed = differences(saved, present)
     if changed:
         key = changed[0]
-        was = saved.get(key)
-        if key == "global_batch_size":
-            remedy = f"set training.global_batch_size = {was}, which any number of ranks that divides it can continue"
-        elif key in _OF_DATA:
-            remedy = "put the former data (and tokenizer) back, or begin a new run from the checkpoint's weights"
-        elif key == "revision":
-            remedy = f"set training.dataset_revision = {was['commit']!r}, or begin a new run"
-        elif key == "cut":
-            remedy = "begin a new run from the checkpoint's weights"
-        else:
-            remedy = f"set training.{key} = {was!r} as before, or begin a new run from the checkpoint's weights"
         raise DataError(
-            f"the position in the data cannot be continued: what changed is {describe(key, saved, present)}; {remedy}"
+            f"the position in the data cannot be continued: what changed is {describe(key, saved, present)}; "
+            f"{_remedy(key, saved)}"
         )
+
+    # What follows moves no row, and is only told.
     if not present.get("rows", {"whole": True})["whole"] and "files" in saved:
         for line in changed_files(saved["files"], present["files"]):
-            logger.warning("data: %s; of data of this size only a sample is compared, and that is the same", line)
+            logger.warning(
+                "data: %s; of data of this size only a sample is compared, and that is the same", line
+            )
     if "rows" in present and "revision" in saved and saved["revision"] != present.get("revision"):
         logger.warning(
-            "data: was read at %s and is now %s: the rows are the same", saved["revision"], present.get("revision")
+            "data: was read at %s and is now %s: the rows are the same",
+            saved["revision"],
+            present.get("revision"),
         )
+
     if (was := saved.get("skip_ranges", [])) != present.get("skip_ranges", []):
         logger.warning(
             "data: training.skip_ranges was %s and is now %s: all other rows keep their place",
@@ -50,23 +50,45 @@ def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
         )
 
 
+def _remedy(key: str, saved: dict[str, Any]) -> str:
+    """How to go on where `key` of a fingerprint changed."""
+    was = saved.get(key)
+    if key == "global_batch_size":
+        which = "which any number of ranks that divides it can continue"
+        return f"set training.global_batch_size = {was}, {which}"
+    if key in _OF_DATA:
+        return "put the former data (and tokenizer) back, or begin a new run from the checkpoint's weights"
+    if key == "revision":
+        return f"set training.dataset_revision = {saved[key]['commit']!r}, or begin a new run"
+    if key == "cut":
+        return "begin a new run from the checkpoint's weights"
+    return f"set training.{key} = {was!r} as before, or begin a new run from the checkpoint's weights"
+
+
 def check_same_data(fingerprints: Sequence[dict[str, Any]]) -> None:
-    """Raises one DataError, the same on every rank, if not all read the same. fingerprints: in the order of ranks."""
+    """Raises one DataError, the same on every rank, if not all read the same.
+    fingerprints: in the order of ranks.
+    """
     lines = []
     for rank, fingerprint in enumerate(fingerprints):
         if changed := differences(fingerprints[0], fingerprint):
-            lines.append(f"rank {rank}: {'; '.join(describe(key, fingerprints[0], fingerprint) for key in changed)}")
+            lines.append(
+                f"rank {rank}: {'; '.join(describe(key, fingerprints[0], fingerprint) for key in changed)}"
+            )
     if lines:
         more = f"\n  and {len(lines) - 8} more ranks" if len(lines) > 8 else ""
         raise DataError(
-            "these data ranks read other data than data rank 0 (was: there, now: here); is a copy or a cache of their "
+            "these data ranks read other data than data rank 0 (was: there, now: here); "
+            "is a copy or a cache of their "
             "machines older?\n  " + "\n  ".join(lines[:8]) + more
         )
 
 
 def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """The keys that refuse a position, in the order of the fingerprint."""
-    return [key for key, value in present.items() if _refuses(key, saved, present) and saved.get(key) != value]
+    return [
+        key for key, value in present.items() if _refuses(key, saved, present) and saved.get(key) != value
+    ]
 
 
 def _refuses(key: str, saved: dict[str, Any], present: dict[str, Any]) -> bool:
@@ -80,7 +102,9 @@ def describe(key: str, saved: dict[str, Any], present: dict[str, Any]) -> str:
     """What changed, in words."""
     was, now = saved.get(key), present[key]
     files = changed_files(saved["files"], present["files"]) if "files" in saved and "files" in present else []
-    named = f" ({', '.join(files[:4])}{f' and {len(files) - 4} more' if len(files) > 4 else ''})" if files else ""
+    named = (
+        f" ({', '.join(files[:4])}{f' and {len(files) - 4} more' if len(files) > 4 else ''})" if files else ""
+    )
     if key == "rows" and was is not None and now is not None:
         return f"the data: {changed_rows(was, now, present['num_samples'])}{named}"
     if key == "num_samples":
@@ -94,16 +118,28 @@ def describe(key: str, saved: dict[str, Any], present: dict[str, Any]) -> str:
     return f"{key} (was {was!r}, now {now!r})"
 
 
+def _of_full_batches(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
+    """Of a run whose batch grows: an older checkpoint noted the rows of one stage as the batch."""
+    stages = present.get("batch_ramp_stages")
+    if stages is None or "batch_ramp_stages" in saved:
+        return saved
+    size = saved["global_batch_size"]
+    return {**saved, "batch_ramp_stages": stages, "global_batch_size": size if size == -1 else size * stages}
+
+
 def _completed(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]:
-    """The fingerprint of an older checkpoint, which noted ids of the first and last sample alone, as one of today.
+    """The fingerprint of an older checkpoint, which noted ids of the first and last sample
+    alone, as one of today.
 
     Only what it noted can be compared. Recordings were cut anywhere, which is another position.
     """
     if "cut" in saved:
         return saved
     logger.warning(
-        "data: this checkpoint is of a version that did not note all rows: a change of the data or of the tokenizer "
-        "since then is not seen, one after the next checkpoint is"
+        "data: this checkpoint is of a version that did not note all rows: "
+        "a change of the data or of the tokenizer since then is not seen, one after the next checkpoint is"
     )
-    unknown = {key: present[key] for key in ("rows", "content", "tokenizer") if key in present}
+    unknown: dict[str, Any] = {
+        key: present[key] for key in ("rows", "content", "tokenizer") if key in present
+    }
     return {**saved, **unknown, "cut": None if present.get("cut") is None else "tokens"}

@@ -1,8 +1,8 @@
 """Documents that are cut into pieces, encoded once: the ids of all of them in a file that every reader maps.
 
-A tokenizer turns whole documents into ids, so a piece would cost as much as its document. The file is written by
-whichever process of a node comes first; its name is a digest of the data and of the encoder, so that it never serves
-another one, and any file of the folder may be deleted when no run reads it.
+A tokenizer turns whole documents into ids, so a piece would cost as much as its document. The file is written
+by whichever process of a node comes first; its name is a digest of the data and of the encoder, so that it
+never serves another one, and any file of the folder may be deleted when no run reads it.
 """
 
 import fcntl
@@ -20,7 +20,9 @@ from torchtitan_rd.log import logger
 
 
 class EncodedSource:
-    """A source whose documents are encoded already; `ids` (all documents one after another), `ends` (of each)."""
+    """A source whose documents are encoded already;
+    `ids` (all documents one after another), `ends` (of each).
+    """
 
     def __init__(self, source: Source, ids: np.ndarray, ends: np.ndarray):
         self.name, self.border_id = source.name, source.border_id
@@ -57,13 +59,14 @@ def encode_once(source: Source, dtype: np.dtype, folder: Path, key: str) -> Enco
                     _write(source, dtype, target)
         except OSError as error:
             logger.warning(
-                "data: %s: encoded documents cannot be kept in %s (%s), so this rank encodes them in its own memory; "
-                "set training.cache_folder to a folder that can be written",
+                "data: %s: encoded documents cannot be kept in %s (%s), so this rank encodes them in its own "
+                "memory; set training.cache_folder to a folder that can be written",
                 source.name,
                 folder,
                 error,
             )
             return encode_in_memory(source, dtype)
+
     logger.info("data: %s: encoded documents are mapped from %s", source.name, target)
     ends = np.load(target / "ends.npy")
     ids = np.memmap(target / "ids.bin", dtype, mode="r") if ends[-1] else np.empty(0, dtype)
@@ -86,16 +89,22 @@ def _write(source: Source, dtype: np.dtype, target: Path) -> None:
     shutil.rmtree(staged, ignore_errors=True)  # of a process that was killed
     shutil.rmtree(target, ignore_errors=True)  # damaged
     staged.mkdir()
-    ends = []
-    with (staged / "ids.bin").open("wb") as file:
-        for ids in _documents(source):
-            file.write(ids.astype(dtype).data)
-            ends.append((ends[-1] if ends else 0) + len(ids))
-        _sync(file)
-    with (staged / "ends.npy").open("wb") as file:
-        np.save(file, np.array(ends, np.int64))
-        _sync(file)
-    staged.rename(target)
+
+    ends: list[int] = []
+    try:
+        with (staged / "ids.bin").open("wb") as file:
+            for ids in _documents(source):
+                file.write(ids.astype(dtype).data)
+                ends.append((ends[-1] if ends else 0) + len(ids))
+            _sync(file)
+        with (staged / "ends.npy").open("wb") as file:
+            np.save(file, np.array(ends, np.int64))
+            _sync(file)
+        staged.rename(target)
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)  # on a full disk, gigabytes that nothing reads
+        raise
+
     logger.info("data: %s: %d ids in %.1f s", source.name, ends[-1], time.monotonic() - began)
 
 

@@ -11,60 +11,42 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.utils.data
-from torch import Tensor
 from torchdata.nodes import Batcher, IterableWrapper, Mapper, PinMemory, Prefetcher
 
-from torchtitan_rd.data.cursor import Row
+from torchtitan_rd.batch import Batch
+from torchtitan_rd.data.batch_dims import BatchDims
 from torchtitan_rd.data.fingerprint import check_fingerprint, check_same_data
-from torchtitan_rd.data.packed import IGNORE_ID
+from torchtitan_rd.data.windows import Window, to_batch
 from torchtitan_rd.errors import DataError, TorchtitanRDError
 from torchtitan_rd.log import logger
 
-_STEPS_AHEAD = 2
+_STAGES_AHEAD = 2
 _CLOSE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One microbatch of one rank, on the CPU: inputs and labels (B, S) int64, document_ids (B, S) int32 or None.
-
-    Labels are the inputs one position later; -100 is to be ignored.
-    """
-
-    inputs: Tensor
-    labels: Tensor
-    document_ids: Tensor | None = None
-
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory."""
-        documents = None if self.document_ids is None else self.document_ids.pin_memory()
-        return replace(self, inputs=self.inputs.pin_memory(), labels=self.labels.pin_memory(), document_ids=documents)
-
-
-@dataclass(frozen=True)
-class _Step:
+class _Stage:
     batches: list[Batch]
     positions: list[Any]
 
-    def pin_memory(self) -> "_Step":
+    def pin_memory(self) -> "_Stage":
         return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
 class Reader(Protocol):
-    """Reads the window at a position (JSON-able) as a Row, which holds the position after it."""
+    """Reads the window at a position (JSON-able); it holds the position after it."""
 
-    def read(self, position: Any) -> Row: ...
+    def read(self, position: Any) -> Window: ...
 
     def close(self) -> None: ...
 
 
-class DataLoader:
-    """Endless steps of one rank: `accumulation_steps` batches of `local_batch_size` rows each.
+class BatchLoader:
+    """Endless steps of one rank, as many microbatches each as its share of the global batch has (`dims`).
 
-    readers: one a row of this rank's share of the global batch, or one for all of them (a stream).
+    readers: one a row of this rank's share of a stage, or one for all of them (a stream).
     start: the position at which each reader begins.
     fingerprint: what the position depends on; compared on resume.
     record: what is read and what is not, for the folder of the run.
@@ -75,12 +57,9 @@ class DataLoader:
         self,
         readers: Sequence[Reader],
         start: Sequence[Any],
+        dims: BatchDims,
         *,
         fingerprint: dict[str, Any],
-        local_batch_size: int,
-        accumulation_steps: int,
-        data_rank: int,
-        data_degree: int,
         num_workers: int = 0,
         pin_memory: bool = False,
         fill_id: int | None = None,
@@ -88,27 +67,37 @@ class DataLoader:
         record: dict[str, Any] | None = None,
     ):
         self.record = record or {}
-        self.fingerprint, self.data_rank, self.data_degree = fingerprint, data_rank, data_degree
+        self.fingerprint = fingerprint
+        self.dims = dims
         self.num_workers = _workers_for(len(readers), num_workers)
-        self._readers, self._start, self._positions = list(readers), list(start), list(start)
-        self._local_batch_size, self._rows_per_step = local_batch_size, local_batch_size * accumulation_steps
+        self._readers = list(readers)
+        self._start = list(start)
+        self._positions = list(start)
         self._pin_memory, self._fill_id = pin_memory, fill_id
         self._restart_on_rank_change = restart_on_rank_change
         self._epoch = 0
-        self._steps: Iterator[_Step | TorchtitanRDError] | None = None
+        self._stages: Iterator[_Stage | TorchtitanRDError] | None = None
         self._workers: set[multiprocessing.process.BaseProcess] = set()
-        self._source: _Source | None = None
+        self._source: _Feed | None = None
 
-    def next_step(self) -> list[Batch]:
-        """This rank's share of the next global batch, as microbatches. Raises DataError."""
-        if self._steps is None:
-            self._open()
-        step = next(self._steps)
-        if isinstance(step, TorchtitanRDError):
-            raise step
-        self._positions = step.positions
+    def next_step(self, stages: int | None = None) -> list[Batch]:
+        """This rank's share of the next global batch, as microbatches. Raises DataError.
+
+        stages: how much of it to read (`BatchDims.stages_at`); None: all of it.
+        """
+        stages = self.dims.stages if stages is None else stages
+        batches = [batch for _ in range(stages) for batch in self._next_stage()]
+        return [replace(batch, rows=self.dims.rows_of(number)) for number, batch in enumerate(batches)]
+
+    def _next_stage(self) -> list[Batch]:
+        if self._stages is None:
+            self._stages = self._open()
+        stage = next(self._stages)
+        if isinstance(stage, TorchtitanRDError):
+            raise stage
+        self._positions = stage.positions
         self._report_epoch()
-        return step.batches
+        return stage.batches
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last step that `next_step` returned, JSON-able; see `merge_states`."""
@@ -125,18 +114,19 @@ class DataLoader:
         self.close()
         check_fingerprint(merged["fingerprint"], self.fingerprint)
         positions, readers = merged["positions"], len(self._readers)
-        if len(positions) == readers * self.data_degree:
-            self._positions = positions[self.data_rank * readers : (self.data_rank + 1) * readers]
+        rank, degree = self.dims.data_rank, self.dims.data_degree
+        if len(positions) == readers * degree:
+            self._positions = positions[rank * readers : (rank + 1) * readers]
         elif self._restart_on_rank_change:
             logger.warning(
                 "data: the position of a stream of %d ranks has no meaning on %d: beginning the data anew",
                 len(positions),
-                self.data_degree,
+                degree,
             )
             self._positions = list(self._start)
         else:
             raise DataError(
-                f"the data was streamed on {len(positions)} data ranks and cannot be continued on {self.data_degree}: "
+                f"the data was streamed on {len(positions)} data ranks and cannot be continued on {degree}: "
                 f"use {len(positions)}, or set training.on_rank_change = 'restart' to begin the data anew, "
                 f"or prepare it on disk (training.stream = false) in a new run"
             )
@@ -146,7 +136,7 @@ class DataLoader:
         """Ends reader processes and threads; a later `next_step` starts them again where this one stood."""
         if self._source is not None:
             self._source.close()
-        self._steps = self._source = None
+        self._stages = self._source = None
         for reader in self._readers:
             reader.close()
         for worker in self._workers:
@@ -157,50 +147,48 @@ class DataLoader:
         self._workers = set()
         atexit.unregister(self.close)
 
-    def _open(self) -> None:
-        # A process that ends without close() would wait for its workers for ever, or abort in a stream's thread.
+    def _open(self) -> Iterator[_Stage | TorchtitanRDError]:
+        # A process that ends without close() would wait for its workers for ever,
+        # or abort in a stream's thread.
         atexit.register(self.close)
-        rows = _Rows(self._readers, self._positions)
+        windows = _Windows(self._readers, self._positions)
+
         if self.num_workers:
-            for reader in self._readers:  # what was read ahead in this process would only be copied into each worker
+            # What was read ahead in this process would only be copied into each worker.
+            for reader in self._readers:
                 reader.close()
+            # Ours are those that appear below: torch keeps its list to itself, and close() must end them.
             others = set(multiprocessing.active_children())
-            source = iter(
+            source: Iterator[Window | TorchtitanRDError] = iter(
                 torch.utils.data.DataLoader(
-                    rows,
+                    windows,
                     batch_size=None,
                     num_workers=self.num_workers,
-                    prefetch_factor=max(2, _STEPS_AHEAD * self._rows_per_step // self.num_workers),
+                    prefetch_factor=max(2, _STAGES_AHEAD * self.dims.rows_per_rank // self.num_workers),
                     collate_fn=_as_is,  # arrays travel by pipe: no shared memory segment a row
                     worker_init_fn=_begin_worker,
                 )
             )
             self._workers = set(multiprocessing.active_children()) - others
         else:
-            source = iter(rows)
-        self._source = _Source(source)
-        node = Mapper(Batcher(IterableWrapper(self._source), self._rows_per_step), self._assemble)
+            source = iter(windows)
+
+        self._source = _Feed(source)
+        node = Mapper(Batcher(IterableWrapper(self._source), self.dims.rows_per_rank), self._assemble)
         if self._pin_memory:
-            self._steps = PinMemory(node, pin_memory_device="cuda", snapshot_frequency=0)
-        else:
-            self._steps = Prefetcher(node, prefetch_factor=_STEPS_AHEAD, snapshot_frequency=0)
+            return PinMemory(node, pin_memory_device="cuda", snapshot_frequency=0)
+        return Prefetcher(node, prefetch_factor=_STAGES_AHEAD, snapshot_frequency=0)
 
-    def _assemble(self, rows: list[Row | TorchtitanRDError]) -> _Step | TorchtitanRDError:
-        for row in rows:
-            if isinstance(row, TorchtitanRDError):
-                return row
-        size = self._local_batch_size
-        batches = [self._batch(rows[i : i + size]) for i in range(0, len(rows), size)]
-        return _Step(batches, [row.position for row in rows[-len(self._readers) :]])
+    def _assemble(self, windows: list[Window | TorchtitanRDError]) -> _Stage | TorchtitanRDError:
+        good: list[Window] = []
+        for window in windows:
+            if isinstance(window, TorchtitanRDError):
+                return window
+            good.append(window)
 
-    def _batch(self, rows: list[Row]) -> Batch:
-        ids = torch.from_numpy(np.stack([row.ids for row in rows]).astype(np.int64))
-        inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-        if self._fill_id is not None:
-            inputs = inputs.masked_fill(inputs == IGNORE_ID, self._fill_id)  # a copy: with B = 1 they share memory
-        if rows[0].document_ids is None:
-            return Batch(inputs, labels)
-        return Batch(inputs, labels, torch.from_numpy(np.stack([row.document_ids for row in rows])))
+        size = self.dims.local_batch_size
+        batches = [to_batch(good[i : i + size], self._fill_id) for i in range(0, len(good), size)]
+        return _Stage(batches, [window.position for window in good[-len(self._readers) :]])
 
     def _report_epoch(self) -> None:
         epoch = _latest_epoch(self._positions)
@@ -209,7 +197,7 @@ class DataLoader:
         self._epoch = epoch
 
 
-class _Source:
+class _Feed:
     """Rows for torchdata's thread, until `close`, which waits for the read that is under way.
 
     So no thread is inside a reader, or waits for a worker process, when these are taken down.
@@ -230,14 +218,16 @@ class _Source:
     def close(self) -> None:
         idle = self._reading.acquire(timeout=_CLOSE_SECONDS)
         if not idle:
-            logger.warning("data: a read has been hanging for %.0f s; closing regardless of it", _CLOSE_SECONDS)
+            logger.warning(
+                "data: a read has been hanging for %.0f s; closing regardless of it", _CLOSE_SECONDS
+            )
         self._rows = None  # the last reference to torch's loader, which ends its workers here
         if idle:
             self._reading.release()
 
 
-class _Rows(torch.utils.data.IterableDataset):
-    """The rows of the readers in turn, endlessly. In a worker process, those of its share of the readers.
+class _Windows(torch.utils.data.IterableDataset):
+    """The windows of the readers in turn, endlessly. In a worker process, those of its share of the readers.
 
     Worker w of W takes the readers w, w + W, ...: torch asks the workers in turn, which restores the order.
     An error of ours is handed on as a row, again and again, so that it arrives with its own words.
@@ -246,7 +236,7 @@ class _Rows(torch.utils.data.IterableDataset):
     def __init__(self, readers: list[Reader], positions: list[Any]):
         self.readers, self.positions = readers, positions
 
-    def __iter__(self) -> Iterator[Row | TorchtitanRDError]:
+    def __iter__(self) -> Iterator[Window | TorchtitanRDError]:
         worker = torch.utils.data.get_worker_info()
         share = slice(worker.id, None, worker.num_workers) if worker else slice(None)
         readers, positions = self.readers[share], self.positions[share]
@@ -262,7 +252,9 @@ class _Rows(torch.utils.data.IterableDataset):
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The states of all data ranks, in rank order -> the one state of the run, for `DataLoader.load_state_dict`."""
+    """The states of all data ranks, in rank order -> the one state of the run,
+    for `BatchLoader.load_state_dict`.
+    """
     check_same_data([state["fingerprint"] for state in states])
     return {
         "fingerprint": states[0]["fingerprint"],
@@ -278,12 +270,16 @@ def _workers_for(readers: int, wanted: int) -> int:
     """The largest number of workers, at most `wanted`, that share the readers evenly."""
     workers = max((n for n in range(1, wanted + 1) if readers % n == 0), default=0)
     if workers != wanted:
-        logger.info("data: %d of training.num_workers = %d readers used: they serve whole rows", workers, wanted)
+        logger.info(
+            "data: %d of training.num_workers = %d readers used: they serve whole rows", workers, wanted
+        )
     return workers
 
 
 def _begin_worker(worker: int) -> None:
-    """A signal to the process group is the trainer's to answer (it saves): reader processes go on until it ends."""
+    """A signal to the process group is the trainer's to answer (it saves):
+    reader processes go on until it ends.
+    """
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
@@ -296,5 +292,5 @@ def _exit_with(parent: int) -> None:
     os._exit(1)
 
 
-def _as_is(row: Row) -> Row:
-    return row
+def _as_is(window: Any) -> Any:
+    return window

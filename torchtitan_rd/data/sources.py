@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -12,58 +12,96 @@ from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.content import digest_of, digest_of_samples, digest_of_table
 from torchtitan_rd.data.cursor import LaneReader, SkippingSource, Source, pieces_per_sample
 from torchtitan_rd.data.files import FileList
-from torchtitan_rd.data.hub import check_revision
+from torchtitan_rd.data.hub import cached_commit, check_revision, repository
 from torchtitan_rd.data.ids import encode_in_memory, encode_once
-from torchtitan_rd.data.packed import PackedEncoder
+from torchtitan_rd.data.prepacked import PackedEncoder
 from torchtitan_rd.data.spikes import SpikeEncoder
 from torchtitan_rd.data.text import TextEncoder
-from torchtitan_rd.data.tokenizer import load_tokenizer
+from torchtitan_rd.data.tokenizer import Tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
 
 Kind = Literal["spikes", "text", "packed"]
 
-# Data sets of any size have far more samples than this; small ones are cut into so many pieces for each row of a batch.
+# Data sets of any size have far more samples than this;
+# small ones are cut into so many pieces for each row of a batch.
 _UNITS_PER_LANE = 16
 _FILES_NOTED = 1000  # of more files a checkpoint holds no names
 
 
+class Samples(Protocol):
+    """Samples that are made here, by their numbers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Dataset:
-    """kind: how a sample becomes ids. Where samples come from: `hub` (and `subset`) on the Hugging Face hub unless
-    training.dataset_path names another place, or `samples(seed)`, made here; neither: dataset_path is required."""
+    """kind: how a sample becomes ids. Where samples come from: `hub` (and `subset`) on the Hugging Face
+    hub unless training.dataset_path names another place, or `samples(seed)`, made here; neither:
+    dataset_path is required.
+    """
 
     kind: Kind
     hub: str | None = None
     subset: str | None = None
-    samples: Callable[[int], Sequence[Any]] | None = None
+    samples: Callable[[int], Samples] | None = None
 
 
-def build_encoder(config: DatasetKeys, kind: Kind, tokenizer_path: str, vocab_size: int) -> Encoder:
+def build_encoder(config: DatasetKeys, kind: Kind, tokenizer: Tokenizer | None, vocab_size: int) -> Encoder:
     """Raises ConfigError where the tokenizer or eos_id does not fit the model's vocabulary."""
-    column = {} if config.column is None else {"column": config.column}
+    column: dict[str, Any] = {} if config.column is None else {"column": config.column}
     if kind == "spikes":
         return SpikeEncoder(vocab_size, **column)
     if kind == "packed":
         if config.eos_id is not None and config.eos_id >= vocab_size:
-            raise ConfigError(f"training.eos_id = {config.eos_id} is not below model.vocab_size = {vocab_size}")
+            raise ConfigError(
+                f"training.eos_id = {config.eos_id} is not below model.vocab_size = {vocab_size}"
+            )
         return PackedEncoder(config.seq_len, vocab_size, config.pad_id, config.eos_id, **column)
-    tokenizer = load_tokenizer(tokenizer_path)
+    if tokenizer is None:
+        raise ValueError("text is read with a tokenizer, and none was given")
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
-            f"the tokenizer {tokenizer_path!r} has ids up to {tokenizer.vocab_size - 1}, but model.vocab_size = "
-            f"{vocab_size}: set it to {tokenizer.vocab_size} or more"
+            f"the tokenizer (model.tokenizer_path) has ids up to {tokenizer.vocab_size - 1}, "
+            f"but model.vocab_size = {vocab_size}: set it to {tokenizer.vocab_size} or more"
         )
     return TextEncoder(tokenizer, vocab_size, **column)
 
 
-def open_rows(config: DatasetKeys, row: Dataset, split: str) -> tuple[Any, FileList]:
-    """The table (or stream) of a data set that has files, and these files. Raises DataError."""
+def prepared_files(config: DatasetKeys, row: Dataset, split: str) -> list[str]:
+    """The arrow files of data on the hub, fetched and converted if need be. Raises DataError.
+
+    None for data that lies here, that is made here, or that is streamed.
+    """
+    if row.samples or config.stream or repository(config, row.hub, split) is None:
+        return []
+    table, _ = open_rows(config, row, None, split)
+    return [entry["filename"] for entry in table.cache_files]
+
+
+def open_rows(
+    config: DatasetKeys, row: Dataset, encoder: Encoder | None, split: str, prepared: Sequence[str] = ()
+) -> tuple[Any, FileList]:
+    """The table (or stream) of a data set that has files, and these files. prepared: see `open_table`.
+
+    Raises DataError.
+    """
     path = config.dataset_path or row.hub
+    if path is None:
+        raise ConfigError(f"training.dataset = {config.dataset!r} needs training.dataset_path")
     subset = None if config.dataset_path else row.subset
     found = check_path(path, split) if config.dataset_path else FileList(path, split, Path(path))
-    table = open_table(config.dataset, path, subset, config.stream, split, found, config.dataset_revision)
+    text_column = encoder.column if isinstance(encoder, TextEncoder) else None
+    revision = config.dataset_revision
+    table = open_table(
+        config.dataset, path, subset, config.stream, split, found, revision, text_column, prepared
+    )
     if not found.files and not found.saved:
-        found.commit = check_revision(config.dataset, table, config.dataset_revision)
+        found.commit = check_revision(config.dataset, table, revision)
+        if found.commit is None and config.stream:
+            found.commit = cached_commit(path, subset)
     if found.saved and not config.stream:
         found.files = sorted(Path(entry["filename"]) for entry in table.cache_files)
     if config.source_dataset is not None:
@@ -72,12 +110,14 @@ def open_rows(config: DatasetKeys, row: Dataset, split: str) -> tuple[Any, FileL
 
 
 def open_source(
-    config: DatasetKeys, row: Dataset, encoder: Encoder, seed: int, split: str
+    config: DatasetKeys, row: Dataset, encoder: Encoder, seed: int, split: str, prepared: Sequence[str] = ()
 ) -> tuple[TableSource | SampleSource, FileList]:
     """All samples, and the files they come from. Raises DataError."""
     if row.samples:
-        return SampleSource(config.dataset, row.samples(seed), encoder), FileList("this program", split, Path())
-    table, found = open_rows(config, row, split)
+        return SampleSource(config.dataset, row.samples(seed), encoder), FileList(
+            "this program", split, Path()
+        )
+    table, found = open_rows(config, row, encoder, split, prepared)
     return TableSource(config.dataset, table, encoder), found
 
 
@@ -93,8 +133,8 @@ class Cutting:
     def __post_init__(self):
         if self.kind == "packed" and self.num_samples < self.num_lanes:
             raise DataError(
-                f"{self.config.dataset}: holds {self.num_samples} rows, fewer than the {self.num_lanes} of one global "
-                f"batch; lower training.global_batch_size"
+                f"{self.config.dataset}: holds {self.num_samples} rows, fewer than the {self.num_lanes} of "
+                f"one global batch; lower training.global_batch_size"
             )
 
     @property
@@ -119,8 +159,9 @@ def source_fingerprint(
     config: DatasetKeys, source: TableSource | SampleSource, found: FileList, cutting: Cutting
 ) -> dict[str, Any]:
     """What the samples are; see fingerprint.py."""
+    files: dict[str, Any] = {}
     if isinstance(source, SampleSource):
-        rows, files = digest_of_samples(source.samples), {}
+        rows = digest_of_samples(source.samples)
     else:
         rows = digest_of_table(source.table, source.encoder.column)
         converted = found.files and not found.saved and found.builder() != "arrow"
@@ -162,23 +203,28 @@ def prepare(
 ) -> Source:
     """The samples without those to skip; documents that lanes share are encoded. Raises DataError."""
     encoder, is_table = source.encoder, isinstance(source, TableSource)
+    samples: Source = source
     if config.skip_ranges:
         last = max(last for _, last in config.skip_ranges)
         if last >= len(source):
-            raise DataError(f"training.skip_ranges: {source.name} has no row {last}, its last is {len(source) - 1}")
-        source = SkippingSource(source, config.skip_ranges)
+            raise DataError(
+                f"training.skip_ranges: {source.name} has no row {last}, its last is {len(source) - 1}"
+            )
+        samples = SkippingSource(source, config.skip_ranges)
+
     if cutting.unit != "tokens":
-        return source
+        return samples
     dtype = np.min_scalar_type(encoder.vocab_size - 1)
     if not is_table:
-        return encode_in_memory(source, dtype)
+        return encode_in_memory(samples, dtype)
+
     facts = (
         ("rows", "skip_ranges", "tokenizer")
         if fingerprint["rows"]["whole"]
         else ("rows", "skip_ranges", "tokenizer", "files")
     )
     key = digest_of(str(dtype), encoder.column, *(fingerprint[fact] for fact in facts))
-    return encode_once(source, dtype, _cache_folder(config) / "encoded_documents", key)
+    return encode_once(samples, dtype, _cache_folder(config) / "encoded_documents", key)
 
 
 def _cache_folder(config: DatasetKeys) -> Path:

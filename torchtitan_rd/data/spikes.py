@@ -3,7 +3,8 @@
     [[1, 0, 2],
      [0, 3, 0]]   ->   255 1 0   255 0 3   255 2 0
 
-The separator is the last id of the vocabulary; so a count must be smaller (eminorhan/gpt-neuro-arch; Neural Pile).
+The separator is the last id of the vocabulary;
+so a count must be smaller (eminorhan/gpt-neuro-arch; Neural Pile).
 """
 
 from dataclasses import dataclass
@@ -29,17 +30,20 @@ class SpikeEncoder:
     border_id: int | None = None
 
     def read(self, cell: "pa.Array", where: str) -> np.ndarray:
-        """One row's counts (N, T), without a copy, from an arrow array of length 1: lists of lists of integers."""
+        """One row's counts (N, T), without a copy, from an arrow array of length 1:
+        lists of lists of integers.
+        """
         return read_matrix(cell, where)
 
     def check_type(self, column: "pa.ChunkedArray", name: str) -> None:
         """Raises DataError unless the column can hold counts. Reads no row."""
-        outer = getattr(column.type, "storage_type", column.type)  # Array2D of `datasets` is an extension type
+        # Array2D of `datasets` is an extension type.
+        outer = getattr(column.type, "storage_type", column.type)
         inner = outer.value_type if is_list(outer) else None
         if inner is None or not is_list(inner) or not is_integer(inner.value_type):
             raise DataError(
-                f"{name}: column {self.column!r} holds {column.type}; expected lists (neurons) of lists (time bins) "
-                f"of integers"
+                f"{name}: column {self.column!r} holds {column.type}; "
+                f"expected lists (neurons) of lists (time bins) of integers"
             )
 
     def check(self, counts: np.ndarray, where: str) -> int:
@@ -49,8 +53,8 @@ class SpikeEncoder:
             neuron, bin_ = np.argwhere((counts >= separator) | (counts < 0))[0]
             raise DataError(
                 f"{where}, neuron {neuron}, time bin {bin_}: spike count {counts[neuron, bin_]} is not in "
-                f"0..{separator - 1} ({separator} separates the time bins): clip the counts, use shorter bins, "
-                f"or raise model.vocab_size"
+                f"0..{separator - 1} ({separator} separates the time bins): "
+                f"clip the counts, use shorter bins, or raise model.vocab_size"
             )
         return counts.size
 
@@ -59,7 +63,9 @@ class SpikeEncoder:
         return self.piece(counts, where, 0, 1)
 
     def piece(self, counts: np.ndarray, where: str, part: int, parts: int) -> np.ndarray:
-        """The ids of one of `parts` pieces of a recording. A piece is whole time bins, and no other bin is encoded."""
+        """The ids of one of `parts` pieces of a recording. A piece is whole time bins,
+        and no other bin is encoded.
+        """
         self.check(counts, where)
         counts = piece_of(counts.T, part, parts).T
         neurons, bins = counts.shape
@@ -73,14 +79,18 @@ class SpikeEncoder:
 
 
 def read_matrix(cell: "pa.Array", where: str) -> np.ndarray:
-    """An arrow array of length 1 that holds a list of equally long lists of integers -> (rows, columns), no copy."""
+    """An arrow array of length 1 that holds a list of equally long lists of integers -> (rows, columns),
+    no copy.
+    """
     import pyarrow.compute as pc
 
     outer = getattr(cell, "storage", cell)  # Array2D of `datasets` is an extension type
     rows = outer.flatten() if is_list(outer.type) else outer
     values = rows.flatten() if is_list(rows.type) else rows
     if outer is rows or rows is values or not is_integer(values.type):
-        raise DataError(f"{where}: expected lists (neurons) of lists (time bins) of integers, found {cell.type}")
+        raise DataError(
+            f"{where}: expected lists (neurons) of lists (time bins) of integers, found {cell.type}"
+        )
     if outer.null_count or rows.null_count or values.null_count:
         raise DataError(f"{where}: holds missing values (nulls)")
     lengths = pc.list_value_length(rows).to_numpy(zero_copy_only=False)
@@ -88,7 +98,9 @@ def read_matrix(cell: "pa.Array", where: str) -> np.ndarray:
         return np.empty((0, 0), np.uint8)
     if (lengths != lengths[0]).any():
         neuron = int(np.argmax(lengths != lengths[0]))
-        raise DataError(f"{where}: neuron {neuron} has {lengths[neuron]} time bins, but neuron 0 has {lengths[0]}")
+        raise DataError(
+            f"{where}: neuron {neuron} has {lengths[neuron]} time bins, but neuron 0 has {lengths[0]}"
+        )
     return values.to_numpy().reshape(len(lengths), lengths[0])
 
 
@@ -107,7 +119,8 @@ def is_list(type_: "pa.DataType") -> bool:
 
 @dataclass(frozen=True)
 class SyntheticRecordings:
-    """Made-up recordings: 10..999 neurons, 100..1999 time bins; a random tenth of the neurons always counts 1.
+    """Made-up recordings: 10..999 neurons, 100..1999 time bins;
+    a random tenth of the neurons always counts 1.
 
     Sample i is a function of (seed, i) alone. The length is only large.
     """

@@ -25,16 +25,20 @@ class TextEncoder:
     def read(self, cell: "pa.Array", where: str) -> str:
         """One row's text from an arrow array of length 1."""
         if not is_text(cell.type) or not cell[0].is_valid:
-            raise DataError(f"{where}: column {self.column!r} holds {cell.type} {cell[0].as_py()!r:.40}; expected text")
+            raise DataError(
+                f"{where}: column {self.column!r} holds {cell.type} {cell[0].as_py()!r:.40}; expected text"
+            )
         try:
             return cell[0].as_py()
         except UnicodeDecodeError as error:
             raise DataError(f"{where}: column {self.column!r} is not UTF-8: {error}") from None
 
     def check_type(self, column: "pa.ChunkedArray", name: str) -> None:
-        """Raises DataError unless the column is declared as text; where JSON mixes types, it names the first culprit.
+        """Raises DataError unless the column is declared as text; where JSON mixes types,
+        it names the first culprit.
 
-        `datasets` gives such a column the type JSON, in which every text is stored in quotes and with escapes.
+        `datasets` gives such a column the type JSON,
+        in which every text is stored in quotes and with escapes.
         """
         if is_text(column.type):
             return
@@ -75,13 +79,15 @@ def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:
     if ids.size and (ids.max() >= vocab_size or ids.min() < 0):
         position = int(np.argmax((ids >= vocab_size) | (ids < 0)))
         raise DataError(
-            f"{where}: token {position} has id {ids[position]}, but the model's vocabulary is 0..{vocab_size - 1}; "
+            f"{where}: token {position} has id {ids[position]}, "
+            f"but the model's vocabulary is 0..{vocab_size - 1}; "
             f"set model.vocab_size, or use the tokenizer (data set) that belongs to the model"
         )
 
 
 def pydoc_topics(seed: int, part: Literal["all", "train", "validation"] = "all") -> list[str]:
-    """The help texts of Python itself, sorted by name: real English prose that needs no file. `seed` is not used.
+    """The help texts of Python itself, sorted by name: real English prose that needs no file.
+    `seed` is not used.
 
     Every tenth text is held out of `train` and makes up `validation`.
     """

@@ -1,4 +1,5 @@
-"""Text <-> ids. Three kinds: the built-in bytes, a folder with a tokenizer.json, a tiktoken file of BPE merges.
+"""Text <-> ids. Three kinds: the built-in bytes, a folder with a tokenizer.json,
+a tiktoken file of BPE merges.
 
 No code of a tokenizer folder is ever run: only its JSON files are read.
 """
@@ -14,54 +15,75 @@ from typing import Any, Protocol
 import numpy as np
 
 from torchtitan_rd.data.content import digest_of
+from torchtitan_rd.data.files import HUB_NAME
 from torchtitan_rd.errors import ConfigError, DataError
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class Tokenizer(Protocol):
     """vocab_size: the largest id plus one. bos_id, eos_id: None where the tokenizer has no such token.
-    digest: of all that decides the ids, wherever the files lie."""
+    digest: of all that decides the ids, wherever the files lie. folder: where they lie,
+        None where there is none.
+    """
 
-    vocab_size: int
-    bos_id: int | None
-    eos_id: int | None
-    digest: str
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_id(self) -> int | None: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def folder(self) -> Path | None: ...
 
     def encode(self, text: str) -> np.ndarray:
-        """1-D integer ids of the text, without bos and eos. Names of special tokens in the text are plain text."""
+        """1-D integer ids of the text, without bos and eos.
+        Names of special tokens in the text are plain text.
+        """
 
     def decode(self, ids: Any) -> str: ...
 
 
 def load_tokenizer(path: str) -> Tokenizer:
-    """`bytes`, a folder with tokenizer.json or a tiktoken tokenizer.model, such a file, its remote address, or the name
-    of a repository on the Hugging Face hub (from its local cache where that has it).
+    """`bytes`, a folder with tokenizer.json or a tiktoken tokenizer.model, such a file, its remote address,
+    or the name of a repository on the Hugging Face hub (from its local cache where that has it).
 
     Raises ConfigError if there is no such thing, DataError if it cannot be read.
     """
     if path == "bytes":
         return ByteTokenizer()
     if "://" in path:
-        return TiktokenTokenizer(_read_ranks(path))
+        return TiktokenTokenizer(read_ranks(path))
     for file in (Path(path), Path(path) / "tokenizer.json", Path(path) / "tokenizer.model"):
         if file.is_file():
-            return JsonTokenizer(file) if file.suffix == ".json" else TiktokenTokenizer(_read_ranks(str(file)))
-    if _HUB_NAME.fullmatch(path) and not Path(path).exists():
-        return JsonTokenizer(_from_hub(path) / "tokenizer.json")
+            return JsonTokenizer(file) if file.suffix == ".json" else TiktokenTokenizer(read_ranks(str(file)))
+    if is_hub_name(path):
+        return JsonTokenizer(download_tokenizer(path) / "tokenizer.json")
     raise ConfigError(
-        f"model.tokenizer_path = {path!r}: expected 'bytes', a folder that holds tokenizer.json or tokenizer.model, "
-        f"the path of such a file, or a name on the Hugging Face hub"
+        f"model.tokenizer_path = {path!r}: expected 'bytes', a folder that holds tokenizer.json or "
+        f"tokenizer.model, the path of such a file, or a name on the Hugging Face hub"
     )
 
 
-def _from_hub(name: str) -> Path:
-    """The folder with the JSON files of a hub repository's tokenizer; nothing else of it is fetched."""
+def is_hub_name(path: str) -> bool:
+    """Whether `model.tokenizer_path` names a repository on the hub, since nothing here has that name."""
+    return path != "bytes" and bool(HUB_NAME.fullmatch(path)) and not Path(path).exists()
+
+
+def download_tokenizer(name: str, revision: str | None = None) -> Path:
+    """The folder with the JSON files of a hub repository's tokenizer; nothing else of it is fetched.
+
+    revision: the commit, branch or tag; None: the newest commit. Raises ConfigError if it cannot be had.
+    """
     import huggingface_hub
 
     files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+        folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
     except Exception as error:  # of the hub and the network: a library boundary
         raise ConfigError(
             f"model.tokenizer_path = {name!r}: neither a local path nor to be had from the hub "
@@ -80,6 +102,7 @@ class ByteTokenizer:
     bos_id: int = 256
     eos_id: int = 257
     digest: str = "bytes"
+    folder: Path | None = None
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8)
@@ -98,12 +121,13 @@ class JsonTokenizer:
             self._backend = Backend.from_file(str(file))
         except Exception as error:  # the library raises bare Exception
             raise DataError(f"{file}: not a readable tokenizer.json: {error}") from None
+        self.folder: Path | None = file.parent
         # Stored padding or truncation would silently change or cut documents.
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.encode_special_tokens = True
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.bos_id, self.eos_id = (self._special_id(file.parent, name) for name in ("bos_token", "eos_token"))
+        self.bos_id, self.eos_id = (self.special_id(file.parent, name) for name in ("bos_token", "eos_token"))
         content = json.loads(file.read_text(encoding="utf-8"))
         content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
         self.digest = digest_of(json.dumps(content, sort_keys=True), self.bos_id, self.eos_id)
@@ -114,7 +138,7 @@ class JsonTokenizer:
     def decode(self, ids: Any) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
-    def _special_id(self, folder: Path, name: str) -> int | None:
+    def special_id(self, folder: Path, name: str) -> int | None:
         for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
             try:
                 token = json.loads(file.read_text(encoding="utf-8")).get(name) if file.is_file() else None
@@ -129,12 +153,13 @@ class JsonTokenizer:
         return None
 
 
-# Llama 3's way to cut text into words, and its special tokens in the order of their ids (meta-llama/llama3, tokenizer).
-_LLAMA3_WORDS = (
+# Llama 3's way to cut text into words, and its special tokens in the order of their ids
+# (meta-llama/llama3, tokenizer).
+LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
     r"\s+(?!\S)|\s+"
 )
-_LLAMA3_SPECIALS = [
+LLAMA3_SPECIALS = [
     *("<|begin_of_text|>", "<|end_of_text|>"),
     *(f"<|reserved_special_token_{i}|>" for i in range(4)),
     *("<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_4|>", "<|eot_id|>"),
@@ -145,15 +170,18 @@ _MAX_CHARACTERS = 400_000
 
 
 class TiktokenTokenizer:
-    """Merges of a tiktoken file (lines of base64 and rank) with the words and the 256 special tokens of Llama 3."""
+    """Merges of a tiktoken file (lines of base64 and rank) with the words and the 256 special
+    tokens of Llama 3.
+    """
 
     def __init__(self, ranks: dict[bytes, int]):
         import tiktoken
 
-        specials = {name: len(ranks) + i for i, name in enumerate(_LLAMA3_SPECIALS)}
+        specials = {name: len(ranks) + i for i, name in enumerate(LLAMA3_SPECIALS)}
         self._backend = tiktoken.Encoding(
-            "llama3", pat_str=_LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=specials
+            "llama3", pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=specials
         )
+        self.folder: Path | None = None
         self.vocab_size = self._backend.n_vocab
         self.bos_id, self.eos_id = specials["<|begin_of_text|>"], specials["<|end_of_text|>"]
         self.digest = digest_of("llama3", sorted(ranks.items()))
@@ -177,7 +205,7 @@ def _split_long_runs(text: str) -> list[str]:
     return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
 
 
-def _read_ranks(path: str) -> dict[bytes, int]:
+def read_ranks(path: str) -> dict[bytes, int]:
     import blobfile
 
     try:

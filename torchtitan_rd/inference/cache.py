@@ -6,12 +6,15 @@ One step writes S positions of all rows and attends to the T' before them: nothi
 All rows have the same positions in the cache (prompts of different lengths are padded on the left).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
+from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.sharing import Sharing
+from torchtitan_rd.model_spec import CacheLayout
 from torchtitan_rd.models.attention import KeyValues
-from torchtitan_rd.models.spec import CacheLayout
 
 
 class KVCache:
@@ -22,15 +25,30 @@ class KVCache:
     number.
     """
 
-    def __init__(self, layout: CacheLayout, sharing: Sharing, batch: int, positions: int, device: torch.device):
+    def __init__(
+        self, layout: CacheLayout, sharing: Sharing, batch: int, positions: int, device: torch.device
+    ):
         self.layout, self.sharing = layout, sharing
         slots = layout.before + sharing.slots + layout.after
         shape = (slots, batch, layout.kv_heads, positions, layout.head_dim)
-        self.keys = torch.zeros(shape, dtype=layout.dtype, device=device)
-        self.values = torch.zeros(shape, dtype=layout.dtype, device=device)
+        try:
+            self.keys = torch.zeros(shape, dtype=layout.dtype, device=device)
+            self.values = torch.zeros(shape, dtype=layout.dtype, device=device)
+        except RuntimeError as error:  # an OutOfMemoryError on GPUs, and nothing more exact on a CPU
+            needed = 2 * math.prod(shape) * layout.dtype.itemsize / 2**30
+            smaller = (
+                ", a smaller depth, or a strategy with fewer slots such as compress-s4" if layout.core else ""
+            )
+            raise ConfigError(
+                f"the cache needs {needed:.1f} GiB ({slots} slots, {batch} rows, {positions} positions), "
+                f"more than {device} has: fewer prompts at once, fewer new tokens{smaller}"
+            ) from error
         self.start = self.length = 0
-        self._real = torch.ones(batch, positions, dtype=torch.bool, device=device)
-        self._held = torch.full((batch, positions), sharing.slots, device=device)  # of the core's slots, how many
+        # Added to scores: 0 where a position may be looked at.
+        # Kernels would make it of booleans in each layer.
+        self._bias = torch.zeros(batch, positions, dtype=layout.dtype, device=device)
+        # Of the core's slots, how many are held at each position.
+        self._held = torch.full((batch, positions), sharing.slots, device=device)
         possible = range(sharing.depth + 1)
         self._written = torch.tensor([sharing.written(steps) for steps in possible], device=device)
         self._shown = torch.tensor([sharing.shown(steps) for steps in possible], device=device)
@@ -61,7 +79,7 @@ class KVCache:
         self.length = self.start + count
         self.writers = None
         if real is not None and not bool(real.all()):
-            self._real[:, self.start : self.length] = real
+            self._bias[:, self.start : self.length].masked_fill_(~real, -torch.inf)
             self._padded = True
         if self._ragged:
             self._held[:, self.start : self.length] = self.sharing.slots
@@ -86,33 +104,36 @@ class KVCache:
         self.length -= count
 
     def visible(self, core: int | None) -> tuple[torch.Tensor | None, bool]:
-        """-> mask (B or 1, 1, S or 1, T') of the open positions in a slot of the core (None: another), True
-        where a query may look, or None; and whether it is plain causal."""
+        """-> what is added to the scores (B or 1, 1, S or 1, T') of the open positions in a slot of the core
+        (None: another one), -inf where a query may not look, or None; and whether it is plain causal.
+        """
         if core is None or not self._ragged:
             return self._mask, self._causal
-        held = (self._held[:, : self.length] > core)[:, None, None]
-        return (held if self._mask is None else self._mask & held), False
+        absent = (self._held[:, : self.length] <= core)[:, None, None]
+        mask = torch.zeros_like(absent, dtype=self._bias.dtype) if self._mask is None else self._mask
+        return mask.masked_fill(absent, -torch.inf), False
 
     def _mask_of(self, count: int) -> tuple[torch.Tensor | None, bool]:
         """The same where no position was left early."""
+        bias = self._bias[:, None, None, : self.length]
         if count == 1:
-            return (self._real[:, None, None, : self.length] if self._padded else None), False
+            return (bias if self._padded else None), False
         if self.start == 0 and not self._padded:
             return None, True
-        keys = torch.arange(self.length, device=self._real.device)
+        keys = torch.arange(self.length, device=bias.device)
         queries = keys[self.start :, None]
-        causal = keys <= queries
-        if not self._padded:
-            return causal[None, None], False
-        # Padding sees itself: a query that sees nothing would be undefined.
-        return (causal & self._real[:, None, None, : self.length]) | (keys == queries), False
+        mask = (bias if self._padded else bias[:1]).masked_fill(keys > queries, -torch.inf)
+        # Padding sees itself: what a query gives that sees nothing depends on the kernel
+        # (zeros in torch's for CPUs).
+        return mask.masked_fill(keys == queries, 0.0), False
 
 
 class _Slot(KeyValues):
     """One slot of a cache, in the form that a block takes."""
 
     def __init__(self, cache: KVCache, slot: int):
-        self.cache, self.keys, self.values = cache, cache.keys[slot], cache.values[slot]
+        self.cache = cache
+        self.keys, self.values = cache.keys[slot], cache.values[slot]
         core = slot - cache.layout.before
         self.core = core if 0 <= core < cache.sharing.slots else None
 
@@ -129,4 +150,6 @@ class _Slot(KeyValues):
             # The query heads of a group are as many queries to one head: no copies of keys for them.
             grouped = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[3])
             return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(q.shape)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
+        return F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=gqa
+        )

@@ -18,21 +18,22 @@ from torch import nn
 
 from torchtitan_rd.data import (
     Batch,
+    BatchDims,
+    DataRanks,
     DatasetKeys,
     Tokenizer,
-    check_dataset,
     dataset_vocab_size,
+    get_dataset,
     load_tokenizer,
 )
-from torchtitan_rd.data.batch_ramp import BatchRamp
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.loading import Loaded
-from torchtitan_rd.job import CommConfig, Environment, gather, init_process_group
+from torchtitan_rd.job import PREPARING, CommConfig, Environment, gather, init_process_group
 from torchtitan_rd.loss import count_valid
-from torchtitan_rd.models.attention import setup_attention
+from torchtitan_rd.model_spec import SINGLE_READ_OUT, Microbatch, ReadOut, ReadOuts
+from torchtitan_rd.models.attention import Requested, setup_attention
 from torchtitan_rd.models.raven import RecurrenceConfig
-from torchtitan_rd.models.spec import SINGLE_READ_OUT, Microbatch, ReadOut, ReadOuts
 from torchtitan_rd.validation import ValidationConfig, read_held_out, validate, validation_keys
 
 
@@ -44,7 +45,8 @@ def evaluation_group(environment: Environment, device: torch.device) -> Iterator
     if dist.is_initialized():
         yield
         return
-    init_process_group(environment, device, CommConfig(), Path())
+    # One rank may convert data for long while the others wait.
+    init_process_group(environment, device, CommConfig(init_timeout_seconds=int(PREPARING)), Path())
     try:
         yield
     finally:
@@ -90,21 +92,27 @@ def open_held_out(
 
     vocab_size: None takes the data's own. Raises ConfigError, DataError.
     """
-    row = check_dataset(keys)
-    vocab_size = vocab_size or dataset_vocab_size(keys, tokenizer_path)
+    row = get_dataset(keys, split=split)
+    tokenizer = load_tokenizer(tokenizer_path) if row.kind == "text" else None
+    vocab_size = vocab_size or dataset_vocab_size(keys, tokenizer)
+    ranks = DataRanks(gather, environment.rank, environment.local_rank)
+
     batches = read_held_out(
         keys,
+        dims_of(keys, environment),
         split,
-        tokenizer_path=tokenizer_path,
+        tokenizer=tokenizer,
         vocab_size=vocab_size,
-        data_rank=environment.rank,
-        data_degree=environment.world_size,
         seed=seed,
+        ranks=ranks if environment.world_size > 1 else None,
     )
-    tokenizer = load_tokenizer(tokenizer_path) if row.kind == "text" else None
-    return HeldOut(
-        keys, split, vocab_size, batches, tokenizer, vocab_size - 1 if row.kind == "spikes" else None
-    )
+    separator = vocab_size - 1 if row.kind == "spikes" else None
+    return HeldOut(keys, split, vocab_size, batches, tokenizer, separator)
+
+
+def dims_of(keys: DatasetKeys, environment: Environment) -> BatchDims:
+    """Every rank is a data rank. Raises ConfigError."""
+    return BatchDims.resolve(keys, environment.rank, environment.world_size)
 
 
 def open_validation(
@@ -121,7 +129,8 @@ def open_validation(
     training: the section. source: only rows of this `source_dataset`. Raises ConfigError, DataError.
     """
     keys = validation_keys(validation, training, environment.world_size)
-    keys = keys.model_copy(update={"source_dataset": source or training.source_dataset})
+    if source is not None:
+        keys = DatasetKeys.model_validate({**keys.model_dump(), "source_dataset": source})
     return open_held_out(
         keys,
         validation.split,
@@ -171,13 +180,10 @@ def read_outs_of(
         loaded.spec,
         loaded.shape,
         recurrence,
+        dims_of(held_out.keys, environment),
         seed=training.seed,
         total_steps=training.steps,
         seq_len=held_out.keys.seq_len,
-        ramp=BatchRamp(training, training.global_batch_size),
-        accumulation=len(held_out.batches),
-        rank=environment.rank,
-        data_degree=environment.world_size,
         device=device,
         dtype=getattr(torch, training.mixed_precision_param),
     )
@@ -202,15 +208,13 @@ def plain_read_outs(
             raise ConfigError(f"depth = {depth}: a {loaded.spec.name} has no recurrence; leave it out")
         return SINGLE_READ_OUT
     drawn = inputs(loaded.shape, RecurrenceConfig(), seed=0, total_steps=1)
-    rows = held_out.keys.local_batch_size
 
     def forward_inputs(number: int) -> Mapping[str, Any]:
-        first = (environment.rank * len(held_out.batches) + number) * rows
         place = Microbatch(
             step=1,
             count=number + 1,
             rank=environment.rank,
-            samples=range(first, first + rows),
+            samples=held_out.batches[number].rows,
             seq_len=held_out.keys.seq_len,
             device=device,
             dtype=dtype,
@@ -221,7 +225,7 @@ def plain_read_outs(
 
 
 def use_attention(
-    loaded: Loaded, device: torch.device, dtype: torch.dtype, document_mask: bool, backend: str
+    loaded: Loaded, device: torch.device, dtype: torch.dtype, document_mask: bool, backend: Requested
 ) -> None:
     """Chooses the kernel as training does."""
     setup_attention(backend, loaded.shape.attention_shape, device, dtype, document_mask)
@@ -242,8 +246,10 @@ def count_units(held_out: HeldOut) -> Units:
     if held_out.separator is not None:
         bins = sum(int((batch.labels == held_out.separator).sum()) for batch in held_out.batches)
     ranks = gather((tokens, text_bytes, bins))
-    totals = [None if column[0] is None else sum(column) for column in zip(*ranks, strict=True)]
-    return Units(*totals)
+    tokens, text_bytes, bins = (
+        None if None in column else sum(column) for column in zip(*ranks, strict=True)
+    )
+    return Units(tokens or 0, text_bytes, bins)
 
 
 def _bytes_of(tokenizer: Tokenizer, first: int, labels: np.ndarray) -> int:

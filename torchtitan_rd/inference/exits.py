@@ -1,4 +1,5 @@
-"""When a recurrent model has thought enough about a token: the criteria by which a sequence leaves the recurrence.
+"""When a recurrent model has thought enough about a token: the criteria by which a sequence
+leaves the recurrence.
 
 Shapes: B batch, S positions of the forward, E dim, V vocabulary. State s_t and last position's logits l_t
 after iteration t, p_t = softmax(l_t). A sequence leaves as soon as value < threshold (`argmax-stability`:
@@ -30,12 +31,12 @@ from torchtitan_rd.errors import ConfigError
 
 
 class Seen(NamedTuple):
-    """What a criterion may look at after an iteration. logits: (B, V), or None for one on states. real: (B,
+    """What a criterion may look at after an iteration. logits: (B, V); empty for one on states. real: (B,
     S) bool, False where a prompt is padded; None: no padding."""
 
     state: torch.Tensor
     previous: torch.Tensor
-    logits: torch.Tensor | None
+    logits: torch.Tensor
     real: torch.Tensor | None
 
 
@@ -147,11 +148,15 @@ class ExitPolicy:
 
     def __post_init__(self) -> None:
         if self.criterion not in CRITERIA:
-            raise ConfigError(f"exit criterion {self.criterion!r} is unknown{nearest(self.criterion, CRITERIA)}")
+            raise ConfigError(
+                f"exit criterion {self.criterion!r} is unknown{nearest(self.criterion, CRITERIA)}"
+            )
         if self.threshold is not None and not self.threshold >= 0:
             raise ConfigError(f"exit threshold {self.threshold} must be at least 0")
         if self.min_steps < 1 or self.every < 1:
-            raise ConfigError(f"exit: min_steps = {self.min_steps} and every = {self.every} must be at least 1")
+            raise ConfigError(
+                f"exit: min_steps = {self.min_steps} and every = {self.every} must be at least 1"
+            )
 
     @property
     def rule(self) -> Criterion:
@@ -163,12 +168,20 @@ class ExitPolicy:
         return values >= threshold if self.rule.counts else values < threshold
 
 
-POLICY_KEYS = {"criterion": str, "threshold": float, "min_steps": int, "every": int, "in_prefill": bool, "kv": str}
+POLICY_KEYS = {
+    "criterion": str,
+    "threshold": float,
+    "min_steps": int,
+    "every": int,
+    "in_prefill": bool,
+    "kv": str,
+}
 
 
 def read_policy(path: Path, kv: str = "full") -> tuple[ExitPolicy, str]:
-    """A TOML file with keys of POLICY_KEYS, criterion at least -> policy, and the cache's strategy (by default
-    `kv`). Raises ConfigError."""
+    """A TOML file with keys of POLICY_KEYS, criterion at least -> policy,
+    and the cache's strategy (by default `kv`). Raises ConfigError.
+    """
     try:
         table = tomli.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -177,7 +190,9 @@ def read_policy(path: Path, kv: str = "full") -> tuple[ExitPolicy, str]:
         if key not in POLICY_KEYS:
             raise ConfigError(f"{path}: {key} is no key of an exit policy{nearest(key, POLICY_KEYS)}")
         kind = POLICY_KEYS[key]
-        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
+        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (
+            kind is bool
+        ):
             raise ConfigError(f"{path}: {key} = {value!r} must be a {kind.__name__}")
     if "criterion" not in table:
         raise ConfigError(f"{path}: names no criterion{nearest('', CRITERIA)}")

@@ -1,7 +1,8 @@
 """Generation: a batch of prompts, one token at a time.
 
     loaded = load_model("outputs/debug")
-    for answer in generate(loaded, [encode_prompt(loaded.tokenizer, "The")], Settings(max_new_tokens=50)).rows:
+    prompt = encode_prompt(loaded.tokenizer, "The")
+    for answer in generate(loaded, [prompt], Settings(max_new_tokens=50)).rows:
         print(answer.text)
 
 Shapes: B batch (prompts), V vocabulary.
@@ -19,7 +20,7 @@ from torchtitan_rd.inference.loading import Loaded
 from torchtitan_rd.inference.sampling import Sampling, choose, penalise, uniforms
 from torchtitan_rd.inference.sharing import Sharing
 from torchtitan_rd.inference.speculative import Drafting, speculate
-from torchtitan_rd.inference.stepper import Stepper, resolve_depth, think
+from torchtitan_rd.inference.stepper import Stepper, resolve_depth, steps_of, think
 from torchtitan_rd.inference.text import TextRow
 
 Constraint = Callable[[int, torch.Tensor], torch.Tensor]
@@ -71,7 +72,7 @@ class Settings:
 
     def check(self, loaded: Loaded, prompts: Sequence[Sequence[int]]) -> None:
         """Raises ConfigError if the model cannot do what is asked."""
-        steps = loaded.spec.steps(loaded.model)
+        steps = steps_of(loaded.spec, loaded.model)
         depth = resolve_depth(loaded.spec, steps.mean_depth, self.depth)
         sharing = Sharing(self.kv, steps.layout.core, depth)
         if self.drafting is not None and depth:
@@ -83,19 +84,21 @@ class Settings:
                     raise ConfigError(f"{name}: a {loaded.spec.name} has no recurrence; leave it out")
         if self.stop and loaded.tokenizer is None:
             raise ConfigError("stop: stop strings need a tokenizer, and this model has none")
+
         vocab_size, context = loaded.shape.vocab_size, loaded.shape.max_seq_len
         for number, prompt in enumerate(prompts):
             if not len(prompt):
                 raise ConfigError(f"prompt {number} is empty: give at least one token")
             if beyond := [id_ for id_ in prompt if not 0 <= id_ < vocab_size]:
                 raise ConfigError(
-                    f"prompt {number} has the id {beyond[0]}, but the model's vocabulary is 0..{vocab_size - 1}"
+                    f"prompt {number} has the id {beyond[0]}, but the model's vocabulary is "
+                    f"0..{vocab_size - 1}"
                 )
         longest = max(map(len, prompts), default=0)
         if longest + self.max_new_tokens > context:
             raise ConfigError(
-                f"{longest} tokens of the prompt and max_new_tokens = {self.max_new_tokens} are more than the "
-                f"model's context of {context}: shorten one of them"
+                f"{longest} tokens of the prompt and max_new_tokens = {self.max_new_tokens} are more than "
+                f"the model's context of {context}: shorten one of them"
             )
 
 
@@ -143,6 +146,7 @@ def generate(
     rows = _Rows(loaded, prompts, settings, on_text)
     if not prompts:
         return Report([], 0, 0.0)
+
     longest = max(map(len, prompts))
     stepper = Stepper(
         loaded.spec,
@@ -155,6 +159,7 @@ def generate(
         scale=settings.init_scale,
     )
     tokens, real = _padded_left(prompts, stepper.device)
+
     if settings.drafting is not None:
         drafted, accepted = speculate(
             stepper, tokens, real, settings.drafting, settings.max_new_tokens, rows, constraint
@@ -177,8 +182,8 @@ def _one_by_one(
     drawn = None
     if not sampling.is_greedy:
         drawn = uniforms(settings.seed, numbers, settings.max_new_tokens).to(stepper.device)
-    seen = None
-    alive = torch.ones(len(tokens), dtype=torch.bool, device=stepper.device)
+
+    seen = None  # the ids that each row holds already, where a repetition costs
     in_prompt = policy if policy is not None and policy.in_prefill else None
     thought = think(stepper, tokens, real=real, policy=in_prompt)
     for number in range(settings.max_new_tokens):
@@ -190,6 +195,7 @@ def _one_by_one(
             logits = penalise(logits, seen, sampling.repetition_penalty)
         if constraint is not None:
             logits = constraint(number, logits)
+
         new = choose(logits, sampling, None if drawn is None else drawn[:, number])
         alive = rows.push(new.tolist(), thought.steps.tolist(), thought.values)
         if not any(alive) or number + 1 == settings.max_new_tokens:
@@ -212,13 +218,15 @@ class _Rows:
         on_text: Callable[[int, str], None] | None,
     ):
         self.prompts = [list(prompt) for prompt in prompts]
-        self.recurrent = loaded.spec.steps(loaded.model).mean_depth is not None
+        self.recurrent = steps_of(loaded.spec, loaded.model).mean_depth is not None
         self.ids: list[list[int]] = [[] for _ in prompts]
         self.steps: list[list[int]] = [[] for _ in prompts]
         self.values: list[list[list[float]]] = [[] for _ in prompts]
         self.ended = [""] * len(prompts)
         tokenizer = loaded.tokenizer
-        self.texts = None if tokenizer is None else [TextRow(tokenizer.decode, settings.stop) for _ in prompts]
+        self.texts = (
+            None if tokenizer is None else [TextRow(tokenizer.decode, settings.stop) for _ in prompts]
+        )
         eos = set(loaded.source.eos_ids)
         if tokenizer is not None and tokenizer.eos_id is not None:
             eos.add(tokenizer.eos_id)

@@ -76,8 +76,10 @@ class TorchtitanRD(TemplateLM):
         self.loaded: Loaded = load_model(
             pretrained, tokenizer_path=tokenizer, dtype=_DTYPES[dtype], device=self._device
         )
-        if self.loaded.tokenizer is None:
+        known = self.loaded.tokenizer
+        if known is None:
             raise ConfigError(f"{pretrained} has no tokenizer: name one with tokenizer=")
+        self._eos_id, self._bos_id = known.eos_id, known.bos_id
         self.pretrained = pretrained
         self.policy = None if exit is None else ExitPolicy(exit, exit_threshold, min_steps)
         if exit_policy is not None:
@@ -97,7 +99,7 @@ class TorchtitanRD(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        eos = self.loaded.tokenizer.eos_id
+        eos = self._eos_id
         if eos is None and not self.loaded.source.eos_ids:
             raise ConfigError(f"the tokenizer of {self.pretrained} has no end of text")
         return self.loaded.source.eos_ids[0] if eos is None else eos
@@ -105,8 +107,7 @@ class TorchtitanRD(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """What stands before a text that has no context."""
-        bos = self.loaded.tokenizer.bos_id
-        return self.eot_token_id if bos is None else bos
+        return self.eot_token_id if self._bos_id is None else self._bos_id
 
     @property
     def tokenizer_name(self) -> str:

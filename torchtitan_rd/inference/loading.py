@@ -15,7 +15,7 @@ from torchtitan_rd.conversion.weights import Weights, model_tensors
 from torchtitan_rd.data import DATASETS, Tokenizer, load_tokenizer
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.log import logger
-from torchtitan_rd.models.spec import ModelSpec
+from torchtitan_rd.model_spec import ModelSpec
 
 CHECKPOINT_FOLDER = "checkpoint"
 
@@ -65,26 +65,32 @@ def load_model(
     tokenizer = _tokenizer_of(weights, source, tokenizer_path)
     if tokenizer is not None and tokenizer.vocab_size > weights.shape.vocab_size:
         raise ConfigError(
-            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model in {path} a vocabulary of "
-            f"{weights.shape.vocab_size}: name its own with --tokenizer"
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model in {path} a vocabulary "
+            f"of {weights.shape.vocab_size}: name its own with --tokenizer"
         )
-    return Loaded(weights.spec, weights.shape, _filled(weights, dtype, torch.device(device)), tokenizer, source)
+    return Loaded(
+        weights.spec, weights.shape, _filled(weights, dtype, torch.device(device)), tokenizer, source
+    )
 
 
 def open_weights(path: Path, *, model: str | None = None, flavor: str | None = None) -> Weights:
     """Raises CheckpointError for a path with no model, ConfigError for one of another family than `model`."""
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist: name a step-N folder, a run's folder, or an exported folder")
+        raise CheckpointError(
+            f"{path} does not exist: name a step-N folder, a run's folder, or an exported folder"
+        )
     for place in (path, path / CHECKPOINT_FOLDER):
         steps = [p for p in place.iterdir() if STEP.fullmatch(p.name)] if place.is_dir() else []
         if steps:
-            path = max(steps, key=lambda p: step_of(p.name))
+            path = max(steps, key=lambda p: step_of(p.name) or 0)
             logger.info("reading %s", path)
             break
     if path.is_dir() and (path / ".metadata").exists():
         return open_dcp(path, model=model, flavor=flavor)
     if path.is_dir() and not any((path / name).exists() for name in (CONFIG_JSON, "params.json", "original")):
-        raise CheckpointError(f"{path} holds neither a checkpoint (.metadata) nor a Hugging Face model ({CONFIG_JSON})")
+        raise CheckpointError(
+            f"{path} holds neither a checkpoint (.metadata) nor a Hugging Face model ({CONFIG_JSON})"
+        )
     return open_released(path, model=model, flavor=flavor)
 
 
@@ -113,40 +119,47 @@ def _tokenizer_of(weights: Weights, source: Source, tokenizer_path: str | None) 
     try:
         return load_tokenizer(named)
     except TorchtitanRDError as error:
-        raise ConfigError(f"{weights.origin} was trained with a tokenizer that is out of reach: {error}") from error
+        raise ConfigError(
+            f"{weights.origin} was trained with a tokenizer that is out of reach: {error}"
+        ) from error
 
 
 @torch.no_grad()
 def _filled(weights: Weights, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
     _, tied = model_tensors(weights.spec, weights.shape)
     with torch.device("meta"):
-        model = weights.spec.build(weights.shape)
+        model: Any = weights.spec.build(weights.shape)
     plan = weights.spec.wrap_plan(model)
     wide = set(plan.full_precision)
     if plan.float32_units:
-        wide |= {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
-    placed: dict[str, torch.Tensor] = {}
+        wide |= {
+            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)
+        }
 
-    def place(name: str, tensor: torch.Tensor) -> None:
+    def place(name: str, parameter: nn.Parameter) -> None:
         owner, _, leaf = name.rpartition(".")
-        placed[name] = tensor
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+        setattr(model.get_submodule(owner), leaf, parameter)
 
     for name in weights.tensors:
         if name not in tied:
             tensor = weights.read(name).to(device)
-            place(name, tensor.to(torch.float32 if name in wide else dtype or tensor.dtype, copy=True))
+            kept = torch.float32 if name in wide else dtype or tensor.dtype
+            place(name, nn.Parameter(tensor.to(kept, copy=True), requires_grad=False))
     for second, first in tied.items():
-        place(second, placed[first].to(dtype or weights.tensors[first].dtype))  # shared if the types are equal
+        owner, _, leaf = first.rpartition(".")
+        shared = getattr(model.get_submodule(owner), leaf)
+        kept = dtype or weights.tensors[first].dtype
+        place(second, shared if shared.dtype == kept else nn.Parameter(shared.to(kept), requires_grad=False))
     model.init_buffers(device)
     return lay_out(model.eval())
 
 
 @torch.no_grad()
 def lay_out(model: nn.Module) -> nn.Module:
-    """Stores matrices on the CPU column by column; shapes and values stay. The product with a single token, which
-    is most of generation, then reads memory in order while it adds up: 0.7 times the time. Tied embeddings are
-    looked up by row: they stay."""
+    """Stores matrices on the CPU column by column; shapes and values stay. The product with a single token,
+    which is most of generation, then reads memory in order while it adds up: 0.7 times the time. Tied
+    embeddings are looked up by row: they stay.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight.is_cpu and id(module.weight) not in embeddings:

@@ -24,12 +24,12 @@ import tomli_w
 import torch
 import torch.nn.functional as F
 
+from torchtitan_rd.batch import IGNORE_INDEX
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.exits import CRITERIA, ExitPolicy, Measure, Seen
 from torchtitan_rd.inference.loading import Loaded
 from torchtitan_rd.inference.sharing import Sharing
-from torchtitan_rd.inference.stepper import Stepper, think
-from torchtitan_rd.loss.cross_entropy import IGNORE_INDEX
+from torchtitan_rd.inference.stepper import Stepper, steps_of, think
 from torchtitan_rd.models.attention import KeyValues
 
 Windows = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -82,7 +82,7 @@ def record(
     stepper = None
     for inputs, labels in windows:
         # Positions of one forward meet at the same iteration, so a cache of one iteration is exact here.
-        core = loaded.spec.steps(loaded.model).layout.core
+        core = steps_of(loaded.spec, loaded.model).layout.core
         stepper = _stepper(loaded, inputs.shape, depth, seed, scale, f"compress-s{core}" if core else "full")
         valid = labels.to(stepper.device) != IGNORE_INDEX
         labels = labels.to(stepper.device)

@@ -10,11 +10,20 @@ from torchtitan_rd.errors import ConfigError
 class Point(Protocol):
     """loss: nats per token. steps: mean iterations. kv_bytes: of the cache, a token."""
 
-    kv: str
-    criterion: str
-    loss: float
-    steps: float
-    kv_bytes: float
+    @property
+    def kv(self) -> str: ...
+
+    @property
+    def criterion(self) -> str: ...
+
+    @property
+    def loss(self) -> float: ...
+
+    @property
+    def steps(self) -> float: ...
+
+    @property
+    def kv_bytes(self) -> float: ...
 
 
 def draw(path: Path, points: Sequence[Point]) -> None:

@@ -1,7 +1,7 @@
 """Prompts over ranks. Every rank holds the whole model: what no single device can hold is not generated from
 here."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,8 +13,10 @@ T = TypeVar("T")
 
 
 @contextmanager
-def process_group(environment: Environment):
-    """A gloo group of the launcher's ranks; none for a process alone. Answers are small, so they go by the CPU."""
+def process_group(environment: Environment) -> Iterator[None]:
+    """A gloo group of the launcher's ranks; none for a process alone.
+    Answers are small, so they go by the CPU.
+    """
     if environment.world_size == 1 or dist.is_initialized():
         yield
         return
@@ -25,9 +27,12 @@ def process_group(environment: Environment):
         dist.destroy_process_group()
 
 
-def over_ranks(count: int, environment: Environment, run: Callable[[Sequence[int]], Sequence[T]]) -> list[T] | None:
-    """run: numbers of prompts -> their results; called with this rank's numbers. -> results of all 0 .. count - 1
-    on rank 0, None on the others."""
+def over_ranks(
+    count: int, environment: Environment, run: Callable[[Sequence[int]], Sequence[T]]
+) -> list[T] | None:
+    """run: numbers of prompts -> their results; called with this rank's numbers. -> results of all 0 ..
+    count - 1 on rank 0, None on the others.
+    """
     own = range(environment.rank, count, environment.world_size)
     results = list(run(own))
     if environment.world_size == 1:
@@ -36,4 +41,6 @@ def over_ranks(count: int, environment: Environment, run: Callable[[Sequence[int
     dist.gather_object(results, gathered)
     if gathered is None:
         return None
-    return [gathered[number % environment.world_size][number // environment.world_size] for number in range(count)]
+    return [
+        gathered[number % environment.world_size][number // environment.world_size] for number in range(count)
+    ]

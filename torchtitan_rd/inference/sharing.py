@@ -18,7 +18,6 @@ says that it has 4 core layers. There, `full` and `skip` differ in name alone, a
 """
 
 import re
-from dataclasses import dataclass
 
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.errors import ConfigError
@@ -26,40 +25,52 @@ from torchtitan_rd.errors import ConfigError
 LOOKUPS = ("full", "skip", "latest-m4", "available-m4", "always-last-m4")
 NAMES = (*LOOKUPS, "compress-s4", "compress-r4", "compress-anchor")
 _ANCHORED = 8
-_PATTERN = re.compile(rf"(?:({'|'.join(LOOKUPS)})-?)?(?:(?<![a-z0-9])compress-(?:([sr])(\d+)|anchor))?")
+_COMPRESSION = re.compile(r"compress-(?:(?P<kind>[sr])(?P<n>\d+)|anchor)")
 
 
-@dataclass(frozen=True)
 class Sharing:
     """A strategy for a model with `core` layers in its recurrence and at most `depth` iterations.
 
     name: as above. Raises ConfigError for an unknown name and for one that this model cannot have.
     """
 
-    name: str
-    core: int
-    depth: int
+    def __init__(self, name: str, core: int, depth: int):
+        self.name = name
+        self.core, self.depth = core, depth
+        self.lookup = next(
+            (lookup for lookup in LOOKUPS if name == lookup or name.startswith(f"{lookup}-")), ""
+        )
 
-    def __post_init__(self) -> None:
-        match = _PATTERN.fullmatch(self.name)
-        if match is None or not self.name or self.name.endswith("-"):
+        # What is left of the name is a compression, or nothing.
+        rest = name.removeprefix(self.lookup).removeprefix("-" if self.lookup else "")
+        match = _COMPRESSION.fullmatch(rest)
+        if match is None and (rest or name != self.lookup or not name):
             raise ConfigError(
-                f"kv = {self.name!r} is no strategy{nearest(self.name, NAMES)}; there are {', '.join(LOOKUPS)}, "
+                f"kv = {name!r} is no strategy{nearest(name, NAMES)}; there are {', '.join(LOOKUPS)}, "
                 f"compress-sN, compress-rN, compress-anchor, and a lookup and a compression joined by '-'"
             )
-        lookup, kind, number = match.groups()
-        n = int(number) if number else 0
-        if kind and n == 0:
-            raise ConfigError(f"kv = {self.name!r}: N must be at least 1")
-        if self.core and kind == "s" and n % self.core:
-            raise ConfigError(f"kv = {self.name!r}: N must be a multiple of the model's {self.core} core layers")
-        if self.core and kind == "r" and n % self.core and self.core % n:
-            raise ConfigError(
-                f"kv = {self.name!r}: N must divide the model's {self.core} core layers, or be a multiple"
-            )
-        object.__setattr__(self, "compression", "anchor" if self.name.endswith("anchor") else kind)
-        object.__setattr__(self, "group", n)
-        object.__setattr__(self, "lookup", lookup or "full")
+        self.lookup = self.lookup or "full"
+        kind, number = ("", "") if match is None else match.group("kind", "n")
+        self.compression = kind or ("" if match is None else "anchor")
+        self.group = n = int(number or 0)
+
+        for wrong, problem in (
+            (self.compression in ("s", "r") and n == 0, "N must be at least 1"),
+            (
+                self.compression == "s" and core and n % core,
+                f"N must be a multiple of the model's {core} core layers",
+            ),
+            (
+                self.compression == "r" and n and n % core and core % n if core else False,
+                f"N must divide the model's {core} core layers, or be a multiple of it",
+            ),
+            (
+                self.lookup == "always-last-m4" and self.compression,
+                "has one slot a core layer: nothing is left to compress",
+            ),
+        ):
+            if wrong:
+                raise ConfigError(f"kv = {name!r}: {problem}")
 
     def slot(self, step: int, layer: int) -> int:
         """The slot, from 0, of core layer `layer` in iteration `step`, from 0."""
@@ -81,10 +92,11 @@ class Sharing:
 
     @property
     def is_exact(self) -> bool:
-        """Whether every iteration reads what the same iteration of earlier positions wrote, if none of these was
-        left
-        early: cached and uncached generation are then the same."""
-        return self.lookup != "always-last-m4" and self.compression is None
+        """Whether every iteration reads what the same iteration of earlier positions wrote,
+        if none of these was left
+        early: cached and uncached generation are then the same.
+        """
+        return self.lookup != "always-last-m4" and not self.compression
 
     @property
     def fills(self) -> bool:
@@ -104,5 +116,6 @@ class Sharing:
             period = max(self.core // self.group, 1)
         held = self.written(steps)
         return [
-            slot if slot < held or not steps else held - 1 - (held - 1 - slot) % period for slot in range(self.slots)
+            slot if slot < held or not steps else held - 1 - (held - 1 - slot) % period
+            for slot in range(self.slots)
         ]

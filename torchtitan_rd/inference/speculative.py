@@ -30,7 +30,9 @@ class Drafting:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lookahead < 1:
-            raise ConfigError(f"draft_steps = {self.steps} and lookahead = {self.lookahead} must be at least 1")
+            raise ConfigError(
+                f"draft_steps = {self.steps} and lookahead = {self.lookahead} must be at least 1"
+            )
         if not 0 < self.threshold <= 1:
             raise ConfigError(f"verification_threshold = {self.threshold} must be above 0 and at most 1")
 
@@ -66,7 +68,9 @@ def speculate(
     last = allowed(0, think(stepper, tokens_BS, real=real).logits).argmax(-1)
     alive = rows.push(last.tolist(), full)
     count, drafted, accepted = 1, 0, 0
+
     while any(alive) and count < max_new_tokens:
+        # Fewer iterations draft; the verification goes on from the states that they have reached.
         ahead = min(drafting.lookahead, max_new_tokens - count)
         embedded, states, drafts = _draft(stepper, last, ahead, drafting.steps, count, allowed)
         stepper.reopen(ahead)
@@ -74,13 +78,16 @@ def speculate(
             states = stepper.iterate(states, embedded, step)
         logits = stepper.predict(states, keep=ahead)
         logits = torch.stack([allowed(count + i, logits[:, i]) for i in range(ahead)], dim=1)
-        best, drafts = logits.argmax(-1), torch.stack(drafts, dim=1)
+
+        best, guesses = logits.argmax(-1), torch.stack(drafts, dim=1)
         if drafting.threshold < 1:
             p = logits.softmax(-1)
-            likely = p.gather(-1, drafts[..., None])[..., 0] >= drafting.threshold * p.amax(-1)
-            best = drafts.where(likely, best)
+            likely = p.gather(-1, guesses[..., None])[..., 0] >= drafting.threshold * p.amax(-1)
+            best = guesses.where(likely, best)
+
+        # Rows keep step, so the first position at which any row disagrees is the last that counts.
         going = torch.tensor(alive, device=stepper.device)
-        agreed = ((best == drafts) | ~going[:, None]).all(0).tolist()
+        agreed = ((best == guesses) | ~going[:, None]).all(0).tolist()
         right = agreed.index(False) if False in agreed else ahead
         taken = min(right + 1, ahead)  # at the first disagreement the verified token is the right one
         stepper.cache.rewind(ahead - taken)
@@ -105,7 +112,7 @@ def _draft(
     for number in range(ahead):
         e = stepper.embed(last[:, None])
         s = stepper.first_state()
-        s = e if s is None else s.expand_as(e)
+        s = e if s is None else s
         for step in range(steps):
             s = stepper.iterate(s, e, step)
         last = allowed(count + number, stepper.predict(s)[:, -1]).argmax(-1)

@@ -1,7 +1,7 @@
 """Continuing recordings: spike counts of neurons as tokens (data/spikes.py has the layout).
 
-A time bin is the separator and one count a neuron. So every (n + 1)-th token is forced to be the separator, and no
-other may be one. Names: n neurons, T time bins.
+A time bin is the separator and one count a neuron. So every (n + 1)-th token is forced to be the separator,
+and no other may be one. Names: n neurons, T time bins.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,7 @@ import torch
 
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data import DATASETS, DatasetKeys
-from torchtitan_rd.data.sources import open_source
-from torchtitan_rd.data.spikes import SpikeEncoder
+from torchtitan_rd.data.sources import build_encoder, open_source
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.generation import Constraint
 
@@ -23,9 +22,10 @@ _SPIKING = 0.1  # of the neurons, in bin 0 of a recording from nothing
 
 @dataclass(frozen=True)
 class SpikePrompt:
-    """name: of the file that is written, without what was generated. counts: (n, T), T at least 1. truth: (n, T'),
-    T' >= T, what was recorded in these bins and in those to come, as far as there are any; None if nothing was
-    recorded."""
+    """name: of the file that is written, without what was generated. counts: (n, T), T at least 1. truth: (n,
+    T'), T' >= T, what was recorded in these bins and in those to come, as far as there are any; None if
+    nothing was recorded.
+    """
 
     name: str
     counts: np.ndarray
@@ -37,20 +37,28 @@ class SpikePrompt:
 
 
 def conditional(
-    dataset: str, *, path: str | None, split: str, index: int, ctx_t: int, gen_t: int, vocab_size: int, seed: int
+    dataset: str,
+    *,
+    path: str | None,
+    split: str,
+    index: int,
+    ctx_t: int,
+    gen_t: int,
+    vocab_size: int,
+    seed: int,
 ) -> SpikePrompt:
     """The first ctx_t time bins of row `index`, with gen_t more as the truth.
 
-    dataset: a row of the table of data sets, of kind spikes. path: where to read it instead. Raises ConfigError,
-    DataError.
+    dataset: a row of the table of data sets, of kind spikes. path: where to read it instead.
+    Raises ConfigError, DataError.
     """
     row = DATASETS.get(dataset)
     if row is None or row.kind != "spikes":
         known = [name for name, other in DATASETS.items() if other.kind == "spikes"]
         raise ConfigError(f"--dataset {dataset} is no data set of spikes{nearest(dataset, known)}")
     _at_least_1(ctx_t=ctx_t, gen_t=gen_t)
-    encoder = SpikeEncoder(vocab_size)
-    source, _ = open_source(DatasetKeys(dataset=dataset, dataset_path=path), row, encoder, seed, split)
+    keys = DatasetKeys.model_validate({"dataset": dataset, "dataset_path": path})
+    source, _ = open_source(keys, row, build_encoder(keys, row.kind, None, vocab_size), seed, split)
     if not 0 <= index < len(source):
         raise ConfigError(f"--data-idx {index}: {dataset} has the rows 0 to {len(source) - 1}")
     counts = counts_of(source.tokens(index), vocab_size - 1)
@@ -82,8 +90,9 @@ def counts_of(ids: Sequence[int] | np.ndarray, separator: int) -> np.ndarray:
 
 
 def bins_of(neurons: int, separator: int, vocab_size: int) -> Constraint:
-    """Lets the separator be at the start of each time bin, after a prompt of whole bins, and nowhere else. Rows of
-    the vocabulary beyond the separator (padding) may be nowhere."""
+    """Lets the separator be at the start of each time bin, after a prompt of whole bins, and nowhere else.
+    Rows of the vocabulary beyond the separator (padding) may be nowhere.
+    """
 
     def constrain(number: int, logits: torch.Tensor) -> torch.Tensor:
         allowed = torch.zeros(vocab_size, dtype=torch.bool, device=logits.device)
@@ -99,8 +108,9 @@ def bins_of(neurons: int, separator: int, vocab_size: int) -> Constraint:
 def save(
     folder: Path, prompt: SpikePrompt, generated: Sequence[int], gen_t: int, separator: int, suffix: str = ""
 ) -> Path:
-    """Writes ids as the ancestor of this program does: prompt, gen, gt (all in token order; gt without recording:
-    empty) and n_neurons, to <name>-<gen_t>.npz."""
+    """Writes ids as the ancestor of this program does: prompt, gen,
+    gt (all in token order; gt without recording: empty) and n_neurons, to <name>-<gen_t>.npz.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{prompt.name}-{gen_t}{suffix}.npz"
     truth = [] if prompt.truth is None else ids_of(prompt.truth, separator)
@@ -115,7 +125,9 @@ def save(
 
 
 def raster(path: Path, prompt: SpikePrompt, generated: np.ndarray) -> None:
-    """A PNG of the counts (neurons by time bins): prompt and generated (n, T), and below it what was recorded."""
+    """A PNG of the counts (neurons by time bins): prompt and generated (n, T),
+    and below it what was recorded.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -126,7 +138,8 @@ def raster(path: Path, prompt: SpikePrompt, generated: np.ndarray) -> None:
     shown = {"prompt and generated": np.concatenate((prompt.counts, generated), axis=1)}
     if prompt.truth is not None:
         shown["recorded"] = prompt.truth
-    most = max(int(counts.max()) for counts in shown.values()) or 1
+    # A recording says what counts are usual; a poor model's largest would leave nothing of it to be seen.
+    most = int(shown.get("recorded", shown["prompt and generated"]).max()) or 1
     figure, axes = pyplot.subplots(len(shown), sharex=True, squeeze=False, figsize=(9, 3.2 * len(shown)))
     for axis, (title, counts) in zip(axes[:, 0], shown.items(), strict=True):
         image = axis.imshow(counts, aspect="auto", interpolation="nearest", cmap="Greys", vmin=0, vmax=most)

@@ -22,7 +22,7 @@ from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.cache import KVCache
 from torchtitan_rd.inference.exits import ExitPolicy, Seen
 from torchtitan_rd.inference.sharing import Sharing
-from torchtitan_rd.models.spec import ModelSpec
+from torchtitan_rd.model_spec import ModelSpec, Steps
 
 
 class Stepper:
@@ -41,15 +41,19 @@ class Stepper:
         seed: int = 0,
         scale: float = 1.0,
     ):
-        self.steps = spec.steps(model)
+        self.steps = steps_of(spec, model)
         self.depth = resolve_depth(spec, self.steps.mean_depth, depth)
         layout = self.steps.layout
         self.device = next(model.parameters()).device
-        self.cache = KVCache(layout, Sharing(strategy, layout.core, self.depth), batch, positions, self.device)
+        self.cache = KVCache(
+            layout, Sharing(strategy, layout.core, self.depth), batch, positions, self.device
+        )
+        self.batch = batch
         self.seed, self.scale = seed, scale
         self._table = self.steps.rotary(positions)
         self._padding = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self._padded = False
+        self._positions: slice | torch.Tensor = slice(0, 0)
         self._noise: torch.Tensor | None = None
         self.real: torch.Tensor | None = None
 
@@ -59,7 +63,8 @@ class Stepper:
 
         -> (B, S, E)."""
         if real is not None and not bool(real.all()):
-            self._padding, self._padded, self.real = (~real).sum(-1, keepdim=True), True, real
+            self._padding, self._padded = (~real).sum(-1, keepdim=True), True
+            self.real = real
         else:
             self.real = None
         self._open(tokens_BS.shape[1], real)
@@ -82,14 +87,20 @@ class Stepper:
             self.rotary = self._table[self._positions]
 
     def first_state(self) -> torch.Tensor | None:
-        """-> (B, S, E) or (1, S, E) of the open positions: noise that depends on (seed, position) alone."""
+        """-> (B, S, E) of the open positions: noise from (seed, position) alone.
+        None: the state starts at e.
+        """
         if self._noise is None:
-            rows = [self.steps.first_state(self.seed, position, self.scale) for position in range(len(self._table))]
-            if rows[0] is None:
+            rows = [
+                self.steps.first_state(self.seed, position, self.scale)
+                for position in range(len(self._table))
+            ]
+            known = [row for row in rows if row is not None]
+            if not known:
                 return None
-            self._noise = torch.stack(rows).to(self.device)
+            self._noise = torch.stack(known).to(self.device)
         state = self._noise[self._positions]
-        return state if state.ndim == 3 else state[None]
+        return state if state.ndim == 3 else state.expand(self.batch, -1, -1)
 
     def iterate(self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, step: int) -> torch.Tensor:
         """Iteration `step`, from 0. -> (B, S, E)."""
@@ -139,11 +150,14 @@ def think(
     if stepper.steps.mean_depth is None:
         return Thought(stepper.predict(e)[:, -1], e, steps, [])
     s = stepper.first_state() if state is None else state
-    s = e if s is None else s.expand_as(e)
+    s = e if s is None else s
+
     if policy is None or policy.criterion == "none":
         for step in range(stepper.depth):
             s = stepper.iterate(s, e, step)
         return Thought(stepper.predict(s)[:, -1], s, steps, [])
+
+    # `inside`: the rows that have not left yet.
     inside = torch.ones_like(steps, dtype=torch.bool) if alive is None else alive.clone()
     steps, values, measure, logits = torch.zeros_like(steps), [], None, None
     for step in range(stepper.depth):
@@ -152,12 +166,13 @@ def think(
         steps = steps + inside
         if (step + 1) % policy.every:
             continue
+
         if policy.rule.on_logits:
             logits = stepper.predict(s)[:, -1]
         if measure is None:
             vocab_size = 0 if logits is None else logits.shape[-1]
             measure = policy.rule.start(batch, vocab_size, stepper.device)
-        value = measure(Seen(s, previous, logits, stepper.real))
+        value = measure(Seen(s, previous, s.new_empty(0) if logits is None else logits, stepper.real))
         values.append(value.float().where(inside, torch.nan))
         if step + 1 >= policy.min_steps:
             inside = inside & ~policy.leaves(value)
@@ -169,7 +184,9 @@ def think(
     return Thought(logits, s, steps, values)
 
 
-def _step_of(stepper: Stepper, s: torch.Tensor, e: torch.Tensor, step: int, inside: torch.Tensor) -> torch.Tensor:
+def _step_of(
+    stepper: Stepper, s: torch.Tensor, e: torch.Tensor, step: int, inside: torch.Tensor
+) -> torch.Tensor:
     """One iteration of the rows `inside`; the others keep their state, and write neither keys nor values."""
     if bool(inside.all()):
         return stepper.iterate(s, e, step)
@@ -177,6 +194,13 @@ def _step_of(stepper: Stepper, s: torch.Tensor, e: torch.Tensor, step: int, insi
     new = stepper.iterate(s, e, step)
     stepper.cache.writers = None
     return new.where(inside[:, None, None], s)
+
+
+def steps_of(spec: ModelSpec, model: nn.Module) -> Steps:
+    """Raises ConfigError for a family that gives no forward in parts."""
+    if spec.steps is None:
+        raise ConfigError(f"a {spec.name} cannot generate: its ModelSpec has no `steps`")
+    return spec.steps(model)
 
 
 def resolve_depth(spec: ModelSpec, mean_depth: int | None, depth: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,9 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
     """bos, if the tokenizer has one (training text begins with it), then the ids of the prompt. Raises
     ConfigError for a model without a tokenizer, and for a prompt that has no ids."""
     if tokenizer is None:
-        raise ConfigError("this model has no tokenizer: name one with --tokenizer, or give ids with --prompt-ids")
+        raise ConfigError(
+            "this model has no tokenizer: name one with --tokenizer, or give ids with --prompt-ids"
+        )
     start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ids = [*start, *np.asarray(tokenizer.encode(prompt)).tolist()]
     if not ids:
@@ -24,17 +27,21 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
 
 
 def encode_chat(folder: Path, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The ids of a conversation ({"role", "content"} each) up to where the model answers, by the chat template of
-    the tokenizer in `folder`. Raises ConfigError if there is none."""
+    """The ids of a conversation ({"role", "content"} each) up to where the model answers,
+    by the chat template of the tokenizer in `folder`. Raises ConfigError if there is none.
+    """
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"--chat: no tokenizer that transformers can read lies in {folder}: {error}") from None
+        raise ConfigError(
+            f"--chat: no tokenizer that transformers can read lies in {folder}: {error}"
+        ) from None
     if not tokenizer.chat_template:
         raise ConfigError(f"--chat: the tokenizer in {folder} has no chat template; leave the flag out")
-    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+    ids: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+    return list(ids)
 
 
 class TextRow:
@@ -47,7 +54,8 @@ class TextRow:
         self._decode, self._stop = decode, tuple(stop)
         self._held = max((len(text) for text in stop), default=1) - 1  # may be the beginning of a stop string
         self._ids: list[int] = []
-        # ids[before:shown] are decoded once more with what follows them, since neighbours decide about blanks.
+        # ids[before:shown] are decoded once more with what follows them,
+        # since neighbours decide about blanks.
         self._before, self._shown = 0, 0
         self._pending = ""
         self.pieces: list[str] = []

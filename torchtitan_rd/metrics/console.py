@@ -1,5 +1,6 @@
 """The line a logged step prints, and on a terminal a progress bar below it."""
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -8,14 +9,16 @@ from typing import Any
 
 from torchtitan_rd.log import logger
 
-_RED, _GREEN, _YELLOW, _BLUE, _MAGENTA, _CYAN, _RESET = (f"\033[{code}m" for code in (31, 32, 33, 34, 35, 36, 39))
+_RED, _GREEN, _YELLOW, _BLUE, _MAGENTA, _CYAN, _RESET = (
+    f"\033[{code}m" for code in (31, 32, 33, 34, 35, 36, 39)
+)
 
 
 class Console:
     """Prints rows through the package's logger.
 
-    On a terminal (stderr) lines are coloured, unless `color` is false, and a tqdm bar shows progress and ETA; elsewhere
-    each line ends with them.
+    On a terminal (stderr) lines are coloured, unless `color` is false, and a tqdm bar shows progress and ETA;
+    elsewhere each line ends with them.
     """
 
     def __init__(self, *, step: int, total_steps: int, color: bool):
@@ -23,13 +26,19 @@ class Console:
         is_terminal = sys.stderr.isatty()
         self._color = color and is_terminal
         self._bar = None
-        self._handlers = []
+        self._handlers: list[logging.StreamHandler] = []
         # A terminal of unknown width (some containers and CI) has 0 columns, where a bar would be empty.
         if is_terminal and os.get_terminal_size(sys.stderr.fileno()).columns > 0:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total_steps, initial=step, unit="step", file=sys.stderr, dynamic_ncols=True)
-            self._handlers = [h for h in logger.handlers if getattr(h, "stream", None) is sys.stderr]
+            self._bar = tqdm(
+                total=total_steps, initial=step, unit="step", file=sys.stderr, dynamic_ncols=True
+            )
+            self._handlers = [
+                handler
+                for handler in logger.handlers
+                if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr
+            ]
             self._redirect(_AboveTheBar())
 
     def log(self, row: Mapping[str, Any]) -> None:

@@ -8,9 +8,10 @@ import torch
 
 GIB = 2**30
 
-# Dense bfloat16 peaks in FLOP/s, from the vendors' data sheets (NVIDIA's figures include 2:4 sparsity, which doubles
-# them). A pattern must match the whole name that torch.cuda.get_device_name() reports. A custom or partitioned device
-# has another peak and another name ("NVIDIA A100-SXM-64GB", "... MIG 1g.10gb"), so a near match proves nothing.
+# Dense bfloat16 peaks in FLOP/s, from the vendors' data sheets (NVIDIA's figures include 2:4 sparsity, which
+# doubles them). A pattern must match the whole name that torch.cuda.get_device_name() reports. A custom or
+# partitioned device has another peak and another name ("NVIDIA A100-SXM-64GB", "... MIG 1g.10gb"), so a near
+# match proves nothing.
 _PEAK_BF16_FLOPS = (
     (r"(NVIDIA )?A100-(SXM4|PCIE)-(40|80)GB|NVIDIA A100 80GB PCIe", 312e12),
     (r"NVIDIA H100 80GB HBM3", 989e12),  # SXM5; 1979 sparse
@@ -24,7 +25,9 @@ _PEAK_BF16_FLOPS = (
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of `device` in FLOP/s; None for a CPU and any device not in the table: never a guess."""
+    """Dense bf16 peak of `device` in FLOP/s; None for a CPU and any device not in the table:
+    never a guess.
+    """
     return peak_flops_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
@@ -33,7 +36,9 @@ def peak_flops_by_name(name: str) -> float | None:
 
 
 class PeakMemory:
-    """Peak memory since the last call of `read`; on a CPU the peak resident set of the whole process so far."""
+    """Peak memory since the last call of `read`; on a CPU the peak resident set of the whole
+    process so far.
+    """
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -44,7 +49,9 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
 
     def read(self) -> dict[str, float]:
-        """Values in GiB, in percent of the device, or counts (since the start of the process). Resets the peaks."""
+        """Values in GiB, in percent of the device, or counts (since the start of the process).
+        Resets the peaks.
+        """
         if self._device.type != "cuda":
             return {"memory_max_rss_gib": _max_rss() / GIB}
         stats = torch.cuda.memory_stats(self._device)

@@ -1,8 +1,11 @@
-"""metrics.jsonl: one JSON object a logged step, each step once, whatever kills and restarts the run has seen."""
+"""metrics.jsonl: one JSON object a logged step, each step once, whatever kills and restarts the
+run has seen.
+"""
 
 import errno
 import json
 import os
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +14,19 @@ from torchtitan_rd.log import logger
 
 
 class Journal:
-    """An append-only file of JSON lines, each handed to the system at once: kill -9 tears at most the last one."""
+    """An append-only file of JSON lines, each handed to the system at once:
+    kill -9 tears at most the last one.
+    """
 
     def __init__(self, path: Path):
         self.path = path
-        self._file = None
+        self._file: FileIO | None = None
 
     def open(self, step: int) -> None:
         """Opens the file for the steps after `step`, that of the loaded checkpoint; 0 starts a new file.
 
-        Rows beyond `step` will be computed again, so they are dropped, as are torn ones. A new run keeps the rows of an
-        older one in the same folder in `metrics.previous.jsonl`.
+        Rows beyond `step` will be computed again, so they are dropped, as are torn ones.
+        A new run keeps the rows of an older one in the same folder in `metrics.previous.jsonl`.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
@@ -33,6 +38,8 @@ class Journal:
 
     def append(self, row: dict[str, Any]) -> None:
         """Raises TrainingError if the line cannot be written, as on a full disk."""
+        if self._file is None:
+            raise RuntimeError(f"{self.path} is written to before it is opened")
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         try:
             if self._file.write(line) < len(line):
@@ -54,7 +61,9 @@ class Journal:
             logger.info("this run starts at step 0: the earlier %s is now %s", self.path, previous.name)
 
     def _rewind(self, step: int) -> None:
-        """Keeps the rows up to `step`. The new file takes the old one's place by a rename: a crash leaves either."""
+        """Keeps the rows up to `step`. The new file takes the old one's place by a rename:
+        a crash leaves either.
+        """
         kept, unreadable = [], []
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
             row_step = _step_of(line)

@@ -1,4 +1,6 @@
-"""Turns what steps return into one row of numbers, and hands the row to the console, metrics.jsonl and the sinks."""
+"""Turns what steps return into one row of numbers, and hands the row to the console,
+metrics.jsonl and the sinks.
+"""
 
 import math
 import time
@@ -6,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -18,10 +20,13 @@ from torchtitan_rd.metrics.devices import PeakMemory, peak_flops
 from torchtitan_rd.metrics.journal import Journal
 from torchtitan_rd.metrics.results import StepResult
 from torchtitan_rd.metrics.sinks import TensorBoardSink, WandbSink
+from torchtitan_rd.model_spec import FlopCount, NumSteps
 
 
 class MetricsConfig(Section):
-    """[metrics]: what is logged, how often and where. `metrics.jsonl` in the dump folder is always written."""
+    """[metrics]: what is logged, how often and where. `metrics.jsonl` in the dump folder
+    is always written.
+    """
 
     log_freq: int = Field(10, ge=1)
     """Log every so many steps; the first step of a run and the last are logged too."""
@@ -45,21 +50,9 @@ class MetricsConfig(Section):
     """Log the sha256 of the global batch's ids in row order, to compare the data of two runs."""
 
     peak_tflops: float | None = Field(None, gt=0)
-    """Peak TFLOP/s of one device, for the MFU. Unset: known devices by name, dense bf16; on others the MFU is n/a."""
-
-
-class FlopsPerToken(Protocol):
-    """The three counts of `models.spec.FlopCount`: FLOPs of a training step per token."""
-
-    @property
-    def matmul(self) -> float: ...
-    @property
-    def attention_full(self) -> float: ...
-    @property
-    def attention_causal(self) -> float: ...
-
-
-Depths = tuple[int, int]
+    """Peak TFLOP/s of one device, for the MFU. Unset: known devices by name, dense bf16;
+    on others the MFU is n/a.
+    """
 
 
 class Metrics:
@@ -78,18 +71,20 @@ class Metrics:
                 checkpointer.save(...)
         metrics.close()
 
-    A row describes its step, and the interval since the row before; a resumed run begins a new interval, so its first
-    row covers the steps since the checkpoint alone.
+    A row describes its step, and the interval since the row before; a resumed run begins a new interval,
+    so its first row covers the steps since the checkpoint alone.
 
-    - loss, loss_hex, loss_max, loss_max_rank, grad_norm, consecutive_skips: of the step itself (`StepNumbers`).
-    - loss_mean, loss_max_interval: the mean of the steps' losses, and the largest of their `loss_max`. Steps whose
-      update was skipped are left out; skipped_steps counts them.
-    - Rates and MFU are end to end: the wall time of the interval, data loading included, but not what was paused for.
-      That stands beside them as validation_seconds and checkpoint_seconds. A save follows the row of its step, so it
-      counts in the next row.
-    - Where ranks draw depths of their own, the deepest of each microbatch is what counts, since the others wait for it.
-    - memory_*: the highest value of all ranks; memory_max_rank is the rank with the most memory reserved (on a CPU,
-      resident).
+    - loss, loss_hex, loss_max, loss_max_rank, grad_norm, consecutive_skips:
+      of the step itself (`StepNumbers`).
+    - loss_mean, loss_max_interval: the mean of the steps' losses, and the largest of their `loss_max`.
+      Steps whose update was skipped are left out; skipped_steps counts them.
+    - Rates and MFU are end to end: the wall time of the interval, data loading included, but not what was
+      paused for. That stands beside them as validation_seconds and checkpoint_seconds. A save follows the row
+      of its step, so it counts in the next row.
+    - Where ranks draw depths of their own, the deepest of each microbatch is what counts,
+      since the others wait for it.
+    - memory_*: the highest value of all ranks; memory_max_rank is the rank with the most memory reserved
+      (on a CPU, resident).
     - resumed_from: in the first row after a restart, the step of its checkpoint.
     """
 
@@ -102,17 +97,18 @@ class Metrics:
         rank: int,
         world_size: int,
         device: torch.device,
-        flops: FlopsPerToken,
+        flops: FlopCount,
         total_steps: int,
-        flops_drawn: Callable[[Sequence[Sequence[Depths]]], FlopsPerToken | None] = lambda depths: None,
+        flops_drawn: Callable[[Sequence[Sequence[NumSteps]]], FlopCount | None] = lambda depths: None,
         own_depths: bool = False,
         gather: Callable[[list[float]], list[list[float]] | None] = lambda numbers: [numbers],
     ):
         """flops: count at the mean depth. own_depths: whether ranks may differ in depth.
 
-        flops_drawn: the interval's depths, for each rank those of its microbatches -> the mean count, or None where
-        nothing is drawn.
-        gather: numbers of this rank -> those of every rank on rank 0, None on others. A collective, once a row.
+        flops_drawn: the interval's depths, for each rank those of its microbatches -> the mean count,
+        or None where nothing is drawn.
+        gather: numbers of this rank -> those of every rank on rank 0, None on others.
+            A collective, once a row.
         """
         self._config = config
         self._dump_folder = dump_folder
@@ -120,7 +116,9 @@ class Metrics:
         self._writes = rank == 0
         self._world_size = world_size
         self._device = device
-        self._flops, self._flops_drawn, self._own_depths = flops, flops_drawn, own_depths
+        self._flops = flops
+        self._flops_drawn = flops_drawn
+        self._own_depths = own_depths
         self._gather = gather
         self._total_steps = total_steps
         self._sinks: list[TensorBoardSink | WandbSink] = []
@@ -157,10 +155,14 @@ class Metrics:
             self._sinks.append(TensorBoardSink(self._dump_folder / config.save_tb_folder, step))
         self._journal = Journal(self._dump_folder / "metrics.jsonl")
         self._journal.open(step)
-        self._console = Console(step=step, total_steps=self._total_steps, color=not config.disable_color_printing)
+        self._console = Console(
+            step=step, total_steps=self._total_steps, color=not config.disable_color_printing
+        )
 
     def should_log(self, step: int) -> bool:
-        """The first step, every `log_freq`-th and the last. A function of the step alone: a restart logs the same."""
+        """The first step, every `log_freq`-th and the last. A function of the step alone:
+        a restart logs the same.
+        """
         return step == 1 or step % self._config.log_freq == 0 or step == self._total_steps
 
     @contextmanager
@@ -199,14 +201,16 @@ class Metrics:
         data_hash: str | None = None,
         extra: Mapping[str, float] | None = None,
     ) -> None:
-        """Writes one row for `step`, the last that was added. Every rank calls it: it gathers memory peaks and depths.
+        """Writes one row for `step`, the last that was added.
+        Every rank calls it: it gathers memory peaks and depths.
 
         tokens_seen: tokens of all ranks since step 0, every input position counted, since each costs FLOPs.
         extra: more numbers for the row.
         """
         memory, flops = self._of_all_ranks()
         if self._writes:
-            # Reading waits for the device, so the clock is read after it: the interval covers work, not launches.
+            # Reading waits for the device, so the clock is read after it:
+            # the interval covers work, not launches.
             losses = self._losses()
             row: dict[str, Any] = {
                 "step": step,
@@ -222,19 +226,26 @@ class Metrics:
             }
             # JSON has no NaN or infinity: such a number becomes null; loss_hex still tells which it was.
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            self._journal.append(row)
-            for sink in self._sinks:
-                sink.log(row)
-            self._console.log(row)
+            self._write(row)
         self._resumed_from = 0
         self._begin_interval(step, tokens_seen)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._journal is None or self._console is None:
+            raise RuntimeError("a row is logged before the outputs are opened (`start`) or after `close`")
+        self._journal.append(row)
+        for sink in self._sinks:
+            sink.log(row)
+        self._console.log(row)
 
     def close(self) -> None:
         """Flushes and closes every output. May be called twice, and before `start`."""
         for output in (self._console, self._journal, *self._sinks):
             if output is not None:
                 output.close()
-        self._console, self._journal, self._sinks = None, None, []
+        self._console = None
+        self._journal = None
+        self._sinks = []
 
     def _begin_interval(self, step: int, tokens_seen: int) -> None:
         self._first_step, self._first_token = step, tokens_seen
@@ -259,7 +270,7 @@ class Metrics:
             "skipped_steps": len(numbers) - len(taken),
         }
 
-    def _of_all_ranks(self) -> tuple[dict[str, float], FlopsPerToken | None]:
+    def _of_all_ranks(self) -> tuple[dict[str, float], FlopCount | None]:
         """The highest peaks of memory, and the mean FLOPs per token of the interval. Collective.
 
         One gather for both. On other ranks than the first the answer is empty.
@@ -284,12 +295,13 @@ class Metrics:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _speed(self, step: int, tokens_seen: int, flops: FlopsPerToken) -> dict[str, float | None]:
+    def _speed(self, step: int, tokens_seen: int, flops: FlopCount) -> dict[str, float | None]:
         """Rates of the interval, what it paused for left out.
 
-        MFU is model FLOPs per second over the device's peak, in 0..1, recomputation not counted (PaLM paper,
-        arXiv:2204.02311, appendix B). `full` counts attention over all S x S pairs, as that paper and Megatron do;
-        `causal` only the pairs that a causal mask leaves. `tflops` is per device, full convention.
+        MFU is model FLOPs per second over the device's peak, in 0..1, recomputation not counted (PaLM
+        paper, arXiv:2204.02311, appendix B). `full` counts attention over all S x S pairs, as that
+        paper and Megatron do; `causal` only the pairs that a causal mask leaves. `tflops` is per
+        device, full convention.
         """
         seconds = time.perf_counter() - self._begin - math.fsum(self._paused.values())
         steps = step - self._first_step

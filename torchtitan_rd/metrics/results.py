@@ -1,4 +1,6 @@
-"""What one optimizer step reports. Numbers may still be on their way from the device when the step returns."""
+"""What one optimizer step reports. Numbers may still be on their way from the device when
+the step returns.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

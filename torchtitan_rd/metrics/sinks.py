@@ -1,4 +1,6 @@
-"""Where rows go besides metrics.jsonl: TensorBoard and Weights & Biases. Either library loads only when enabled."""
+"""Where rows go besides metrics.jsonl: TensorBoard and Weights & Biases.
+Either library loads only when enabled.
+"""
 
 import re
 import uuid
@@ -89,8 +91,8 @@ class WandbSink:
         )
 
     def log(self, row: Mapping[str, Any]) -> None:
-        # wandb cannot rewind: after a crash it already holds the rows between the checkpoint and the crash. They are
-        # computed again to the same values, so they are not sent again.
+        # wandb cannot rewind: after a crash it already holds the rows between the checkpoint and the crash.
+        # They are computed again to the same values, so they are not sent again.
         if row["step"] >= self._run.step:
             self._run.log(scalars(row), step=row["step"])
 
@@ -99,18 +101,19 @@ class WandbSink:
 
 
 def _without_command_line(wandb: Any) -> Any:
-    """Settings with which wandb does not upload its own metadata, which holds sys.argv and so what is secret in it.
+    """Settings with which wandb does not upload its own metadata,
+    which holds sys.argv and so what is secret in it.
 
-    The field has had two names since wandb 0.17, the oldest version that is supported. It is no public API: a version
-    without either name is warned about.
+    The field has had two names since wandb 0.17, the oldest version that is supported.
+    It is no public API: a version without either name is warned about.
     """
     known = wandb.Settings()
     for name in ("x_disable_meta", "_disable_meta"):
         if hasattr(known, name):
             return wandb.Settings(**{name: True})
     logger.warning(
-        "wandb %s has no setting that keeps the command line out of its metadata: pass no credential there, or set "
-        "metrics.enable_wandb = false",
+        "wandb %s has no setting that keeps the command line out of its metadata: pass no credential there, "
+        "or set metrics.enable_wandb = false",
         getattr(wandb, "__version__", "(of unknown version)"),
     )
     return known

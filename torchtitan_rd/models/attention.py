@@ -1,9 +1,9 @@
 """The one place that picks the attention kernel, proves that it works, and calls it.
 
 Shapes: B batch, H heads, S sequence, D head dim. `sdpa`, `fa3` and `fa4` all go through
-F.scaled_dot_product_attention: torch dispatches it to FlashAttention 3 or 4 once that is activated. A document mask
-goes through compiled flex attention on CUDA; flex has no backward on CPU, where the same mask goes densely
-through SDPA.
+F.scaled_dot_product_attention: torch dispatches it to FlashAttention 3 or 4 once that is activated. A
+document mask goes through compiled flex attention on CUDA; flex has no backward on CPU, where the same mask
+goes densely through SDPA.
 """
 
 import importlib.util
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +27,13 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
+from torchtitan_rd.model_spec import AttentionShape
 
 
 class KeyValues(ABC):
-    """What a block may be given in place of a mask: it keeps the keys and values of this layer application, and lets
-    the new queries attend to the kept ones too (inference/cache.py)."""
+    """What a block may be given in place of a mask: it keeps the keys and values of this layer application,
+    and lets the new queries attend to the kept ones too (inference/cache.py).
+    """
 
     @abstractmethod
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -39,21 +41,15 @@ class KeyValues(ABC):
 
 
 Mask: TypeAlias = "torch.Tensor | BlockMask | KeyValues | None"
-
-
-class AttentionShape(NamedTuple):
-    """What a kernel must cope with: query heads, key-value heads, and the dim of each."""
-
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
+BackendName: TypeAlias = Literal["sdpa", "fa3", "fa4", "flex"]
+Requested: TypeAlias = Literal["auto"] | BackendName
 
 
 @dataclass(frozen=True)
 class Backend:
     """The chosen kernel and why."""
 
-    name: Literal["sdpa", "fa3", "fa4", "flex"]
+    name: BackendName
     reason: str
 
 
@@ -68,7 +64,7 @@ class _Flash:
     remedy: str
 
 
-_FLASH = {
+_FLASH: dict[str, _Flash] = {
     "fa3": _Flash(
         "FA3",
         (9,),
@@ -80,22 +76,27 @@ _FLASH = {
         "FA4", (9, 10), "Hopper or Blackwell", "flash_attn.cute.interface", "pip install 'torchtitan_rd[fa4]'"
     ),
 }
-_PREFERRED = {9: "fa3", 10: "fa4"}  # by major compute capability
+_PREFERRED: dict[int, BackendName] = {9: "fa3", 10: "fa4"}  # by major compute capability
 
-# Relative error in the Frobenius norm against float32: twice what rounding gives, far below what a wrong kernel gives.
+# Relative error in the Frobenius norm against float32: twice what rounding gives,
+# far below what a wrong kernel gives.
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-3}
 
+# Whether flex attention is used without a document mask too. One for the process, as torch's own choice of
+# a flash kernel is: `activate` sets it before training, `build_mask` reads it in each forward. No model
+# has to hand it through.
 _flex_without_documents = False
 
 
 def setup_attention(
-    requested: str, shape: AttentionShape, device: torch.device, dtype: torch.dtype, document_mask: bool
+    requested: Requested, shape: AttentionShape, device: torch.device, dtype: torch.dtype, document_mask: bool
 ) -> Backend:
     """Chooses, activates and probes the backend for the whole process, and logs the choice.
 
-    requested: `model.attention_backend`. shape: the model config's `attention_shape`. dtype: that of the activations.
-    Raises ConfigError if the backend is not to be had here, cannot do what the run needs, or computes wrongly; but
-    where `auto` took an installed FlashAttention that is broken, this warns and takes `sdpa`.
+    requested: `model.attention_backend`. shape: the model shape's `attention_shape`. dtype: that of
+    the activations. Raises ConfigError if the backend is not to be had here, cannot do what the run
+    needs, or computes wrongly; but where `auto` took an installed FlashAttention that is broken, this
+    warns and takes `sdpa`.
     """
     backend = choose_backend(requested, device, dtype, document_mask)
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
@@ -105,7 +106,9 @@ def setup_attention(
     except ConfigError as error:
         if requested != "auto" or backend.name not in _FLASH:
             raise
-        logger.warning("attention: auto takes sdpa, since %s is installed but broken here: %s", backend.name, error)
+        logger.warning(
+            "attention: auto takes sdpa, since %s is installed but broken here: %s", backend.name, error
+        )
         _deactivate(cudnn)
         backend = Backend("sdpa", f"auto: {backend.name} is installed but broken, see the warning")
         kernel = probe(backend, shape, device, dtype, document_mask)
@@ -113,7 +116,9 @@ def setup_attention(
     return backend
 
 
-def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, document_mask: bool) -> Backend:
+def choose_backend(
+    requested: Requested, device: torch.device, dtype: torch.dtype, document_mask: bool
+) -> Backend:
     """Resolves `auto`, or checks that the requested backend is to be had here. Raises ConfigError."""
     on_cuda = device.type == "cuda"
     if requested == "flex" and not on_cuda:
@@ -122,6 +127,7 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, doc
         obstacle = _obstacle(_FLASH[requested], device, dtype)
         if obstacle:
             raise ConfigError(f"model.attention_backend = {requested!r}: {obstacle}")
+
     if document_mask and not on_cuda:
         return Backend("sdpa", "flex attention has no backward on CPU, so the document mask is a dense one")
     if document_mask and requested not in ("auto", "flex"):
@@ -131,13 +137,17 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype, doc
         )
     if document_mask:
         return Backend("flex", "training.document_mask")
+
     if requested != "auto":
         return Backend(requested, "as configured")
     if not on_cuda:
         return Backend("sdpa", f"auto: the only one that trains on {device.type}")
+
     preferred = _PREFERRED.get(_capability(device))
     if preferred is None:
-        return Backend("sdpa", f"auto: neither fa3 nor fa4 is preferred on {torch.cuda.get_device_name(device)}")
+        return Backend(
+            "sdpa", f"auto: neither fa3 nor fa4 is preferred on {torch.cuda.get_device_name(device)}"
+        )
     obstacle = _obstacle(_FLASH[preferred], device, dtype)
     if obstacle:
         return Backend("sdpa", f"auto: {preferred} would be preferred, but {obstacle}")
@@ -159,7 +169,8 @@ def activate(backend: Backend) -> None:
                 f"model.attention_backend: {backend.name} is installed but does not load: {error}; "
                 f"reinstall it for this torch ({_FLASH[backend.name].remedy}), or use 'sdpa'"
             ) from error
-        torch.backends.cuda.enable_cudnn_sdp(False)  # SDPA may rank it above flash, and then FA3/FA4 never runs
+        # SDPA may rank it above flash, and then FA3/FA4 never runs.
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def _deactivate(cudnn: bool) -> None:
@@ -172,7 +183,8 @@ def _deactivate(cudnn: bool) -> None:
 def probe(
     backend: Backend, shape: AttentionShape, device: torch.device, dtype: torch.dtype, document_mask: bool
 ) -> str:
-    """Runs a small forward and backward of `shape`, compares them with the math kernel in float32; -> kernel's name.
+    """Runs a small forward and backward of `shape`, compares them with the math kernel in
+    float32; -> kernel's name.
 
     Raises ConfigError with the errors if the kernel fails or is off by more than rounding.
     """
@@ -185,15 +197,19 @@ def probe(
     tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
     documents = (torch.arange(length, device=device) // 100).expand(batch, length) if document_mask else None
     allowed = _visible(tokens if documents is None else documents)
+
     where = f"model.attention_backend: {backend.name} on {device.type}, {dtype}, {shape}"
     try:
-        kernel = "flex" if backend.name == "flex" else _sdpa_kernel(q, k, v, allowed if document_mask else None)
-        found = _gradients(lambda *qkv: attend(*qkv, build_mask(tokens, documents)), q, k, v, grad)
+        kernel = (
+            "flex" if backend.name == "flex" else _sdpa_kernel(q, k, v, allowed if document_mask else None)
+        )
+        found = _gradients(lambda q, k, v: attend(q, k, v, build_mask(tokens, documents)), q, k, v, grad)
     except Exception as error:  # a kernel may raise anything, and each is the same mistake to the user
         raise ConfigError(f"{where} fails: {error}; use another backend") from error
     if backend.name in _FLASH and kernel != SDPBackend.FLASH_ATTENTION.name:
         raise ConfigError(f"{where}: it is active, but torch takes {kernel} instead; use another backend")
-    expected = _gradients(lambda *qkv: _reference(*qkv, allowed), *(t.float() for t in (q, k, v, grad)))
+
+    expected = _gradients(lambda q, k, v: _reference(q, k, v, allowed), *(t.float() for t in (q, k, v, grad)))
     names = ("output", "dq", "dk", "dv")
     errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
     if not all(error <= _TOLERANCE[dtype] for error in errors):  # so that a nan fails too
@@ -212,14 +228,16 @@ def build_mask(tokens: torch.Tensor, document_ids: torch.Tensor | None) -> Mask:
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> torch.Tensor:
-    """Causal attention of q (B, H, S, D) to k and v (B, H_kv, S, D) -> (B, H, S, D). mask: from `build_mask`, or what
-    keeps the keys and values."""
+    """Causal attention of q (B, H, S, D) to k and v (B, H_kv, S, D) -> (B, H, S, D). mask: from `build_mask`,
+    or what keeps the keys and values.
+    """
     if isinstance(mask, KeyValues):
         return mask.attend(q, k, v)
     gqa = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         # A block that is compiled as a whole takes flex in; nested compilation would break its graph.
-        flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex(flex_attention)
+        plain: Callable[..., Any] = flex_attention
+        flex = plain if torch.compiler.is_compiling() else _compiled_flex(plain)
         return flex(q, k, v, block_mask=mask, enable_gqa=gqa)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
 
@@ -232,7 +250,9 @@ def _compiled(function: Callable) -> Callable:
 
 @cache
 def _compiled_flex(function: Callable) -> Callable:
-    """As one operator that selective activation checkpointing sees and can keep; else it sees nothing of it."""
+    """As one operator that selective activation checkpointing sees and can keep;
+    else it sees nothing of it.
+    """
     return torch.compile(function, options={"wrap_inductor_compiled_regions": True})
 
 
@@ -241,7 +261,9 @@ def _document_block_mask(document_ids: torch.Tensor) -> BlockMask:
         return (q >= k) & (document_ids[b, q] == document_ids[b, k])
 
     batch, length = document_ids.shape
-    return _compiled(create_block_mask)(same_document, batch, None, length, length, device=document_ids.device)
+    return _compiled(create_block_mask)(
+        same_document, batch, None, length, length, device=document_ids.device
+    )
 
 
 @cache
@@ -255,7 +277,9 @@ def _visible(document_ids: torch.Tensor) -> torch.Tensor:
     return same.tril()
 
 
-def _gradients(function: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor) -> list:
+def _gradients(
+    function: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, grad: torch.Tensor
+) -> list:
     """-> [output, dq, dk, dv]."""
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
     with torch.enable_grad():
@@ -270,9 +294,8 @@ def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch
 
 def _sdpa_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> str:
     """The kernel that SDPA takes for such tensors when they need gradients, by torch's name for it."""
-    chosen = torch._fused_sdp_choice(
-        *(t.detach().requires_grad_() for t in (q, k, v)), mask, 0.0, mask is None, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    chosen = torch._fused_sdp_choice(q, k, v, mask, 0.0, mask is None, enable_gqa=q.shape[1] != k.shape[1])
     return SDPBackend(chosen).name
 
 
@@ -282,7 +305,8 @@ def _obstacle(flash: _Flash, device: torch.device, dtype: torch.dtype) -> str | 
         here = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         return f"{flash.torch_name} needs a {flash.gpus} GPU and this is {here}; use 'auto'"
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"{flash.torch_name} computes in bfloat16 or float16, not {dtype}; set training.mixed_precision_param"
+        remedy = "set training.mixed_precision_param"
+        return f"{flash.torch_name} computes in bfloat16 or float16, not {dtype}; {remedy}"
     if not _installed(flash.module):
         return f"{flash.torch_name} is not installed: {flash.remedy} (docs/attention.md)"
     return None

@@ -4,9 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from torchtitan_rd.config_loader import Section, UserPath
-
-MUST_MATCH = {"on_resume": "must_match"}
+from torchtitan_rd.config_loader import MUST_MATCH, Section, UserPath
 
 
 class ModelConfig(Section):
@@ -22,19 +20,25 @@ class ModelConfig(Section):
     """Number of token ids; by default as many as the data set (or its tokenizer) has."""
 
     vocab_padding_multiple: int = Field(1, ge=1)
-    """Embedding and head have the next multiple of this many rows, for faster matrix products. The data may hold none
-    of the padded ids; their logits count in the loss like all others, as in Huginn's training program (there: 4096)."""
+    """Embedding and head have the next multiple of this many rows, for faster matrix products. The data may
+    hold none of the padded ids; their logits count in the loss like all others, as in Huginn's training
+    program (there: 4096).
+    """
 
     tokenizer_path: UserPath = "bytes"
     """`bytes`, a folder with a tokenizer.json, a tiktoken file, or a hub name. Read by text data sets only.
     A resumed run may read it from another place; its content must be the same."""
 
     attention_backend: Literal["auto", "sdpa", "fa3", "fa4", "flex"] = "auto"
-    """Kernel of the attention; `auto` takes the fastest that this machine has, and logs why. See docs/attention.md."""
+    """Kernel of the attention; `auto` takes the fastest that this machine has, and logs why.
+    See docs/attention.md.
+    """
 
     overrides: dict[str, Any] = Field(default_factory=dict, json_schema_extra=MUST_MATCH)
-    """Fields of the flavor to replace, as `[model.overrides]`, for example `n_layers = 2`. Each replaces itself alone:
-    `block = "sandwich"` in a raven from before Huginn does not bring Huginn's qk_bias or norm_eps along."""
+    """Fields of the flavor to replace, as `[model.overrides]`, for example `n_layers = 2`. Each
+    replaces itself alone: `block = "sandwich"` in a raven from before Huginn does not bring Huginn's
+    qk_bias or norm_eps along.
+    """
 
     @field_validator("overrides")
     @classmethod

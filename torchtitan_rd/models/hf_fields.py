@@ -8,8 +8,8 @@ from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 
 _NEEDED = object()
-# Fields that change what some class of the transformers library computes, or that describe another form of weights,
-# with the values that change nothing. An absent field and null change nothing either.
+# Fields that change what some class of the transformers library computes, or that describe another form of
+# weights, with the values that change nothing. An absent field and null change nothing either.
 _CHANGING: dict[str, tuple[Any, ...]] = {
     # weights
     "quantization_config": (),
@@ -59,8 +59,9 @@ _CHANGING: dict[str, tuple[Any, ...]] = {
 }
 # What says nothing about the computation of one forward: names and types, training, generation.
 _HARMLESS = """
-    architectures model_type _name_or_path name transformers_version torch_dtype dtype use_bfloat16 torchscript
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id tokenizer_class prefix
+    architectures model_type _name_or_path name transformers_version torch_dtype dtype use_bfloat16
+    torchscript bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
+    tokenizer_class prefix
     initializer_range attention_dropout pretraining_tp gradient_checkpointing chunk_size_feed_forward
     use_cache output_attentions output_hidden_states output_scores return_dict return_dict_in_generate
     _attn_implementation_autoset _attn_implementation attn_implementation use_sliding_window max_window_layers
@@ -74,20 +75,39 @@ _HARMLESS = """
 
 
 class Fields:
-    """The fields of a config.json, or of a table in it. `where` names it in messages. Null counts as absent."""
+    """The fields of a config.json, or of a table in it. `where` names it in messages.
+    Null counts as absent.
+    """
 
     def __init__(self, fields: Mapping[str, Any], where: str = "config.json: "):
         self.given = {key: value for key, value in fields.items() if value is not None}
         self.where, self._read = where, {*_CHANGING, *_HARMLESS.split()}
 
-    def whole(self, key: str, default: Any = _NEEDED) -> Any:
-        """A whole number (64, not 64.0 or "64")."""
-        return self._of_type(key, default, "a whole number", lambda value: type(value) is int)
+    def whole(self, key: str, default: Any = _NEEDED, most: int = 2**24) -> Any:
+        """A whole number (64, not 64.0 or "64"). most: beyond it is a mistake, found without building a
+        model; by default that of a width, beyond which torch cannot count the bytes of a matrix.
+        """
+        found = self._of_type(key, default, "a whole number", lambda value: type(value) is int)
+        if found is not default and found > most:
+            raise ConfigError(f"{self.where}{key} = {found} must be at most {most}")
+        return found
+
+    def alike(self, first: str, second: str) -> None:
+        """Raises ConfigError if two names of one thing say different things."""
+        one, other = self.given.get(first), self.given.get(second)
+        if None not in (one, other) and (type(one) is not type(other) or one != other):
+            raise ConfigError(
+                f"{self.where}{first} = {one!r} and {second} = {other!r} are two names of one thing, "
+                f"and programs differ in which one they read: leave only the right one"
+            )
 
     def number(self, key: str, default: Any = _NEEDED) -> Any:
         """A finite number -> float."""
         found = self._of_type(
-            key, default, "a finite number", lambda value: type(value) in (int, float) and math.isfinite(value)
+            key,
+            default,
+            "a finite number",
+            lambda value: type(value) in (int, float) and math.isfinite(value),
         )
         return found if found is default else float(found)
 
@@ -99,7 +119,9 @@ class Fields:
 
     def table(self, key: str) -> "Fields":
         """A table in it; an empty one if it is absent."""
-        return Fields(self._of_type(key, {}, "a table", lambda value: isinstance(value, dict)), f"{self.where}{key}.")
+        return Fields(
+            self._of_type(key, {}, "a table", lambda value: isinstance(value, dict)), f"{self.where}{key}."
+        )
 
     def listed(self, key: str) -> list[Any]:
         """A list; an empty one if it is absent."""
@@ -115,18 +137,23 @@ class Fields:
         return value
 
     def refuse_what_changes_the_computation(self, *but: str) -> None:
-        """Raises ConfigError for a field that would, and logs those of which it is not known; to be called last.
+        """Raises ConfigError for a field that would, and logs those of which it is not known;
+        to be called last.
 
         but: fields that the caller has looked at, or that mean nothing for its family.
         """
         for key, neutral in _CHANGING.items():
             value = self.given.get(key)
-            if key in but or value is None or any(type(value) in _alike(one) and value == one for one in neutral):
+            if (
+                key in but
+                or value is None
+                or any(type(value) in _alike(one) and value == one for one in neutral)
+            ):
                 continue
             listed = "".join(f"{one!r} or " for one in neutral)
             raise ConfigError(
-                f"{self.where}{key} = {value!r} is not supported, only {listed}null: it may change what the model "
-                f"computes. Take it out if the model was trained without it"
+                f"{self.where}{key} = {value!r} is not supported, only {listed}null: "
+                f"it may change what the model computes. Take it out if the model was trained without it"
             )
         if unknown := sorted(self.given.keys() - self._read - set(but)):
             logger.warning("%s%s: not known here, and ignored", self.where, ", ".join(unknown))

@@ -16,7 +16,9 @@ NormType = Literal["rmsnorm", "layernorm", "np_layernorm"]
 
 
 def build_norm(norm_type: NormType, dim: int, eps: float) -> nn.Module:
-    """RMSNorm, LayerNorm without bias, or LayerNorm without any parameter (`np_layernorm`) over the last axis."""
+    """RMSNorm, LayerNorm without bias, or LayerNorm without any parameter (`np_layernorm`)
+    over the last axis.
+    """
     if norm_type == "rmsnorm":
         return RMSNorm(dim, eps=eps)
     return nn.LayerNorm(dim, eps=eps, bias=False, elementwise_affine=norm_type == "layernorm")
@@ -31,8 +33,9 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm, with half the operations in eager mode on CPU, where torch has no fused kernel. (In inference
-    mode, which needs no backward, torch's takes half the time of this one: it calls its operations from C++.)
+    """torch's RMSNorm, with half the operations in eager mode on CPU, where torch has no fused kernel. (In
+    inference mode, which needs no backward, torch's takes half the time of this one: it calls its
+    operations from C++.)
 
     The weight may be of a wider type than x: it is then multiplied in that type, before the cast back to x's.
     """
@@ -71,10 +74,10 @@ class _RMSNormOnCPU(torch.autograd.Function):
 class RopeScaling:
     """Llama 3.1's stretching of the slow rotary frequencies.
 
-    Waves longer than original_max_position_embeddings / low_freq_factor are slowed by `factor`, those shorter than
-    original_max_position_embeddings / high_freq_factor are kept, and the share in between is linear in the number of
-    turns that fit into the original context. Source: `apply_scaling` of Meta's llama-models. Raises ConfigError for
-    values at odds with each other.
+    Waves longer than original_max_position_embeddings / low_freq_factor are slowed by `factor`, those shorter
+    than original_max_position_embeddings / high_freq_factor are kept, and the share in between is linear in
+    the number of turns that fit into the original context. Source: `apply_scaling` of Meta's llama-models.
+    Raises ConfigError for values at odds with each other.
     """
 
     __pydantic_config__: ClassVar = {"extra": "forbid"}
@@ -96,23 +99,28 @@ class RopeScaling:
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding on interleaved pairs: pair i of position p turns by p * theta^(-2i / D) radians.
+    """Rotary position embedding on interleaved pairs:
+    pair i of position p turns by p * theta^(-2i / D) radians.
 
-    Only the D/2 frequencies are kept; forward makes the table for the sequence at hand (D/2 * S sines, nothing
-    beside one block), so no length is built in and none can be exceeded. Everything is float32, also after the
-    model is cast: bfloat16 angles would be wrong by whole turns at long context.
+    Only the D/2 frequencies are kept; forward makes the table for the sequence at hand (D/2 * S sines,
+    nothing beside one block), so no length is built in and none can be exceeded. Everything is float32, also
+    after the model is cast: bfloat16 angles would be wrong by whole turns at long context.
     """
 
     inv_freq: torch.Tensor
 
     def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None = None):
         super().__init__()
-        self.head_dim, self.theta, self.scaling = head_dim, theta, scaling
+        self.head_dim = head_dim
+        self.theta = theta
+        self.scaling = scaling
         self.register_buffer("inv_freq", None, persistent=False)
         self.init_buffers(torch.get_default_device())
 
     def init_buffers(self, device: torch.device | str) -> None:
-        """Computes the frequencies on `device`; to be called after `to_empty`, which leaves them undefined."""
+        """Computes the frequencies on `device`; to be called after `to_empty`,
+        which leaves them undefined.
+        """
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
         frequencies = 1.0 / self.theta**exponents
         self.inv_freq = self.scaling.apply(frequencies) if self.scaling else frequencies
@@ -126,8 +134,8 @@ class Rotary(nn.Module):
     def forward(self, seq_len: int) -> torch.Tensor:
         """-> exp(i * angle) of positions 0 .. S-1: (S, 1, D/2) complex64.
 
-        Complex, because FSDP's mixed precision casts floating-point inputs of the wrapped blocks, and so would round
-        a table of sines and cosines.
+        Complex, because FSDP's mixed precision casts floating-point inputs of the wrapped blocks,
+        and so would round a table of sines and cosines.
         """
         positions = torch.arange(seq_len, dtype=torch.float32, device=self.inv_freq.device)
         angles = torch.outer(positions, self.inv_freq).unsqueeze(1)
@@ -136,7 +144,9 @@ class Rotary(nn.Module):
 
 
 def apply_rotary(pairs: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (B, S, H, D/2, 2) by `table` (S, 1, D/2) -> (B, S, H, D), in float32, cast back at the end."""
+    """Turns the pairs (B, S, H, D/2, 2) by `table` (S, 1, D/2) -> (B, S, H, D), in float32,
+    cast back at the end.
+    """
     pairs32 = pairs.float()
     if torch.compiler.is_compiling():  # inductor fuses real arithmetic, but runs complex kernels one by one
         (even, odd), (cos, sin) = pairs32.unbind(-1), torch.view_as_real(table).unbind(-1)

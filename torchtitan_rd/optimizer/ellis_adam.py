@@ -1,7 +1,8 @@
 """ELLISAdam, the AdamW variant that trained Huginn-0125 (arXiv 2502.05171), over plain or sharded parameters.
 
-Means, norms and checks are over a whole tensor, wherever its parts lie. Each kind that an option asks for costs one
-all-reduce of one number a tensor in a step (update_clipping, as in the Huginn runs: one), and nothing without options.
+Means, norms and checks are over a whole tensor, wherever its parts lie. Each kind that an option asks for
+costs one all-reduce of one number a tensor in a step (update_clipping, as in the Huginn runs: one), and
+nothing without options.
 """
 
 import math
@@ -15,30 +16,35 @@ from pydantic import Field
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchtitan_rd.config_loader import Section
+from torchtitan_rd.config_loader import MUST_MATCH, Section
 from torchtitan_rd.optimizer.shards import local, replace_unless, sum_over_shards
-
-_MUST_MATCH: dict[str, Any] = {"on_resume": "must_match"}  # they decide which tensors a checkpoint holds
 
 
 class EllisKeys(Section):
     """The [optimizer] keys of name = "ELLISAdam"."""
 
     update_clipping: bool = False
-    """ELLISAdam: divide a tensor's rate by the root mean square of g / sqrt(v) where that exceeds 1 (AdaFactor,
-    arXiv 1804.04235); v is clamped at eps^2 in place."""
+    """ELLISAdam: divide a tensor's rate by the root mean square of g / sqrt(v) where that exceeds 1
+    (AdaFactor, arXiv 1804.04235); v is clamped at eps^2 in place.
+    """
     atan_adam: bool = False
-    """ELLISAdam: update by atan2(m, sqrt(v)), which needs no eps (arXiv 2407.05872), instead of m / (sqrt(v) + eps)."""
+    """ELLISAdam: update by atan2(m, sqrt(v)), which needs no eps (arXiv 2407.05872),
+    instead of m / (sqrt(v) + eps).
+    """
     running_init: bool = False
-    """ELLISAdam: begin the moments as the first gradient and its square instead of zero. Bias corrections stay on, so
-    the first update is 1 / (1 - beta1) times as large."""
+    """ELLISAdam: begin the moments as the first gradient and its square instead of zero.
+    Bias corrections stay on, so the first update is 1 / (1 - beta1) times as large.
+    """
     decouple_wd: bool = True
-    """ELLISAdam: decay by weight_decay times the schedule's factor; if false, times the rate, as AdamW does."""
-    kahan_sum_compensation: bool = Field(False, json_schema_extra=_MUST_MATCH)
+    """ELLISAdam: decay by weight_decay times the schedule's factor; if false, times the rate,
+    as AdamW does.
+    """
+    kahan_sum_compensation: bool = Field(False, json_schema_extra=MUST_MATCH)
     """ELLISAdam: keep what each update of a parameter loses to rounding, and add it to the next."""
-    buffer_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", json_schema_extra=_MUST_MATCH)
-    """ELLISAdam: type in which the moments are kept; arithmetic is in that of the parameters. float16 loses squared
-    gradients below 6e-8."""
+    buffer_dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", json_schema_extra=MUST_MATCH)
+    """ELLISAdam: type in which the moments are kept; arithmetic is in that of the parameters.
+    float16 loses squared gradients below 6e-8.
+    """
     nesterov: bool = False
     """ELLISAdam: look one gradient ahead in the first moment (Nesterov)."""
     poly_ema_p: float | None = Field(None, gt=0.0)
@@ -48,8 +54,10 @@ class EllisKeys(Section):
     eps_adjustment: bool = False
     """ELLISAdam: m / sqrt(v + eps^2) instead of m / (sqrt(v) + eps)."""
     tensor_wise_finite_check: bool = False
-    """ELLISAdam: leave out the tensors whose gradient is not finite; one host synchronisation a step. It matters only
-    where a step with such a gradient is not stopped or skipped as a whole (training.on_nonfinite)."""
+    """ELLISAdam: leave out the tensors whose gradient is not finite; one host synchronisation a step. It
+    matters only where a step with such a gradient is not stopped or skipped as a whole
+    (training.on_nonfinite).
+    """
     adafactor_like_beta_corrections: bool = False
     """ELLISAdam: betas (b^t - b) / (b^t - 1) that grow towards b, in place of bias corrections."""
     brute_force_clip: float | None = Field(None, gt=0.0)
@@ -58,7 +66,9 @@ class EllisKeys(Section):
 
 @dataclass
 class _Batch:
-    """This rank's parts of parameters that are updated alike: same rate and decay, same number of updates before."""
+    """This rank's parts of parameters that are updated alike: same rate and decay,
+    same number of updates before.
+    """
 
     step: int  # of the update under way; the first is 1
     lr: float
@@ -71,16 +81,18 @@ class _Batch:
 
 
 class ELLISAdam(Optimizer):
-    """Adam with the options of EllisKeys. lr here is lr_0, the rate that decoupled weight decay is relative to.
+    """Adam with the options of EllisKeys.
+    lr here is lr_0, the rate that decoupled weight decay is relative to.
 
     For gradient g, update t = 1, 2, ..., rate lr:  m <- lerp(m, g, 1 - b1);  v <- b2 v + (1 - b2) g^2;
     p <- p (1 - lr/lr_0 wd) - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps).
 
-    The state exists from the beginning, so that a checkpoint can be loaded into it; whether an update is a parameter's
-    first is told by its `step`.
+    The state exists from the beginning, so that a checkpoint can be loaded into it;
+    whether an update is a parameter's first is told by its `step`.
 
-    found_inf: a flag on the device that keeps the next update from happening (optimizer/skipping.py). The update is
-    then made on copies of the moments and the parameters, which replace them unless the flag is set.
+    found_inf: a flag on the device that keeps the next update from happening
+    (optimizer/skipping.py). The update is then made on copies of the moments and the parameters,
+    which replace them unless the flag is set.
     """
 
     found_inf: Tensor | None = None
@@ -95,7 +107,10 @@ class ELLISAdam(Optimizer):
         keys: EllisKeys | None = None,
     ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.initial_lr, self.betas, self.eps, self.keys = lr, betas, eps, keys or EllisKeys()
+        self.initial_lr = lr
+        self.betas = betas
+        self.eps = eps
+        self.keys = keys or EllisKeys()
         self.buffer_dtype = getattr(torch, self.keys.buffer_dtype)
         self._counted: list[Tensor] = []  # the `step` of the last update's parameters
         for group in self.param_groups:
@@ -113,7 +128,7 @@ class ELLISAdam(Optimizer):
         return state
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure: the train step has made the gradients
         """One update of every parameter that has a gradient. Collective if parameters are sharded."""
         batches = self._batches()
         if not batches:
@@ -149,20 +164,22 @@ class ELLISAdam(Optimizer):
             rated, grads = list(compress(rated, good)), list(compress(grads, good))
         if grads and self.keys.tensor_wise_gradient_normalization:
             norms = _norms(grads, [p for _, p in rated])
-            grads = torch._foreach_div(grads, norms.clamp(min=torch.finfo(norms.dtype).tiny).unbind())
+            grads = list(torch._foreach_div(grads, norms.clamp(min=torch.finfo(norms.dtype).tiny).unbind()))
         self._counted = [self.state[parameter]["step"] for _, parameter in rated]
         batches: dict[tuple, _Batch] = {}
         for number, ((group, parameter), grad) in enumerate(zip(rated, grads, strict=True)):
             state = self.state[parameter]
             state["step"] += 1
             alike = int(state["step"].item()), group["lr"], group["weight_decay"]
-            # An update that may be taken back works on copies: one tensor at a time, so that few are alive at once.
+            # An update that may be taken back works on copies: one tensor at a time,
+            # so that few are alive at once.
             key = alike if self.found_inf is None else (*alike, number)
             batch = batches.setdefault(key, _Batch(*alike))
             batch.owners.append(parameter)
             batch.params.append(local(parameter))
             batch.grads.append(grad)
-            batch.exp_avgs.append(local(state["exp_avg"]).to(parameter.dtype))  # a copy only if the types differ
+            # a copy only if the types differ.
+            batch.exp_avgs.append(local(state["exp_avg"]).to(parameter.dtype))
             batch.exp_avg_sqs.append(local(state["exp_avg_sq"]).to(parameter.dtype))
         return list(batches.values())
 
@@ -205,7 +222,7 @@ class ELLISAdam(Optimizer):
         _, correction = self._bias_corrections(batch.step)
         momenta = batch.exp_avgs
         if self.keys.nesterov:
-            momenta = torch._foreach_lerp(momenta, batch.grads, 1 - beta1)
+            momenta = list(torch._foreach_lerp(momenta, batch.grads, 1 - beta1))
         if self.keys.eps_adjustment:
             roots = torch._foreach_div(batch.exp_avg_sqs, correction)
             torch._foreach_add_(roots, self.eps**2)
@@ -253,11 +270,13 @@ class ELLISAdam(Optimizer):
 
 
 def _rounds_factors(tensors: Sequence[Tensor]) -> bool:
-    """Whether torch would round a factor to the tensors' type first, as it does on CPU: 0.999 to 1 in bfloat16."""
+    """Whether torch would round a factor to the tensors' type first, as it does on CPU:
+    0.999 to 1 in bfloat16.
+    """
     return tensors[0].is_cpu and tensors[0].dtype.itemsize < 4
 
 
-def _scale(tensors: Sequence[Tensor], factor: float) -> None:
+def _scale(tensors: list[Tensor], factor: float) -> None:
     """tensors *= factor."""
     if not _rounds_factors(tensors):
         torch._foreach_mul_(tensors, factor)
@@ -266,7 +285,7 @@ def _scale(tensors: Sequence[Tensor], factor: float) -> None:
         tensor.mul_(factor)
 
 
-def _add(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: float) -> None:
+def _add(tensors: list[Tensor], others: list[Tensor], factor: float) -> None:
     """tensors += factor * others."""
     if not _rounds_factors(tensors):
         torch._foreach_add_(tensors, others, alpha=factor)
@@ -283,7 +302,7 @@ def _mean_square_ratios(batch: _Batch) -> Sequence[Tensor]:
     return torch._foreach_div(sums, [float(owner.numel()) for owner in batch.owners])
 
 
-def _norms(parts: Sequence[Tensor], owners: Sequence[Tensor]) -> Tensor:
+def _norms(parts: list[Tensor], owners: Sequence[Tensor]) -> Tensor:
     """The L2 norms of whole tensors, of which `parts` are this rank's: (len(parts),), float32."""
     squares = [norm.square() for norm in torch._foreach_norm(parts, dtype=torch.float32)]
     return sum_over_shards(squares, owners).sqrt()

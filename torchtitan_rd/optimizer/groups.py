@@ -16,7 +16,9 @@ _NORM = re.compile(r"norm|^ln_f$")
 
 
 def group_of(name: str, ndim: int) -> str:
-    """The group of the parameter `name`. Raises ConfigError for a tensor of more dimensions that no rule knows."""
+    """The group of the parameter `name`.
+    Raises ConfigError for a tensor of more dimensions that no rule knows.
+    """
     module, _, own = name.rpartition(".")
     module = module.rpartition(".")[2]
     if _EMBEDDING.search(module):
@@ -26,8 +28,8 @@ def group_of(name: str, ndim: int) -> str:
     if ndim == 2:
         return MATRICES
     raise ConfigError(
-        f"[optimizer] the parameter {name!r} with {ndim} dimensions is neither a matrix, an embedding, a norm nor a "
-        f"bias: give it a name that optimizer/groups.py knows"
+        f"[optimizer] the parameter {name!r} with {ndim} dimensions is neither a matrix, an embedding, "
+        f"a norm nor a bias: give it a name that optimizer/groups.py knows"
     )
 
 
@@ -36,7 +38,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters of `model` in groups, each with its `kind`; a tied one comes once.
 
-    Sharded parameters and those that every rank holds whole never share a group: torch's kernels take one sort.
+    Sharded parameters and those that every rank holds whole never share a group:
+    torch's kernels take one sort.
     """
     members: dict[tuple[str, bool], list[nn.Parameter]] = {
         (kind, sharded): [] for kind in (MATRICES, EMBEDDINGS, NORMS) for sharded in (True, False)

@@ -1,7 +1,9 @@
-"""Muon for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon; arXiv 2502.16982), AdamW beside it.
+"""Muon for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon;
+arXiv 2502.16982), AdamW beside it.
 
-torch.optim.Muon is not used: on sharded matrices it raises where a rank holds no row, gathers in every product of the
-iteration, and rounds differently on each number of ranks. On a whole matrix the two are bit-equal.
+torch.optim.Muon is not used: on sharded matrices it raises where a rank holds no row, gathers in
+every product of the iteration, and rounds differently on each number of ranks. On a whole matrix
+the two are bit-equal.
 """
 
 import math
@@ -16,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from torchtitan_rd.config_loader import Section
-from torchtitan_rd.optimizer.shards import local, replace_unless
+from torchtitan_rd.optimizer.shards import local, replace_unless, set_flag
 
 
 class MuonKeys(Section):
@@ -27,26 +29,30 @@ class MuonKeys(Section):
     muon_ns_steps: int = Field(5, ge=1, lt=100)
     """Muon: Newton-Schulz iterations that orthogonalize the momentum of a matrix."""
     muon_adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
-    """Muon: factor on the rate of an m x n matrix. match_rms_adamw: 0.2 sqrt(max(m, n)), so that lr and weight_decay of
-    AdamW fit; original: sqrt(max(1, m / n))."""
+    """Muon: factor on the rate of an m x n matrix. match_rms_adamw: 0.2 sqrt(max(m, n)),
+    so that lr and weight_decay of AdamW fit; original: sqrt(max(1, m / n)).
+    """
 
 
 class Muon(Optimizer):
-    """Momentum, orthogonalized: m <- lerp(m, g, 1 - momentum); W <- W (1 - lr wd) - lr' NS(lerp(g, m, momentum)).
+    """Momentum, orthogonalized: m <- lerp(m, g, 1 - momentum);
+    W <- W (1 - lr wd) - lr' NS(lerp(g, m, momentum)).
 
-    A matrix may be sharded in any way. It costs one all-gather, after which every rank orthogonalizes the whole of it:
-    exact, but repeated work. With E the shorter side it is about 20 E / (6 T) of the matrix's forward and backward
-    pass over the T tokens of this rank's step, so give a rank many tokens a step.
+    A matrix may be sharded in any way. It costs one all-gather, after which every rank orthogonalizes the
+    whole of it: exact, but repeated work. With E the shorter side it is about 20 E / (6 T) of the matrix's
+    forward and backward pass over the T tokens of this rank's step, so give a rank many tokens a step.
     """
 
     found_inf: Tensor | None = None  # see optimizer/skipping.py
 
-    def __init__(self, params: Iterable[dict[str, Any]], lr: float, keys: MuonKeys, weight_decay: float = 0.0):
+    def __init__(
+        self, params: Iterable[dict[str, Any]], lr: float, keys: MuonKeys, weight_decay: float = 0.0
+    ):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.keys = keys
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure: the train step has made the gradients
         momentum = self.keys.muon_momentum
         for group in self.param_groups:
             for matrix in group["params"]:
@@ -57,9 +63,13 @@ class Muon(Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 buffer, gradient = local(state["momentum_buffer"]), local(matrix.grad)
                 momenta = buffer.lerp(gradient, 1 - momentum)
-                direction = _orthogonal_part(matrix, gradient.lerp(momenta, momentum), self.keys.muon_ns_steps)
+                direction = _orthogonal_part(
+                    matrix, gradient.lerp(momenta, momentum), self.keys.muon_ns_steps
+                )
                 rate = group["lr"] * _rate_factor(self.keys.muon_adjust_lr, *matrix.shape)
-                weights = local(matrix).mul(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-rate)
+                weights = (
+                    local(matrix).mul(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-rate)
+                )
                 replace_unless(self.found_inf, buffer, momenta)
                 replace_unless(self.found_inf, local(matrix), weights)
 
@@ -72,16 +82,18 @@ class MuonAdamW(Optimizer):
     def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self.parts = (muon, adamw)
-        self.state = muon.state = adamw.state = defaultdict(dict)
+        self.state = defaultdict(dict)
+        muon.state = adamw.state = self.state
 
-    def step(self) -> None:
+    def step(self) -> None:  # type: ignore[override]  # no closure: the train step has made the gradients
         for part in self.parts:
-            part.found_inf = self.found_inf
+            set_flag(part, self.found_inf)
             part.step()
 
 
 def orthogonalize(matrix: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz iteration in bfloat16 towards U V^T of `matrix` = U S V^T; singular values end in about 0.5 to 1.5.
+    """Newton-Schulz iteration in bfloat16 towards U V^T of `matrix` = U S V^T;
+    singular values end in about 0.5 to 1.5.
 
     The quintic and its coefficients are Jordan's: steep at zero rather than convergent.
     """
@@ -102,8 +114,9 @@ def _orthogonal_part(matrix: Tensor, update: Tensor, steps: int) -> Tensor:
     if not isinstance(matrix, DTensor):
         return orthogonalize(update, steps)
     mesh, placements = matrix.device_mesh, matrix.placements
-    shape = {"shape": matrix.shape, "stride": matrix.stride()}  # uneven shards do not tell it
-    whole = DTensor.from_local(update, mesh, placements, run_check=False, **shape).full_tensor()
+    size, stride = matrix.shape, matrix.stride()  # uneven shards do not tell them
+    parts = DTensor.from_local(update, mesh, placements, run_check=False, shape=size, stride=stride)
+    whole = parts.full_tensor()
     # src_data_rank=None: every rank has computed the same, so none has to send its own.
     return local(distribute_tensor(orthogonalize(whole, steps), mesh, placements, src_data_rank=None))
 

@@ -1,9 +1,10 @@
-"""Applies the techniques to a model, in the one order that keeps names and checkpoint keys clean (T12)."""
+"""Applies the techniques to a model, in the one order that keeps names and checkpoint keys clean."""
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchtitan_rd.model_spec import WrapPlan
 from torchtitan_rd.parallelism.activation_checkpoint import (
     ActivationCheckpointConfig,
     apply_activation_checkpointing,
@@ -11,7 +12,7 @@ from torchtitan_rd.parallelism.activation_checkpoint import (
 )
 from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
 from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig
-from torchtitan_rd.parallelism.fsdp import Plan, ShardingKeys, allocate, apply_fsdp, prepare_microbatch
+from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp, prepare_microbatch
 from torchtitan_rd.parallelism.init import init_weights
 from torchtitan_rd.parallelism.step_sums import StepSums, StepTotals
 
@@ -32,7 +33,7 @@ __all__ = [
 
 def parallelize(
     model: nn.Module,
-    plan: Plan,
+    plan: WrapPlan,
     mesh: DeviceMesh,
     *,
     parallelism: ParallelismConfig,
@@ -43,8 +44,9 @@ def parallelize(
 ) -> None:
     """Changes `model` (on the meta device) in place: activation checkpointing -> compile -> FSDP.
 
-    Tensor and context parallelism, once they exist, come before the three. The optimizer must be built afterwards:
-    one built before would hold the unsharded parameters and never get a gradient (T11).
+    Tensor and context parallelism, once they exist, come before the three. The optimizer must be built
+    afterwards: one built before would hold the unsharded parameters and never get a gradient
+    (docs/pytorch_traps.md, Order of wrapping).
     """
     blocks = {name: model.get_submodule(name) for name in plan.blocks}
     regions = [model.get_submodule(name) for name in checkpoint_regions(plan, activation_checkpoint)]

@@ -1,12 +1,12 @@
 """[activation_checkpoint]: which activations are thrown away in forward and recomputed in backward.
 
-A block's `forward` is replaced in place instead of wrapping the module, so parameter names never change (a wrapper
-module shows in `named_parameters()`: pytorch/torchtitan#2622).
+A block's `forward` is replaced in place instead of wrapping the module,
+so parameter names never change (a wrapper module shows in `named_parameters()`: pytorch/torchtitan#2622).
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from pydantic import field_validator
@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from torchtitan_rd.config_loader import Section
+from torchtitan_rd.model_spec import WrapPlan
 
 # Costly to recompute: attention, and half of the matmuls (see _save_attention_and_half_of_the_matmuls).
 _SAVED_OPS = frozenset(
@@ -23,7 +24,8 @@ _SAVED_OPS = frozenset(
         torch.ops.aten._scaled_dot_product_cudnn_attention.default,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.higher_order.flex_attention,
-        torch.ops.higher_order.inductor_compiled_code,  # in an eager block: flex attention, compiled by itself
+        # In an eager block: flex attention, compiled by itself.
+        torch.ops.higher_order.inductor_compiled_code,
     }
 )
 
@@ -35,7 +37,9 @@ class ActivationCheckpointConfig(Section):
     """A number k: recompute every k-th block. "op": in every block keep attention and every second matmul."""
 
     recurrent_region: Literal["iteration", "block"] = "iteration"
-    """mode = "full" of a recurrent model: recompute each iteration of the core as a whole, or each of its blocks."""
+    """mode = "full" of a recurrent model: recompute each iteration of the core as a whole,
+    or each of its blocks.
+    """
 
     @field_validator("selective_ac_option")
     @classmethod
@@ -45,15 +49,10 @@ class ActivationCheckpointConfig(Section):
         return value
 
 
-class Regions(Protocol):
-    """What this file needs of a model's wrap plan (`models/spec.py` has the fields' meaning)."""
-
-    blocks: tuple[str, ...]
-    loops: tuple[tuple[str, str], ...]
-
-
-def checkpoint_regions(plan: Regions, config: ActivationCheckpointConfig) -> list[str]:
-    """The names of what is recomputed as one: the blocks, or the iterations of loops in place of their blocks."""
+def checkpoint_regions(plan: WrapPlan, config: ActivationCheckpointConfig) -> list[str]:
+    """The names of what is recomputed as one: the blocks,
+    or the iterations of loops in place of their blocks.
+    """
     if config.recurrent_region == "block" or config.mode != "full":
         return list(plan.blocks)
     looped = tuple(f"{iteration}." for _, iteration in plan.loops)
@@ -61,7 +60,8 @@ def checkpoint_regions(plan: Regions, config: ActivationCheckpointConfig) -> lis
 
 
 def apply_activation_checkpointing(blocks: Sequence[nn.Module], config: ActivationCheckpointConfig) -> None:
-    """Makes the chosen blocks recompute in backward. No model draws inside one, so RNG state is not preserved (T14)."""
+    """Makes the chosen blocks recompute in backward. No model draws inside one, so RNG state is not preserved
+    (docs/pytorch_traps.md, Recomputation and chance)."""
     if config.mode == "none":
         return
     by_op = config.mode == "selective" and config.selective_ac_option == "op"
@@ -81,7 +81,9 @@ def _recomputed(forward: Callable, options: dict) -> Callable:
 
 
 def _save_attention_and_half_of_the_matmuls():
-    """Contexts for forward and recomputation. Both must count alike, hence one counter for each of the two passes."""
+    """Contexts for forward and recomputation. Both must count alike,
+    hence one counter for each of the two passes.
+    """
     matmuls: dict[bool, int] = defaultdict(int)
 
     def policy(context, op: Callable, *args, **kwargs) -> CheckpointPolicy:

@@ -1,4 +1,6 @@
-"""[compile]: each block is compiled in place (`module.compile()`), so names and checkpoint keys stay clean."""
+"""[compile]: each block is compiled in place (`module.compile()`), so names and checkpoint
+keys stay clean.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,8 +19,9 @@ class CompileConfig(Section):
     backend: str = "inductor"
     """The torch.compile backend."""
     fail_on_recompile: bool = False
-    """Stop where a block would be compiled again for what it has run before (with gradient or without), as for a new
-    shape: an error with the guard that failed, in place of a silent pause of every rank."""
+    """Stop where a block would be compiled again for what it has run before (with gradient or without),
+    as for a new shape: an error with the guard that failed, in place of a silent pause of every rank.
+    """
 
     @model_validator(mode="after")
     def _nothing_to_guard(self) -> "CompileConfig":
@@ -33,16 +36,18 @@ def apply_compile(blocks: Mapping[str, nn.Module], config: CompileConfig) -> Non
         return
     for name, block in blocks.items():
         block.compile(backend=config.backend, fullgraph=True)
-        if config.fail_on_recompile:
-            block._compiled_call_impl = _compiled_once_a_mode(block._compiled_call_impl, block, name)
+        call = block._compiled_call_impl  # made by the line before
+        if config.fail_on_recompile and call is not None:
+            block._compiled_call_impl = _compiled_once_a_mode(call, block, name)
 
 
 def _compiled_once_a_mode(call: Callable, block: nn.Module, name: str) -> Callable:
-    """`call`, the compiled block, that may compile in its first call in each mode and raises TrainingError after it.
+    """`call`, the compiled block, that may compile in its first call in each mode and raises
+    TrainingError after it.
 
-    A mode is what a run rightly compiles for: gradients on or off, and whether the first argument needs one (without
-    injection, a recurrent state does not in the first iteration after those without gradient). Depths are drawn, so
-    no number of steps is sure to have seen every mode; hence modes, and not a warm-up.
+    A mode is what a run rightly compiles for: gradients on or off, and whether the first argument needs one
+    (without injection, a recurrent state does not in the first iteration after those without gradient).
+    Depths are drawn, so no number of steps is sure to have seen every mode; hence modes, and not a warm-up.
     """
     compiled: set[tuple[bool, bool]] = set()
     what = f"{name} ({type(block).__name__}.forward)"  # FSDP gives the class another name afterwards

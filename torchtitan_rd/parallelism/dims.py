@@ -1,4 +1,6 @@
-"""How the ranks are laid out: replicas x shards. The one place that checks degrees against the number of ranks."""
+"""How the ranks are laid out: replicas x shards.
+The one place that checks degrees against the number of ranks.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,23 +14,28 @@ from torchtitan_rd.errors import ConfigError
 
 class ParallelismConfig(Section):
     data_parallel_replicate_degree: int = Field(1, ge=-1)
-    """Copies of the sharded model (HSDP); gradients are all-reduced between them. 1: plain FSDP. -1: as many as the
-    ranks make at the given shard degree, so that one config serves any number of nodes."""
+    """Copies of the sharded model (HSDP); gradients are all-reduced between them. 1: plain FSDP.
+    -1: as many as the ranks make at the given shard degree, so that one config serves any number of nodes.
+    """
     data_parallel_shard_degree: int = Field(-1, ge=-1)
-    """Ranks that one copy of the model is sharded over (FSDP2). -1: all ranks that are left. At most one of the two
-    degrees may be -1."""
+    """Ranks that one copy of the model is sharded over (FSDP2). -1: all ranks that are left.
+    At most one of the two degrees may be -1.
+    """
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
-    """Free the gathered parameters after forward. default: yes, but for the last unit, which backward needs at once,
-    and for a unit that forward runs several times (the core of a raven) if its gathered parameters are at most 4 GiB:
-    it is needed again as soon as the few units behind it are done. always, never: without exception."""
+    """Free the gathered parameters after forward. default: yes, but for the last unit, which backward
+    needs at once, and for a unit that forward runs several times (the core of a raven) if its gathered
+    parameters are at most 4 GiB: it is needed again as soon as the few units behind it are done. always,
+    never: without exception.
+    """
 
 
 @dataclass(frozen=True)
 class ParallelDims:
     """Degrees that multiply to the number of ranks.
 
-    Tensor and context parallelism would each be one more field here and one more mesh dimension after `dp_shard`;
-    ranks of one such group share their data, which is why `data_degree` is not simply the world size.
+    Tensor and context parallelism would each be one more field here and one more mesh dimension
+    after `dp_shard`; ranks of one such group share their data, which is why `data_degree` is not
+    simply the world size.
     """
 
     replicate: int
@@ -41,21 +48,25 @@ class ParallelDims:
         for name, degree in (("replicate", replicate), ("shard", shard)):
             if degree == 0:
                 raise ConfigError(
-                    f"[parallelism] data_parallel_{name}_degree = 0: use -1 (what is left) or a positive degree"
+                    f"[parallelism] data_parallel_{name}_degree = 0: "
+                    "use -1 (what is left) or a positive degree"
                 )
         if replicate == shard == -1:
             raise ConfigError(
-                "[parallelism] data_parallel_replicate_degree and data_parallel_shard_degree are both -1 (what is "
-                "left): set the ranks of one copy in data_parallel_shard_degree, such as the GPUs of a node"
+                "[parallelism] data_parallel_replicate_degree and data_parallel_shard_degree are both -1 "
+                "(what is left): set the ranks of one copy in data_parallel_shard_degree, "
+                "such as the GPUs of a node"
             )
+
         if shard == -1:
             shard = world_size // replicate
         if replicate == -1:
             replicate = world_size // shard
         if replicate * shard != world_size:
             raise ConfigError(
-                f"[parallelism] data_parallel_replicate_degree ({replicate}) x data_parallel_shard_degree ({shard}) is "
-                f"{replicate * shard}, but {world_size} ranks were started: change a degree or the number of ranks"
+                f"[parallelism] data_parallel_replicate_degree ({replicate}) x "
+                f"data_parallel_shard_degree ({shard}) is {replicate * shard}, "
+                f"but {world_size} ranks were started: change a degree or the number of ranks"
             )
         return cls(replicate, shard)
 
@@ -68,4 +79,6 @@ class ParallelDims:
         """The mesh that FSDP2 takes: 1-D (`dp_shard`), or 2-D (`dp_replicate`, `dp_shard`) for HSDP."""
         if self.replicate == 1:
             return init_device_mesh(device_type, (self.shard,), mesh_dim_names=("dp_shard",))
-        return init_device_mesh(device_type, (self.replicate, self.shard), mesh_dim_names=("dp_replicate", "dp_shard"))
+        return init_device_mesh(
+            device_type, (self.replicate, self.shard), mesh_dim_names=("dp_replicate", "dp_shard")
+        )

@@ -1,53 +1,54 @@
-"""FSDP2: parameters, gradients and optimizer state sharded over the ranks; HSDP when the mesh has two dimensions."""
+"""FSDP2: parameters, gradients and optimizer state sharded over the ranks;
+HSDP when the mesh has two dimensions.
+"""
 
 from dataclasses import replace
 from itertools import takewhile
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
-from torchtitan_rd.config_loader import Section
+from torchtitan_rd.config_loader import MUST_MATCH, Section
+from torchtitan_rd.model_spec import WrapPlan
 
 
 class ShardingKeys(Section):
     """The [training] keys that decide the precision and the place of the sharded parameters."""
 
-    mixed_precision_param: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", json_schema_extra={"on_resume": "must_match"}
-    )
-    """Type in which gathered parameters and activations compute. Parameters themselves are kept in float32."""
-    mixed_precision_reduce: Literal["float32", "bfloat16"] = Field(
-        "float32", json_schema_extra={"on_resume": "must_match"}
-    )
-    """Type in which gradients are summed over the ranks, and with copies of the model (HSDP) over microbatches too."""
+    mixed_precision_param: Literal["bfloat16", "float32"] = Field("bfloat16", json_schema_extra=MUST_MATCH)
+    """Type in which gathered parameters and activations compute.
+    Parameters themselves are kept in float32.
+    """
+    mixed_precision_reduce: Literal["float32", "bfloat16"] = Field("float32", json_schema_extra=MUST_MATCH)
+    """Type in which gradients are summed over the ranks, and with copies of the model (HSDP)
+    over microbatches too.
+    """
     enable_cpu_offload: bool = False
-    """Keep the sharded parameters, gradients and optimizer state in host memory; the optimizer then runs there."""
+    """Keep the sharded parameters, gradients and optimizer state in host memory;
+    the optimizer then runs there.
+    """
 
 
-# A loop's parameters stay gathered from forward to backward up to this size. While the loop itself runs they are held
-# in any case; the rule holds them in the few units behind it too, and saves the largest all-gather of the step. The
-# core of the 3.5 B raven is 3.3 GB in bfloat16.
+# A loop's parameters stay gathered from forward to backward up to this size. While the loop itself runs they
+# are held in any case; the rule holds them in the few units behind it too, and saves the largest all-gather
+# of the step. The core of the 3.5 B raven is 3.3 GB in bfloat16.
 KEPT_LOOP_BYTES = 4 * 2**30
-
-
-class Plan(Protocol):
-    """What this file needs of a model's wrap plan (`models/spec.py` has the fields' meaning)."""
-
-    blocks: tuple[str, ...]
-    shard_only: tuple[tuple[str, ...], ...]
-    loops: tuple[tuple[str, str], ...]
-    full_precision: tuple[str, ...]
-    float32_units: tuple[str, ...]
 
 
 def apply_fsdp(
     model: nn.Module,
-    plan: Plan,
+    plan: WrapPlan,
     mesh: DeviceMesh,
     keys: ShardingKeys,
     reshard_after_forward: str,
@@ -55,10 +56,11 @@ def apply_fsdp(
 ) -> None:
     """Shards the units of `plan` and then the root, which takes what is left (tied weights among it).
 
-    Gradients are summed, not averaged: the loss is already divided by the global number of valid tokens. Those of
-    `plan.full_precision` are not summed here but by the train step: see `kept_whole`.
+    Gradients are summed, not averaged: the loss is already divided by the global number of valid tokens.
+    Those of `plan.full_precision` are not summed here but by the train step: see `kept_whole`.
 
-    loop_grad_dtype: in which the uses of a weight inside a loop are summed; None: the type that it computes in.
+    loop_grad_dtype: in which the uses of a weight inside a loop are summed;
+    None: the type that it computes in.
     """
     param_dtype = getattr(torch, keys.mixed_precision_param)
     precision = MixedPrecisionPolicy(
@@ -89,7 +91,8 @@ def apply_fsdp(
         keep = gathered_bytes(model.get_submodule(unit), param_dtype) <= KEPT_LOOP_BYTES
         shard(unit, reshard=always or (default and not keep))
     for names in plan.shard_only[-1:]:
-        shard(*names, reshard=always)  # backward starts with this unit: gathering it again at once would be waste
+        # Backward starts with this unit: gathering it again at once would be waste.
+        shard(*names, reshard=always)
     shard("", reshard=always)
 
     _prefetch_loop(model, plan)
@@ -99,7 +102,8 @@ def apply_fsdp(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # else a factor of 1 is a premultiplied sum, unknown to gloo
+            # Else a factor of 1 is a premultiplied sum, unknown to gloo.
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def gathered_bytes(module: nn.Module, dtype: torch.dtype) -> int:
@@ -107,37 +111,49 @@ def gathered_bytes(module: nn.Module, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
 
 
-def _prefetch_loop(model: FSDPModule, plan: Plan) -> None:
+def _prefetch_loop(model: nn.Module, plan: WrapPlan) -> None:
     """Starts the gathers of all units up to the first loop at the very beginning of forward, in their order.
 
-    By default each gather is issued when the unit before it starts, so that of the loop, by far the largest, would
-    overlap one small block alone. The prelude is gathered a little early for it. In backward torch itself gathers the
-    unit before, and a loop that was not freed needs none.
+    By default each gather is issued when the unit before it starts, so that of the loop, by far the largest,
+    would overlap one small block alone. The prelude is gathered a little early for it. In backward torch
+    itself gathers the unit before, and a loop that was not freed needs none.
     """
     if not plan.loops:
         return
     loop, _ = plan.loops[0]
     prelude = takewhile(lambda name: not name.startswith(f"{loop}."), plan.blocks)
     early = (*(names[0] for names in plan.shard_only[:-1]), *prelude, loop)
-    model.set_modules_to_forward_prefetch([model.get_submodule(name) for name in early])
+    _unit(model, "").set_modules_to_forward_prefetch([_unit(model, name) for name in early])
+
+
+def _unit(model: nn.Module, name: str) -> FSDPModule:
+    """The submodule `name`, to which `fully_shard` has given FSDP's class."""
+    module = model.get_submodule(name)
+    if not isinstance(module, FSDPModule):
+        raise TypeError(f"{name} is no unit of FSDP")
+    return module
 
 
 def prepare_microbatch(model: nn.Module, *, is_last: bool) -> None:
-    """To be called before each microbatch of a step: copies of the model (HSDP) exchange gradients in the last alone.
+    """To be called before each microbatch of a step: copies of the model (HSDP) exchange gradients
+    in the last alone.
 
-    Until then each shard keeps the sum over its own microbatches, in the type of the reduction and at no more than one
-    sharded gradient of memory. A unit without a gradient in the last microbatch would keep it for a later step: which
-    units have one must not differ between the microbatches of a step. No effect where there is one copy.
+    Until then each shard keeps the sum over its own microbatches, in the type of the reduction and at no
+    more than one sharded gradient of memory. A unit without a gradient in the last microbatch would keep it
+    for a later step: which units have one must not differ between the microbatches of a step. No effect
+    where there is one copy.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(is_last)
 
 
-def kept_whole(model: nn.Module, plan: Plan, keys: ShardingKeys) -> set[nn.Parameter]:
-    """The parameters that stay plain tensors in float32, equal on all ranks; each rank has a gradient of its own.
+def kept_whole(model: nn.Module, plan: WrapPlan, keys: ShardingKeys) -> set[nn.Parameter]:
+    """The parameters that stay plain tensors in float32, equal on all ranks;
+    each rank has a gradient of its own.
 
-    FSDP gathers and reduces a unit in one type, so a float32 norm in a bfloat16 block would need a unit of its own:
-    three more collectives a block. They are small; held whole, their gradients are summed once a step (train_step.py).
+    FSDP gathers and reduces a unit in one type, so a float32 norm in a bfloat16 block would need a unit of
+    its own: three more collectives a block. They are small; held whole, their gradients are summed once a
+    step (train_step.py).
     """
     if keys.mixed_precision_param == "float32":
         return set()
@@ -147,7 +163,8 @@ def kept_whole(model: nn.Module, plan: Plan, keys: ShardingKeys) -> set[nn.Param
 def allocate(model: nn.Module, device: torch.device, offload: bool) -> None:
     """Gives the sharded `model`, so far on the meta device, memory on `device` with undefined content.
 
-    offload: shards stand in host memory; FSDP copies them as it gathers. What it does not gather must be on `device`.
+    offload: shards stand in host memory; FSDP copies them as it gathers.
+    What it does not gather must be on `device`.
     """
     model.to_empty(device="cpu" if offload else device)
     for module in model.modules():

@@ -1,22 +1,22 @@
 """Initial weights that do not depend on the number of ranks.
 
 `nn.init` on a sharded CPU tensor gives every rank the same numbers, and others than an unsharded model gets
-(pytorch/pytorch#168058). So each parameter is drawn whole from a generator seeded by its own name, and every rank
-keeps its part. This costs each rank the drawing of all parameters, one at a time; no communication.
+(pytorch/pytorch#168058). So each parameter is drawn whole from a generator seeded by its own name, and every
+rank keeps its part. This costs each rank the drawing of all parameters, one at a time; no communication.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from torchtitan_rd.model_spec import InitFn
+
 
 @torch.no_grad()
-def init_weights(
-    model: nn.Module, inits: Mapping[str, Callable[[torch.Tensor, torch.Generator], None]], seed: int
-) -> None:
+def init_weights(model: nn.Module, inits: Mapping[str, InitFn], seed: int) -> None:
     """Fills every parameter of `model` (plain or sharded, already on its device) from `seed` and its name."""
     for name, parameter in model.named_parameters():
         generator = torch.Generator(parameter.device).manual_seed(parameter_seed(seed, name))

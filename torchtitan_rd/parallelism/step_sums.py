@@ -1,4 +1,6 @@
-"""All that the ranks add up at the end of a step, in one all-reduce: losses, gradient norm, whole gradients, a stop."""
+"""All that the ranks add up at the end of a step, in one all-reduce: losses, gradient norm,
+whole gradients, a stop.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -26,9 +28,9 @@ class StepTotals(NamedTuple):
 class StepSums:
     """Sums a step's numbers over all ranks.
 
-    A gradient that is a DTensor is sharded and already summed. One that is not belongs to a parameter that every rank
-    holds whole: each rank then has only its own share, so these gradients ride in the same all-reduce and are whole
-    afterwards. Ranks must agree on which parameters have a gradient.
+    A gradient that is a DTensor is sharded and already summed. One that is not belongs to a parameter that
+    every rank holds whole: each rank then has only its own share, so these gradients ride in the same
+    all-reduce and are whole afterwards. Ranks must agree on which parameters have a gradient.
     """
 
     def __init__(self, parameters: Sequence[Tensor], device: torch.device):
@@ -42,14 +44,17 @@ class StepSums:
 
     @torch.no_grad()
     def __call__(self, loss_sum: Tensor, mean_loss: Tensor, *, stop: bool, saved: bool) -> StepTotals:
-        """loss_sum, mean_loss: this rank's, 0-dim float32. stop, saved: this rank's, see StepTotals. Collective."""
+        """loss_sum, mean_loss: this rank's, 0-dim float32. stop, saved: this rank's,
+        see StepTotals. Collective.
+        """
         whole = [p.grad for p in self._whole if p.grad is not None]
         numbers = torch.zeros(3 + self._world_size, device=self._device)
         numbers[0] = loss_sum
         numbers[1].fill_(float(stop))
         numbers[2].fill_(float(saved))
         numbers[3 + self._rank] = mean_loss
-        # As DTensor has it: of each tensor the norm of this part, squared, summed over the parts, and the root of that.
+        # As DTensor has it: of each tensor the norm of this part, squared, summed over the parts,
+        # and the root of that.
         squares = self._norms(self._sharded) ** 2
         if not self._counts:
             squares = torch.zeros_like(squares)
@@ -67,7 +72,9 @@ class StepSums:
 
     @torch.no_grad()
     def scale_gradients(self, norm: Tensor, max_norm: float) -> None:
-        """Scales all gradients down to the L2 norm `max_norm`, given their norm: torch's clip_grads_with_norm_."""
+        """Scales all gradients down to the L2 norm `max_norm`, given their norm:
+        torch's clip_grads_with_norm_.
+        """
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         for parameters in (self._sharded, self._whole):  # with CPU offload they are on two devices
             gradients = _gradients(parameters)
@@ -92,11 +99,13 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 def _fill(tensors: Sequence[Tensor], flat: Tensor) -> None:
     """Copies `flat`, which holds them one after the other, back into `tensors`."""
     parts = flat.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+    torch._foreach_copy_(
+        list(tensors), [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+    )
 
 
 def _is_first_replica(parameter: DTensor) -> bool:
     """Whether this rank's part is the first of its copies."""
     coordinate = parameter.device_mesh.get_coordinate()
     replicated = [dim for dim, placement in enumerate(parameter.placements) if placement.is_replicate()]
-    return all(coordinate[dim] == 0 for dim in replicated)
+    return coordinate is not None and all(coordinate[dim] == 0 for dim in replicated)

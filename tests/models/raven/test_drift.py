@@ -6,7 +6,18 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks.drift import BF16, CONFIG, FP32, batch_of, core_gradient, errors, loss_of, plain, sharded, trained
+from benchmarks.drift import (
+    BF16,
+    CONFIG,
+    FP32,
+    batch_of,
+    core_gradient,
+    errors,
+    loss_of,
+    plain,
+    sharded,
+    trained,
+)
 from tests.ranks import run_on_ranks
 
 SMALL = replace(CONFIG, dim=64, n_heads=2, ffn_dim=160, n_layers_prelude=1, n_layers_core=2, n_layers_coda=1)
@@ -34,7 +45,8 @@ def measured(rank: int, world_size: int) -> dict[str, dict[tuple[int, int], tupl
     }
     reference = cache(plain(weights))
     return {
-        name: {draw: errors(run, reference, draw, batches=6) for draw in draws} for name, (run, draws) in runs.items()
+        name: {draw: errors(run, reference, draw, batches=6) for draw in draws}
+        for name, (run, draws) in runs.items()
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 from torchtitan_rd.config import load
 from torchtitan_rd.job import Environment
 from torchtitan_rd.models import MODELS, get_flavor
-from torchtitan_rd.models.raven.config import RAVEN_FLAVORS
+from torchtitan_rd.models.raven.shape import RAVEN_FLAVORS
 from torchtitan_rd.train import Trainer
 
 CONFIGS = Path(__file__).parents[3] / "train_configs"
@@ -20,14 +20,19 @@ SIZES = (*SIZES, "mean_backprop_depth")
 
 def test_the_raven_of_131072_spikes_is_huginns_block_in_magpies_sizes_with_heads_of_128():
     path = CONFIGS / "raven_primate_131k.toml"
-    built = Trainer(load(["--job.config_file", str(path)], ENVIRONMENT), ENVIRONMENT).shape
+    built = Trainer(load(["--job.config_file", str(path)], ENVIRONMENT), ENVIRONMENT).plan.shape
     assert built.attention_shape == (8, 8, 128)
     assert {name: getattr(built, name) for name in SIZES} == {name: getattr(MAGPIE, name) for name in SIZES}
     # Whatever is no size is Huginn's, but for what the data and their context ask for.
     asked = {"vocab_size": 256, "rope_theta": 500_000.0, "max_seq_len": 131_072, "n_heads": 8}
     expected = asdict(HUGINN) | {name: getattr(MAGPIE, name) for name in SIZES} | asked
     assert asdict(built) == expected
-    assert (built.qk_bias, built.norm_eps, built.block, built.init_strategy) == (True, 1e-6, "sandwich", "takase")
+    assert (built.qk_bias, built.norm_eps, built.block, built.init_strategy) == (
+        True,
+        1e-6,
+        "sandwich",
+        "takase",
+    )
 
 
 def test_an_override_replaces_its_field_alone():

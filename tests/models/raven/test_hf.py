@@ -9,9 +9,9 @@ import torch
 
 from tests.models.raven.tiny import tiny_config
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.models.raven.config import INJECTIONS, RAVEN_FLAVORS, STATE_INITS
-from torchtitan_rd.models.raven.hf import HF, buffers, config_fields, key_map, shape
+from torchtitan_rd.models.raven.hf import HF, buffers, config_fields, key_map, shape_of
 from torchtitan_rd.models.raven.model import Raven
+from torchtitan_rd.models.raven.shape import INJECTIONS, RAVEN_FLAVORS, STATE_INITS
 
 RELEASED = {  # the fields that the config of huginn-0125 states
     "name": "nebel-raven-3.5b",
@@ -71,6 +71,7 @@ OTHER = {  # every field away from its default
     "tie_word_embeddings": False,
     "max_seq_len": 55,
 }
+PARTS = ("prelude", "recurrent_block", "coda")
 VARIANTS = {
     "tiny": {},
     "every field": OTHER,
@@ -83,13 +84,13 @@ VARIANTS = {
 
 @pytest.mark.parametrize("flavor", RAVEN_FLAVORS)
 def test_every_flavor_survives_the_way_to_config_json_and_back(flavor):
-    assert shape(config_fields(RAVEN_FLAVORS[flavor])) == RAVEN_FLAVORS[flavor]
+    assert shape_of(config_fields(RAVEN_FLAVORS[flavor])) == RAVEN_FLAVORS[flavor]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_field_survives_the_way_to_config_json_and_back(variant):
     config = tiny_config(**VARIANTS[variant])
-    assert shape(config_fields(config)) == config
+    assert shape_of(config_fields(config)) == config
 
 
 def test_the_test_above_leaves_no_field_at_its_default():
@@ -98,25 +99,30 @@ def test_the_test_above_leaves_no_field_at_its_default():
 
 
 def test_a_public_config_that_sets_the_options_is_the_flavor_with_these_options():
-    theirs = {"qk_norm": True, "clip_qkv": 8, "block_class_name": "TransformerPreNormBlock", "num_key_value_heads": 11}
+    theirs = {
+        "qk_norm": True,
+        "clip_qkv": 8,
+        "block_class_name": "TransformerPreNormBlock",
+        "num_key_value_heads": 11,
+    }
     ours = {"qk_norm": True, "clip_qkv": 8.0, "n_kv_heads": 11}
-    assert shape({**RELEASED, **theirs}) == replace(RAVEN_FLAVORS["corone-raven-3.5b"], **ours)
+    assert shape_of({**RELEASED, **theirs}) == replace(RAVEN_FLAVORS["corone-raven-3.5b"], **ours)
 
 
 def test_the_released_config_is_our_large_flavor():
-    assert shape(RELEASED) == RAVEN_FLAVORS["nebel-raven-3.5b"]
+    assert shape_of(RELEASED) == RAVEN_FLAVORS["nebel-raven-3.5b"]
 
 
 def test_what_a_released_config_leaves_out_has_the_defaults_of_its_class():
     sizes = ("n_embd", "intermediate_size", "vocab_size", "num_attention_heads", "mean_recurrence")
     layers = ("n_layers_in_prelude", "n_layers_in_recurrent_block", "n_layers_in_coda", "mean_backprop_depth")
-    assert shape({key: RELEASED[key] for key in (*sizes, *layers)}) == RAVEN_FLAVORS["nebel-raven-3.5b"]
+    assert shape_of({key: RELEASED[key] for key in (*sizes, *layers)}) == RAVEN_FLAVORS["nebel-raven-3.5b"]
 
 
 def test_the_names_of_the_training_program_and_of_transformers_are_read():
-    assert shape({**RELEASED, "rope_settings": {"use_rope": True, "rope_base": 7}}).rope_theta == 7.0
+    assert shape_of({**RELEASED, "rope_settings": {"use_rope": True, "rope_base": 7}}).rope_theta == 7.0
     del (fields := dict(RELEASED))["tie_embeddings"]
-    assert not shape({**fields, "tie_word_embeddings": False}).tie_word_embeddings
+    assert not shape_of({**fields, "tie_word_embeddings": False}).tie_word_embeddings
 
 
 def test_an_export_names_the_head_twice_nowhere_and_the_tie_as_the_released_class_takes_it():
@@ -151,7 +157,7 @@ def test_an_export_names_the_head_twice_nowhere_and_the_tie_as_the_released_clas
 def test_what_our_model_does_not_compute_is_refused_by_name(change):
     (key,) = change
     with pytest.raises(ConfigError, match=f"{key} = "):
-        shape({**RELEASED, **change})
+        shape_of({**RELEASED, **change})
 
 
 @pytest.mark.parametrize(
@@ -165,6 +171,22 @@ def test_what_our_model_does_not_compute_is_refused_by_name(change):
         ({"rope_settings": 3}, "rope_settings = 3 must be a table"),
         ({"rope_settings": {"rope_base": "x"}}, "rope_settings.rope_base = 'x' must be a finite number"),
         ({"sampling_scheme": 3}, "sampling_scheme = 3 must be a text"),
+        ({"n_embd": 10**9}, "n_embd = 10+ must be at most 16777216"),
+        *(
+            ({f"n_layers_in_{part}": 10**9}, f"n_layers_in_{part} = 10+ must be at most 10000")
+            for part in PARTS
+        ),
+        ({"mean_recurrence": 10**9}, "mean_recurrence = 10+ must be at most 10000"),
+        ({"block_size": 2**31 - 1}, "block_size = 2147483647 must be at most 16777216"),
+        *(
+            ({theirs: RELEASED[ours] + 1}, f"{ours} = .* and {theirs} = .* are two names of one thing")
+            for ours, theirs in (("n_embd", "hidden_size"), ("block_size", "max_position_embeddings"))
+        ),
+        ({"n_heads": 11}, "n_heads = 11 and num_attention_heads = 55 are two names of one thing"),
+        (
+            {"tie_word_embeddings": False},
+            "tie_embeddings = True and tie_word_embeddings = False are two names",
+        ),
         ({"quantization_config": {"bits": 4}}, "quantization_config = "),
         ({"sliding_window": 128}, "sliding_window = 128 is not supported"),
     ],
@@ -172,31 +194,35 @@ def test_what_our_model_does_not_compute_is_refused_by_name(change):
 )
 def test_a_value_of_a_wrong_type_or_an_unknown_effect_is_one_line_that_names_the_field(change, message):
     with pytest.raises(ConfigError, match=f"^config.json: {message}"):
-        shape({**RELEASED, **change})
+        shape_of({**RELEASED, **change})
 
 
-@pytest.mark.parametrize("scheme", ["poisson-lognormal", "bptt", "non-uniform", "gupta", "negative-binomial", "sobol"])
+@pytest.mark.parametrize(
+    "scheme", ["poisson-lognormal", "bptt", "non-uniform", "gupta", "negative-binomial", "sobol"]
+)
 def test_every_scheme_of_the_reference_survives_a_conversion(scheme):
     for name in (scheme, f"{scheme}-curriculum-100"):
-        assert config_fields(shape({**RELEASED, "sampling_scheme": name}))["sampling_scheme"] == name
+        assert config_fields(shape_of({**RELEASED, "sampling_scheme": name}))["sampling_scheme"] == name
 
 
 def test_a_released_config_has_no_unknown_field(caplog):
-    shape(RELEASED)
-    shape({**RELEASED, "num_key_value_heads": None, "rope_settings": None})
+    shape_of(RELEASED)
+    shape_of({**RELEASED, "num_key_value_heads": None, "rope_settings": None})
     assert not caplog.text
 
 
 def test_stretched_rotary_is_refused():
     with pytest.raises(ConfigError, match="rope_condense_ratio = 2 is not supported, only 1"):
-        shape({**RELEASED, "rope_settings": {"rope_condense_ratio": 2}})
+        shape_of({**RELEASED, "rope_settings": {"rope_condense_ratio": 2}})
 
 
-@pytest.mark.parametrize("key", ["n_embd", "vocab_size", "n_layers_in_coda", "mean_recurrence", "num_attention_heads"])
+@pytest.mark.parametrize(
+    "key", ["n_embd", "vocab_size", "n_layers_in_coda", "mean_recurrence", "num_attention_heads"]
+)
 def test_a_missing_size_is_named(key):
     del (fields := dict(RELEASED))[key]
     with pytest.raises(ConfigError, match=f"config.json: {key.replace('num_attention', 'n')} is missing"):
-        shape(fields)
+        shape_of(fields)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -238,7 +264,9 @@ def test_the_remote_code_is_there_and_named_as_auto_map_says():
     modules = {value.split(".")[0] for value in config_fields(tiny_config())["auto_map"].values()}
     names = {path.stem for path in HF.code}
     imported = {
-        name for path in HF.code for name in re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE)
+        name
+        for path in HF.code
+        for name in re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE)
     }
     assert names == modules | imported and all(path.is_file() for path in HF.code)
     assert set(HF.code) == set(HF.code[0].parent.glob("*.py"))

@@ -1,4 +1,6 @@
-"""models/raven/huggingface: the remote code against our model, loaded as a user loads it, and its generation."""
+"""models/raven/huggingface: the remote code against our model, loaded as a user loads it,
+and its generation.
+"""
 
 import json
 import math
@@ -12,8 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from tests.models.raven.tiny import some_state, some_tokens, tiny_raven
-from torchtitan_rd.models.raven.config import INJECTIONS
 from torchtitan_rd.models.raven.hf import HF
+from torchtitan_rd.models.raven.shape import INJECTIONS
 
 transformers = pytest.importorskip("transformers")
 
@@ -44,7 +46,9 @@ def fresh_code(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         # The cache that an earlier test has made importable would be found first.
-        patch.setattr(sys, "path", [place for place in sys.path if place != dynamic_module_utils.HF_MODULES_CACHE])
+        patch.setattr(
+            sys, "path", [place for place in sys.path if place != dynamic_module_utils.HF_MODULES_CACHE]
+        )
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
         forget()
         yield
@@ -54,10 +58,10 @@ def fresh_code(tmp_path_factory):
 def export(model, folder, **fields):
     """Writes what a conversion writes; `folder` also names the module of its code."""
     folder.mkdir(parents=True)
-    names, weights = HF.key_map(model.config), dict(model.named_parameters())
+    names, weights = HF.key_map(model.shape), dict(model.named_parameters())
     tensors = {theirs: weights[ours].detach().contiguous() for ours, theirs in names.items()}
-    save_file({**tensors, **HF.buffers(model.config)}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({**HF.config_fields(model.config), **fields}))
+    save_file({**tensors, **HF.buffers(model.shape)}, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**HF.config_fields(model.shape), **fields}))
     for path in HF.code:
         shutil.copy(path, folder)
     return folder
@@ -86,7 +90,7 @@ def test_logits_equal_those_of_our_model(variant, tmp_path):
     assert not theirs.training and not any(info[kind] for kind in ("missing_keys", "unexpected_keys"))
     for depth in (1, 4, 32):
         for state in (torch.zeros(2, 12, 32), some_state()):
-            given = {} if ours.config.injection == "none" else {"input_states": state}
+            given = {} if ours.shape.injection == "none" else {"input_states": state}
             found = theirs(some_tokens(), num_steps=depth, **given).logits
             expected = ours(some_tokens(), num_steps=(depth, 0), initial_state=state)
             assert found.dtype == torch.float32 and (expected.std() > 0.01 or not state.any())
@@ -123,7 +127,9 @@ def test_gradients_of_a_pair_equal_those_of_our_model(checkpointing, tmp_path):
     expected.backward()
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(gradients[HF.key_map(ours.config)[name]], parameter.grad, atol=1e-6, rtol=1e-4)
+        torch.testing.assert_close(
+            gradients[HF.key_map(ours.shape)[name]], parameter.grad, atol=1e-6, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("injection", ["linear", "none"])
@@ -135,7 +141,9 @@ def test_checkpointing_changes_no_gradient_and_keeps_fewer_tensors(injection, tm
             model.gradient_checkpointing_enable()
         model.train().zero_grad()
         saved.append([])
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved[-1].append(t.numel()), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (saved[-1].append(t.numel()), t)[1], lambda t: t
+        ):
             loss = model(some_tokens(), labels=some_tokens(), num_steps=(1, 6), **SEEDED).loss
         saved[-1] = sum(saved[-1])  # before backward recomputes
         loss.backward()
@@ -173,9 +181,18 @@ def test_labels_are_shifted_here_and_shift_labels_are_not(model):
     assert model(tokens, labels=following, **common).loss.item() != pytest.approx(expected, abs=1e-2)
 
 
+def test_a_trainer_finds_the_labels_that_a_data_set_has_and_reports_the_loss_of_an_evaluation(model):
+    """It takes each argument of forward with "label" in its name for one that every batch has."""
+    from transformers.utils import find_labels
+
+    assert find_labels(type(model)) == ["labels"]
+
+
 def test_arguments_of_the_loss_reach_it(model):
     common = {"labels": some_tokens(), "num_steps": 2, **SEEDED}
-    mean, half = (model(some_tokens(), **common, num_items_in_batch=items).loss.item() for items in (None, 44))
+    mean, half = (
+        model(some_tokens(), **common, num_items_in_batch=items).loss.item() for items in (None, 44)
+    )
     assert half == pytest.approx(mean / 2)
     ignored = int(some_tokens()[0, 5])
     labels = some_tokens().where(some_tokens() != ignored, -100)
@@ -221,7 +238,9 @@ def test_eager_attention_is_what_it_says_and_gives_the_same_logits(variant, tmp_
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", never)
     for given, logits in zip((None, mask), expected, strict=True):
-        torch.testing.assert_close(eager(tokens, attention_mask=given, **common).logits, logits, atol=2e-5, rtol=0)
+        torch.testing.assert_close(
+            eager(tokens, attention_mask=given, **common).logits, logits, atol=2e-5, rtol=0
+        )
     found = eager.generate(tokens, attention_mask=mask, max_new_tokens=5, do_sample=False, **common)
     assert torch.equal(found, generated)
     with pytest.raises(AssertionError, match="the fused kernel was called"):
@@ -251,7 +270,9 @@ def test_a_forward_with_a_mask_compiles_into_one_graph(model):
 def test_a_new_token_asks_the_device_nothing(model, monkeypatch):
     asked, all_ = [], torch.Tensor.all
     cache = model(some_tokens(), use_cache=True, num_steps=2, **SEEDED).past_key_values
-    monkeypatch.setattr(torch.Tensor, "all", lambda tensor, *args: asked.append(tensor.shape) or all_(tensor, *args))
+    monkeypatch.setattr(
+        torch.Tensor, "all", lambda tensor, *args: asked.append(tensor.shape) or all_(tensor, *args)
+    )
     common = {"attention_mask": torch.ones(2, 13), "num_steps": 2, "input_states": some_state(length=13)}
     model(some_tokens(length=1), past_key_values=cache, **common)
     assert not asked
@@ -315,7 +336,11 @@ def test_padding_changes_no_logit_of_a_real_token(side, model):
 def test_a_row_of_padding_alone_is_finite(model, monkeypatch):
     mask = torch.tensor([[0] * 12, [1] * 12])
     masks, attend = [], F.scaled_dot_product_attention
-    noting = lambda *qkv, **kwargs: (masks.append(kwargs["attn_mask"]), attend(*qkv, **kwargs))[1]  # noqa: E731
+
+    def noting(*qkv, **kwargs):
+        masks.append(kwargs["attn_mask"])
+        return attend(*qkv, **kwargs)
+
     monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
     assert model(some_tokens(), attention_mask=mask, num_steps=2).logits.isfinite().all()
     assert len(masks) == 6 and all(mask.any(-1).all() for mask in masks)  # else some kernels give nan
@@ -336,7 +361,10 @@ def test_a_prompt_may_come_in_chunks(model):
     common = {"num_steps": 3, **SEEDED}
     whole = model(some_tokens(), **common).logits
     cache = transformers.DynamicCache()
-    chunks = [model(part, past_key_values=cache, **common).logits for part in some_tokens().split((5, 4, 1, 2), dim=1)]
+    chunks = [
+        model(part, past_key_values=cache, **common).logits
+        for part in some_tokens().split((5, 4, 1, 2), dim=1)
+    ]
     torch.testing.assert_close(torch.cat(chunks, dim=1), whole, atol=1e-5, rtol=0)
 
 
@@ -353,7 +381,9 @@ def test_beam_search_and_sampling_run_alike_with_and_without_a_cache(how, model)
 def test_generation_takes_first_states_of_all_tokens(model):
     common = {"num_steps": 1, "max_new_tokens": 4, "do_sample": False}
     states = 3 * some_state(length=15)
-    both = [model.generate(some_tokens(), input_states=states, use_cache=use, **common) for use in (True, False)]
+    both = [
+        model.generate(some_tokens(), input_states=states, use_cache=use, **common) for use in (True, False)
+    ]
     assert torch.equal(*both)
     with pytest.raises(ValueError, match="input_states ends early"):
         model.generate(some_tokens(), input_states=states[:, :12], **common)
@@ -364,6 +394,14 @@ def test_generate_passes_depth_and_seed_on(model, monkeypatch):
     monkeypatch.setattr(model, "core_step", lambda s, *rest: (seen.append(s), s)[1])
     model.generate(some_tokens(), num_steps=7, init_scale=0.0, max_new_tokens=1)
     assert len(seen) == 7 and not seen[0].any()
+
+
+def test_the_depth_is_read_whatever_the_default_device(tmp_path):
+    """ "meta" holds no values, and those of a GPU would be waited for in each forward."""
+    model = load(export(tiny_raven(), tmp_path / "export")).to("meta")
+    with torch.device("meta"):
+        for num_steps in (2, (1, 1), torch.tensor(2, device="cpu")):
+            assert model(torch.zeros(1, 5, dtype=torch.long), num_steps=num_steps).logits.shape == (1, 5, 61)
 
 
 def test_the_depth_in_evaluation_is_the_mean_recurrence_of_the_config(tmp_path):
@@ -378,7 +416,9 @@ def test_the_depth_in_evaluation_is_the_mean_recurrence_of_the_config(tmp_path):
 @pytest.mark.parametrize("depth", [3, 9])
 def test_a_cache_of_another_depth_is_refused(depth, model):
     cache = model(some_tokens(), num_steps=6, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=f"the cache has 14 layers, but {depth} iterations need {2 + 2 * depth}"):
+    with pytest.raises(
+        ValueError, match=f"the cache has 14 layers, but {depth} iterations need {2 + 2 * depth}"
+    ):
         model(some_tokens(length=1), num_steps=depth, past_key_values=cache)
 
 
@@ -390,7 +430,8 @@ def test_other_caches_are_refused(model):
 
 
 @pytest.mark.parametrize(
-    ("kind", "std"), [("like-init", 0.6275), ("normal", 1.0), ("embed", 32**-0.5), ("unit", 1.0), ("zero", 0.0)]
+    ("kind", "std"),
+    [("like-init", 0.6275), ("normal", 1.0), ("embed", 32**-0.5), ("unit", 1.0), ("zero", 0.0)],
 )
 def test_first_states_have_their_distribution_and_repeat_by_seed_and_position(kind, std, tmp_path):
     _, model = pair(tmp_path, state_init=kind)
@@ -461,7 +502,7 @@ def test_the_output_holds_what_was_asked_for(model):
     [
         ({"input_ids": None}, "either input_ids or inputs_embeds"),
         ({"attention_mask": torch.ones(2, 5)}, r"attention_mask is \(2, 5\), but must be \(2, 12\)"),
-        *(({"num_steps": wrong}, "num_steps = ") for wrong in ((1, 2, 3), -1, (2, -1), 1.5)),
+        *(({"num_steps": wrong}, "num_steps = ") for wrong in ((1, 2, 3), -1, (2, -1), 1.5, math.inf)),
     ],
     ids=str,
 )
@@ -475,14 +516,14 @@ def test_heads_are_tied_or_not_and_survive_saving(tied, tmp_path):
     ours, model = pair(tmp_path, tie_word_embeddings=tied)
     assert (model.lm_head.weight is model.transformer.wte.weight) == tied == model.config.tie_word_embeddings
     model.save_pretrained(tmp_path / "saved")
-    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(HF.key_map(ours.config).values())
+    assert set(load_file(tmp_path / "saved" / "model.safetensors")) == set(HF.key_map(ours.shape).values())
     again = load(tmp_path / "saved")
     assert (again.lm_head.weight is again.transformer.wte.weight) == tied
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
     assert torch.equal(again(some_tokens(), **SEEDED).logits, model(some_tokens(), **SEEDED).logits)
     saved = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert HF.shape(saved) == ours.config
+    assert HF.shape_of(saved) == ours.shape
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -536,7 +577,9 @@ def test_bfloat16_models_run_with_float32_angles_and_logits(tmp_path):
 
 
 def test_in_bfloat16_it_is_as_training_under_autocast_and_within_rounding_when_loaded_so(tmp_path):
-    """Training multiplies float32 norms into a float32 residual stream. A model that is cast as a whole has neither."""
+    """Training multiplies float32 norms into a float32 residual stream.
+    A model that is cast as a whole has neither.
+    """
     ours = tiny_raven()
     folder = export(ours, tmp_path / "export")
     arguments = {"num_steps": (0, 4), "initial_state": some_state(), "state_dtype": torch.float32}
@@ -561,7 +604,12 @@ def test_in_bfloat16_it_is_as_training_under_autocast_and_within_rounding_when_l
 
 
 def test_a_config_with_the_names_of_other_classes_is_read_and_one_without_meaning_refused(tmp_path):
-    fields = {"n_heads": None, "num_attention_heads": 4, "init_values": {"std": 1.0}, "effective_expected_depth": 132}
+    fields = {
+        "n_heads": None,
+        "num_attention_heads": 4,
+        "init_values": {"std": 1.0},
+        "effective_expected_depth": 132,
+    }
     config = load(export(tiny_raven(), tmp_path / "export", **fields)).config
     assert (config.n_heads, config.num_hidden_layers, config.hidden_size) == (4, 4, 32)
     assert config.max_position_embeddings == 4096

@@ -1,4 +1,6 @@
-"""models/raven/inputs.py: depth and first state are functions of the step and the sample, never of the ranks."""
+"""models/raven/inputs.py: depth and first state are functions of the step and the sample,
+never of the ranks.
+"""
 
 import math
 from dataclasses import replace
@@ -8,10 +10,10 @@ import torch
 
 from tests.models.raven.tiny import tiny_config
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.models.raven.config import STATE_INITS
+from torchtitan_rd.model_spec import Microbatch
 from torchtitan_rd.models.raven.inputs import RavenInputs, initial_state
 from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
-from torchtitan_rd.models.spec import Microbatch
+from torchtitan_rd.models.raven.shape import STATE_INITS
 
 CPU = torch.device("cpu")
 WHOLE = Microbatch(step=3, count=3, rank=0, samples=range(8), seq_len=10, device=CPU, dtype=torch.float32)
@@ -55,8 +57,16 @@ def test_drawing_touches_no_global_generator():
 @pytest.mark.parametrize("kind", STATE_INITS)
 def test_each_state_init_has_its_distribution(kind):
     config = tiny_config(state_init=kind, dim=64)
-    drawn = initial_state(config, seed=0, step=1, samples=[0, 7], seq_len=2000, device=CPU, dtype=torch.float32)
-    spread = {"like-init": math.sqrt(0.4) * 0.98658, "normal": 1, "embed": 1 / 8, "zero": 0, "unit": math.sqrt(63 / 64)}
+    drawn = initial_state(
+        config, seed=0, step=1, samples=[0, 7], seq_len=2000, device=CPU, dtype=torch.float32
+    )
+    spread = {
+        "like-init": math.sqrt(0.4) * 0.98658,
+        "normal": 1,
+        "embed": 1 / 8,
+        "zero": 0,
+        "unit": math.sqrt(63 / 64),
+    }
     assert float(drawn.std(unbiased=False)) == pytest.approx(spread[kind], rel=0.01)
     assert abs(float(drawn.mean())) < 0.01
     if kind == "like-init":
@@ -87,7 +97,8 @@ def test_validation_runs_every_iteration_without_gradient_on_noise_of_its_own():
     assert drawn.kwargs["early_read_outs"] == (2,)
     again = inputs().at_depths([9], replace(WHOLE, step=77)).kwargs["initial_state"]
     assert torch.equal(drawn.kwargs["initial_state"], again)
-    assert not torch.equal(again, state())
+    for step in (1, 2, 3):  # updates count from 1
+        assert not torch.equal(again, state(replace(WHOLE, step=step)))
 
 
 def test_a_scheme_in_the_section_replaces_the_flavors():
@@ -100,4 +111,6 @@ def test_settings_that_cannot_go_together_are_refused():
     with pytest.raises(ConfigError, match=r"recurrence\.lockstep = false needs an injection"):
         RavenInputs(tiny_config(injection="none"), RecurrenceConfig(lockstep=False), seed=0, total_steps=1)
     with pytest.raises(ConfigError, match=r'draw_per = "microbatch" needs an injection'):
-        RavenInputs(tiny_config(injection="none"), RecurrenceConfig(draw_per="microbatch"), seed=0, total_steps=1)
+        RavenInputs(
+            tiny_config(injection="none"), RecurrenceConfig(draw_per="microbatch"), seed=0, total_steps=1
+        )

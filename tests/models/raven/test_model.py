@@ -1,4 +1,6 @@
-"""models/raven/model.py, init.py and config.py: the mathematics of specs/raven.md, its gradients, sizes and cost."""
+"""models/raven/model.py, init.py and shape.py: the mathematics of docs/recurrence.md,
+its gradients, sizes and cost.
+"""
 
 import math
 
@@ -13,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.models.raven.tiny import some_state, some_tokens, tiny_config, tiny_raven
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.models import MODELS, get_flavor
-from torchtitan_rd.models.raven.config import INJECTIONS, NOT_BUILT, RAVEN_FLAVORS, count_flops
 from torchtitan_rd.models.raven.init import inits
 from torchtitan_rd.models.raven.model import Raven
+from torchtitan_rd.models.raven.released import NOT_BUILT
+from torchtitan_rd.models.raven.shape import INJECTIONS, RAVEN_FLAVORS, count_flops
 
 DRAWS = [(0, 1), (3, 2), (5, 4)]
 
@@ -28,32 +31,32 @@ class Restated:
     """The model once more, from the page alone: separate projections, real rotary, explicit softmax."""
 
     def __init__(self, config, state_dict):
-        self.config = config
+        self.shape = config
         self.w = {released_name(name): tensor for name, tensor in state_dict.items()}
 
     def norm(self, x, name):
         weight = self.w[f"{name}.weight"]
-        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.config.norm_eps) * weight
+        return x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.shape.norm_eps) * weight
 
     def rotate(self, x):  # (B, S, H, D)
         half = x.shape[-1] // 2
-        angle = torch.arange(x.shape[1])[:, None] * self.config.rope_theta ** (-torch.arange(half) / half)
+        angle = torch.arange(x.shape[1])[:, None] * self.shape.rope_theta ** (-torch.arange(half) / half)
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]
         a, b = x[..., 0::2], x[..., 1::2]
         return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
 
     def attention(self, x, name):
-        heads, kv_heads, head_dim = self.config.attention_shape
+        heads, kv_heads, head_dim = self.shape.attention_shape
         rows = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
         q, k, v = ((x @ w.T).unflatten(-1, (-1, head_dim)) for w in self.w[f"{name}.Wqkv.weight"].split(rows))
-        if self.config.clip_qkv is not None:
-            bound = torch.tensor(self.config.clip_qkv, dtype=x.dtype)
+        if self.shape.clip_qkv is not None:
+            bound = torch.tensor(self.shape.clip_qkv, dtype=x.dtype)
             q, k, v = (torch.minimum(torch.maximum(t, -bound), bound) for t in (q, k, v))
         k, v = (torch.stack([t[:, :, h * kv_heads // heads] for h in range(heads)], dim=2) for t in (k, v))
-        if self.config.qk_bias:
+        if self.shape.qk_bias:
             q, k = q + self.w[f"{name}.qk_bias"][0], k + self.w[f"{name}.qk_bias"][1]
         q, k = self.rotate(q), self.rotate(k)
-        if self.config.qk_norm:
+        if self.shape.qk_norm:
             q, k = (t / torch.sqrt((t * t).mean(-1, keepdim=True) + 2.0**-23) for t in (q, k))
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(head_dim)
         future = torch.ones(scores.shape[-2:]).triu(1).bool()
@@ -61,15 +64,15 @@ class Restated:
         return torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(-2) @ self.w[f"{name}.proj.weight"].T
 
     def mlp(self, x, name):
-        gate, up = (x @ w.T for w in self.w[f"{name}.fc.weight"].split(self.config.ffn_dim))
+        gate, up = (x @ w.T for w in self.w[f"{name}.fc.weight"].split(self.shape.ffn_dim))
         return (gate * torch.sigmoid(gate) * up) @ self.w[f"{name}.proj.weight"].T
 
     def block(self, x, name):
         attn, mlp = f"{name}.attn", f"{name}.mlp"
-        if self.config.block == "post":
+        if self.shape.block == "post":
             x = self.norm(self.attention(x, attn) + x, f"{name}.norm_1")
             return self.norm(self.mlp(x, mlp) + x, f"{name}.norm_2")
-        if self.config.block == "pre":
+        if self.shape.block == "pre":
             x = self.attention(self.norm(x, f"{name}.norm_1"), attn) + x
             return self.mlp(self.norm(x, f"{name}.norm_2"), mlp) + x
         x = self.norm(self.attention(self.norm(x, f"{name}.norm_1"), attn) + x, f"{name}.norm_2")
@@ -81,22 +84,24 @@ class Restated:
         return x
 
     def embed(self, tokens):
-        scale = math.sqrt(self.config.dim) if self.config.init_strategy == "takase" else 1.0
-        return self.blocks(self.w["transformer.wte.weight"][tokens] * scale, "prelude", self.config.n_layers_prelude)
+        scale = math.sqrt(self.shape.dim) if self.shape.init_strategy == "takase" else 1.0
+        return self.blocks(
+            self.w["transformer.wte.weight"][tokens] * scale, "prelude", self.shape.n_layers_prelude
+        )
 
     def iterate(self, s, e):
         injected = {"add": s + e, "gate": s * e, "none": s}
-        if self.config.injection == "linear":
+        if self.shape.injection == "linear":
             injected["linear"] = torch.cat((s, e), -1) @ self.w["transformer.adapter.weight"].T
-        return self.blocks(injected[self.config.injection], "core_block", self.config.n_layers_core)
+        return self.blocks(injected[self.shape.injection], "core_block", self.shape.n_layers_core)
 
     def head(self, s):
-        s = self.blocks(self.norm(s, "transformer.ln_f"), "coda", self.config.n_layers_coda)
+        s = self.blocks(self.norm(s, "transformer.ln_f"), "coda", self.shape.n_layers_coda)
         return self.norm(s, "transformer.ln_f") @ self.w["lm_head.weight"].T
 
     def logits(self, tokens, steps, state):
         e = self.embed(tokens)
-        s = e if self.config.injection == "none" else state
+        s = e if self.shape.injection == "none" else state
         for _ in range(steps):
             s = self.iterate(s, e)
         return self.head(s)
@@ -115,7 +120,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_equal_those_of_an_independent_restatement_of_the_page(variant):
     model = tiny_raven(**VARIANTS[variant])
-    expected = Restated(model.config, model.state_dict()).logits(some_tokens(), 5, some_state())
+    expected = Restated(model.shape, model.state_dict()).logits(some_tokens(), 5, some_state())
     for draw in ((5, 0), (2, 3), (0, 5)):
         logits = model(some_tokens(), num_steps=draw, initial_state=some_state())
         assert logits.dtype == torch.float32
@@ -128,7 +133,7 @@ def test_truncated_gradients_equal_those_of_the_hand_unrolled_last_iterations(dr
     logits = model(tokens, num_steps=draw, initial_state=some_state())
     F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
     leaves = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
-    restated = Restated(model.config, {**leaves, "lm_head.weight": leaves["transformer.wte.weight"]})
+    restated = Restated(model.shape, {**leaves, "lm_head.weight": leaves["transformer.wte.weight"]})
     e, s = restated.embed(tokens), some_state()
     for _ in range(draw[0]):
         s = restated.iterate(s, e).detach()
@@ -166,7 +171,8 @@ def test_documents_do_not_see_each_other():
     documents = (torch.arange(12) >= 5).int().expand(2, 12)
     joined = model(tokens, documents, num_steps=(2, 1), initial_state=some_state())
     alone = model(tokens[:, 5:], num_steps=(2, 1), initial_state=some_state()[:, 5:])
-    torch.testing.assert_close(joined[:, 5:], alone, atol=1e-5, rtol=1e-5)  # rotary scores know distances only
+    # Rotary scores know distances only.
+    torch.testing.assert_close(joined[:, 5:], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +181,8 @@ def test_documents_do_not_see_each_other():
         ("nebel-raven-3.5b", 3_564_976_800, 1_637_349_120),
         ("nebel-baseline-3.5b", 3_564_976_800, 1_637_349_120),
         ("deluge-raven-4b", 4_426_421_120, 1_982_520_320),
-        ("corone-raven-3.5b", 3_564_976_800 - 8 * 2 * 5280, 1_637_349_120 - 4 * 2 * 5280),  # two norms a block less
+        # Two norms a block less.
+        ("corone-raven-3.5b", 3_564_976_800 - 8 * 2 * 5280, 1_637_349_120 - 4 * 2 * 5280),
         ("debug-demo", 304_000, 271_104),
     ],
 )
@@ -213,7 +220,9 @@ def test_initial_weights_have_the_documented_spread(orthogonal):
         else:
             expected = std / math.sqrt(2 * depth) if ".proj." in name else std
             rms = float(value.detach().square().mean().sqrt())
-            assert rms == pytest.approx(expected * (1 if orthogonal else 0.98658), rel=1e-4 if orthogonal else 0.03)
+            assert rms == pytest.approx(
+                expected * (1 if orthogonal else 0.98658), rel=1e-4 if orthogonal else 0.03
+            )
             if not orthogonal:
                 assert value.abs().max() <= 3 * expected
 
@@ -221,7 +230,9 @@ def test_initial_weights_have_the_documented_spread(orthogonal):
 def test_orthogonal_init_treats_queries_keys_values_gates_and_ups_apart():
     weights = filled(init_orthogonal=True)
     std = math.sqrt(2 / (5 * 64))
-    qkv = next(value for name, value in weights.items() if name.endswith("prelude.0.attn.Wqkv.weight")).detach()
+    qkv = next(
+        value for name, value in weights.items() if name.endswith("prelude.0.attn.Wqkv.weight")
+    ).detach()
     for part in qkv.split(64):
         torch.testing.assert_close(part @ part.T, torch.eye(64) * std**2 * 64, atol=1e-5, rtol=0)
     fc = next(value for name, value in weights.items() if name.endswith("prelude.0.mlp.fc.weight")).detach()
@@ -266,8 +277,10 @@ def test_the_flop_formula_equals_what_torch_counts(variant, draw):
     model, tokens = tiny_raven(**VARIANTS[variant]), some_tokens()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens, num_steps=draw, initial_state=some_state()).sum().backward()
-    flops = count_flops(model.config, 12, draw)
-    assert counter.get_total_flops() == pytest.approx(tokens.numel() * (flops.matmul + flops.attention_full), rel=1e-12)
+    flops = count_flops(model.shape, 12, draw)
+    assert counter.get_total_flops() == pytest.approx(
+        tokens.numel() * (flops.matmul + flops.attention_full), rel=1e-12
+    )
     assert flops.attention_causal * 2 * 12 == pytest.approx(flops.attention_full * 13)
 
 
@@ -317,7 +330,10 @@ def test_a_training_step_of_the_reference_shape_takes_at_most_6110_aten_ops():
         ({"qk_norm": 1}, "model.overrides.qk_norm = 1: Input should be a valid boolean"),
         ({"qk_nrom": True}, "did you mean 'qk_norm'"),
         *(({name: 1}, f"model.overrides.{name}: what {name} = ") for name in NOT_BUILT),
-        ({"norm_class_name": "LayerNorm"}, "model.overrides.norm_class_name: what norm_class_name = 'RMSNorm_llama'"),
+        (
+            {"norm_class_name": "LayerNorm"},
+            "model.overrides.norm_class_name: what norm_class_name = 'RMSNorm_llama'",
+        ),
         ({"n_embd": 64}, "model.overrides.n_embd: dim is its name here"),
         ({"block_class_name": "SandwichBlock"}, "block is its name here"),
         ({"padding_multiple": 8}, "set model.vocab_padding_multiple"),

@@ -1,4 +1,6 @@
-"""Options of raven's attention and blocks against the plain restatement in float64, and that none acts unless set."""
+"""Options of raven's attention and blocks against the plain restatement in float64,
+and that none acts unless set.
+"""
 
 import itertools
 
@@ -11,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models.raven.test_model import Restated
 from tests.models.raven.tiny import some_state, some_tokens, tiny_config, tiny_raven
-from torchtitan_rd.models.raven.config import count_flops
 from torchtitan_rd.models.raven.model import BLOCKS, Raven
+from torchtitan_rd.models.raven.shape import count_flops
 
 OPTIONS = {
     "plain": {"qk_bias": False},
@@ -34,7 +36,7 @@ def logits_and_gradients(case):
     logits = model(tokens, num_steps=(0, 2), initial_state=state)
     F.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
     leaves = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-    restated = Restated(model.config, {**leaves, "lm_head.weight": leaves["transformer.wte.weight"]})
+    restated = Restated(model.shape, {**leaves, "lm_head.weight": leaves["transformer.wte.weight"]})
     expected = restated.logits(tokens, 2, state.double())
     F.cross_entropy(expected.flatten(0, 1), tokens.flatten()).backward()
     found = {name: p.grad for name, p in model.named_parameters()}
@@ -81,7 +83,9 @@ def test_the_bias_of_a_key_is_its_query_heads_own_and_without_biases_grouped_key
     for bias in biases:
         bias.zero_()
     grouped = Raven(tiny_config(n_kv_heads=2, qk_bias=False))
-    grouped.load_state_dict({name: p for name, p in model.state_dict().items() if not name.endswith("qk_bias")})
+    grouped.load_state_dict(
+        {name: p for name, p in model.state_dict().items() if not name.endswith("qk_bias")}
+    )
     copied = model(some_tokens(), **inputs)
     torch.testing.assert_close(copied, grouped(some_tokens(), **inputs), atol=1e-6, rtol=1e-5)
     biases[0][1, 0, 1] += 1.0  # the keys of the second query head of the first group
@@ -140,8 +144,10 @@ def test_the_flop_formula_counts_what_torch_counts(case):
     model, tokens = tiny_raven(**CASES[case]), some_tokens()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(tokens, num_steps=(2, 1), initial_state=some_state()).sum().backward()
-    flops = count_flops(model.config, 12, (2, 1))
-    assert counter.get_total_flops() == pytest.approx(tokens.numel() * (flops.matmul + flops.attention_full), rel=1e-12)
+    flops = count_flops(model.shape, 12, (2, 1))
+    assert counter.get_total_flops() == pytest.approx(
+        tokens.numel() * (flops.matmul + flops.attention_full), rel=1e-12
+    )
 
 
 def test_qk_norm_and_clip_qkv_have_no_weights_and_a_pre_norm_block_two_norms():

@@ -12,7 +12,9 @@ from torchtitan_rd.models.raven.recurrence import SCHEMES, DepthSampler, Ramp, R
 FILLING = "poisson-lognormal-filling"
 
 
-def sampler(scheme: str = FILLING, mean: int = 32, backprop: int = 8, total_steps: int = 100, **keys) -> DepthSampler:
+def sampler(
+    scheme: str = FILLING, mean: int = 32, backprop: int = 8, total_steps: int = 100, **keys
+) -> DepthSampler:
     return DepthSampler(
         RecurrenceConfig(**keys),
         scheme=scheme,
@@ -57,7 +59,9 @@ def test_the_first_twelve_draws_are_the_ancestors(scheme):
     assert [k for _, k in draws] == K_OF_12_STEPS[scheme]
 
 
-@pytest.mark.parametrize(("scheme", "mean_n"), [("simple", 23.5), ("geometric", 24.0), ("poisson-unbounded", 24.0)])
+@pytest.mark.parametrize(
+    ("scheme", "mean_n"), [("simple", 23.5), ("geometric", 24.0), ("poisson-unbounded", 24.0)]
+)
 def test_schemes_without_a_vector_have_their_mean_and_range(scheme, mean_n):
     draws = [sampler(scheme).draw(step) for step in range(1, 3001)]
     assert statistics.mean(n for n, _ in draws) == pytest.approx(mean_n, rel=0.05)
@@ -149,7 +153,10 @@ def test_both_means_can_be_ramped_over_a_share_of_the_run():
         (lambda: sampler("fixed-curriculum-x"), "no sampling scheme"),
         (lambda: sampler("simple", 8, 8), "mean_recurrence > mean_backprop_depth, but they are 8 and 8"),
         (lambda: sampler("poisson-lognormal-fill", 4, 8), "4 and 8 at step 1"),
-        (lambda: sampler("geometric", mean_recurrence_start=1), "needs mean_recurrence > mean_backprop_depth"),
+        (
+            lambda: sampler("geometric", mean_recurrence_start=1),
+            "needs mean_recurrence > mean_backprop_depth",
+        ),
     ],
 )
 def test_a_scheme_that_cannot_be_drawn_is_one_clear_message(call, message):
@@ -163,7 +170,9 @@ def test_a_wrong_scheme_in_the_section_is_named_while_the_file_is_read():
         RecurrenceConfig(sampling_scheme="geometrc")
 
 
-@pytest.mark.parametrize("scheme", [FILLING, "poisson-fill", "poisson-unbounded", "fixed", "full", "non-recurrent"])
+@pytest.mark.parametrize(
+    "scheme", [FILLING, "poisson-fill", "poisson-unbounded", "fixed", "full", "non-recurrent"]
+)
 def test_schemes_that_need_no_gradient_free_steps_take_a_mean_below_the_backprop_depth(scheme):
     assert all(k >= 1 for _, k in (sampler(scheme, 4, 8).draw(step) for step in range(1, 50)))
 

@@ -1,4 +1,6 @@
-"""The recurrence under FSDP: exact gradients, collectives that do not depend on depth, ranks that may differ in it."""
+"""The recurrence under FSDP: exact gradients, collectives that do not depend on depth,
+ranks that may differ in it.
+"""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -86,7 +88,8 @@ def gradients(rank: int, world_size: int, case: Case) -> dict:
         model.zero_grad()
         backward(model, draw, own_rows(rank, world_size))
         found[draw] = {
-            name: None if p.grad is None else p.grad.full_tensor().clone() for name, p in model.named_parameters()
+            name: None if p.grad is None else p.grad.full_tensor().clone()
+            for name, p in model.named_parameters()
         }
     return found
 
@@ -163,7 +166,9 @@ class CountCollectives(TorchDispatchMode):
 def test_the_number_of_collectives_does_not_depend_on_the_depth(ac, reshard):
     for counts in run_on_ranks(2, collectives, Case(ac=ac, reshard=reshard)):
         assert counts[0] == counts[1] == counts[2] == counts[3]
-        gathered, reduced = (sum(n for name, n in counts[0].items() if kind in name) for kind in ("gather", "reduce"))
+        gathered, reduced = (
+            sum(n for name, n in counts[0].items() if kind in name) for kind in ("gather", "reduce")
+        )
         assert reduced == 4  # root, prelude, loop, coda
         assert gathered == (6 if reshard == "default" else 4)  # prelude and coda twice; root and loop once
 
@@ -180,8 +185,8 @@ def collectives(rank, world_size, case):
 
 @pytest.mark.parametrize(
     ("reshard", "tied", "gathers"),
-    # Units: prelude, loop, coda and root; where the head is not tied, embedding and head too. By default backward
-    # gathers all of them again but for loop, head and root; with `always` those too.
+    # Units: prelude, loop, coda and root; where the head is not tied, embedding and head too.
+    # By default backward gathers all of them again but for loop, head and root; with `always` those too.
     [
         *(("default", True, 6), ("always", True, 8), ("never", True, 4)),
         *(("default", False, 9), ("always", False, 12), ("never", False, 6)),
@@ -195,7 +200,7 @@ def test_how_often_units_are_gathered_follows_the_key(reshard, tied, gathers):
 
 @pytest.mark.parametrize("ac", ["none", "iteration", "block"])
 def test_one_set_of_graphs_serves_sixteen_draws(ac):
-    """Blocks are compiled, not the loop (T13): a new depth must not compile anything."""
+    """Blocks are compiled, not the loop: a new depth must not compile anything."""
     first, last = run_on_ranks(1, graphs, Case(compile=True, ac=ac))[0]
     assert 0 < first == last <= 6
 
@@ -217,7 +222,7 @@ def test_evaluation_between_steps_leaves_training_as_it_was():
 
 def evaluated(rank, world_size, case):
     model, found = build(world_size, case), []
-    # As an optimizer holds them: after an evaluation the root shows its gathered parameters instead (T24).
+    # As an optimizer holds them: after an evaluation the root shows its gathered parameters instead.
     parameters = list(model.parameters())
     for depth in (0, 9):
         if depth:
@@ -293,7 +298,8 @@ def test_the_gather_of_the_loop_is_under_way_before_the_prelude_computes():
     for ops in run_on_ranks(2, order_of_a_forward):
         before = ops[: ops.index("compute")]
         largest = max(int(op.split()[1]) for op in ops if op != "compute")
-        assert f"gather {largest}" == before[-1] and len(before) == 3  # root (tied embedding, ln_f), prelude, loop
+        # root (tied embedding, ln_f), prelude, loop.
+        assert f"gather {largest}" == before[-1] and len(before) == 3
 
 
 def order_of_a_forward(rank, world_size):
@@ -306,7 +312,9 @@ def order_of_a_forward(rank, world_size):
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("name", ["checkpointing none", "checkpointing iteration", "never resharded"])
 def test_several_updates_equal_those_of_one_unsharded_process(name, world_size):
-    """A unit that stays gathered too long would go on with the weights of an earlier step, without an error (T2)."""
+    """A unit that stays gathered too long would go on with the weights of an earlier step,
+    without an error.
+    """
     model = Raven(tiny_config())
     init_weights(model, inits(model), seed=0)
     expected = updated(model, slice(None))
@@ -320,7 +328,9 @@ def updates(rank, world_size, case):
 
 
 def updated(model, rows) -> list[dict]:
-    """The full parameters after each of some updates, large enough to see; one has two microbatches, one no loop."""
+    """The full parameters after each of some updates, large enough to see;
+    one has two microbatches, one no loop.
+    """
     # Held from here on: to ask the model for them, or for its state, would free what is gathered.
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.SGD(parameters.values(), lr=0.5)

@@ -2,14 +2,14 @@
 
 import torch
 
-from torchtitan_rd.models.raven.config import RavenConfig
 from torchtitan_rd.models.raven.init import inits
 from torchtitan_rd.models.raven.model import Raven
+from torchtitan_rd.models.raven.shape import RavenShape
 
 VOCAB = 61
 
 
-def tiny_config(**fields) -> RavenConfig:
+def tiny_config(**fields) -> RavenShape:
     shape = {
         "dim": 32,
         "n_heads": 4,
@@ -21,7 +21,7 @@ def tiny_config(**fields) -> RavenConfig:
         "mean_backprop_depth": 3,
         "vocab_size": VOCAB,
     }
-    return RavenConfig(**{**shape, **fields})
+    return RavenShape(**{**shape, **fields})
 
 
 @torch.no_grad()

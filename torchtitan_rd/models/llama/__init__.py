@@ -1,11 +1,24 @@
 """Llama 3 (the Neural Pile line) and its small Chinchilla-sized cousins (CLM, `aixsim`)."""
 
-from torchtitan_rd.models.llama.config import AIXSIM_FLAVORS, LLAMA3_FLAVORS, count_flops
-from torchtitan_rd.models.llama.hf import HF
-from torchtitan_rd.models.llama.model import Llama, inits
-from torchtitan_rd.models.llama.plan import wrap_plan
-from torchtitan_rd.models.llama.steps import LlamaSteps
-from torchtitan_rd.models.spec import ModelSpec
+import dataclasses
 
-LLAMA3 = ModelSpec("llama3", LLAMA3_FLAVORS, Llama, inits, wrap_plan, count_flops, HF, steps=LlamaSteps)
-AIXSIM = ModelSpec("aixsim", AIXSIM_FLAVORS, Llama, inits, wrap_plan, count_flops, HF, steps=LlamaSteps)
+from torchtitan_rd.model_spec import ModelSpec
+from torchtitan_rd.models.llama.hf import HF
+from torchtitan_rd.models.llama.init import inits
+from torchtitan_rd.models.llama.model import Llama
+from torchtitan_rd.models.llama.plan import wrap_plan
+from torchtitan_rd.models.llama.shape import AIXSIM_FLAVORS, ARITHMETIC, LLAMA3_FLAVORS, count_flops
+from torchtitan_rd.models.llama.steps import LlamaSteps
+
+LLAMA3 = ModelSpec(
+    name="llama3",
+    flavors=LLAMA3_FLAVORS,
+    arithmetic=ARITHMETIC,
+    build=Llama,
+    inits=inits,
+    wrap_plan=wrap_plan,
+    flops=count_flops,
+    hf=HF,
+    steps=LlamaSteps,
+)
+AIXSIM = dataclasses.replace(LLAMA3, name="aixsim", flavors=AIXSIM_FLAVORS)

@@ -1,7 +1,7 @@
 """Llama to and from Hugging Face's LlamaForCausalLM, one tensor at a time.
 
-Both sides hold the same numbers. Ours (as Meta's release) turns the rotary pairs (2i, 2i + 1) of a head, Hugging Face
-the pairs (i, D/2 + i), so the rows of wq and wk change places within each head.
+Both sides hold the same numbers. Ours (as Meta's release) turns the rotary pairs (2i, 2i + 1) of a head,
+Hugging Face the pairs (i, D/2 + i), so the rows of wq and wk change places within each head.
 """
 
 import dataclasses
@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.model_spec import HuggingFaceLayout
 from torchtitan_rd.models.hf_fields import Fields
 from torchtitan_rd.models.layers import RopeScaling
-from torchtitan_rd.models.llama.config import LlamaConfig
-from torchtitan_rd.models.spec import HuggingFaceLayout
+from torchtitan_rd.models.llama.shape import LlamaShape
 
 _TOP = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
@@ -34,70 +34,81 @@ _LAYER = {
 }
 
 
-def key_map(config: LlamaConfig) -> dict[str, str]:
-    """Our name -> Hugging Face's, for every tensor that a Hugging Face folder holds (a tied head is not stored)."""
+def key_map(shape: LlamaShape) -> dict[str, str]:
+    """Our name -> Hugging Face's, for every tensor that a Hugging Face folder holds
+    (a tied head is not stored).
+    """
     names = dict(_TOP)
-    if config.tie_word_embeddings:
+    if shape.tie_word_embeddings:
         del names["output.weight"]
-    for layer in range(config.n_layers):
-        names |= {f"layers.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in _LAYER.items()}
+    for layer in range(shape.n_layers):
+        names |= {
+            f"layers.{layer}.{ours}": f"model.layers.{layer}.{theirs}" for ours, theirs in _LAYER.items()
+        }
     return names
 
 
-def to_hf(name: str, tensor: torch.Tensor, config: LlamaConfig) -> torch.Tensor:
+def to_hf(name: str, tensor: torch.Tensor, shape: LlamaShape) -> torch.Tensor:
     """The tensor of our `name` as Hugging Face stores it; the same object unless it is a wq or wk."""
-    return _reorder(tensor, config, (-1, 2)) if _is_rotated(name) else tensor
+    return _reorder(tensor, shape, (-1, 2)) if _is_rotated(name) else tensor
 
 
-def from_hf(name: str, tensor: torch.Tensor, config: LlamaConfig) -> torch.Tensor:
+def from_hf(name: str, tensor: torch.Tensor, shape: LlamaShape) -> torch.Tensor:
     """The inverse of `to_hf`; `name` is ours here too."""
-    return _reorder(tensor, config, (2, -1)) if _is_rotated(name) else tensor
+    return _reorder(tensor, shape, (2, -1)) if _is_rotated(name) else tensor
 
 
 def _is_rotated(name: str) -> bool:
     return name.endswith(("attention.wq.weight", "attention.wk.weight"))
 
 
-def _reorder(weight: torch.Tensor, config: LlamaConfig, pairs: tuple[int, int]) -> torch.Tensor:
+def _reorder(weight: torch.Tensor, shape: LlamaShape, pairs: tuple[int, int]) -> torch.Tensor:
     """(H * D, E), each head's D rows seen as the matrix `pairs` and transposed."""
-    per_head = weight.unflatten(0, (-1, config.attention_shape.head_dim)).unflatten(1, pairs)
+    per_head = weight.unflatten(0, (-1, shape.attention_shape.head_dim)).unflatten(1, pairs)
     return per_head.transpose(1, 2).reshape(weight.shape)
 
 
-def hf_config(config: LlamaConfig) -> dict[str, Any]:
-    """The fields of config.json. Raises ConfigError for a shape that LlamaForCausalLM does not have."""
-    if config.norm_type != "rmsnorm":
+def config_fields(shape: LlamaShape) -> dict[str, Any]:
+    """The fields of config.json that follow from the shape; conversion/huggingface.py adds the others.
+
+    Raises ConfigError for a shape that LlamaForCausalLM does not have.
+    """
+    if shape.norm_type != "rmsnorm":
         raise ConfigError(
-            f"norm_type = {config.norm_type!r} has no counterpart in Hugging Face's Llama, only 'rmsnorm'"
+            f"norm_type = {shape.norm_type!r} has no counterpart in Hugging Face's Llama, only 'rmsnorm'"
         )
-    scaling = {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)} if config.rope_scaling else None
+    scaling = (
+        {"rope_type": "llama3", **dataclasses.asdict(shape.rope_scaling)} if shape.rope_scaling else None
+    )
+
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "num_key_value_heads": config.n_kv_heads,
-        "head_dim": config.attention_shape.head_dim,
-        "intermediate_size": config.hidden_dim,
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
+        "hidden_size": shape.dim,
+        "num_hidden_layers": shape.n_layers,
+        "num_attention_heads": shape.n_heads,
+        "num_key_value_heads": shape.n_kv_heads,
+        "head_dim": shape.attention_shape.head_dim,
+        "intermediate_size": shape.hidden_dim,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_seq_len,
+        "rms_norm_eps": shape.norm_eps,
+        "rope_theta": shape.rope_theta,
         "rope_scaling": scaling,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "initializer_range": config.init_std,
+        "tie_word_embeddings": shape.tie_word_embeddings,
+        "initializer_range": shape.init_std,
+        # What every Llama has: stated, since the library's defaults are its own to change.
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
     }
 
 
-def from_hf_config(fields: Mapping[str, Any]) -> LlamaConfig:
+def shape_of(fields: Mapping[str, Any]) -> LlamaShape:
     """The shape that a config.json describes (of transformers 4, or 5 with its `rope_parameters`).
 
-    What may be left out has the default of transformers' LlamaConfig. Raises ConfigError for what our Llama does not
-    compute, and for values of a wrong type.
+    What may be left out has the default of transformers' LlamaConfig.
+    Raises ConfigError for what our Llama does not compute, and for values of a wrong type.
     """
     read = Fields(fields)
     read.only("model_type", "llama")
@@ -110,31 +121,36 @@ def from_hf_config(fields: Mapping[str, Any]) -> LlamaConfig:
         )
     for kind in read.listed("layer_types"):
         if kind != "full_attention":
-            raise ConfigError(f"config.json: layer_types has {kind!r}, which is not supported, only 'full_attention'")
-    heads = read.whole("num_attention_heads")
+            raise ConfigError(
+                f"config.json: layer_types has {kind!r}, which is not supported, only 'full_attention'"
+            )
+
+    heads = read.whole("num_attention_heads", most=2**16)
     theta, scaling = _rotary(read)
-    config = LlamaConfig(
+    shape = LlamaShape(
         dim=read.whole("hidden_size"),
-        n_layers=read.whole("num_hidden_layers"),
+        n_layers=read.whole("num_hidden_layers", most=10_000),
         n_heads=heads,
         n_kv_heads=read.whole("num_key_value_heads", heads),
         vocab_size=read.whole("vocab_size"),
-        head_dim=read.whole("head_dim", None),
+        head_dim=read.whole("head_dim", None, most=2**16),
         ffn_dim=read.whole("intermediate_size"),
         norm_eps=read.number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings=read.boolean("tie_word_embeddings", False),
-        max_seq_len=read.whole("max_position_embeddings", 2048),
+        max_seq_len=read.whole("max_position_embeddings", 2048, most=2**31 - 1),
     )
+
     windowless = read.boolean("use_sliding_window", None) is False
     read.refuse_what_changes_the_computation(*(["sliding_window"] if windowless else []))
-    return config
+    return shape
 
 
 def _rotary(read: Fields) -> tuple[float, RopeScaling | None]:
-    """-> (theta, scaling). Of `rope_parameters` and `rope_scaling` some versions of transformers take the one, others
-    the other, so they must agree if both are there; and so must all that state theta."""
+    """-> (theta, scaling). Of `rope_parameters` and `rope_scaling` some versions of transformers take the
+    one, others the other, so they must agree if both are there; and so must all that state theta.
+    """
     tables = {key: read.table(key) for key in ("rope_parameters", "rope_scaling") if key in read.given}
     thetas = {f"{key}.rope_theta": table.number("rope_theta", None) for key, table in tables.items()}
     thetas["rope_theta"] = read.number("rope_theta", None)
@@ -144,8 +160,8 @@ def _rotary(read: Fields) -> tuple[float, RopeScaling | None]:
         for key, other in others:
             if other != value:
                 raise ConfigError(
-                    f"config.json: {first} and {key} say different things ({value} and {other}), and it depends on the "
-                    f"version of transformers which one counts: leave only the right one"
+                    f"config.json: {first} and {key} say different things ({value} and {other}), and it "
+                    f"depends on the version of transformers which one counts: leave only the right one"
                 )
     theta = next((theta for theta in thetas.values() if theta is not None), 10_000.0)
     return theta, next(iter(scalings.values()), None)
@@ -155,12 +171,15 @@ def _scaling(rope: Fields) -> RopeScaling | None:
     kind = rope.only("rope_type" if "rope_type" in rope.given else "type", "default", "llama3")
     names = [field.name for field in dataclasses.fields(RopeScaling)] if kind == "llama3" else []
     values = {
-        name: rope.whole(name) if name == "original_max_position_embeddings" else rope.number(name) for name in names
+        name: rope.whole(name) if name == "original_max_position_embeddings" else rope.number(name)
+        for name in names
     }
     for key in rope.given.keys() - {"type", "rope_type", "rope_theta", *names}:
         rope.only(key, *([1] if key == "partial_rotary_factor" else [None]))
     if rope.given.get("type", kind) != kind:
-        raise ConfigError(f"{rope.where}type = {rope.given['type']!r}, but rope_type = {kind!r}: leave only one")
+        raise ConfigError(
+            f"{rope.where}type = {rope.given['type']!r}, but rope_type = {kind!r}: leave only one"
+        )
     return RopeScaling(**values) if names else None
 
 
@@ -169,8 +188,8 @@ HF = HuggingFaceLayout(
     key_map=key_map,
     to_hf=to_hf,
     from_hf=from_hf,
-    config_fields=hf_config,
-    shape=from_hf_config,
-    buffers=lambda config: {},
+    config_fields=config_fields,
+    shape_of=shape_of,
+    buffers=lambda shape: {},
     derived=r".*rotary_emb\.inv_freq",  # of old transformers
 )

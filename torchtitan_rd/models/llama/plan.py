@@ -1,11 +1,13 @@
 """What of a Llama to wrap, as data."""
 
+from torchtitan_rd.model_spec import WrapPlan
 from torchtitan_rd.models.llama.model import Llama
-from torchtitan_rd.models.spec import WrapPlan
 
 
 def wrap_plan(model: Llama) -> WrapPlan:
-    """Each layer is a unit. Embedding and head are units of their own unless tied: then they stay in the root."""
+    """Each layer is a unit. Embedding and head are units of their own unless tied:
+    then they stay in the root.
+    """
     blocks = tuple(f"layers.{i}" for i in range(len(model.layers)))
-    tied = model.config.tie_word_embeddings
-    return WrapPlan(blocks, () if tied else (("tok_embeddings",), ("norm", "output")))
+    tied = model.shape.tie_word_embeddings
+    return WrapPlan(blocks=blocks, shard_only=() if tied else (("tok_embeddings",), ("norm", "output")))

@@ -1,29 +1,29 @@
-"""A Llama's forward in parts. See `models.spec.Steps`."""
+"""A Llama's forward in parts. See `model_spec.Steps`."""
 
 from collections.abc import Sequence
 
 import torch
 
+from torchtitan_rd.model_spec import CacheLayout, Steps
 from torchtitan_rd.models.attention import KeyValues
 from torchtitan_rd.models.llama.model import Llama
-from torchtitan_rd.models.spec import CacheLayout
 
 
-class LlamaSteps:
+class LlamaSteps(Steps):
     """All layers are `before`; there is nothing to iterate."""
-
-    mean_depth = None
 
     def __init__(self, model: Llama):
         self.model = model
-        shape = model.config.attention_shape
-        dtype = model.layers[0].attention.wk.weight.dtype
-        self.layout = CacheLayout(shape.n_kv_heads, shape.head_dim, dtype, before=model.config.n_layers)
+        sizes = model.shape.attention_shape
+        dtype = model.get_parameter("layers.0.attention.wk.weight").dtype
+        self.layout = CacheLayout(sizes.n_kv_heads, sizes.head_dim, dtype, before=model.shape.n_layers)
 
     def rotary(self, length: int) -> torch.Tensor:
         return self.model.rotary(length)
 
-    def embed(self, tokens_BS: torch.Tensor, rotary: torch.Tensor, caches: Sequence[KeyValues]) -> torch.Tensor:
+    def embed(
+        self, tokens_BS: torch.Tensor, rotary: torch.Tensor, caches: Sequence[KeyValues]
+    ) -> torch.Tensor:
         h_BSE = self.model.tok_embeddings(tokens_BS)
         for layer, cache in zip(self.model.layers, caches, strict=True):
             h_BSE = layer(h_BSE, rotary, cache)

@@ -1,10 +1,11 @@
 """The raven model, as mathematics on one device (arXiv 2502.05171).
 
-Shapes: B batch, S sequence, E dim, H heads, D head dim, V vocabulary. Letters: e embedded input, s state, n and k
-iterations without and with gradient.
+Shapes: B batch, S sequence, E dim, H heads, D head dim, V vocabulary. Letters: e embedded input, s state,
+n and k iterations without and with gradient.
 
-Precision: matmuls and attention compute in the type of the matrices. What lies between them is of `state_dtype`: e, the
-state and the residual stream, in which sums and norms are made. Where all types are equal, no cast is an operation.
+Precision: matmuls and attention compute in the type of the matrices. What lies between them is of
+`state_dtype`: e, the state and the residual stream, in which sums and norms are made. Where all types are
+equal, no cast is an operation.
 """
 
 from collections.abc import Collection
@@ -13,28 +14,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torchtitan_rd.model_spec import Model, ReadOut
 from torchtitan_rd.models.attention import Mask, attend, build_mask
 from torchtitan_rd.models.layers import Linear, RMSNorm, Rotary, apply_rotary
-from torchtitan_rd.models.raven.config import RavenConfig
-from torchtitan_rd.models.spec import ReadOut
+from torchtitan_rd.models.raven.shape import RavenShape
 
-QK_NORM_EPS = torch.finfo(torch.float32).eps  # what Huginn's training program has in float32, here in every type
+# What Huginn's training program has in float32, here in every type.
+QK_NORM_EPS = torch.finfo(torch.float32).eps
 
 
 class Attention(nn.Module):
-    """Causal self-attention: one matrix for queries, keys and values, then, as configured: all three clamped, biases on
-    queries and keys, rotary positions, queries and keys normalised."""
+    """Causal self-attention: one matrix for queries, keys and values, then, as configured: all three clamped,
+    biases on queries and keys, rotary positions, queries and keys normalised.
+    """
 
-    def __init__(self, config: RavenConfig):
+    def __init__(self, shape: RavenShape):
         super().__init__()
-        heads, kv_heads, self.head_dim = config.attention_shape
-        self.clip_qkv, self.qk_norm = config.clip_qkv, config.qk_norm
-        self.copies = heads // kv_heads if config.qk_bias else 1
+        heads, kv_heads, self.head_dim = shape.attention_shape
+        self.clip_qkv, self.qk_norm = shape.clip_qkv, shape.qk_norm
+        self.copies = heads // kv_heads if shape.qk_bias else 1
         self.heads = (heads, kv_heads * self.copies)
         self.widths = ((heads + kv_heads) * self.head_dim, kv_heads * self.head_dim)
-        self.Wqkv = Linear(config.dim, sum(self.widths), bias=False)
-        self.qk_bias = nn.Parameter(torch.empty(2, 1, heads, self.head_dim)) if config.qk_bias else None
-        self.proj = Linear(config.dim, config.dim, bias=False)
+        self.Wqkv = Linear(shape.dim, sum(self.widths), bias=False)
+        self.qk_bias = nn.Parameter(torch.empty(2, 1, heads, self.head_dim)) if shape.qk_bias else None
+        self.proj = Linear(shape.dim, shape.dim, bias=False)
 
     def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
         qkv = self.Wqkv(x_BSE)
@@ -57,17 +60,20 @@ class Attention(nn.Module):
     def _copied(self, qk: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with a key head and a value head for each query head: their biases differ."""
         q, k = qk.split((qk.shape[-1] - v.shape[-1], v.shape[-1]), dim=-1)
-        k, v = (t.unflatten(-1, (-1, self.head_dim)).repeat_interleave(self.copies, -2).flatten(-2) for t in (k, v))
+        k, v = (
+            t.unflatten(-1, (-1, self.head_dim)).repeat_interleave(self.copies, -2).flatten(-2)
+            for t in (k, v)
+        )
         return torch.cat((q, k), dim=-1), v
 
 
 class GatedMLP(nn.Module):
     """proj(silu(gate) * up), gate and up from one matrix."""
 
-    def __init__(self, config: RavenConfig):
+    def __init__(self, shape: RavenShape):
         super().__init__()
-        self.fc = Linear(config.dim, 2 * config.ffn_dim, bias=False)
-        self.proj = Linear(config.ffn_dim, config.dim, bias=False)
+        self.fc = Linear(shape.dim, 2 * shape.ffn_dim, bias=False)
+        self.proj = Linear(shape.ffn_dim, shape.dim, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.fc(x).chunk(2, dim=-1)
@@ -77,14 +83,14 @@ class GatedMLP(nn.Module):
 class SandwichBlock(nn.Module):
     """x = norm_2(x + attn(norm_1(x))); x = norm_4(x + mlp(norm_3(x)))."""
 
-    def __init__(self, config: RavenConfig):
+    def __init__(self, shape: RavenShape):
         super().__init__()
-        self.norm_1 = RMSNorm(config.dim, eps=config.norm_eps)
-        self.attn = Attention(config)
-        self.norm_2 = RMSNorm(config.dim, eps=config.norm_eps)
-        self.norm_3 = RMSNorm(config.dim, eps=config.norm_eps)
-        self.mlp = GatedMLP(config)
-        self.norm_4 = RMSNorm(config.dim, eps=config.norm_eps)
+        self.norm_1 = RMSNorm(shape.dim, eps=shape.norm_eps)
+        self.attn = Attention(shape)
+        self.norm_2 = RMSNorm(shape.dim, eps=shape.norm_eps)
+        self.norm_3 = RMSNorm(shape.dim, eps=shape.norm_eps)
+        self.mlp = GatedMLP(shape)
+        self.norm_4 = RMSNorm(shape.dim, eps=shape.norm_eps)
 
     def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
         x_BSE = self.norm_2(x_BSE + self.attn(self.norm_1(x_BSE), rotary, mask))
@@ -94,12 +100,12 @@ class SandwichBlock(nn.Module):
 class PostNormBlock(nn.Module):
     """x = norm_1(x + attn(x)); x = norm_2(x + mlp(x))."""
 
-    def __init__(self, config: RavenConfig):
+    def __init__(self, shape: RavenShape):
         super().__init__()
-        self.attn = Attention(config)
-        self.norm_1 = RMSNorm(config.dim, eps=config.norm_eps)
-        self.mlp = GatedMLP(config)
-        self.norm_2 = RMSNorm(config.dim, eps=config.norm_eps)
+        self.attn = Attention(shape)
+        self.norm_1 = RMSNorm(shape.dim, eps=shape.norm_eps)
+        self.mlp = GatedMLP(shape)
+        self.norm_2 = RMSNorm(shape.dim, eps=shape.norm_eps)
 
     def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
         x_BSE = self.norm_1(x_BSE + self.attn(x_BSE, rotary, mask))
@@ -109,12 +115,12 @@ class PostNormBlock(nn.Module):
 class PreNormBlock(nn.Module):
     """x = x + attn(norm_1(x)); x = x + mlp(norm_2(x))."""
 
-    def __init__(self, config: RavenConfig):
+    def __init__(self, shape: RavenShape):
         super().__init__()
-        self.norm_1 = RMSNorm(config.dim, eps=config.norm_eps)
-        self.attn = Attention(config)
-        self.norm_2 = RMSNorm(config.dim, eps=config.norm_eps)
-        self.mlp = GatedMLP(config)
+        self.norm_1 = RMSNorm(shape.dim, eps=shape.norm_eps)
+        self.attn = Attention(shape)
+        self.norm_2 = RMSNorm(shape.dim, eps=shape.norm_eps)
+        self.mlp = GatedMLP(shape)
 
     def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
         x_BSE = x_BSE + self.attn(self.norm_1(x_BSE), rotary, mask)
@@ -124,22 +130,25 @@ class PreNormBlock(nn.Module):
 BLOCKS = {"sandwich": SandwichBlock, "post": PostNormBlock, "pre": PreNormBlock}
 
 
-def blocks(config: RavenConfig, number: int) -> nn.ModuleList:
-    return nn.ModuleList(BLOCKS[config.block](config) for _ in range(number))
+def blocks(shape: RavenShape, number: int) -> nn.ModuleList:
+    return nn.ModuleList(BLOCKS[shape.block](shape) for _ in range(number))
 
 
 class Iteration(nn.Module):
-    """One step of the recurrence: takes e into the state, then runs the core blocks. A module, so that activation
-    checkpointing can replace its `forward`."""
+    """One step of the recurrence: takes e into the state, then runs the core blocks.
+    A module, so that activation checkpointing can replace its `forward`.
+    """
 
-    def __init__(self, config: RavenConfig):
+    def __init__(self, shape: RavenShape):
         super().__init__()
-        self.injection = config.injection
-        if config.injection == "linear":
-            self.adapter = Linear(2 * config.dim, config.dim, bias=False)
-        self.core_block = blocks(config, config.n_layers_core)
+        self.injection = shape.injection
+        if shape.injection == "linear":
+            self.adapter = Linear(2 * shape.dim, shape.dim, bias=False)
+        self.core_block = blocks(shape, shape.n_layers_core)
 
-    def forward(self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
+    def forward(
+        self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask
+    ) -> torch.Tensor:
         s_BSE = self.inject(s_BSE, e_BSE)
         for block in self.core_block:
             s_BSE = block(s_BSE, rotary, mask)
@@ -158,11 +167,12 @@ class Iteration(nn.Module):
 
 
 class Recurrence(nn.Module):
-    """The whole loop in one forward: FSDP gathers its weights once, however many iterations are drawn (T1, T4)."""
+    """The whole loop in one forward: FSDP gathers its weights once, however many iterations are drawn
+    (docs/pytorch_traps.md, Loops)."""
 
-    def __init__(self, config: RavenConfig):
+    def __init__(self, shape: RavenShape):
         super().__init__()
-        self.iteration = Iteration(config)
+        self.iteration = Iteration(shape)
 
     def forward(
         self,
@@ -173,7 +183,9 @@ class Recurrence(nn.Module):
         num_steps: tuple[int, int],
         early_read_outs: Collection[int] = (),
     ) -> list[torch.Tensor]:
-        """-> the states after as many iterations without gradient as `early_read_outs` name, then the last one."""
+        """-> the states after as many iterations without gradient as `early_read_outs` name,
+        then the last one.
+        """
         num_steps_no_grad, num_steps_with_grad = num_steps
         early = []
         with torch.no_grad():
@@ -189,25 +201,25 @@ class Recurrence(nn.Module):
 class Transformer(nn.Module):
     """Holds the layers, for their names; `Raven.forward` calls them."""
 
-    def __init__(self, config: RavenConfig):
+    def __init__(self, shape: RavenShape):
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.dim)
-        self.prelude = blocks(config, config.n_layers_prelude)
-        self.recurrence = Recurrence(config)
-        self.coda = blocks(config, config.n_layers_coda)
-        self.ln_f = RMSNorm(config.dim, eps=config.norm_eps)
+        self.wte = nn.Embedding(shape.vocab_size, shape.dim)
+        self.prelude = blocks(shape, shape.n_layers_prelude)
+        self.recurrence = Recurrence(shape)
+        self.coda = blocks(shape, shape.n_layers_coda)
+        self.ln_f = RMSNorm(shape.dim, eps=shape.norm_eps)
 
 
-class Raven(nn.Module):
-    """Tokens -> logits. See ModelSpec.build for the contract. It draws nothing: depth and first state are inputs."""
+class Raven(Model):
+    """Tokens -> logits. It draws nothing: depth and first state are inputs."""
 
-    def __init__(self, config: RavenConfig):
+    def __init__(self, shape: RavenShape):
         super().__init__()
-        self.config = config
-        self.transformer = Transformer(config)
-        self.rotary = Rotary(config.attention_shape.head_dim, config.rope_theta)
-        self.lm_head = Linear(config.dim, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.shape = shape
+        self.transformer = Transformer(shape)
+        self.rotary = Rotary(shape.attention_shape.head_dim, shape.rope_theta)
+        self.lm_head = Linear(shape.dim, shape.vocab_size, bias=False)
+        if shape.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
     def init_buffers(self, device: torch.device | str) -> None:
@@ -225,26 +237,34 @@ class Raven(nn.Module):
         state_dtype: torch.dtype | None = None,
         head_dtype: torch.dtype | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """num_steps: iterations without gradient, then with. Those without are run on the state alone: e gets its
-        gradient through the others, so the gradients are those of the last k iterations from a given state.
+        """num_steps: iterations without gradient, then with. Those without are run on the state
+        alone: e gets its gradient through the others, so the gradients are those of the last k
+        iterations from a given state.
 
         initial_state: (B, S, E); None, and only then, if injection is "none", where the state starts at e.
 
-        early_read_outs: numbers of iterations, of those without gradient, after which `read_out` is given the logits
-        too; those of the last state come last. It costs a coda and a head each, and a state that is held till then.
+        early_read_outs: numbers of iterations, of those without gradient, after which `read_out` is given
+        the logits too; those of the last state come last. It costs a coda and a head each, and a state
+        that is held till then.
 
         state_dtype: of e, the residual stream and the state; None: that of the embedding.
-        head_dtype: in which the head multiplies; None: that of its weight, which may be a float32 embedding's.
+        head_dtype: in which the head multiplies; None: that of its weight,
+            which may be a float32 embedding's.
         """
         layers = self.transformer
         rotary, mask = self.rotary(tokens_BS.shape[1]), build_mask(tokens_BS, document_ids)
         e_BSE = layers.wte(tokens_BS)
         e_BSE = e_BSE.to(state_dtype or e_BSE.dtype)
-        if self.config.embedding_scale != 1.0:
-            e_BSE = e_BSE * self.config.embedding_scale
+        if self.shape.embedding_scale != 1.0:
+            e_BSE = e_BSE * self.shape.embedding_scale
         for block in layers.prelude:
             e_BSE = block(e_BSE, rotary, mask)
-        s_BSE = e_BSE if self.config.injection == "none" else initial_state.to(e_BSE)
+        if self.shape.injection == "none":
+            s_BSE = e_BSE
+        elif initial_state is None:
+            raise ValueError("initial_state is needed unless injection is 'none'")
+        else:
+            s_BSE = initial_state.to(e_BSE)
         states = layers.recurrence(s_BSE, e_BSE, rotary, mask, num_steps, early_read_outs)
         if read_out is None:
             return self._logits(states[-1], rotary, mask, head_dtype)
@@ -255,6 +275,7 @@ class Raven(nn.Module):
     ) -> torch.Tensor:
         """Only called within forward: FSDP gathers the root's parameters for that and for nothing else."""
         layers = self.transformer
+        # ln_f twice, for the state first and then for the head: telemetry.py tells them apart by this order.
         s_BSE = layers.ln_f(s_BSE)
         for block in layers.coda:
             s_BSE = block(s_BSE, rotary, mask)

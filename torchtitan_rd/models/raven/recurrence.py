@@ -1,7 +1,8 @@
-"""[recurrence]: how deep the core is run in training. Depths are pure functions of the step (arXiv 2502.05171).
+"""[recurrence]: how deep the core is run in training.
+Depths are pure functions of the step (arXiv 2502.05171).
 
-A draw is (n, k): n iterations without gradient, then k with it (truncated backpropagation). Letters of the table
-below: t = max(mean_recurrence - mean_backprop_depth, 0), s = mean_backprop_depth.
+A draw is (n, k): n iterations without gradient, then k with it (truncated backpropagation).
+Letters of the table below: t = max(mean_recurrence - mean_backprop_depth, 0), s = mean_backprop_depth.
 """
 
 import math
@@ -26,17 +27,23 @@ class RecurrenceConfig(Section):
     sampling_scheme: str | None = None
     """Distribution of the depths, also as `<scheme>-curriculum-<steps>`. By default the flavor's."""
     draw_per: Literal["step", "microbatch"] = "step"
-    """step: all microbatches of a step share its draw, whatever the accumulation. microbatch: each has its own."""
+    """step: all microbatches of a step share its draw, whatever the accumulation.
+    microbatch: each has its own.
+    """
     lockstep: bool = True
     """All ranks draw the same depth; otherwise each draws its own, and the deepest one sets the pace."""
     max_steps_no_grad: int | None = Field(None, ge=0)
-    """Cap on the iterations without gradient, which bounds the slowest step. The share of draws it cuts is logged."""
+    """Cap on the iterations without gradient, which bounds the slowest step.
+    The share of draws it cuts is logged.
+    """
     mean_recurrence_start: int | None = Field(None, ge=1)
     """Mean recurrence at the start of a ramp to the model's own; by default there is no ramp."""
     mean_recurrence_warmup: float = Field(0.25, gt=0.0, le=1.0)
     """The share of training.steps that this ramp takes."""
     mean_recurrence_warmup_type: Literal["linear", "1-sqrt"] = "linear"
-    """Form of this ramp: a share p of it is passed at p, or at 1 - sqrt(1 - p), which stays shallow longer."""
+    """Form of this ramp: a share p of it is passed at p, or at 1 - sqrt(1 - p),
+    which stays shallow longer.
+    """
     mean_backprop_depth_start: int | None = Field(None, ge=1)
     """Mean backprop depth at the start of a ramp to the model's own; by default there is no ramp."""
     mean_backprop_depth_warmup: float = Field(0.25, gt=0.0, le=1.0)
@@ -47,8 +54,9 @@ class RecurrenceConfig(Section):
     """Type of the state, the embedded input and the residual stream (docs/recurrence.md). as_param: that of
     training.mixed_precision_param."""
     core_grad_dtype: Literal["as_param", "float32"] = "as_param"
-    """Type in which a microbatch's gradient of the core is summed over its iterations. float32 takes 2 more bytes a
-    parameter of the core during backward than bfloat16."""
+    """Type in which a microbatch's gradient of the core is summed over its iterations.
+    float32 takes 2 more bytes a parameter of the core during backward than bfloat16.
+    """
 
     @field_validator("sampling_scheme")
     @classmethod
@@ -72,7 +80,9 @@ Rng = torch.Generator
 
 
 class Scheme(NamedTuple):
-    """draw: (t, s, generator of n, generator of k) -> (n, k). least_t: the smallest t that it is defined for."""
+    """draw: (t, s, generator of n, generator of k) -> (n, k).
+    least_t: the smallest t that it is defined for.
+    """
 
     draw: Callable[[int, int, Rng, Rng], tuple[int, int]]
     least_t: int = 0
@@ -115,15 +125,18 @@ def _non_uniform(t: int, s: int, rng_n: Rng, rng_k: Rng) -> tuple[int, int]:
 
 
 def _gupta(t: int, s: int, rng_n: Rng, rng_k: Rng) -> tuple[int, int]:
-    """k is 1 nearly always. Huginn's program drew even less where n > t, in 8 % of the steps, and no core was trained
-    by them; here k is at least 1."""
+    """k is 1 nearly always. Huginn's program drew even less where n > t, in 8 % of the steps,
+    and no core was trained by them; here k is at least 1.
+    """
     n, share = _below(2 * t, rng_n), torch.rand(1, generator=rng_k)
     skew = torch.randint(2 * t, 8 * t, (1,), generator=rng_k)
     return n, max(int(1 + (t - n) * share**skew), 1)
 
 
 def _negative_binomial(t: int, s: int, rng_n: Rng, rng_k: Rng) -> tuple[int, int]:
-    """n has mean t and variance 2t. From the seeds of the step, while Huginn's program took the global ones."""
+    """n has mean t and variance 2t. From the seeds of the step, while Huginn's program took
+    the global ones.
+    """
     rate = torch._standard_gamma(torch.full((1,), float(t)), generator=rng_n)
     return _poisson(rate, rng_n), 1 + _below(2 * s, rng_k)
 
@@ -136,7 +149,9 @@ def _sobol(t: int, s: int, rng_n: Rng, rng_k: Rng) -> tuple[int, int]:
 
 SCHEMES = {
     "poisson-lognormal-filling": Scheme(_filling),
-    "poisson-lognormal-fill": Scheme(lambda t, s, rng_n, rng_k: (_poisson(_lognormal(t, rng_n), rng_n), s), 1),
+    "poisson-lognormal-fill": Scheme(
+        lambda t, s, rng_n, rng_k: (_poisson(_lognormal(t, rng_n), rng_n), s), 1
+    ),
     "poisson-lognormal": Scheme(
         lambda t, s, rng_n, rng_k: (_poisson(_lognormal(t, rng_n), rng_n), 1 + _below(2 * s, rng_k)), 1
     ),
@@ -159,7 +174,9 @@ SCHEMES = {
 
 
 def parse_scheme(name: str) -> tuple[Scheme, int]:
-    """`<scheme>` or `<scheme>-curriculum-<steps>` -> (row, steps of the curriculum or 0). Raises ConfigError."""
+    """`<scheme>` or `<scheme>-curriculum-<steps>` -> (row, steps of the curriculum or 0).
+    Raises ConfigError.
+    """
     found = re.fullmatch(r"(.+)-curriculum-(\d+)", name)
     scheme, length = (found[1], int(found[2])) if found else (name, 0)
     if scheme not in SCHEMES:
@@ -190,15 +207,23 @@ class Ramp:
 class DepthSampler:
     """Draws depths. Raises ConfigError if the scheme is not defined for the means that it will meet.
 
-    mean_recurrence, mean_backprop_depth: the model's. total_steps: optimizer updates of the run, which ramps refer to.
+    mean_recurrence, mean_backprop_depth: the model's. total_steps: optimizer updates of the run,
+    which ramps refer to.
     """
 
     def __init__(
-        self, config: RecurrenceConfig, *, scheme: str, mean_recurrence: int, mean_backprop_depth: int, total_steps: int
+        self,
+        config: RecurrenceConfig,
+        *,
+        scheme: str,
+        mean_recurrence: int,
+        mean_backprop_depth: int,
+        total_steps: int,
     ):
         self.config = config
         name = config.sampling_scheme or scheme
         self.scheme, self.curriculum = parse_scheme(name)
+
         self.mean_recurrence = _ramp(
             config.mean_recurrence_start,
             mean_recurrence,
@@ -211,30 +236,39 @@ class DepthSampler:
             math.ceil(config.mean_backprop_depth_warmup * total_steps),
             config.mean_backprop_depth_warmup_type,
         )
+
+        # Ramps may cross: each step is looked at, not the ends alone.
         for step in range(1, max(self.mean_recurrence.steps, self.mean_backprop_depth.steps, 1) + 1):
             means = self.mean_recurrence.at(step), self.mean_backprop_depth.at(step)
             if max(means[0] - means[1], 0) < self.scheme.least_t:
                 raise ConfigError(
-                    f"sampling_scheme = {name!r} needs mean_recurrence > mean_backprop_depth, but they are {means[0]} "
-                    f"and {means[1]} at step {step}: change one, or use 'poisson-lognormal-filling'"
+                    f"sampling_scheme = {name!r} needs mean_recurrence > mean_backprop_depth, "
+                    f"but they are {means[0]} and {means[1]} at step {step}: "
+                    "change one, or use 'poisson-lognormal-filling'"
                 )
 
     def draw(self, step: int, *, microbatch: int | None = None, rank: int = 0) -> Draw:
-        """The depth of optimizer update `step` (the first is 1), or, with draw_per = "microbatch", of the
-        `microbatch`-th microbatch that a rank runs since the start (the first is 1), which curricula then count too.
+        """The depth of optimizer update `step` (the first is 1), or, with draw_per = "microbatch", of
+        the `microbatch`-th microbatch that a rank runs since the start (the first is 1), which
+        curricula then count too.
 
-        Both generators live on the CPU and are seeded by this number (times rank + 1 where ranks draw their own).
+        Both generators live on the CPU and are seeded by this number
+        (times rank + 1 where ranks draw their own).
         """
         count = microbatch if self.config.draw_per == "microbatch" and microbatch is not None else step
         n, k = self._uncapped(step, count, 0 if self.config.lockstep else rank)
         return Draw(n if self.config.max_steps_no_grad is None else min(n, self.config.max_steps_no_grad), k)
 
     def share_capped(self, draws: int = 20_000) -> float:
-        """The probability that max_steps_no_grad shortens a draw: its share among the first draws, ramps passed."""
+        """The probability that max_steps_no_grad shortens a draw:
+        its share among the first draws, ramps passed.
+        """
         if self.config.max_steps_no_grad is None:
             return 0.0
         first = max(self.mean_recurrence.steps, self.mean_backprop_depth.steps, self.curriculum) + 1
-        cut = sum(self._uncapped(i, i, 0)[0] > self.config.max_steps_no_grad for i in range(first, first + draws))
+        cut = sum(
+            self._uncapped(i, i, 0)[0] > self.config.max_steps_no_grad for i in range(first, first + draws)
+        )
         return cut / draws
 
     def _uncapped(self, step: int, count: int, rank: int) -> tuple[int, int]:

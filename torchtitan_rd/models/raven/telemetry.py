@@ -8,10 +8,11 @@ from torchtitan_rd.models.raven.model import Raven
 
 
 class StateTelemetry:
-    """A context around forward passes; `read` describes the last one of this rank. Costs nothing outside of it.
+    """A context around forward passes; `read` describes the last one of this rank.
+    Costs nothing outside of it.
 
-    Letters: s_r the last state, e the embedded input, x = ln_f(s_r), y what the head sees. Norms are L2 over the
-    features of a token, means are over tokens.
+    Letters: s_r the last state, e the embedded input, x = ln_f(s_r), y what the head sees.
+    Norms are L2 over the features of a token, means are over tokens.
     """
 
     def __init__(self, model: Raven):
@@ -24,7 +25,9 @@ class StateTelemetry:
         for handle in (
             recurrence.register_forward_pre_hook(lambda module, inputs: self._keep(embedded=inputs[1])),
             # The input of the last iteration is the state before it.
-            recurrence.iteration.register_forward_pre_hook(lambda module, inputs: self._keep(previous=inputs[0])),
+            recurrence.iteration.register_forward_pre_hook(
+                lambda module, inputs: self._keep(previous=inputs[0])
+            ),
             self.layers.ln_f.register_forward_hook(lambda module, inputs, output: self._normed(output)),
         ):
             self._hooks.callback(handle.remove)
@@ -39,6 +42,9 @@ class StateTelemetry:
             self.seen.pop("state", None)  # a new forward: ln_f will be called for the state first
 
     def _normed(self, output: torch.Tensor) -> None:
+        # `Raven._logits` calls ln_f twice, for the state and, behind the coda, for what the head sees.
+        # That order is all that tells the two apart; a forward with early read-outs calls it more
+        # often, but is not watched.
         name = "hidden" if "state" in self.seen else "state"
         self.seen[name] = output.detach()
 
@@ -46,12 +52,14 @@ class StateTelemetry:
     def read(self) -> dict[str, float]:
         """recurrent_residual: ||x - s_(r-1)||; rel_residual: the same over ||x||; recurrent_diff: ||x - e||.
 
-        token_corr: mean cosine between the centred states of all pairs of tokens of a sequence, less 1/S for the
-        pairs of a token with itself. Empty if no iteration was run.
+        token_corr: mean cosine between the centred states of all pairs of tokens of a sequence,
+        less 1/S for the pairs of a token with itself. Empty if no iteration was run.
         """
         if not {"state", "hidden", "previous", "embedded"} <= self.seen.keys():
             return {}
-        state, hidden, previous, embedded = (self.seen[k].float() for k in ("state", "hidden", "previous", "embedded"))
+        state, hidden, previous, embedded = (
+            self.seen[k].float() for k in ("state", "hidden", "previous", "embedded")
+        )
         residual, norm = (state - previous).norm(dim=-1), state.norm(dim=-1)
         values = {
             "recurrent_residual": residual.mean(),
@@ -68,7 +76,8 @@ class StateTelemetry:
 def token_correlation(x_BSE: torch.Tensor) -> torch.Tensor:
     """Mean over all pairs of tokens of the cosine of their centred vectors, less 1/S.
 
-    The sum over pairs is the squared norm of the sum: no S x S matrix, which at 131072 tokens nothing could hold.
+    The sum over pairs is the squared norm of the sum: no S x S matrix,
+    which at 131072 tokens nothing could hold.
     """
     centred = x_BSE - x_BSE.mean(dim=-1, keepdim=True)
     unit = centred / centred.norm(dim=-1, keepdim=True)

@@ -1,4 +1,5 @@
-"""The blocks of a depth-recurrent transformer (Huginn, arXiv 2502.05171), and what a forward hands to each of them.
+"""The blocks of a depth-recurrent transformer (Huginn, arXiv 2502.05171),
+and what a forward hands to each of them.
 
 Shapes: B batch, S sequence, K keys (cached ones and S), E n_embd, H heads, D head dim.
 """
@@ -14,7 +15,9 @@ from .configuration_raven import RavenConfig
 
 
 class Context(NamedTuple):
-    """Of one forward. mask: (B, 1, S, K) or (S, K), True where a query may look. None: causal, or one new token."""
+    """Of one forward. mask: (B, 1, S, K) or (S, K), True where a query may look.
+    None: causal, or one new token.
+    """
 
     cos: torch.Tensor  # (B or 1, S, 1, D/2) float32
     sin: torch.Tensor
@@ -35,11 +38,14 @@ class RMSNorm(nn.Module):
         return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
 
 
-def linear(fan_in: int, *rows: int, ends_branch: bool = False) -> nn.Linear:
-    """One matrix for several outputs of `rows` features. rows and ends_branch matter to `_init_weights` alone."""
-    layer = nn.Linear(fan_in, sum(rows), bias=False)
-    layer.rows, layer.ends_branch = rows, ends_branch
-    return layer
+class Linear(nn.Linear):
+    """One matrix for several outputs of `rows` features.
+    rows and ends_branch matter to `_init_weights` alone.
+    """
+
+    def __init__(self, fan_in: int, *rows: int, ends_branch: bool = False):
+        super().__init__(fan_in, sum(rows), bias=False)
+        self.rows, self.ends_branch = rows, ends_branch
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -49,17 +55,25 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Attention(nn.Module):
-    """Causal self-attention: one matrix for queries, keys and values, then, as configured: all three clamped, biases on
-    queries and keys (one a query head: grouped keys are copied), rotary positions, queries and keys normalised."""
+    """Causal self-attention: one matrix for queries, keys and values, then, as configured: all three
+    clamped, biases on queries and keys (one a query head: grouped keys are copied), rotary positions,
+    queries and keys normalised.
+    """
 
     def __init__(self, config: RavenConfig):
         super().__init__()
         self.config = config
-        heads, kv_heads, self.head_dim = config.n_heads, config.num_key_value_heads, config.n_embd // config.n_heads
-        self.heads, self.clip_qkv, self.qk_norm = (heads, kv_heads, kv_heads), config.clip_qkv, config.qk_norm
-        self.Wqkv = linear(config.n_embd, *(number * self.head_dim for number in self.heads))
+        heads, kv_heads, self.head_dim = (
+            config.n_heads,
+            config.num_key_value_heads,
+            config.n_embd // config.n_heads,
+        )
+        self.heads = (heads, kv_heads, kv_heads)
+        self.clip_qkv = config.clip_qkv
+        self.qk_norm = config.qk_norm
+        self.Wqkv = Linear(config.n_embd, *(number * self.head_dim for number in self.heads))
         self.qk_bias = nn.Parameter(torch.zeros(2, 1, heads, self.head_dim)) if config.qk_bias else None
-        self.proj = linear(config.n_embd, config.n_embd, ends_branch=True)
+        self.proj = Linear(config.n_embd, config.n_embd, ends_branch=True)
 
     def forward(self, x: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
         qkv = self.Wqkv(x)
@@ -72,6 +86,7 @@ class Attention(nn.Module):
         q, k = (rotate(t, context.cos, context.sin).type_as(v) for t in (q, k))
         if self.qk_norm:
             q, k = (F.rms_norm(t, (self.head_dim,), eps=torch.finfo(torch.float32).eps) for t in (q, k))
+
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S, D)
         if context.cache is not None:
             k, v = context.cache.update(k, v, slot)
@@ -80,12 +95,15 @@ class Attention(nn.Module):
         if self.config._attn_implementation == "eager":
             y = attend(q, k, v, context.mask)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=gqa)
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=gqa
+            )
         return self.proj(y.transpose(1, 2).flatten(-2))
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D)) v of (B, H, S, D), (B, H_kv, K, D) twice -> (B, H, S, D), with the softmax in float32.
+    """softmax(q k^T / sqrt(D)) v of (B, H, S, D), (B, H_kv, K, D) twice -> (B, H, S, D),
+    with the softmax in float32.
 
     The "eager" implementation, which shows each step; mask is that of Context.
     """
@@ -103,8 +121,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, config: RavenConfig):
         super().__init__()
-        self.fc = linear(config.n_embd, config.intermediate_size, config.intermediate_size)
-        self.proj = linear(config.intermediate_size, config.n_embd, ends_branch=True)
+        self.fc = Linear(config.n_embd, config.intermediate_size, config.intermediate_size)
+        self.proj = Linear(config.intermediate_size, config.n_embd, ends_branch=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.fc(x).chunk(2, dim=-1)
@@ -158,18 +176,25 @@ def positions_and_mask(
     batch, length, _ = embeds.shape
     keys = torch.arange(past + length, device=embeds.device)
     if attention_mask is not None and attention_mask.shape != (batch, past + length):
-        raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, but must be {(batch, past + length)}")
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)}, but must be {(batch, past + length)}"
+        )
     if position_ids is None:
         counted = keys[None] if attention_mask is None else attention_mask.long().cumsum(-1) - 1
         position_ids = counted[:, past:].clamp(min=0)
-    padded = attention_mask is not None
-    if padded and length > 1 and not torch.compiler.is_compiling():
-        # The causal kernels are faster and need no mask. Neither compiled code nor each new token waits for the answer.
-        padded = not bool(attention_mask.all())
-    if not padded and (past == 0 or length == 1):
+    if (
+        attention_mask is not None
+        and length > 1
+        and not torch.compiler.is_compiling()
+        and bool(attention_mask.all())
+    ):
+        # The causal kernels are faster and need no mask.
+        # Neither compiled code nor each new token waits for the answer.
+        attention_mask = None
+    if attention_mask is None and (past == 0 or length == 1):
         return position_ids, None
     queries = keys[past:, None]
-    if not padded:
+    if attention_mask is None:
         return position_ids, keys <= queries
     # Padding sees itself: a query that sees nothing would be undefined.
     return position_ids, ((keys <= queries) & attention_mask[:, None, None].bool()) | (keys == queries)

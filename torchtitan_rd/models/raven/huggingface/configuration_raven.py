@@ -11,18 +11,20 @@ STATE_INITS = ("like-init", "normal", "embed", "zero", "unit")
 
 
 class RavenConfig(PretrainedConfig):
-    """The fields of the released `huginn_raven` config, and no other. Raises ValueError for what has no meaning here.
+    """The fields of the released `huginn_raven` config, and no other.
+    Raises ValueError for what has no meaning here.
 
     n_embd, n_heads, num_key_value_heads (n_heads unless given), intermediate_size, vocab_size: sizes.
-    n_layers_in_prelude, n_layers_in_recurrent_block, n_layers_in_coda: blocks before, in and after the recurrence.
-    mean_recurrence: iterations in evaluation, and their mean in training. mean_backprop_depth: the mean of those that
-        are differentiated. sampling_scheme: how depths are drawn in training.
-    block_class_name: SandwichBlock has norms before and after each branch, TransformerPostNormBlock after the sums,
-        TransformerPreNormBlock before each branch.
+    n_layers_in_prelude, n_layers_in_recurrent_block, n_layers_in_coda: blocks before, in and after the
+        recurrence.
+    mean_recurrence: iterations in evaluation, and their mean in training. mean_backprop_depth: the mean of
+        those that are differentiated. sampling_scheme: how depths are drawn in training.
+    block_class_name: SandwichBlock has norms before and after each branch,
+        TransformerPostNormBlock after the sums, TransformerPreNormBlock before each branch.
     clip_qkv: bound of queries, keys and values, right after their projection; None: none.
     qk_norm: queries and keys are divided by their root mean square, after the rotary embedding.
-    injection_type: how an iteration takes in the embedded input e. linear: a learned map of [s, e]; add: s + e;
-        gate: s * e; none: not at all, the state starts at e.
+    injection_type: how an iteration takes in the embedded input e. linear: a learned map of [s, e];
+        add: s + e; gate: s * e; none: not at all, the state starts at e.
     state_init: the distribution of the first state. init_strategy: takase scales embeddings by sqrt(n_embd).
     block_size: the context of training; it sizes nothing.
     """
@@ -73,29 +75,35 @@ class RavenConfig(PretrainedConfig):
                 raise ValueError(f"{name} = {value!r} is not one of {', '.join(known)}")
         for name in ("n_layers", "num_hidden_layers"):  # follows from the three parts
             kwargs.pop(name, None)
+
         self.n_embd = n_embd
         self.n_heads = kwargs.pop("num_attention_heads", n_heads)
         self.num_key_value_heads = num_key_value_heads or self.n_heads
         self.intermediate_size = intermediate_size
         self.vocab_size = vocab_size
+
         self.n_layers_in_prelude = n_layers_in_prelude
         self.n_layers_in_recurrent_block = n_layers_in_recurrent_block
         self.n_layers_in_coda = n_layers_in_coda
         self.n_layers = n_layers_in_prelude + n_layers_in_recurrent_block + n_layers_in_coda
+
         self.mean_recurrence = mean_recurrence
         self.mean_backprop_depth = mean_backprop_depth
         self.sampling_scheme = sampling_scheme
+
         self.block_class_name = block_class_name
         self.injection_type = injection_type
         self.state_init = state_init
         self.init_strategy = init_strategy
         self.init_orthogonal = init_orthogonal
+
         self.clip_qkv = clip_qkv
         self.qk_bias = qk_bias
         self.qk_norm = qk_norm
         self.norm_eps = norm_eps
         self.rope_base = rope_base
         self.block_size = block_size
+
         super().__init__(tie_word_embeddings=kwargs.pop("tie_word_embeddings", tie_embeddings), **kwargs)
 
     # Not stored, so that they follow a mean_recurrence that is set after construction.

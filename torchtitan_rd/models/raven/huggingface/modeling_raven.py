@@ -1,4 +1,5 @@
-"""Depth-recurrent transformers (Huginn, arXiv 2502.05171) in Hugging Face's interface. Needs torch and transformers.
+"""Depth-recurrent transformers (Huginn, arXiv 2502.05171) in Hugging Face's interface.
+Needs torch and transformers.
 
     e = prelude(embedding * scale);  s = noise
     num_steps times:  s = core([s, e])
@@ -22,11 +23,11 @@ from transformers.utils import can_return_tuple, logging
 from .blocks_raven import (
     Attention,
     Context,
+    Linear,
     RMSNorm,
     SandwichBlock,
     TransformerPostNormBlock,
     TransformerPreNormBlock,
-    linear,
     positions_and_mask,
 )
 from .configuration_raven import RavenConfig
@@ -34,16 +35,22 @@ from .configuration_raven import RavenConfig
 logger = logging.get_logger(__name__)
 OF_RELEASED_CLASS = ("input_embeds", "output_details")  # arguments of huginn-0125's own forward
 DETAILS = ("return_logits", "return_latents", "return_head")
-OF_LOSS = ("num_items_in_batch", "ignore_index")
+# Not among forward's own names: a Trainer takes every one of those with "label" in it for a column that must
+# be there, and without all of them reports no eval_loss.
+OF_LOSS = ("shift_labels", "num_items_in_batch", "ignore_index")
 # What transformers and its tokenizers pass to each model, and what follows from the other arguments here.
 WITHOUT_MEANING = ("cache_position", "token_type_ids", "return_dict")
 
-BLOCKS = {block.__name__: block for block in (SandwichBlock, TransformerPostNormBlock, TransformerPreNormBlock)}
+BLOCKS = {
+    block.__name__: block for block in (SandwichBlock, TransformerPostNormBlock, TransformerPreNormBlock)
+}
 
 
 @dataclass
 class RavenOutput(CausalLMOutputWithPast):
-    """latent_states: ln_f(s_r), detached. hidden_states: on request, s_0 .. s_r and, last, the input of lm_head."""
+    """latent_states: ln_f(s_r), detached. hidden_states: on request, s_0 .. s_r and, last,
+    the input of lm_head.
+    """
 
     latent_states: torch.Tensor | None = None
 
@@ -51,6 +58,8 @@ class RavenOutput(CausalLMOutputWithPast):
 class RavenForCausalLM(PreTrainedModel, GenerationMixin):
     """A causal language model that thinks for `num_steps` iterations. See `forward`."""
 
+    transformer: Any  # a ModuleDict, whose members have no types of their own
+    lm_head: nn.Module
     config_class = RavenConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -74,9 +83,9 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
             "ln_f": RMSNorm(config.n_embd, config.norm_eps),  # used before the coda and after it
         }
         if config.injection_type == "linear":
-            parts["adapter"] = linear(2 * config.n_embd, config.n_embd)
+            parts["adapter"] = Linear(2 * config.n_embd, config.n_embd)
         self.transformer = nn.ModuleDict(parts)
-        self.lm_head = linear(config.n_embd, config.vocab_size)
+        self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -94,14 +103,18 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As Huginn was trained: both halves of mlp.fc have the same std, unlike in the released modelling file."""
+        """As Huginn was trained: both halves of mlp.fc have the same std,
+        unlike in the released modelling file.
+        """
         if isinstance(module, RMSNorm):
             nn.init.ones_(module.weight)
         elif isinstance(module, Attention) and module.qk_bias is not None:
             nn.init.zeros_(module.qk_bias)
         elif isinstance(module, nn.Linear | nn.Embedding):
             ends_branch = getattr(module, "ends_branch", False)
-            std = self.config.weight_std / (math.sqrt(2 * self.config.effective_depth) if ends_branch else 1.0)
+            std = self.config.weight_std / (
+                math.sqrt(2 * self.config.effective_depth) if ends_branch else 1.0
+            )
             if not self.config.init_orthogonal:
                 nn.init.trunc_normal_(module.weight, 0.0, std, -3 * std, 3 * std)
             elif not getattr(module.weight, "_is_hf_initialized", False):  # parts do not inherit this mark
@@ -117,7 +130,6 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         past_key_values: DynamicCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_steps: int | tuple[int, int] | None = None,
         input_states: torch.Tensor | None = None,
@@ -129,27 +141,26 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> RavenOutput | tuple:
         """Tokens (B, S), or inputs_embeds (B, S, E) before they are scaled -> logits (B, S, V) in float32.
 
-        attention_mask: (B, K), 0 at padding. position_ids: (B, S); by default tokens count from 0 after left padding.
-        labels: (B, S), the input_ids themselves: they are shifted here, as in all classes of transformers; -100 is
-            ignored. Not so in the class released with huginn-0125: labels made for it are to be given as shift_labels.
-        shift_labels: (B, S), the token that follows each input token, in place of labels.
+        attention_mask: (B, K), 0 at padding.
+        position_ids: (B, S); by default tokens count from 0 after left padding.
+        labels: (B, S), the input_ids themselves: shifted here, as in all classes of transformers; -100 is
+            ignored. Labels made for the class released with huginn-0125 are to be given as shift_labels.
         use_cache: off unless asked for, as a cache holds num_steps times the keys and values of the core.
         num_steps: iterations, all without gradient; or a pair, without gradient and then with. By default
             config.mean_recurrence in evaluation; in training it is drawn from torch's global CPU generator.
         input_states: first states (B, S, E), or those of all tokens from the first one in the cache on.
         init_scale: factor on the noise that is the first state otherwise.
-        state_seed: makes this noise a function of (state_seed, position) alone: cached equals uncached generation,
-            and padding changes nothing. By default it is drawn from the global generator of the device.
-        kwargs: num_items_in_batch and ignore_index go to the loss function; input_embeds and output_details are those
-            of the released class. What is not known is refused.
+        state_seed: makes this noise a function of (state_seed, position) alone: cached equals uncached
+            generation, and padding changes nothing. By default the device's global generator draws it.
+        kwargs: shift_labels: (B, S), the token that follows each input token, in place of labels;
+            num_items_in_batch and ignore_index go to the loss function;
+            input_embeds and output_details are those of the released class. What is not known is refused.
         """
         released, loss_arguments = self._split(kwargs)
         if "input_embeds" in released:
             input_ids, inputs_embeds = None, released["input_embeds"]
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        if inputs_embeds is None:
-            inputs_embeds = self.transformer.wte(input_ids)
+        inputs_embeds = self._embedded(input_ids, inputs_embeds)
+
         past_key_values = self._cache(past_key_values, use_cache)
         past = 0 if past_key_values is None else past_key_values.get_seq_length()
         position_ids, mask = positions_and_mask(inputs_embeds, attention_mask, position_ids, past)
@@ -166,8 +177,9 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         for slot, block in enumerate(self.transformer.prelude):
             e = self._run(block, e, context, slot)
         s = e if s is None else s.to(e)
-        keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        states = self.iterate(s, e, context, steps, keep_states)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        states = self.iterate(s, e, context, steps, output_hidden_states)
         latent = x = self.transformer.ln_f(states[-1])
         for i, block in enumerate(self.transformer.coda):
             x = self._run(block, x, context, len(self.transformer.prelude) + i)
@@ -176,10 +188,10 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, kept]).float()
         loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(logits, labels, logits.shape[-1], shift_labels=shift_labels, **loss_arguments)
+        if labels is not None or "shift_labels" in loss_arguments:
+            loss = self.loss_function(logits, labels, logits.shape[-1], **loss_arguments)
         details = released.get("output_details", {})
-        hidden = (*states, x) if keep_states else x if details.get("return_head") else None
+        hidden = (*states, x) if output_hidden_states else x if details.get("return_head") else None
         return RavenOutput(
             loss,
             logits if details.get("return_logits", True) else None,
@@ -188,13 +200,22 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
             latent_states=latent.detach() if details.get("return_latents", True) else None,
         )
 
+    def _embedded(self, ids: torch.Tensor | None, embeds: torch.Tensor | None) -> torch.Tensor:
+        if (ids is None) == (embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        return self.transformer.wte(ids) if embeds is None else embeds
+
     def _split(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """Further arguments of forward -> (those of the released class, those of the loss function)."""
-        given = {name: value for name, value in given.items() if value is not None and name not in WITHOUT_MEANING}
+        given = {
+            name: value for name, value in given.items() if value is not None and name not in WITHOUT_MEANING
+        }
         if given.pop("output_attentions", False) or self.config.output_attentions:
             raise ValueError("output_attentions is not supported: attention weights are not kept")
         if self.config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(f"attn_implementation = {self.config._attn_implementation!r}: only 'sdpa' and 'eager'")
+            raise ValueError(
+                f"attn_implementation = {self.config._attn_implementation!r}: only 'sdpa' and 'eager'"
+            )
         if unknown := sorted(given.keys() - {*OF_RELEASED_CLASS, *OF_LOSS}):
             raise TypeError(f"forward() takes no argument {', '.join(unknown)}: it would have no effect")
         released = {name: given[name] for name in OF_RELEASED_CLASS if name in given}
@@ -216,8 +237,9 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. Also in training mode, in which a Trainer leaves a model, all tokens have one depth:
-        num_steps, by default that of evaluation."""
+        """As in transformers. Also in training mode, in which a Trainer leaves a model,
+        all tokens have one depth: num_steps, by default that of evaluation.
+        """
         if self.training:
             kwargs.setdefault("num_steps", self.config.mean_recurrence)
         return super().generate(*args, **kwargs)
@@ -226,9 +248,16 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
     def iterate(
-        self, s: torch.Tensor, e: torch.Tensor, context: Context, steps: tuple[int, int], keep_states: bool = False
+        self,
+        s: torch.Tensor,
+        e: torch.Tensor,
+        context: Context,
+        steps: tuple[int, int],
+        keep_states: bool = False,
     ) -> list[torch.Tensor]:
-        """The recurrence from state s (B, S, E) -> [final state], or [s_0, ..., s_r] if all are to be kept."""
+        """The recurrence from state s (B, S, E) -> [final state], or [s_0, ...,
+        s_r] if all are to be kept.
+        """
         first_slot = len(self.transformer.prelude) + len(self.transformer.coda)
         states = [s]
         for step in range(sum(steps)):
@@ -259,7 +288,11 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         return function(*args)
 
     def initial_state(
-        self, like: torch.Tensor, position_ids: torch.Tensor, init_scale: float = 1.0, state_seed: int | None = None
+        self,
+        like: torch.Tensor,
+        position_ids: torch.Tensor,
+        init_scale: float = 1.0,
+        state_seed: int | None = None,
     ) -> torch.Tensor | None:
         """First states in the layout of `like` (B, S, E); None if the state starts at e. See `forward`."""
         if self.config.injection_type == "none":
@@ -272,13 +305,16 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         rows = []
         for position in positions.tolist():
             digest = hashlib.sha256(f"state:{state_seed}:{position}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))  # CPU ones use 32 bits
+            # CPU ones use 32 bits.
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
             row = torch.empty(like.shape[-1], dtype=torch.float32, device="cpu")
             rows.append(self._noise(row, init_scale, generator))
         return torch.stack(rows).to(like)[index].expand_as(like)
 
     def _noise(self, x: torch.Tensor, scale: float, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Fills x (..., E). Draws in the order of the released class, so that equal seeds give equal states."""
+        """Fills x (..., E). Draws in the order of the released class, so that equal seeds
+        give equal states.
+        """
         kind, x = self.config.state_init, x.normal_(generator=generator)
         if kind == "like-init":
             std = self.config.weight_std * scale
@@ -293,9 +329,12 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         """-> iterations (without gradient, with gradient)."""
         mean, backprop = self.config.mean_recurrence, self.config.mean_backprop_depth
         if num_steps is not None:
-            steps = torch.as_tensor(num_steps).flatten().tolist()
-            if len(steps) not in (1, 2) or min(steps) < 0 or any(step != int(step) for step in steps):
-                raise ValueError(f"num_steps = {num_steps} is neither a number of iterations nor a pair of them")
+            # Not on torch's default device: a tensor on "meta" has no values, one on a GPU is waited for.
+            steps = torch.as_tensor(num_steps, device="cpu").flatten().tolist()
+            if len(steps) not in (1, 2) or min(steps) < 0 or not all(float(s).is_integer() for s in steps):
+                raise ValueError(
+                    f"num_steps = {num_steps} is neither a number of iterations nor a pair of them"
+                )
             return int(steps[0]), int(steps[1]) if len(steps) == 2 else 0
         torch.rand(1, device="cpu")  # the released class draws this too: equal seeds stay equal
         if not self.training:
@@ -319,11 +358,17 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"past_key_values must be a DynamicCache, not a {type(cache).__name__}")
         slots = self.config.n_layers + (depth - 1) * len(self.transformer.core_block)
         if len(cache) not in (0, slots):
-            remedy = "pass the num_steps that it was made with; make new ones with DynamicCache(), without a config"
-            raise ValueError(f"the cache has {len(cache)} layers, but {depth} iterations need {slots}: {remedy}")
+            remedy = (
+                "pass the num_steps that it was made with; "
+                "make new ones with DynamicCache(), without a config"
+            )
+            raise ValueError(
+                f"the cache has {len(cache)} layers, but {depth} iterations need {slots}: {remedy}"
+            )
 
     def _get_key_renaming_mapping(self, checkpoint_keys: list[str], *args: Any, **kwargs: Any) -> Any:
-        # Of transformers 4, which looks for the device of each tensor of a file, also of those that are not loaded.
+        # Of transformers 4, which looks for the device of each tensor of a file,
+        # also of those that are not loaded.
         wanted = [key for key in checkpoint_keys if key != "freqs_cis"]
         return super()._get_key_renaming_mapping(wanted, *args, **kwargs)
 
@@ -334,13 +379,16 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
-            raise ValueError(f"cache_implementation = {generation_config.cache_implementation!r}: only 'dynamic' works")
+            raise ValueError(
+                f"cache_implementation = {generation_config.cache_implementation!r}: only 'dynamic' works"
+            )
         model_kwargs["past_key_values"] = DynamicCache()
 
 
 def _part_of(states: torch.Tensor, past: int, shape: torch.Size) -> torch.Tensor:
-    """First states of the tokens at hand, whose `shape` is (B, S, E); `states` may be those of all since the cache's
-    first."""
+    """First states of the tokens at hand, whose `shape` is (B, S, E);
+    `states` may be those of all since the cache's first.
+    """
     length = shape[1]
     part = states if states.shape[1] == length else states[:, past : past + length]
     if part.shape != shape:

@@ -1,57 +1,49 @@
 """The shape of a depth-recurrent transformer, its flavors, and its cost (arXiv 2502.05171)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.model_spec import FlopCount
 from torchtitan_rd.models.attention import AttentionShape
 from torchtitan_rd.models.raven.recurrence import parse_scheme
-from torchtitan_rd.models.spec import FlopCount
 
 INJECTIONS = ("linear", "add", "gate", "none")
 STATE_INITS = ("like-init", "normal", "embed", "zero", "unit")
-NOT_BUILT: dict[str, tuple[Any, ...]] = {
-    "nonlin_name": ("SiLU",),
-    "mlp_class_name": ("GatedMLP",),
-    "bias": (False,),
-    "lm_head_bias": (False,),
-    "center_attention": (False,),
-    "debias_attention": (False,),
-    "use_abacus": (False,),
-    "randomize_positions_from": (None,),
-    "mup_model_scaling_factor": (1,),
-    "embed_step": (False,),
-    "normalize_rec": ("",),
-    "intermediate_noise_injection": (0,),
-    "test_time_noise": (0,),
-}
-"""Fields of Huginn's configurations that a RavenConfig lacks: the values that mean what this model computes anyway."""
+BlockName: TypeAlias = Literal["sandwich", "post", "pre"]
+ARITHMETIC = (
+    *("norm_eps", "rope_theta", "tie_word_embeddings"),
+    *("block", "injection", "init_strategy", "clip_qkv", "qk_norm"),
+)
+"""Fields that change what the same tensors compute."""
 
 
-@dataclass(frozen=True)
-class RavenConfig:
+@dataclass(frozen=True, kw_only=True)
+class RavenShape:
     """The shape of a raven. Raises ConfigError for values at odds with each other.
 
     ffn_dim: hidden width of the gated feed-forward.
-    n_layers_prelude, n_layers_core, n_layers_coda: blocks before, in and after the recurrence; 0 prelude or coda
-        blocks are legal.
+    n_layers_prelude, n_layers_core, n_layers_coda: blocks before, in and after the recurrence;
+        0 prelude or coda blocks are legal.
     n_kv_heads: n_heads unless given.
-    block: where a block's norms stand. sandwich: before and after each branch (Huginn). post: after the residual sum.
-        pre: before each branch, so that the residual stream is never normalised between iterations.
+    block: where a block's norms stand. sandwich: before and after each branch (Huginn). post:
+        after the residual sum. pre: before each branch, so that the residual stream is never
+        normalised between iterations.
     clip_qkv: queries, keys and values are clamped to +- this, right after their projection.
-    qk_bias: one bias for queries and one for keys, added before the rotary embedding. Each query head has its own bias
-        on the keys too, so with fewer kv heads the keys and values are copied for each query head, as in Huginn's
-        training program: the kernel then sees n_heads of them.
-    qk_norm: queries and keys are divided by their root mean square over the head, after the rotary embedding, without
-        a weight.
+    qk_bias: one bias for queries and one for keys, added before the rotary embedding. Each query head has its
+        own bias on the keys too, so with fewer kv heads the keys and values are copied for each query head,
+        as in Huginn's training program: the kernel then sees n_heads of them.
+    qk_norm: queries and keys are divided by their root mean square over the head,
+        after the rotary embedding, without a weight.
     injection: how an iteration takes in the embedded input e. linear: a learned map of [s, e]; add: s + e;
         gate: s * e; none: not at all, the state starts at e.
     state_init: the distribution of the first state (inputs.py).
     mean_recurrence, mean_backprop_depth: means of the iterations in all and of those that are differentiated.
     sampling_scheme: how depths are drawn in training, unless [recurrence] says otherwise (recurrence.py).
-    init_strategy: takase: embeddings are scaled by sqrt(dim) after the lookup; scaled: they are not. See init.py.
+    init_strategy: takase: embeddings are scaled by sqrt(dim) after the lookup;
+        scaled: they are not. See init.py.
     init_orthogonal: initial matrices are orthogonal instead of truncated normals, of the same spread.
     max_seq_len: the context that an export states (`block_size`). It sizes nothing.
     """
@@ -66,7 +58,7 @@ class RavenConfig:
     mean_backprop_depth: int
     vocab_size: int = 65536
     n_kv_heads: int | None = None
-    block: Literal["sandwich", "post", "pre"] = "sandwich"
+    block: BlockName = "sandwich"
     clip_qkv: float | None = None
     qk_bias: bool = True
     qk_norm: bool = False
@@ -89,17 +81,25 @@ class RavenConfig:
                 raise ConfigError(f"{name} = {value} must be positive and finite")
         for name, known in (("injection", INJECTIONS), ("state_init", STATE_INITS)):
             if getattr(self, name) not in known:
-                raise ConfigError(f"{name} = {getattr(self, name)!r} is unknown{nearest(getattr(self, name), known)}")
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)!r} is unknown{nearest(getattr(self, name), known)}"
+                )
         parse_scheme(self.sampling_scheme)
         heads, kv_heads, head_dim = self.attention_shape
         if self.dim % heads or head_dim % 2:
-            raise ConfigError(f"dim = {self.dim} must be an even multiple of n_heads = {heads}: rotary turns pairs")
+            raise ConfigError(
+                f"dim = {self.dim} must be an even multiple of n_heads = {heads}: rotary turns pairs"
+            )
         if heads % kv_heads:
             raise ConfigError(f"n_heads = {heads} is not divisible by n_kv_heads = {kv_heads}")
 
     @property
     def attention_shape(self) -> AttentionShape:
         return AttentionShape(self.n_heads, self.n_kv_heads or self.n_heads, self.dim // self.n_heads)
+
+    def resolved(self) -> "RavenShape":
+        """The same with every size stated that follows from others."""
+        return replace(self, n_kv_heads=self.attention_shape.n_kv_heads)
 
     @property
     def effective_depth(self) -> int:
@@ -108,7 +108,9 @@ class RavenConfig:
 
     @property
     def weight_std(self) -> float:
-        """Initial spread of weights and embeddings: sqrt(2 / (5 dim)) (Nguyen and Salazar, arXiv 1910.05895)."""
+        """Initial spread of weights and embeddings: sqrt(2 / (5 dim)) (Nguyen and
+        Salazar, arXiv 1910.05895).
+        """
         return math.sqrt(2 / (5 * self.dim))
 
     @property
@@ -117,21 +119,22 @@ class RavenConfig:
         return math.sqrt(self.dim) if self.init_strategy == "takase" else 1.0
 
 
-def count_flops(config: RavenConfig, seq_len: int, num_steps: tuple[float, float] | None = None) -> FlopCount:
-    """FLOPs of one training step per token at a draw of (n without gradient, k with gradient) iterations, k >= 1.
+def count_flops(shape: RavenShape, seq_len: int, num_steps: tuple[float, float] | None = None) -> FlopCount:
+    """FLOPs of one training step per token at a draw of (n without gradient, k with gradient)
+    iterations, k >= 1.
 
-    An iteration without gradient costs its forward alone, a third of one with gradient. The count is linear in n and
-    k, so means over steps give the mean count. num_steps: by default the mean depth.
+    An iteration without gradient costs its forward alone, a third of one with gradient. The count is linear
+    in n and k, so means over steps give the mean count. num_steps: by default the mean depth.
     """
     if num_steps is None:
-        k = min(config.mean_backprop_depth, config.mean_recurrence)
-        num_steps = (config.mean_recurrence - k, k)
-    heads, kv_heads, head_dim = config.attention_shape
-    block = config.dim * (heads + 2 * kv_heads) * head_dim + config.dim**2 + 3 * config.dim * config.ffn_dim
-    adapter = 2 * config.dim**2 if config.injection == "linear" else 0
+        k = min(shape.mean_backprop_depth, shape.mean_recurrence)
+        num_steps = (shape.mean_recurrence - k, k)
+    heads, kv_heads, head_dim = shape.attention_shape
+    block = shape.dim * (heads + 2 * kv_heads) * head_dim + shape.dim**2 + 3 * shape.dim * shape.ffn_dim
+    adapter = 2 * shape.dim**2 if shape.injection == "linear" else 0
     passes = num_steps[0] / 3 + num_steps[1]  # of the core, in forwards and backwards
-    blocks = config.n_layers_prelude + config.n_layers_coda + config.n_layers_core * passes
-    weights = blocks * block + adapter * passes + config.dim * config.vocab_size
+    blocks = shape.n_layers_prelude + shape.n_layers_coda + shape.n_layers_core * passes
+    weights = blocks * block + adapter * passes + shape.dim * shape.vocab_size
     per_pair = 3 * 4 * blocks * heads * head_dim  # q @ k and p @ v, 2 each, forward and twice backward
     return FlopCount(6 * weights, per_pair * seq_len, per_pair * (seq_len + 1) / 2)
 
@@ -139,15 +142,29 @@ def count_flops(config: RavenConfig, seq_len: int, num_steps: tuple[float, float
 Layers: TypeAlias = tuple[int, int, int]
 
 
-def _huginn(dim: int, heads: int, ffn_dim: int, layers: Layers, mean: int, backprop: int, **fields: Any) -> RavenConfig:
-    return RavenConfig(dim, heads, ffn_dim, *layers, mean, backprop, **fields)
+def _huginn(
+    dim: int, heads: int, ffn_dim: int, layers: Layers, mean: int, backprop: int, **fields: Any
+) -> RavenShape:
+    prelude, core, coda = layers
+    return RavenShape(
+        dim=dim,
+        n_heads=heads,
+        ffn_dim=ffn_dim,
+        n_layers_prelude=prelude,
+        n_layers_core=core,
+        n_layers_coda=coda,
+        mean_recurrence=mean,
+        mean_backprop_depth=backprop,
+        **fields,
+    )
 
 
 def _post_norm(
     dim: int, heads: int, ffn_dim: int, layers: Layers, mean: int, backprop: int, **fields: Any
-) -> RavenConfig:
-    """The shapes that came before Huginn. They differ from it in more than the block: `[model.overrides]` replaces
-    single fields, so Huginn's block in one of these shapes is a `_huginn` row of its own."""
+) -> RavenShape:
+    """The shapes that came before Huginn. They differ from it in more than the block: `[model.overrides]`
+    replaces single fields, so Huginn's block in one of these shapes is a `_huginn` row of its own.
+    """
     before = {
         "block": "post",
         "qk_bias": False,
@@ -157,7 +174,7 @@ def _post_norm(
         "init_orthogonal": True,
         "norm_eps": 1e-5,
     }
-    return RavenConfig(dim, heads, ffn_dim, *layers, mean, backprop, **{**before, **fields})
+    return _huginn(dim, heads, ffn_dim, layers, mean, backprop, **{**before, **fields})
 
 
 _UNTIED = {

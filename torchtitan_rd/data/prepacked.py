@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from torchtitan_rd.batch import IGNORE_INDEX
 from torchtitan_rd.data.cursor import piece_of
 from torchtitan_rd.data.spikes import is_integer, is_list
 from torchtitan_rd.data.text import check_ids
@@ -13,13 +14,10 @@ from torchtitan_rd.errors import DataError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-IGNORE_ID = -100
-"""The label that the loss leaves out (torch's default `ignore_index`)."""
-
 
 @dataclass(frozen=True)
 class PackedEncoder:
-    """pad_id becomes IGNORE_ID here, and `eos_id` in the inputs when the batch is assembled."""
+    """pad_id becomes IGNORE_INDEX here, and `eos_id` in the inputs when the batch is assembled."""
 
     seq_len: int
     vocab_size: int
@@ -31,7 +29,9 @@ class PackedEncoder:
         """One row's ids from an arrow array of length 1: a list of integers."""
         values = cell.flatten() if is_list(cell.type) else cell
         if values is cell or not is_integer(values.type) or values.null_count or cell.null_count:
-            raise DataError(f"{where}: column {self.column!r} holds {cell.type}; expected a list of integers, no nulls")
+            raise DataError(
+                f"{where}: column {self.column!r} holds {cell.type}; expected a list of integers, no nulls"
+            )
         return values.to_numpy()
 
     def check_type(self, column: "pa.ChunkedArray", name: str) -> None:
@@ -40,7 +40,9 @@ class PackedEncoder:
             raise DataError(f"{name}: column {self.column!r} holds {column.type}; expected lists of integers")
 
     def check(self, row: np.ndarray, where: str) -> int:
-        """The number of ids. Raises DataError unless they are as many as a window has, and in the vocabulary."""
+        """The number of ids. Raises DataError unless they are as many as a window has,
+        and in the vocabulary.
+        """
         return len(self.encode(row, where))
 
     def piece(self, row: np.ndarray, where: str, part: int, parts: int) -> np.ndarray:
@@ -51,12 +53,12 @@ class PackedEncoder:
         """A row of `seq_len + 1` ids, padding marked."""
         if len(row) != self.seq_len + 1:
             raise DataError(
-                f"{where}: has {len(row)} ids, but training.seq_len = {self.seq_len} needs {self.seq_len + 1}; "
-                f"set training.seq_len, or pack the data for this length"
+                f"{where}: has {len(row)} ids, but training.seq_len = {self.seq_len} needs "
+                f"{self.seq_len + 1}; set training.seq_len, or pack the data for this length"
             )
         if self.pad_id is None:
             check_ids(row, self.vocab_size, where)
             return row
         padding = row == self.pad_id
         check_ids(np.where(padding, 0, row), self.vocab_size, where)
-        return np.where(padding, IGNORE_ID, row.astype(np.int64))
+        return np.where(padding, IGNORE_INDEX, row.astype(np.int64))

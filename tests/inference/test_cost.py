@@ -1,0 +1,49 @@
+"""The work of a new token does not grow with the context, but for the length of what attention reads."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.inference.common import loaded, prompts
+from torchtitan_rd.inference import ExitPolicy, Stepper, think
+
+NEVER = ExitPolicy("kl", 0.0)
+ALWAYS = ExitPolicy("latent-diff", float("inf"))
+
+
+class CountOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count, self.elements = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.elements += out.numel()
+        return out
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("family", "kv", "policy"),
+    [
+        *(("llama3", "full", None), ("raven", "full", None), ("raven", "full", NEVER)),
+        *(("raven", "latest-m4", ALWAYS), ("raven", "compress-s2", NEVER)),
+    ],
+)
+@torch.no_grad()
+def test_operations_of_a_new_token_are_the_same_at_every_context(family, kv, policy, padded):
+    model = loaded(family, max_seq_len=4096)
+    found = []
+    for context in (64, 256, 1024):
+        fields = {"depth": 4, "strategy": kv} if family == "raven" else {}
+        stepper = Stepper(model.spec, model.model, batch=2, positions=context + 3, **fields)
+        tokens, real = torch.tensor(prompts(context, context)), torch.ones(2, context, dtype=torch.bool)
+        real[1, :3] = not padded
+        think(stepper, tokens, real=real, policy=policy)
+        think(stepper, tokens[:, :1], policy=policy)
+        with CountOps() as ops:
+            think(stepper, tokens[:, :1], policy=policy)
+        found.append((ops.count, ops.elements))
+    assert len(set(found)) == 1 and found[0][0] > 50, found

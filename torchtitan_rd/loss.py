@@ -1,0 +1,168 @@
+"""The training objective, always as a SUM over valid tokens: the caller divides by their global number.
+
+Also the labels that goldfish loss leaves out, and a guard that stops a run once the loss of a step exceeds a
+bound. What a NaN does is decided in train_step.py (`Verdict`).
+"""
+
+import math
+from functools import cache
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch.autograd.function import once_differentiable
+
+from torchtitan_rd.batch import IGNORE_INDEX
+from torchtitan_rd.config_loader import Section
+from torchtitan_rd.errors import TrainingError
+
+_TABLE_SIZE, _TABLE_SEED = 1_000_003, 2971215073  # of goldfish loss; two primes
+
+
+class ObjectiveKeys(Section):
+    """The keys of [training] that the objective reads."""
+
+    goldfish_strategy: Literal["none", "static", "hash-table"] = "none"
+    """Goldfish loss (arXiv 2406.10209): leave labels out of the loss so that text is not learned by heart.
+    static: every goldfish_k-th position; hash-table: about every goldfish_k-th label, the same one
+    wherever its context is.
+    """
+    goldfish_k: int = Field(4, ge=2)
+    """Goldfish: one label in so many is left out."""
+    goldfish_start_position: int = Field(0, ge=0)
+    """Goldfish, static: the first position (from 0) that is left out."""
+    goldfish_context_width: int = Field(13, ge=1)
+    """Goldfish, hash-table: the labels that decide together whether the last of them is left out."""
+    throttle: bool = False
+    """Recurrent models: divide the objective by the recurrences that have
+    a gradient (num_steps_with_grad).
+    """
+    loss_guard: float | None = Field(None, gt=0.0)
+    """Stop the run when the loss of a step exceeds this: neither its update nor a later one happens,
+    and the error comes at once, on a GPU while the next step runs. The Huginn runs used 6.
+    """
+    loss_guard_after_tokens: int = Field(10_000_000_000, ge=0)
+    """loss_guard: the number of tokens that must have been trained on before it watches."""
+
+    @model_validator(mode="after")
+    def _no_idle_keys(self) -> "ObjectiveKeys":
+        used = {"none": (), "static": ("k", "start_position"), "hash-table": ("k", "context_width")}
+        for key in ("k", "start_position", "context_width"):
+            name = f"goldfish_{key}"
+            value, default = getattr(self, name), ObjectiveKeys.model_fields[name].default
+            if value != default and key not in used[self.goldfish_strategy]:
+                raise ValueError(
+                    f'{name} = {value} has no effect on goldfish_strategy = "{self.goldfish_strategy}": '
+                    f"unset {name} or change goldfish_strategy"
+                )
+        watch_from = ObjectiveKeys.model_fields["loss_guard_after_tokens"].default
+        if self.loss_guard is None and self.loss_guard_after_tokens != watch_from:
+            raise ValueError("loss_guard_after_tokens has no effect without loss_guard: set both or neither")
+        return self
+
+
+class LossSums(NamedTuple):
+    objective: torch.Tensor
+    """What is differentiated: cross entropy plus z-loss, summed over the valid tokens."""
+    cross_entropy: torch.Tensor
+    """What is reported, in nats, summed over the valid tokens; detached."""
+
+
+def count_valid(labels: torch.Tensor) -> torch.Tensor:
+    """The number of labels that are not ignored (int64 scalar on the labels' device)."""
+    return (labels != IGNORE_INDEX).sum()
+
+
+def cross_entropy_sums(logits: torch.Tensor, labels: torch.Tensor, z_loss_weight: float = 0.0) -> LossSums:
+    """Next-token loss of `logits` (B, S, V) against `labels` (B, S) int64, ignoring labels of -100.
+
+    z-loss: z_loss_weight * logsumexp(logits)^2 for every valid token (PaLM, arXiv 2204.02311, section 5).
+    """
+    logits, labels = logits.flatten(0, 1), labels.flatten()
+    cross_entropy = _CrossEntropySum.apply(logits, labels)
+    if z_loss_weight == 0.0:
+        return LossSums(cross_entropy, cross_entropy.detach())
+    squares = logits.logsumexp(dim=-1).square()
+    z_loss = torch.where(labels != IGNORE_INDEX, squares, 0.0).sum()
+    return LossSums(cross_entropy + z_loss_weight * z_loss, cross_entropy.detach())
+
+
+class _CrossEntropySum(torch.autograd.Function):
+    """F.cross_entropy(reduction="sum") whose backward holds one tensor of the logits' size instead of two.
+
+    Torch's own goes through the gradient of the log-probabilities, all zero but for one entry a token:
+    filling that tensor and reading it again costs more than the softmax itself. Here
+    d logits = (softmax - onehot) d sum directly.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        log_probabilities = F.log_softmax(logits, dim=-1)
+        ctx.save_for_backward(log_probabilities, labels)
+        return F.nll_loss(log_probabilities, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dsum: torch.Tensor) -> tuple[torch.Tensor, None]:
+        log_probabilities, labels = ctx.saved_tensors
+        valid = (labels != IGNORE_INDEX).unsqueeze(1)
+        targets = labels.unsqueeze(1).where(valid, 0)  # any column will do for an ignored label: it gets 0
+        scale = torch.where(valid, dsum, 0)
+
+        dlogits = log_probabilities.exp().mul_(scale)
+        return dlogits.scatter_add_(1, targets, -scale), None
+
+
+def goldfish_labels(labels: torch.Tensor, config: ObjectiveKeys) -> torch.Tensor:
+    """Goldfish loss (Hans et al., arXiv 2406.10209): labels that are left out,
+    by position or by their context.
+
+    `labels` (B, S) int64 on any device -> the same with the left-out ones set to -100; a copy if any can be.
+
+    static: positions start, start + k, ... of every row.
+    hash-table: each window of `context_width` labels leaves out its last with a chance of 1/k, drawn from a
+    table of uniforms by the product of its labels (int64, wrapping) modulo the table's size. So positions 0
+    .. width - 2 are always kept, and a label of -100 in the window counts as that number.
+    Must come before valid labels are counted.
+    """
+    if config.goldfish_strategy == "none":
+        return labels
+    labels = labels.clone()
+    if config.goldfish_strategy == "static":
+        labels[:, config.goldfish_start_position :: config.goldfish_k] = IGNORE_INDEX
+        return labels
+    width = config.goldfish_context_width
+    if labels.shape[1] >= width:
+        places = labels.unfold(1, width, 1).prod(dim=-1) % _TABLE_SIZE
+        left_out = _uniforms(labels.device)[places] < 1 / config.goldfish_k
+        labels[:, width - 1 :].masked_fill_(left_out, IGNORE_INDEX)
+    return labels
+
+
+@cache
+def _uniforms(device: torch.device) -> torch.Tensor:
+    """The table: 4 MB, made at the first use; drawn on the CPU, so that every device has the same numbers."""
+    return torch.rand(_TABLE_SIZE, generator=torch.Generator().manual_seed(_TABLE_SEED)).to(device)
+
+
+def exceeds_guard(config: ObjectiveKeys, loss: torch.Tensor, tokens_seen: int) -> torch.Tensor:
+    """Whether `loss` exceeds the guard after its number of tokens:
+    0-dim bool on the device of `loss`, for no host.
+
+    loss: the mean over the global batch, in nats, so that every rank decides alike.
+    tokens_seen: those of this step included.
+    """
+    guard = config.loss_guard
+    if guard is None or tokens_seen <= config.loss_guard_after_tokens:
+        guard = math.inf
+    return loss > guard
+
+
+def guard_error(config: ObjectiveKeys, step: int, loss: float, tokens_seen: int) -> TrainingError:
+    """What to raise once the host knows that the guard was exceeded."""
+    return TrainingError(
+        f"step {step}: loss {loss:.4f} exceeds training.loss_guard = {config.loss_guard} "
+        f"after {tokens_seen} tokens: resume from an older checkpoint (checkpoint.load_step) "
+        "with a lower rate, or raise or unset the guard"
+    )

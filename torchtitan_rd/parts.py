@@ -1,0 +1,179 @@
+"""What a run is made of: built in order from its plan, each part once, nothing filled in later."""
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
+
+from torchtitan_rd import job
+from torchtitan_rd.batch import Batch
+from torchtitan_rd.build_model import build_model
+from torchtitan_rd.checkpoint import Checkpointer
+from torchtitan_rd.checkpoint.lock import FolderLock
+from torchtitan_rd.config import JobConfig
+from torchtitan_rd.conversion.pipeline import open_released
+from torchtitan_rd.conversion.reader import WeightsReader
+from torchtitan_rd.data import BatchLoader, DataRanks, build_dataloader
+from torchtitan_rd.heartbeat import Heartbeat
+from torchtitan_rd.metrics import Metrics
+from torchtitan_rd.models.attention import setup_attention
+from torchtitan_rd.optimizer import build_optimizer
+from torchtitan_rd.preflight import preflight
+from torchtitan_rd.run_plan import RunPlan
+from torchtitan_rd.signals import StopRequest
+from torchtitan_rd.train_step import TrainStep
+from torchtitan_rd.validation import held_out_set
+
+
+@dataclass(frozen=True)
+class Parts:
+    """mesh: of the ranks. held_out: this rank's batches of the validation set.
+    The others say it themselves.
+    """
+
+    mesh: DeviceMesh
+    loader: BatchLoader
+    held_out: list[Batch]
+    model: nn.Module
+    optimizer: Optimizer
+    heartbeat: Heartbeat
+    metrics: Metrics
+    checkpointer: Checkpointer
+    train_step: TrainStep
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Where a run stands in the world; `closing` closes what was built, the last one first."""
+
+    config: JobConfig
+    environment: job.Environment
+    device: torch.device
+    plan: RunPlan
+    ranks: DataRanks
+    stop: StopRequest
+    closing: ExitStack
+
+    def build(self, lock_folder: Callable[[], FolderLock | None]) -> Parts:
+        """Collective. lock_folder: called before the first writing to disk,
+        when all of the input is known to be good.
+        """
+        config, plan = self.config, self.plan
+        mesh = self._connect()
+        loader, held_out = self._read(mesh)
+        model = build_model(config, plan.spec, plan.shape, mesh, self.device)
+        optimizer = build_optimizer(model, config.optimizer)
+
+        # Before anything is written there: a run that is refused leaves no trace in the other one's folder.
+        lock = lock_folder()
+        job.make_traces_folder(self.device, config.comm, self._dump_folder)
+        heartbeat = self._heartbeat()
+        metrics = self._metrics()
+        checkpointer = self._checkpointer(lock)
+
+        train_step = TrainStep(
+            model,
+            optimizer,
+            config.training,
+            self.device,
+            beat=heartbeat.beat,
+            forward_inputs=plan.draws.training,
+            asked_to_stop=self.stop.received,
+            has_saved=checkpointer.has_saved,
+        )
+        return Parts(mesh, loader, held_out, model, optimizer, heartbeat, metrics, checkpointer, train_step)
+
+    @property
+    def _dump_folder(self) -> Path:
+        return Path(self.config.job.dump_folder)
+
+    def _connect(self) -> DeviceMesh:
+        config = self.config
+        setup_attention(
+            config.model.attention_backend,
+            self.plan.shape.attention_shape,
+            self.device,
+            getattr(torch, config.training.mixed_precision_param),
+            config.training.document_mask,
+        )
+        mesh = self.plan.dims.build_mesh(self.device.type)
+        job.set_timeouts(mesh, config.comm.init_timeout_seconds)
+        preflight(mesh, self.device)
+        return mesh
+
+    def _read(self, mesh: DeviceMesh) -> tuple[BatchLoader, list[Batch]]:
+        """All ranks read the same commit and must find the same data."""
+        config, plan = self.config, self.plan
+        job.set_timeouts(mesh, job.PREPARING)  # rank 0 may convert data for hours while the others wait
+        reading: dict[str, Any] = {
+            "ranks": self.ranks,
+            "tokenizer": plan.tokenizer,
+            "vocab_size": plan.vocab_size,
+            "seed": config.training.seed,
+        }
+        loader = build_dataloader(
+            config.training, plan.batch, **reading, pin_memory=self.device.type == "cuda"
+        )
+        self.closing.callback(loader.close)
+        held_out = held_out_set(config.validation, config.training, plan.batch, **reading)
+        job.set_timeouts(mesh, config.comm.init_timeout_seconds)
+        return loader, held_out
+
+    def _heartbeat(self) -> Heartbeat:
+        comm, environment = self.config.comm, self.environment
+        heartbeat = Heartbeat(
+            self._dump_folder / "heartbeat",
+            rank=environment.rank,
+            world_size=environment.world_size,
+            interval=comm.heartbeat_seconds,
+            warn_after=comm.hang_warning_seconds,
+            first_time=comm.init_timeout_seconds / 2,
+            local_rank=environment.local_rank,
+            local_world_size=environment.local_world_size,
+        )
+        self.closing.callback(heartbeat.close)
+        return heartbeat
+
+    def _metrics(self) -> Metrics:
+        config, plan = self.config, self.plan
+        metrics = Metrics(
+            config.metrics,
+            dump_folder=self._dump_folder,
+            job_config=config.as_dict(),
+            rank=self.environment.rank,
+            world_size=self.environment.world_size,
+            device=self.device,
+            flops=plan.spec.flops(plan.shape, config.training.seq_len),
+            total_steps=config.training.steps,
+            flops_drawn=plan.draws.flops,
+            own_depths=plan.draws.own_depths,
+            gather=job.gather_numbers,
+        )
+        self.closing.callback(metrics.close)
+        return metrics
+
+    def _checkpointer(self, lock: FolderLock | None) -> Checkpointer:
+        config, plan = self.config, self.plan
+        checkpointer = Checkpointer(
+            config.checkpoint,
+            dump_folder=self._dump_folder,
+            job_config=config.as_dict(),
+            must_match=JobConfig.must_match_keys(),
+            model_shape={
+                "name": plan.spec.name,
+                "flavor": config.model.flavor,
+                **dataclasses.asdict(plan.shape),
+            },
+            arithmetic=plan.spec.arithmetic,
+            open_released=lambda path: WeightsReader(open_released(path, model=config.model.name)),
+            run_lock=lock,
+        )
+        self.closing.callback(checkpointer.close)
+        return checkpointer

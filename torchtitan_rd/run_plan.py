@@ -1,0 +1,237 @@
+"""What will run, as a value: every decision that needs neither a disk nor a peer,
+and all that is wrong, at once.
+
+Made from the config and the number of ranks alone, so `torchtitan-rd config` shows on a laptop, and the
+launch script before torchrun or Slurm, what a run would find. What is cheap to look at is looked at: whether
+the path of the data exists, and the tokenizer of text, unless one is handed in.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from torchtitan_rd.config import JobConfig
+from torchtitan_rd.data import (
+    DATASETS,
+    BatchDims,
+    Dataset,
+    DatasetKeys,
+    Tokenizer,
+    build_encoder,
+    dataset_vocab_size,
+    get_dataset,
+    is_hub_name,
+    load_tokenizer,
+)
+from torchtitan_rd.draws import Draws
+from torchtitan_rd.errors import ConfigError, DataError
+from torchtitan_rd.job import Environment
+from torchtitan_rd.model_spec import ModelShape, ModelSpec
+from torchtitan_rd.models import get_flavor, get_spec
+from torchtitan_rd.models.attention import choose_backend
+from torchtitan_rd.parallelism import ParallelDims, ParallelismConfig
+from torchtitan_rd.profiling import check_profiling
+from torchtitan_rd.validation import validation_keys
+
+T = TypeVar("T")
+# Where the true one is not known for a mistake elsewhere: to find those of the model too.
+_SOME_VOCABULARY = 256
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """dims: of the ranks. batch: of the rows. dataset: what is trained on.
+
+    tokenizer: None where no data set is text. vocab_size: ids that the data may hold;
+        the model may have more rows.
+    shape: of the model, with its vocabulary and context. draws: what forward takes beside tokens.
+    """
+
+    dims: ParallelDims
+    batch: BatchDims
+    dataset: Dataset
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    spec: ModelSpec
+    shape: ModelShape
+    draws: Draws
+    seq_len: int
+
+    @property
+    def tokens_per_step(self) -> int:
+        """At full size of the batch."""
+        return self.batch.global_batch_size * self.seq_len
+
+    def report(self) -> list[str]:
+        """The plan in lines for humans."""
+        dims, batch = self.dims, self.batch
+        per_rank = batch.accumulation * batch.stages
+        lines = [
+            f"ranks: {dims.data_degree}, {dims.replicate} of the model's copies, "
+            f"each sharded over {dims.shard}",
+            f"batch: {batch.global_batch_size} sequences, {self.tokens_per_step:,} tokens a step; "
+            f"{per_rank} x {batch.local_batch_size} sequences of {self.seq_len} tokens on each rank",
+        ]
+        if batch.ramp_steps:
+            lines.append(f"batch: grows in {batch.stages} stages over the first {batch.ramp_steps} steps")
+        if self.shape.vocab_size > self.vocab_size:
+            lines.append(f"vocabulary of {self.vocab_size} ids, padded to {self.shape.vocab_size}")
+        if self.draws.family is not None:
+            lines.append(self.draws.family.report())
+        return lines
+
+    def count_parameters(self) -> int:
+        """Builds the model without its numbers."""
+        with torch.device("meta"):
+            model = self.spec.build(self.shape)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+
+class _Problems:
+    """Gathers what is wrong, so that one mistake does not hide the next."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def found_by(self, check: Callable[..., T], *arguments: Any, **options: Any) -> T | None:
+        """What `check` returns, or None after noting why it refused."""
+        try:
+            return check(*arguments, **options)
+        except (ConfigError, DataError) as error:
+            if str(error) not in self.lines:
+                self.lines.append(str(error))
+            return None
+
+
+def resolve(
+    config: JobConfig,
+    environment: Environment,
+    *,
+    device: torch.device | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> RunPlan:
+    """Decides what `config` runs on `environment.world_size` ranks.
+    Raises one ConfigError with every contradiction.
+
+    device: what each rank trains on; None where that machine is not this one,
+        so that nothing is said about it.
+    tokenizer: one that has been read already, so that `model.tokenizer_path` is not.
+    """
+    training, problems = config.training, _Problems()
+    _check_schedule(config, problems)
+    if device is not None:
+        _check_device(config, device, problems)
+
+    dims = problems.found_by(ParallelDims.resolve, config.parallelism, environment.world_size)
+    data_degree = dims.data_degree if dims else environment.world_size
+    batch = problems.found_by(BatchDims.resolve, training, environment.rank, data_degree)
+
+    dataset = problems.found_by(get_dataset, training)
+    read: list[tuple[DatasetKeys, Dataset]] = [(training, dataset)] if dataset else []
+    if config.validation.enable:
+        keys = problems.found_by(validation_keys, config.validation, training, data_degree)
+        held_out = (
+            problems.found_by(get_dataset, keys, "validation", config.validation.split) if keys else None
+        )
+        read += [(keys, held_out)] if keys and held_out else []
+
+    on_text = any(row.kind == "text" for _, row in read)
+    if on_text and tokenizer is None:
+        tokenizer = problems.found_by(load_tokenizer, config.model.tokenizer_path)
+    vocab_size = _vocab_size(config, dataset, tokenizer, problems)
+    for keys, row in read if vocab_size else []:
+        if row.kind != "text" or tokenizer is not None:
+            problems.found_by(build_encoder, keys, row.kind, tokenizer, vocab_size)
+
+    spec = problems.found_by(get_spec, config.model.name)
+    shape = problems.found_by(resolve_shape, config, spec, vocab_size or _SOME_VOCABULARY) if spec else None
+    if spec and spec.inputs is None:
+        _refuse_recurrence(config, spec, problems)
+    draws = None
+    if spec and shape:
+        draws = problems.found_by(
+            Draws,
+            spec,
+            shape,
+            config.recurrence,
+            batch or BatchDims(environment.rank, data_degree, training.local_batch_size, accumulation=1),
+            seed=training.seed,
+            total_steps=training.steps,
+            seq_len=training.seq_len,
+            device=device or torch.device("cpu"),
+            dtype=getattr(torch, training.mixed_precision_param),
+        )
+
+    if problems.lines or not (dims and batch and dataset and vocab_size and spec and shape and draws):
+        raise ConfigError("\n".join(problems.lines))  # whatever is missing has said why
+    return RunPlan(dims, batch, dataset, tokenizer, vocab_size, spec, shape, draws, training.seq_len)
+
+
+def reads_hub_tokenizer(config: JobConfig) -> bool:
+    """Whether a data set of the run is text and its tokenizer a repository on the hub."""
+    names = [config.training.dataset, config.validation.dataset if config.validation.enable else None]
+    on_text = any(DATASETS[name].kind == "text" for name in names if name in DATASETS)
+    return on_text and is_hub_name(config.model.tokenizer_path)
+
+
+def fewest_ranks(config: ParallelismConfig) -> int:
+    """That these degrees allow: each -1 (what is left) as one."""
+    return max(config.data_parallel_replicate_degree, 1) * max(config.data_parallel_shard_degree, 1)
+
+
+def resolve_shape(config: JobConfig, spec: ModelSpec, vocab_size: int) -> Any:
+    """The flavor with its overrides, for data of `vocab_size` ids.
+    Raises ConfigError, also if it is to be exported and cannot be.
+    """
+    shape = get_flavor(spec, config.model.flavor, config.model.overrides)
+    # What an export states as its context must cover what was trained.
+    context = max(shape.max_seq_len, config.training.seq_len)
+    shape = dataclasses.replace(shape, vocab_size=config.model.padded(vocab_size), max_seq_len=context)
+    if config.checkpoint.last_save_in_hf:
+        spec.hf.config_fields(shape)
+    return shape
+
+
+def _check_schedule(config: JobConfig, problems: _Problems) -> None:
+    schedule, steps = config.lr_scheduler, config.training.steps
+    if schedule.cooldown_steps and schedule.warmup_steps + schedule.cooldown_steps > steps:
+        problems.lines.append(
+            f"[lr_scheduler] warmup_steps ({schedule.warmup_steps}) + "
+            f"cooldown_steps ({schedule.cooldown_steps}) is more than [training] steps ({steps}): "
+            "shorten one or train longer"
+        )
+
+
+def _check_device(config: JobConfig, device: torch.device, problems: _Problems) -> None:
+    if config.training.enable_cpu_offload and device.type == "cpu":
+        problems.lines.append("training.enable_cpu_offload needs a GPU to offload from; set it to false here")
+    problems.found_by(check_profiling, config.profiling, device)
+    dtype = getattr(torch, config.training.mixed_precision_param)
+    problems.found_by(
+        choose_backend, config.model.attention_backend, device, dtype, config.training.document_mask
+    )
+
+
+def _vocab_size(
+    config: JobConfig, dataset: Dataset | None, tokenizer: Tokenizer | None, problems: _Problems
+) -> int | None:
+    """None where a mistake that is noted already hides it."""
+    if config.model.vocab_size is not None:
+        return config.model.vocab_size
+    if dataset is None or (dataset.kind == "text" and tokenizer is None):
+        return None
+    return problems.found_by(dataset_vocab_size, config.training, tokenizer)
+
+
+def _refuse_recurrence(config: JobConfig, spec: ModelSpec, problems: _Problems) -> None:
+    if config.recurrence != type(config.recurrence)():
+        problems.lines.append(
+            f"[recurrence] is for recurrent models, not for {spec.name}: leave its keys unset"
+        )
+    if config.training.throttle:
+        problems.lines.append(
+            f"training.throttle is for recurrent models, not for {spec.name}: leave it unset"
+        )
