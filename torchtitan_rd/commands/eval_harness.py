@@ -32,6 +32,7 @@ def main(kind: str, arguments: list[str]) -> int:
     chosen = _parser().parse_args(arguments)
     tasks = parse_tasks(chosen.tasks)
     weights = open_weights(Path(chosen.model))  # names a mistake before anything is built
+
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
@@ -39,6 +40,7 @@ def main(kind: str, arguments: list[str]) -> int:
     manager = TaskManager(include_path=chosen.include_path)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
         raise ConfigError(f"--tasks: lm_eval knows no {', '.join(unknown)}")
+
     found = simple_evaluate(
         model="hf",
         model_args={
@@ -55,6 +57,7 @@ def main(kind: str, arguments: list[str]) -> int:
         device=chosen.device,
         task_manager=manager,
     )
+
     print(make_table(found))
     if "groups" in found:
         print(make_table(found, "groups"))

@@ -58,6 +58,7 @@ def measure(
     # Names a mistake before the data is read.
     weights = open_weights(Path(chosen.checkpoint), model=config.model.name, flavor=chosen.flavor)
     check_context(weights.shape, training.seq_len)
+
     with evaluation_group(environment, device):
         held_out = open_validation(
             validation,
@@ -67,6 +68,7 @@ def measure(
             vocab_size=config.model.vocab_size,
             source=chosen.source_dataset,
         )
+
         loaded = load_model(
             chosen.checkpoint,
             model=config.model.name,
@@ -76,6 +78,7 @@ def measure(
             device=device,
         )
         check_vocabulary(loaded.shape, held_out)
+
         if kind == "loss" and loaded.spec.inputs is not None and not chosen.depths:
             depths = validation.partial_depth_eval
         read_outs = read_outs_of(

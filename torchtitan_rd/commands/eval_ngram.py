@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--n", type=int, default=1, help="tokens of an n-gram (default 1)")
     add("--alpha", type=float, default=1.0, help="added to each count (default 1)")
+
     add("--dataset", required=True, help="a row of the table of data sets")
     add("--path", help="where to read it instead")
     add("--split", default="train", help="that is counted (default train)")
@@ -116,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--test-path", help="default: --path")
     add("--test-split", default="test", help="that is scored (default test)")
     add("--source-dataset", help="only rows whose column source_dataset holds this")
+
     add("--column", help="that is read; default: the data set's")
     add("--tokenizer", default="bytes", help="of text")
     add("--vocab-size", type=int, help="default: 256 for spikes, the tokenizer's for text")

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from torchtitan_rd.commands.eval_loss import write_json
+from torchtitan_rd.config import JobConfig
 from torchtitan_rd.conversion.verification import transformers_model
 from torchtitan_rd.data import DATASETS, DatasetKeys
 from torchtitan_rd.errors import ConfigError
@@ -58,6 +59,7 @@ def measure(kind: str, chosen: argparse.Namespace, environment: Environment) -> 
     weights = open_weights(Path(path), **family)
     check_context(weights.shape, chosen.seq_len)
     dtype = getattr(torch, chosen.dtype)
+
     with evaluation_group(environment, device):
         held_out = open_held_out(
             _keys(chosen, environment.world_size),
@@ -66,6 +68,7 @@ def measure(kind: str, chosen: argparse.Namespace, environment: Environment) -> 
             tokenizer_path=chosen.tokenizer_path or _tokenizer_beside(path),
             vocab_size=_vocab_size(chosen, weights.shape.vocab_size),
         )
+
         model: nn.Module
         if is_ours:
             loaded = load_model(path, **family, tokenizer_path="none", dtype=dtype, device=device)
@@ -74,9 +77,16 @@ def measure(kind: str, chosen: argparse.Namespace, environment: Environment) -> 
         else:
             model = FromTransformers(transformers_model(Path(path), weights, dtype).to(device))
             loaded = Loaded(weights.spec, weights.shape, model, None, source_of(weights))
+
         check_vocabulary(loaded.shape, held_out)
         read_outs = plain_read_outs(
-            loaded, held_out, environment, depth=chosen.depth, dtype=dtype, device=device
+            loaded,
+            held_out,
+            environment,
+            recurrence=JobConfig().recurrence,
+            depth=chosen.depth,
+            dtype=dtype,
+            device=device,
         )
         result = evaluate(model, held_out, device, read_outs)
     return {"model": path, "dtype": chosen.dtype, **result}
@@ -122,6 +132,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
         add("checkpoint_path", help="step folder, or the folder of a run")
     else:
         add("model_name_or_path", help="Hugging Face folder")
+
     add("--tokenizer_path", "--tokenizer-path", help=f"default: beside the weights, else {TOKENIZER}")
     add("--dataset_name", "--dataset-name", default="fineweb-edu", help="a row of the table of data sets")
     add("--dataset_path", "--dataset_subset", "--dataset-path", help="where to read it instead")
@@ -129,6 +140,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     add("--batch_size", "--batch-size", type=int, default=32)
     add("--num_batches", "--num-batches", type=int, default=32)
     add("--seq_len", "--seq-len", type=int, default=2048)
+
     default = "float32" if kind == "pt-ppl" else "bfloat16"
     add("--dtype", choices=DTYPES, default=default, help=f"of the matrices (default {default})")
     add("--depth", type=int, help="iterations of a recurrent model (default: its mean)")

@@ -69,11 +69,13 @@ def main(arguments: list[str]) -> int:
             raise ConfigError(f"--{name} {path}: there is no such folder")
     if chosen.policy and chosen.target is None:
         raise ConfigError("--policy needs --target: the mean depth to choose a threshold for")
+
     strategies = list(dict.fromkeys(chosen.kv.split(",")))
     device = torch.device(chosen.device) if chosen.device else environment.device()
     loaded, windows = _open(chosen, overrides, environment, device, strategies)
     records = _records(loaded, windows, chosen, strategies)
     rows = [row for kv in strategies for row in rows_of(records[kv], kv, chosen.min_steps)]
+
     print(tabulate(_shown(rows), headers=Row._fields, floatfmt=("", "", ".4g", ".4f", ".2f", ".0f")))
     result: dict[str, Any] = {"checkpoint": chosen.checkpoint, "rows": [row._asdict() for row in rows]}
     if chosen.target is not None:
@@ -129,6 +131,7 @@ def _open(
     check_context(weights.shape, config.training.seq_len)
     if config.training.document_mask:
         raise ConfigError("training.document_mask: pareto judges whole windows; set it to false")
+
     loaded = load_model(
         chosen.checkpoint,
         model=config.model.name,
@@ -137,12 +140,14 @@ def _open(
         dtype=getattr(torch, config.training.mixed_precision_param),
         device=device,
     )
+
     steps = steps_of(loaded.spec, loaded.model)
     if steps.mean_depth is None:
         raise ConfigError(f"a {loaded.spec.name} has no recurrence to leave: pareto is for recurrent models")
     depth = resolve_depth(loaded.spec, steps.mean_depth, chosen.depth)
     for kv in strategies:
         Sharing(kv, steps.layout.core, depth)
+
     given = {name: getattr(chosen, name) for name in ("split", "sequences")}
     given = {name: value for name, value in given.items() if value is not None}
     with evaluation_group(environment, device):
@@ -211,6 +216,7 @@ def _parser() -> argparse.ArgumentParser:
         help="strategies of the cache, as in full,compress-s16; the mixing ones take longer",
     )
     add("--min-steps", type=int, default=1, help="iterations that every token gets")
+
     add("--target", type=float, help="mean depth to choose a threshold for")
     add(
         "--criterion",
@@ -221,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--replay", action="store_true", help="run the choice token by token, all tokens leaving early")
     add("--png", help="draw the table there")
     add("--output", help="write the whole table there as JSON")
+
     add("--split", help="default: [validation] split")
     add("--sequences", type=int, help="default: [validation] sequences")
     add("--source-dataset", help="only rows whose column source_dataset holds this")

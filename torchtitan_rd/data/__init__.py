@@ -92,6 +92,8 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
             "is streamed, so its rows have no numbers: unset training.skip_ranges",
         ),
         (config.stream and shuffled, "is streamed in order: unset training.shuffle_seed or training.stream"),
+        (row.kind != "packed" and packed_keys, "is not packed: unset training.pad_id and training.eos_id"),
+        # A made data set has no such column, and a stream is not searched for rows.
         (
             row.samples and config.source_dataset,
             "is made here and has one source: unset training.source_dataset",
@@ -100,7 +102,6 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
             config.stream and config.source_dataset,
             "is streamed whole: unset training.source_dataset or training.stream",
         ),
-        (row.kind != "packed" and packed_keys, "is not packed: unset training.pad_id and training.eos_id"),
         (needs_eos and config.eos_id is None, "needs training.eos_id for training.pad_id or document_mask"),
     )
     if problems := [f"{section}.dataset = {name!r} {problem}" for wrong, problem in remarks if wrong]:

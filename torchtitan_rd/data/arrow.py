@@ -177,9 +177,8 @@ def rows_of(table: "datasets.Dataset", source: str, name: str) -> "datasets.Data
         raise DataError(
             f"{name}: training.source_dataset = {source!r}, but it has no column {SOURCE_COLUMN!r}"
         )
-    sources = np.array(
-        table.with_format("arrow", columns=[SOURCE_COLUMN])[:].column(SOURCE_COLUMN).to_pylist()
-    )
+    column = table.with_format("arrow", columns=[SOURCE_COLUMN])[:].column(SOURCE_COLUMN)
+    sources = np.array(column.to_pylist())
     rows = np.flatnonzero(sources == source)
     if not len(rows):
         known = sorted(set(sources.tolist()))

@@ -33,7 +33,6 @@ from torchtitan_rd.job import PREPARING, CommConfig, Environment, gather, init_p
 from torchtitan_rd.loss import count_valid
 from torchtitan_rd.model_spec import SINGLE_READ_OUT, Microbatch, ReadOut, ReadOuts
 from torchtitan_rd.models.attention import Requested, setup_attention
-from torchtitan_rd.models.raven import RecurrenceConfig
 from torchtitan_rd.validation import ValidationConfig, read_held_out, validate, validation_keys
 
 
@@ -195,11 +194,13 @@ def plain_read_outs(
     held_out: HeldOut,
     environment: Environment,
     *,
+    recurrence: Any,
     depth: int | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> ReadOuts:
-    """One loss, val_loss, of a model of which no run is known. depth: None takes the model's mean.
+    """One loss, val_loss, of a model of which no run is known. recurrence: the section
+    [recurrence]. depth: None takes the model's mean.
 
     Raises ConfigError."""
     inputs = loaded.spec.inputs
@@ -207,7 +208,7 @@ def plain_read_outs(
         if depth is not None:
             raise ConfigError(f"depth = {depth}: a {loaded.spec.name} has no recurrence; leave it out")
         return SINGLE_READ_OUT
-    drawn = inputs(loaded.shape, RecurrenceConfig(), seed=0, total_steps=1)
+    drawn = inputs(loaded.shape, recurrence, seed=0, total_steps=1)
 
     def forward_inputs(number: int) -> Mapping[str, Any]:
         place = Microbatch(
@@ -245,11 +246,12 @@ def count_units(held_out: HeldOut) -> Units:
         )
     if held_out.separator is not None:
         bins = sum(int((batch.labels == held_out.separator).sum()) for batch in held_out.batches)
-    ranks = gather((tokens, text_bytes, bins))
-    tokens, text_bytes, bins = (
-        None if None in column else sum(column) for column in zip(*ranks, strict=True)
+    ranks = gather(Units(tokens, text_bytes, bins))
+    return Units(
+        sum(units.tokens for units in ranks),
+        None if text_bytes is None else sum(units.bytes for units in ranks),
+        None if bins is None else sum(units.bins for units in ranks),
     )
-    return Units(tokens or 0, text_bytes, bins)
 
 
 def _bytes_of(tokenizer: Tokenizer, first: int, labels: np.ndarray) -> int:

@@ -72,6 +72,7 @@ class TorchtitanRD(TemplateLM):
             raise ConfigError(f"dtype={dtype} is none of {', '.join(_DTYPES)}")
         if exit is not None and exit_policy is not None:
             raise ConfigError("exit_policy names a criterion already: leave out exit")
+
         self._device = torch.device(device or "cpu")
         self.loaded: Loaded = load_model(
             pretrained, tokenizer_path=tokenizer, dtype=_DTYPES[dtype], device=self._device
@@ -80,14 +81,20 @@ class TorchtitanRD(TemplateLM):
         if known is None:
             raise ConfigError(f"{pretrained} has no tokenizer: name one with tokenizer=")
         self._eos_id, self._bos_id = known.eos_id, known.bos_id
+
         self.pretrained = pretrained
         self.policy = None if exit is None else ExitPolicy(exit, exit_threshold, min_steps)
         if exit_policy is not None:
             self.policy, kv = read_policy(Path(exit_policy), kv)
-        self.depth, self.kv, self.seed, self.init_scale = depth, kv, seed, init_scale
+        self.depth = depth
+        self.kv = kv
+        self.seed = seed
+        self.init_scale = init_scale
         self.add_bos_token, self.max_gen_toks = add_bos_token, max_gen_toks
+
         context = self.loaded.shape.max_seq_len
         self.max_length = context if max_length is None else int(max_length)
+
         if not 1 < self.max_length <= context:
             raise ConfigError(
                 f"max_length={max_length} must be between 2 and the model's context of {context}"

@@ -50,7 +50,9 @@ class NGram:
             )
         if not 0 < alpha < float("inf"):
             raise ConfigError(f"alpha = {alpha} must be above 0")
-        self.n, self.vocab_size, self.alpha = n, vocab_size, alpha
+        self.n = n
+        self.vocab_size = vocab_size
+        self.alpha = alpha
         self._seen = self._contexts = Counts(np.empty(0, np.int64), np.empty(0, np.int64))
 
     def count(self, samples: Iterable[np.ndarray]) -> int:

@@ -41,6 +41,7 @@ def draw(path: Path, points: Sequence[Point]) -> None:
     criteria = list(dict.fromkeys(point.criterion for point in points))
     strategies = list(dict.fromkeys(point.kv for point in points))
     figure, (by_steps, by_bytes) = pyplot.subplots(1, 2, sharey=True, figsize=(12, 5), layout="constrained")
+
     for kv, style in zip(strategies, ("-", "--", ":", "-.") * len(strategies), strict=False):
         for number, criterion in enumerate(criteria):
             own = [point for point in points if (point.kv, point.criterion) == (kv, criterion)]
@@ -54,11 +55,13 @@ def draw(path: Path, points: Sequence[Point]) -> None:
             label = f"{'every token alike' if is_fixed else criterion}, {kv}"
             by_steps.plot([p.steps for p in own], [p.loss for p in own], label=label, **look)
             by_bytes.plot([p.kv_bytes / 1024 for p in own], [p.loss for p in own], **look)
+
     by_steps.set(xlabel="mean iterations a token", ylabel="loss (nats a token)")
     by_bytes.set(xlabel="KiB of keys and values a token")
     for axis in (by_steps, by_bytes):
         axis.grid(alpha=0.3)
     by_steps.legend(fontsize=7)
+
     try:
         figure.savefig(path, dpi=110)
     except (OSError, ValueError) as error:
