@@ -19,6 +19,7 @@ from tabulate import tabulate
 from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.evaluation import (
+    check_context,
     check_vocabulary,
     evaluate,
     evaluation_group,
@@ -51,9 +52,9 @@ def measure(kind: str, chosen: argparse.Namespace, overrides: list[str], environ
         depths = parse_depths(DEPTHS)
     device = torch.device(chosen.device) if chosen.device else environment.device()
     dtype = getattr(torch, training.mixed_precision_param)
-    open_weights(
-        Path(chosen.checkpoint), model=config.model.name, flavor=chosen.flavor
-    )  # names a mistake before the data is read
+    # Names a mistake before the data is read.
+    weights = open_weights(Path(chosen.checkpoint), model=config.model.name, flavor=chosen.flavor)
+    check_context(weights.shape, training.seq_len)
     with evaluation_group(environment, device):
         held_out = open_validation(
             validation,
