@@ -163,11 +163,12 @@ def test_the_held_out_set_of_a_source_has_no_other_rows(spike_run, source, low, 
         (["--training.seq_len", "200000"], "seq_len = 200000 is more than the model's context of 8192"),
         (["--model.name", "raven"], "holds a llama3; use --model llama3"),
         (["--depths", "0-3"], "--depths 0-3: depths must be at least 1"),
-        (["--split", "dev"], "'dev'"),
+        (["--split", "dev", "--validation.dataset_path", "{folder}"], "named after the split 'dev'"),
         (["--output", "/nowhere/result.json"], "--output /nowhere/result.json: No such file or directory"),
     ],
 )
 def test_bad_input_is_one_line(spike_run, capsys, extra, message):
+    extra = [part.format(folder=spike_run.parent) for part in extra]
     assert main(["eval", "loss", str(spike_run), str(spike_run.parent / "dump"), *extra]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
