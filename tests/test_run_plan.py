@@ -114,6 +114,11 @@ def test_a_number_of_ranks_that_is_none_is_refused(ranks, capfd):
     assert f"--ranks {ranks}: must be a positive whole number" in capfd.readouterr().err
 
 
+def test_the_number_of_ranks_may_stand_behind_the_file(capfd):
+    assert __main__.main(["config", "train_configs/debug.toml", "--ranks", "2"]) == 0
+    assert "ranks: 2, 1 of the model's copies, each sharded over 2" in capfd.readouterr().out
+
+
 def test_without_a_number_the_ranks_are_those_of_the_degrees(capfd):
     degrees = ["--parallelism.data_parallel_shard_degree=4", "--parallelism.data_parallel_replicate_degree=2"]
     assert (

@@ -63,12 +63,13 @@ def main(arguments: list[str]) -> int:
 
 
 def _option(name: str, needs: str, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """(its value or None, the arguments without it), where it stands before all keys and the file."""
-    if arguments[:1] != [name]:
+    """(its value or None, the arguments without it), before or after the file and the keys."""
+    if name not in arguments:
         return None, arguments
-    if len(arguments) < 2:
+    at = arguments.index(name)
+    if at + 1 == len(arguments):
         raise ConfigError(f"{name} needs {needs}")
-    return arguments[1], arguments[2:]
+    return arguments[at + 1], arguments[:at] + arguments[at + 2 :]
 
 
 def _plan(config: JobConfig, environment: Environment, ranks: str | None) -> RunPlan:
