@@ -78,6 +78,13 @@ def test_a_local_folder_is_validated_on_the_files_of_its_split(tmp_path):
         held_out_ids(1, validation_keys(ValidationConfig(sequences=1), training, 1))
 
 
+def test_the_source_of_training_is_that_of_its_own_data_set_s_held_out_rows_alone():
+    training = DatasetKeys(dataset="rodent", source_dataset="lab 1", local_batch_size=1)
+    own, other = (ValidationConfig(dataset=name, sequences=1) for name in ("rodent", "primate"))
+    assert validation_keys(own, training, 1).source_dataset == "lab 1"
+    assert validation_keys(other, training, 1).source_dataset is None
+
+
 def test_a_set_that_does_not_divide_is_refused_by_its_own_key():
     with pytest.raises(ConfigError, match=r"validation\.sequences = 6 is not a multiple"):
         validation_keys(ValidationConfig(sequences=6), DatasetKeys(local_batch_size=2), 2)
