@@ -3,66 +3,41 @@ CPU time and aten ops.
 
     python benchmarks/generate.py [--rounds 5] [--contexts 64 256 1024] [--new 64]
 
-One thread, float32, batch 1, greedy, a static prompt: the Llama of benchmarks/train_step.py (10 490 112
-parameters), and a raven of width 256 (2 + 4 + 2 blocks, 8 iterations). A token's time is the CPU time of a
-run with `new` tokens less that of one with a single new token, so that the prompt does not count; the least
-of all rounds, the peers taking turns. Ops repeat exactly, and must be the same at every context.
+One thread, float32, batch 1, greedy, a static prompt: the Llama and the raven of benchmarks/train_step.py (10
+490 112 parameters; width 256, 2 + 4 + 2 blocks, 8 iterations). A token's time is the CPU time of a run with
+`new` tokens less that of one with a single new token, so that the prompt does not count; the least of all
+rounds, the peers taking turns. Ops repeat exactly, and must be the same at every context.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-SETTINGS = {  # malloc: keep freed blocks, else every large activation costs page faults
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_MMAP_THRESHOLD_": "8589934592",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-}
-if __name__ == "__main__" and any(os.environ.get(key) != value for key, value in SETTINGS.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SETTINGS})
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from benchmarks.one_thread import start_with_settings
 
-from torchtitan_rd.inference import Loaded, Settings, generate  # noqa: E402
-from torchtitan_rd.inference.loading import Source, lay_out  # noqa: E402
-from torchtitan_rd.models import get_spec  # noqa: E402
-from torchtitan_rd.models.llama.shape import LlamaShape  # noqa: E402
-from torchtitan_rd.models.raven.shape import RavenShape  # noqa: E402
+if __name__ == "__main__":
+    start_with_settings()
 
-VOCAB, DEPTH = 8192, 8
-LLAMA = LlamaShape(dim=256, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=768, vocab_size=VOCAB)
-RAVEN = RavenShape(
-    dim=256,
-    n_heads=4,
-    ffn_dim=1024,
-    n_layers_prelude=2,
-    n_layers_core=4,
-    n_layers_coda=2,
-    mean_recurrence=DEPTH,
-    mean_backprop_depth=4,
-    vocab_size=VOCAB,
-)
+import torch
+import transformers
+
+from benchmarks import train_step
+from benchmarks.count_ops import CountOps
+from torchtitan_rd.inference import Loaded, Settings, generate
+from torchtitan_rd.inference.loading import Source, lay_out
+from torchtitan_rd.models import get_spec
+from torchtitan_rd.models.llama.shape import LlamaShape
+from torchtitan_rd.models.raven.shape import RavenShape
+
+LLAMA, RAVEN = train_step.CONFIG, train_step.RAVEN_CONFIG
+VOCAB, DEPTH = LLAMA.vocab_size, RAVEN.mean_recurrence
 
 Run = Callable[[list[int], int], list[int]]
 """(ids of the prompt, number of new tokens) -> the new tokens."""
-
-
-class CountOps(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
@@ -120,9 +95,9 @@ def ops_per_token(run: Run, prompt: list[int]) -> float:
     """From runs with 5 and with 9 new tokens. A first one has warmed up what is made once."""
     counts = []
     for new in (5, 5, 9):
-        with CountOps() as mode:
+        with CountOps() as counted:
             run(prompt, new)
-        counts.append(mode.count)
+        counts.append(counted.ops)
     return (counts[2] - counts[1]) / 4
 
 

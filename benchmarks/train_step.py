@@ -14,7 +14,6 @@ attention of a peer that insists on its own kernel (torchtitan), for which torch
 
 import argparse
 import gc
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -22,37 +21,33 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 
-SETTINGS = {  # malloc: keep freed blocks, else every large activation costs page faults
-    "OMP_NUM_THREADS": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "MALLOC_MMAP_THRESHOLD_": "8589934592",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-}
-if __name__ == "__main__" and any(os.environ.get(key) != value for key, value in SETTINGS.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SETTINGS})
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from benchmarks.one_thread import start_with_settings
 
-from torchtitan_rd.build_model import build_model  # noqa: E402
-from torchtitan_rd.config import JobConfig  # noqa: E402
-from torchtitan_rd.data import Batch  # noqa: E402
-from torchtitan_rd.loss import cross_entropy_sums  # noqa: E402
-from torchtitan_rd.model_spec import NO_INPUTS, ForwardInputs  # noqa: E402
-from torchtitan_rd.models import get_spec  # noqa: E402
-from torchtitan_rd.models.llama.shape import LlamaShape, count_flops  # noqa: E402
-from torchtitan_rd.models.raven.shape import RavenShape  # noqa: E402
-from torchtitan_rd.models.raven.shape import count_flops as raven_flops  # noqa: E402
-from torchtitan_rd.optimizer import build_optimizer  # noqa: E402
-from torchtitan_rd.parallelism import ParallelDims  # noqa: E402
-from torchtitan_rd.train_step import TrainStep  # noqa: E402
+if __name__ == "__main__":
+    start_with_settings()
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.count_ops import CountOps
+from torchtitan_rd.build_model import build_model
+from torchtitan_rd.config import JobConfig
+from torchtitan_rd.data import Batch
+from torchtitan_rd.loss import cross_entropy_sums
+from torchtitan_rd.model_spec import NO_INPUTS, ForwardInputs
+from torchtitan_rd.models import get_spec
+from torchtitan_rd.models.llama.shape import LlamaShape, count_flops
+from torchtitan_rd.models.raven.shape import RavenShape
+from torchtitan_rd.models.raven.shape import count_flops as raven_flops
+from torchtitan_rd.optimizer import build_optimizer
+from torchtitan_rd.parallelism import ParallelDims
+from torchtitan_rd.train_step import TrainStep
 
 BATCH, SEQ_LEN = 4, 512
 RAVEN_DRAW = (4, 4)  # iterations without and with gradient
@@ -68,16 +63,6 @@ RAVEN_CONFIG = RavenShape(
     vocab_size=8192,
 )
 CONFIG = LlamaShape(dim=256, n_layers=8, n_heads=8, n_kv_heads=4, ffn_dim=768, vocab_size=8192)
-
-
-class CountOps(TorchDispatchMode):
-    """Counts the aten ops that reach the dispatcher."""
-
-    ops = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.ops += 1
-        return func(*args, **(kwargs or {}))
 
 
 def ours() -> nn.Module:

@@ -29,6 +29,7 @@ SMALL = [
     "--comm.heartbeat_seconds=0",
     "--comm.init_timeout_seconds=60",
 ]
+ASYNC_SAVES = ["--checkpoint.enable", "--checkpoint.async_mode=async"]
 
 
 @pytest.fixture(autouse=True)
@@ -152,12 +153,7 @@ def test_two_signals_around_a_slow_save_in_the_background_keep_it(tmp_path, monk
 
     monkeypatch.setattr(Writer, "write", slowed)
     tell_at_microbatch(monkeypatch, 2)
-    arguments = [
-        *SMALL,
-        "--checkpoint.enable",
-        "--checkpoint.async_mode=async",
-        f"--job.dump_folder={tmp_path}",
-    ]
+    arguments = [*SMALL, *ASYNC_SAVES, f"--job.dump_folder={tmp_path}"]
     assert train.main([*arguments, "--training.steps=50"]) == 0
     status = status_of(tmp_path)
     assert (status["status"], status["step"], status["reason"]) == ("preempted", 2, "received SIGTERM")
@@ -170,12 +166,7 @@ def test_a_failed_save_after_a_signal_is_not_called_preempted(tmp_path, monkeypa
 
     monkeypatch.setattr(Writer, "write", full)
     tell_at_microbatch(monkeypatch, 2)
-    arguments = [
-        *SMALL,
-        "--checkpoint.enable",
-        "--checkpoint.async_mode=async",
-        f"--job.dump_folder={tmp_path}",
-    ]
+    arguments = [*SMALL, *ASYNC_SAVES, f"--job.dump_folder={tmp_path}"]
     assert train.main([*arguments, "--training.steps=50"]) == 1
     assert status_of(tmp_path)["status"] == "failed"
 

@@ -52,7 +52,7 @@ class ModelShape(Protocol):
         """The same shape with every size stated that follows from others, so that two can be compared."""
 
 
-class Model(nn.Module):
+class Model(nn.Module, ABC):
     """A family's module: single-device maths only, built under `torch.device("meta")`.
 
     `forward(tokens (B, S) int64, document_ids (B, S) int32 | None, **kwargs of its
@@ -60,9 +60,9 @@ class Model(nn.Module):
     that gives: one result, or as many as the inputs ask for, with one set of logits in memory at a time.
     """
 
+    @abstractmethod
     def init_buffers(self, device: torch.device | str) -> None:
         """Fills the non-persistent buffers (rotary tables), which `to_empty` leaves undefined."""
-        raise NotImplementedError
 
 
 Shape = TypeVar("Shape", bound=ModelShape)

@@ -56,6 +56,11 @@ def refuses(capsys, name, folders, source, *arguments, match, output="out"):
     assert sorted(folders.rglob("*")) == before
 
 
+def refuses_llama(capsys, folders, match):
+    """The Hugging Face folder `hf`, read as what it is."""
+    refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match=match)
+
+
 def edit(path, change):
     fields = json.loads(path.read_text())
     change(fields)
@@ -104,29 +109,19 @@ def test_a_missing_input_folder(folders, capsys):
 def test_truncated_safetensors(folders, capsys):
     path = folders / "hf" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    refuses(
-        capsys,
-        "hf_to_dcp",
-        folders,
-        "hf",
-        "--model",
-        "llama3",
-        match="model.safetensors is damaged or truncated",
-    )
+    refuses_llama(capsys, folders, match="model.safetensors is damaged or truncated")
 
 
 def test_a_missing_safetensors_file_of_an_index(folders, capsys):
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folders / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
-    refuses(
-        capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="00001-of-00002.safetensors is missing"
-    )
+    refuses_llama(capsys, folders, match="00001-of-00002.safetensors is missing")
 
 
 def test_an_index_that_points_out_of_the_folder(folders, capsys):
     index = {"weight_map": {"model.norm.weight": "../other.safetensors"}}
     (folders / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
-    refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="no weight_map of files beside it")
+    refuses_llama(capsys, folders, match="no weight_map of files beside it")
 
 
 def test_the_wrong_model_name(folders, capsys):
@@ -150,39 +145,23 @@ def test_the_wrong_model_name(folders, capsys):
 def test_a_shape_mismatch(folders, capsys):
     edit(folders / "hf" / "config.json", lambda fields: fields.update(intermediate_size=64))
     message = "mlp.gate_proj.weight has shape (48, 32), but its configuration says (64, 32)"
-    refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match=message)
+    refuses_llama(capsys, folders, match=message)
     message = "feed_forward.w1.weight has shape (48, 32), but its configuration says (64, 32)"
     refuses(capsys, "dcp_to_hf", folders, "dcp", "--override", "ffn_dim=64", match=message)
 
 
 def test_a_tensor_too_few_or_too_many(folders, capsys):
     edit(folders / "hf" / "config.json", lambda fields: fields.update(num_hidden_layers=3))
-    refuses(
-        capsys,
-        "hf_to_dcp",
-        folders,
-        "hf",
-        "--model",
-        "llama3",
-        match="lacks model.layers.2.input_layernorm.weight",
-    )
+    refuses_llama(capsys, folders, match="lacks model.layers.2.input_layernorm.weight")
     edit(folders / "hf" / "config.json", lambda fields: fields.update(num_hidden_layers=1))
-    refuses(
-        capsys,
-        "hf_to_dcp",
-        folders,
-        "hf",
-        "--model",
-        "llama3",
-        match="holds model.layers.1.input_layernorm.weight",
-    )
+    refuses_llama(capsys, folders, match="holds model.layers.1.input_layernorm.weight")
 
 
 def test_a_field_of_a_wrong_type_names_the_file(folders, capsys):
     path = folders / "hf" / "config.json"
     edit(path, lambda fields: fields.update(hidden_size="32"))
     message = f"{path}: hidden_size = '32' must be a whole number"
-    refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match=message)
+    refuses_llama(capsys, folders, match=message)
 
 
 def test_a_gguf_file_is_named_as_such_with_a_remedy(folders, capsys):
@@ -206,15 +185,7 @@ def test_a_flipped_bit_in_metas_files_is_found(folders, capsys):
 
 def test_a_model_that_is_not_ours(folders, capsys):
     edit(folders / "hf" / "config.json", lambda fields: fields.update(model_type="mistral"))
-    refuses(
-        capsys,
-        "hf_to_dcp",
-        folders,
-        "hf",
-        "--model",
-        "llama3",
-        match="model_type = 'mistral' is none of ours",
-    )
+    refuses_llama(capsys, folders, match="model_type = 'mistral' is none of ours")
 
 
 class Evil:
@@ -235,7 +206,7 @@ def test_a_malicious_pickle_is_refused_and_not_run(folders, capsys, file):
     else:
         torch.save({"model.norm.weight": Evil(canary)}, folders / "hf" / "pytorch_model.bin")
         (folders / "hf" / "model.safetensors").unlink()
-        refuses(capsys, "hf_to_dcp", folders, "hf", "--model", "llama3", match="pytorch_model.bin")
+        refuses_llama(capsys, folders, match="pytorch_model.bin")
     assert not canary.exists()
 
 

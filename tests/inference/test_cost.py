@@ -2,26 +2,13 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.count_ops import CountOps
 from tests.inference.common import loaded, prompts
 from torchtitan_rd.inference import ExitPolicy, Stepper, think
 
 NEVER = ExitPolicy("kl", 0.0)
 ALWAYS = ExitPolicy("latent-diff", float("inf"))
-
-
-class CountOps(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.count, self.elements = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += 1
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and not func.is_view:
-            self.elements += out.numel()
-        return out
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -45,5 +32,5 @@ def test_operations_of_a_new_token_are_the_same_at_every_context(family, kv, pol
         think(stepper, tokens[:, :1], policy=policy)
         with CountOps() as ops:
             think(stepper, tokens[:, :1], policy=policy)
-        found.append((ops.count, ops.elements))
+        found.append((ops.ops, ops.elements))
     assert len(set(found)) == 1 and found[0][0] > 50, found

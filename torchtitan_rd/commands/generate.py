@@ -44,15 +44,7 @@ def main(arguments: list[str]) -> int:
     chosen = _parser().parse_args(arguments)
     settings, depths = settings_of(chosen)
     environment = Environment.read()
-    device = torch.device(chosen.device) if chosen.device else environment.device()
-    loaded = load_model(
-        chosen.path,
-        model=chosen.model,
-        flavor=chosen.flavor,
-        tokenizer_path=chosen.tokenizer,
-        dtype=DTYPES.get(chosen.dtype),
-        device=device,
-    )
+    loaded = load(chosen, environment)
     if loaded.source.kind == "spikes":
         raise ConfigError(f"{chosen.path} was trained on spikes: use torchtitan-rd generate-spikes")
     if chosen.interactive:
@@ -67,6 +59,18 @@ def main(arguments: list[str]) -> int:
     if environment.rank == 0:
         _print(chosen, prompts, loaded, depths, reports)
     return 0
+
+
+def load(chosen: argparse.Namespace, environment: Environment) -> Loaded:
+    """The model that the arguments of `add_model_arguments` describe."""
+    return load_model(
+        chosen.path,
+        model=chosen.model,
+        flavor=chosen.flavor,
+        tokenizer_path=chosen.tokenizer,
+        dtype=DTYPES.get(chosen.dtype),
+        device=torch.device(chosen.device) if chosen.device else environment.device(),
+    )
 
 
 def _run(
@@ -275,20 +279,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--system", help="the system's message, with --chat")
     add("--interactive", action="store_true", help="read prompts from the terminal")
 
-    add = parser.add_argument_group("sampling").add_argument
+    add_sampling_arguments(parser, temperature=None, told="default 0.7; 0 with --draft-steps")
+    add = parser.add_argument_group("length").add_argument
     add("--max-new-tokens", type=int, default=128)
-    add("--temperature", type=float, help="0: the most likely token (default 0.7; 0 with --draft-steps)")
-    add("--top-k", type=int)
-    add("--top-p", type=float)
-    add("--min-p", type=float)
-    add("--repetition-penalty", type=float, default=1.0)
-    add("--seed", type=int, default=0, help="of draws and of first states")
     add("--stop", action="append", default=[], help="a string that ends the text; may be given several times")
     add("--ignore-eos", action="store_true")
 
     add_recurrent_arguments(parser)
     parser.add_argument("--depths", help="several --depth, side by side: 4,8,16,32")
     add_model_arguments(parser)
+    parser.add_argument("--tokenizer", help="instead of the one it was trained with; 'none' for none")
     add = parser.add_argument_group("output").add_argument
     add("--batch-size", type=int, help="prompts at once (default: all)")
     add(
@@ -297,6 +297,17 @@ def _parser() -> argparse.ArgumentParser:
         help="a line a prompt: ids, text, iterations and exit values of every token",
     )
     return parser
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, temperature: float | None, told: str) -> None:
+    """temperature: the default, which `told` tells."""
+    add = parser.add_argument_group("sampling").add_argument
+    add("--temperature", type=float, default=temperature, help=f"0: the most likely token ({told})")
+    add("--top-k", type=int)
+    add("--top-p", type=float)
+    add("--min-p", type=float)
+    add("--repetition-penalty", type=float, default=1.0)
+    add("--seed", type=int, default=0, help="of draws and of first states")
 
 
 def add_recurrent_arguments(parser: argparse.ArgumentParser) -> None:
@@ -322,7 +333,6 @@ def add_recurrent_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    add("--tokenizer", help="instead of the one it was trained with; 'none' for none")
     add("--model", help="the family that it must be of")
     add("--flavor", help="the shape of a checkpoint that does not tell it")
     add("--dtype", choices=DTYPES, help="of the matrices (default: as stored)")

@@ -11,11 +11,15 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
-
-from torchtitan_rd.commands.generate import DTYPES, add_model_arguments, add_recurrent_arguments, settings_of
+from torchtitan_rd.commands.generate import (
+    add_model_arguments,
+    add_recurrent_arguments,
+    add_sampling_arguments,
+    load,
+    settings_of,
+)
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.inference import generate, load_model
+from torchtitan_rd.inference import generate
 from torchtitan_rd.inference.ranks import over_ranks, process_group
 from torchtitan_rd.inference.spikes import (
     bins_of,
@@ -32,15 +36,7 @@ from torchtitan_rd.job import Environment
 def main(arguments: list[str]) -> int:
     chosen = _parser().parse_args(arguments)
     environment = Environment.read()
-    device = torch.device(chosen.device) if chosen.device else environment.device()
-    loaded = load_model(
-        chosen.path,
-        model=chosen.model,
-        flavor=chosen.flavor,
-        tokenizer_path="none",
-        dtype=DTYPES.get(chosen.dtype),
-        device=device,
-    )
+    loaded = load(chosen, environment)
     if loaded.source.kind not in ("spikes", None):
         raise ConfigError(f"{chosen.path} was trained on {loaded.source.kind}: use torchtitan-rd generate")
 
@@ -107,19 +103,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--n-neurons", type=int, default=100, help="with --unconditional")
 
-    add = parser.add_argument_group("sampling").add_argument
-    add("--temperature", type=float, default=1.0)
-    add("--top-k", type=int)
-    add("--top-p", type=float)
-    add("--min-p", type=float)
-    add("--repetition-penalty", type=float, default=1.0)
-    add("--seed", type=int, default=0)
-    add("--batch-size", type=int, default=1, help="samples")
+    add_sampling_arguments(parser, temperature=1.0, told="default 1")
 
     add_recurrent_arguments(parser)
     add_model_arguments(parser)
     add = parser.add_argument_group("output").add_argument
+    add("--batch-size", type=int, default=1, help="samples")
     add("--out", default=".", help="folder")
     add("--raster", action="store_true", help="a PNG beside the file (needs the extra `plots`)")
-    parser.set_defaults(stop=[], ignore_eos=True, depths=None)
+    parser.set_defaults(tokenizer="none", stop=[], ignore_eos=True, depths=None)
     return parser
