@@ -32,14 +32,6 @@ SMALL = [
 ASYNC_SAVES = ["--checkpoint.enable", "--checkpoint.async_mode=async"]
 
 
-@pytest.fixture(autouse=True)
-def a_stopped_run_leaves_its_process_group():
-    """The process ends in real life; here the next test needs a new one."""
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def tell(number: signal.Signals = signal.SIGTERM) -> None:
     """A signal to this very process."""
     os.kill(os.getpid(), number)
@@ -244,15 +236,45 @@ def test_a_killed_start_leaves_no_stale_status(tmp_path, monkeypatch):
     write_exit_status(tmp_path, "finished", 7)
 
     class Killed(BaseException):
-        """Nothing after it runs."""
+        """What no handler of the run expects."""
+
+    seen = []
 
     def killed(*arguments, **options):
-        assert not (tmp_path / "exit_status.json").exists()
+        seen.append((tmp_path / "exit_status.json").exists())
         raise Killed
 
     monkeypatch.setattr(parts, "build_dataloader", killed)
     assert train.main([*SMALL, f"--job.dump_folder={tmp_path}"]) == 1
-    assert status_of(tmp_path)["status"] == "failed"
+    assert seen == [False] and status_of(tmp_path)["status"] == "failed"
+
+
+def test_a_run_that_was_turned_away_does_not_have_the_last_word_on_the_one_that_went_on(
+    tmp_path, monkeypatch
+):
+    """A second run in the same folder, interrupted while it waits for the lock, tells that it has stopped."""
+    monkeypatch.setattr(train.Trainer, "_begin", lambda run: write_exit_status(tmp_path, "stopped", 0))
+    monkeypatch.setattr(train.Trainer, "_work", lambda run: True)
+    assert train.main([*SMALL, f"--job.dump_folder={tmp_path}"]) == 0
+    assert status_of(tmp_path)["status"] == "finished"
+
+
+def test_a_second_signal_does_not_interrupt_what_unwinds_for_one_before_the_export(monkeypatch):
+    unwound = []
+    monkeypatch.setattr(StopRequest, "agree", lambda stop, device: stop.received())
+    with StopRequest() as stop:
+        stop.ends_at_once = False
+        tell()
+        time.sleep(0.05)
+        with pytest.raises(Interrupted), stop.at_once(torch.device("cpu")):
+            raise AssertionError("nothing is exported")
+        try:
+            raise KeyError
+        except KeyError:
+            tell()
+            time.sleep(0.05)
+            unwound.append(True)
+    assert unwound == [True]
 
 
 def test_a_signal_during_the_export_stops_it_and_the_same_command_makes_it(tmp_path, monkeypatch):

@@ -122,6 +122,7 @@ class StopRequest:
         is_asked = self.agree(device)
         self.ends_at_once = True
         if is_asked:
+            self._has_interrupted = True  # what unwinds must not be interrupted again
             raise Interrupted("a signal came before")
         yield
         self.ends_at_once = False  # not after an exception, which `explains_an_end` may explain

@@ -170,15 +170,14 @@ class Trainer:
             raise
         status = "finished" if is_finished else self._cut_short()
         if self.environment.rank == 0:
-            self._tell(status, "" if is_finished else self.stop.reason())
+            # Rank 0 speaks for all here: a run that was turned away at the lock may have left its own word.
+            self._tell(status, "" if is_finished else self.stop.reason(), replace=True)
         dist.destroy_process_group()
         return status
 
-    def _tell(self, status: Status, reason: str) -> None:
-        may_be_stale = not dist.is_initialized()  # before the ranks have met
-        write_exit_status(
-            self.dump_folder, status, self.step, reason, self.environment.rank, replace=may_be_stale
-        )
+    def _tell(self, status: Status, reason: str, replace: bool = False) -> None:
+        replace = replace or not dist.is_initialized()  # before the ranks have met it may be a stale one
+        write_exit_status(self.dump_folder, status, self.step, reason, self.environment.rank, replace)
 
     def _work(self) -> bool:
         """All between building and closing; returns False if a signal cut it short."""

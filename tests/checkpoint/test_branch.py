@@ -41,6 +41,15 @@ def test_load_step_goes_back_once_and_each_requeue_goes_on(tmp_path, log_lines):
     )
 
 
+def test_what_a_run_would_lose_does_not_count_the_steps_of_the_branch_it_left(tmp_path):
+    start(tmp_path, [10, 20, 30], keep_latest_k=0)
+    checkpoints = checkpointer(tmp_path, load_step=10, keep_latest_k=0)
+    checkpoints.load(training_state(999))
+    assert checkpoints.lost_at(15) == "the steps after 10 are lost"
+    assert checkpoints.lost_at(10) == "nothing is lost"
+    checkpoints.close()
+
+
 def test_a_damaged_descendant_falls_back_to_the_one_before_it_and_then_to_the_step_named(tmp_path):
     start(tmp_path, [1, 2, 3])
     start(tmp_path, [2, 3], load_step=1)

@@ -168,8 +168,9 @@ class Checkpointer:
 
     def lost_at(self, step: int) -> str:
         """What a run that ended now, at `step`, would lose; for any thread."""
-        newest = max(self._folder.steps(), default=0) if self.config.enable else 0
-        if newest >= step:
+        saved = self._folder.steps() if self.config.enable else []
+        newest = max((one for one in saved if one <= step), default=0)  # not of a branch that was left
+        if newest == step:
             return "nothing is lost"
         if newest:
             return f"the steps after {newest} are lost"
