@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_rd.data import tokenizer as ours
-from torchtitan_rd.data.files import HUB_NAME
 from torchtitan_rd.errors import CheckpointError, ConfigError
 
 TOKENIZER_JSON, TOKENIZER_CONFIG, TOKENIZER_MODEL = (
@@ -62,7 +61,7 @@ def tokenizer_files(path: str) -> TokenizerFiles:
     for file in (Path(path), Path(path) / TOKENIZER_JSON, Path(path) / TOKENIZER_MODEL):
         if file.is_file():
             return _from_json(file) if file.suffix == ".json" else _from_model(file)
-    if Path(path).exists() or not HUB_NAME.fullmatch(path):
+    if not ours.is_hub_name(path):
         raise ConfigError(
             f"{path!r} is no folder with {TOKENIZER_JSON} or {TOKENIZER_MODEL} and no such file; {_REMEDY}"
         )

@@ -108,7 +108,7 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
         raise ConfigError("\n".join(problems))
 
     if config.dataset_path:
-        check_path(config.dataset_path, split)
+        check_path(config.dataset_path, split, section)
     if config.dataset_revision and repository(config, row.hub, split) is None:
         raise ConfigError(
             f"{section}.dataset = {name!r} is not read from the hub here: unset training.dataset_revision"
@@ -121,7 +121,7 @@ def dataset_vocab_size(config: DatasetKeys, tokenizer: Tokenizer | None) -> int:
 
     tokenizer: that of the run; None where no data set is text.
     """
-    kind = get_dataset(config).kind
+    kind = DATASETS[config.dataset].kind
     if kind == "packed":
         raise ConfigError(
             f"model.vocab_size must be given for training.dataset = {config.dataset!r}: "

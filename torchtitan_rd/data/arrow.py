@@ -117,15 +117,16 @@ def check_column(columns: list[str], column: str, name: str) -> None:
         raise DataError(f"{name}: has no column {column!r}, only {', '.join(columns)}; set training.column")
 
 
-def check_path(path: str, split: str = "train") -> FileList:
-    """What `path` names here; no files where it can be the name of a repository on the hub. Cheap.
+def check_path(path: str, split: str = "train", section: str = "training") -> FileList:
+    """What `path`, the dataset_path of `section`, names here; no files where it can be the name of a
+    repository on the hub. Cheap.
 
     Raises DataError for a path that neither exists nor can be such a name.
     """
     found = find_files(path, split)
     if not found.files and not found.saved and not HUB_NAME.fullmatch(path):
         raise DataError(
-            f"training.dataset_path = {path!r}: no such file or folder, and nothing matches it as a pattern"
+            f"{section}.dataset_path = {path!r}: no such file or folder, and nothing matches it as a pattern"
         )
     return found
 
@@ -144,7 +145,7 @@ def open_table(
     """One split of a local path or of a repository on the hub; only columns and rows, no format.
 
     found: what `check_path` says of the path and split, if that is known.
-        revision: of a repository on the hub.
+    revision: of a repository on the hub.
     text_column: what must hold text in every row, if that is so. prepared: arrow files that hold this split
     of the repository already, which are mapped and nobody is asked.
     Raises DataError with the remedy if it cannot be had.
@@ -181,7 +182,7 @@ def rows_of(table: "datasets.Dataset", source: str, name: str) -> "datasets.Data
     sources = np.array(column.to_pylist())
     rows = np.flatnonzero(sources == source)
     if not len(rows):
-        known = sorted(set(sources.tolist()))
+        known = sorted({str(one) for one in sources.tolist() if one is not None})
         raise DataError(f"{name}: no row is of training.source_dataset = {source!r}{nearest(source, known)}")
     return table.select(rows)
 

@@ -59,9 +59,9 @@ class DatasetKeys(BatchKeys):
 
     skip_ranges: list[list[int]] = Field(default_factory=list)
     """Rows that are known to be bad, as pairs of the first and the last one: `[[41, 41], [100, 120]]`. The
-    numbers are those of error messages and of `torchtitan-rd data check`: from 0, over all files in order,
-    before shuffling. Such a row is never read and counts as empty, so all others keep their place, and a
-    resumed run may change this key.
+    numbers are those of error messages and of `torchtitan-rd data check`: from 0, over all files in order
+    (the rows of `source_dataset` alone where it is set), before shuffling. Such a row is never read and
+    counts as empty, so all others keep their place, and a resumed run may change this key.
     """
 
     cache_folder: OptionalUserPath = None

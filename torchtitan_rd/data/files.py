@@ -54,7 +54,7 @@ class FileList:
         if kind is None:
             found = ", ".join(sorted({_data_suffix(p) or p.name for p in self.files}))
             raise DataError(
-                f"training.dataset_path = {self.path!r}: expected files of one kind of {', '.join(BUILDERS)} "
+                f"dataset_path = {self.path!r}: expected files of one kind of {', '.join(BUILDERS)} "
                 f"(.jsonl and .txt also as .gz or .zst), found {found}"
             )
         return kind

@@ -77,7 +77,8 @@ def prepared_files(config: DatasetKeys, row: Dataset, split: str) -> list[str]:
     """
     if row.samples or config.stream or repository(config, row.hub, split) is None:
         return []
-    table, _ = open_rows(config, row, None, split)
+    # Of all sources: the files are the same, and which rows count is asked when they are read.
+    table, _ = open_rows(config.model_copy(update={"source_dataset": None}), row, None, split)
     return [entry["filename"] for entry in table.cache_files]
 
 
@@ -134,7 +135,7 @@ class Cutting:
         if self.kind == "packed" and self.num_samples < self.num_lanes:
             raise DataError(
                 f"{self.config.dataset}: holds {self.num_samples} rows, fewer than the {self.num_lanes} of "
-                f"one global batch; lower training.global_batch_size"
+                "one global batch; lower training.global_batch_size (validation.sequences of a held-out set)"
             )
 
     @property

@@ -159,7 +159,8 @@ def _by_depth(pyplot: Any, runs: Sequence[RunRecord], names: Sequence[str]) -> s
 
     def draw(axis: Any) -> None:
         for number, (name, validations) in enumerate(zip(names, found, strict=True)):
-            for (step, losses), alpha in zip(validations[:1] + validations[-1:], (0.3, 1.0), strict=False):
+            last_and_first = validations[-1:] + validations[:-1][:1]
+            for (step, losses), alpha in zip(last_and_first, (1.0, 0.3), strict=False):
                 depths = sorted(losses)
                 label = f"{name}, step {step}"
                 axis.plot(
