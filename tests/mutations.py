@@ -215,10 +215,12 @@ def run(mutations: Sequence[Mutation], jobs: int = 1, limit: float = LIMIT_SECON
         def judge_group(files: str) -> list[Verdict]:
             root = free.get()
             verdicts = []
-            for verdict in judge_all_of(groups[files], root, limit):
-                print(line_of(verdict), flush=True)
-                verdicts.append(verdict)
-            free.put(root)
+            try:
+                for verdict in judge_all_of(groups[files], root, limit):
+                    print(line_of(verdict), flush=True)
+                    verdicts.append(verdict)
+            finally:
+                free.put(root)  # else the other groups would wait for a copy forever
             return verdicts
 
         return [verdict for verdicts in pool.map(judge_group, groups) for verdict in verdicts]
