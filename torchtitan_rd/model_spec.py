@@ -18,8 +18,16 @@ NumSteps: TypeAlias = tuple[int, int]
 InitFn = Callable[[torch.Tensor, torch.Generator], None]
 """Fills a whole tensor in place."""
 
-ReadOut = Callable[[torch.Tensor], torch.Tensor]
+ReadOut = Callable[[torch.Tensor], Any]
 """What is made of logits (B, S, V), for example the sum of their losses."""
+
+
+class FusedReadOut(ABC):
+    """A read-out that multiplies with the head itself, so that not all logits need be in memory at a time."""
+
+    @abstractmethod
+    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor) -> Any:
+        """hidden: (B, S, E), what the head would multiply. weight: (V, E), the head's, in the same type."""
 
 
 class AttentionShape(NamedTuple):
@@ -56,8 +64,9 @@ class Model(nn.Module, ABC):
     """A family's module: single-device maths only, built under `torch.device("meta")`.
 
     `forward(tokens (B, S) int64, document_ids (B, S) int32 | None, **kwargs of its
-    ForwardInputs)` -> logits (B, S, V) in float32. Called with `read_out=`, forward returns the list of what
-    that gives: one result, or as many as the inputs ask for, with one set of logits in memory at a time.
+    ForwardInputs)` -> logits (B, S, V) in float32. Called with `read_out=` (a ReadOut or a FusedReadOut),
+    forward returns the list of what that gives: one result, or as many as the inputs ask for, with one set of
+    logits in memory at a time, or with a part of one.
     """
 
     @abstractmethod

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torchtitan_rd.batch import Batch
+from torchtitan_rd.chunked_loss import loss_read_out
 from torchtitan_rd.config_loader import MUST_MATCH
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.errors import TrainingError
@@ -21,7 +22,6 @@ from torchtitan_rd.log import logger
 from torchtitan_rd.loss import (
     ObjectiveKeys,
     count_valid,
-    cross_entropy_sums,
     exceeds_guard,
     goldfish_labels,
     guard_error,
@@ -251,8 +251,8 @@ class TrainStep:
 
     def _backward(self, batch: Batch, valid: ValidTokens, drawn: ForwardInputs) -> torch.Tensor:
         """Adds one microbatch's share to the gradients; returns its cross-entropy sum."""
-        logits = self.model(batch.inputs, batch.document_ids, **drawn.kwargs)
-        sums = cross_entropy_sums(logits, batch.labels, self.config.z_loss_weight)
+        read_out = loss_read_out(batch.labels, self.config.z_loss_weight, self.config.loss_chunk_tokens)
+        (sums,) = self.model(batch.inputs, batch.document_ids, read_out=read_out, **drawn.kwargs)
         scale = valid.total() * max(drawn.num_steps[1], 1) if self.config.throttle else valid.total()
         (sums.objective / scale).backward()
         return sums.cross_entropy
