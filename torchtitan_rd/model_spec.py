@@ -74,6 +74,14 @@ class Model(nn.Module, ABC):
         """Fills the non-persistent buffers (rotary tables), which `to_empty` leaves undefined."""
 
 
+class GatedFeedForward(nn.Module, ABC):
+    """down(silu(gate x) * up x), of each token alone (SwiGLU, arXiv 2002.05202)."""
+
+    @abstractmethod
+    def matrices(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """-> (gate (I, E), up (I, E)), or both in one (2 I, E); and down (E, I)."""
+
+
 Shape = TypeVar("Shape", bound=ModelShape)
 Shape_contra = TypeVar("Shape_contra", bound=ModelShape, contravariant=True)
 Family = TypeVar("Family", bound=Model)
@@ -102,6 +110,7 @@ class WrapPlan:
     full_precision: names of small parameters that compute in float32 where the others do in a smaller
         type: every rank then holds them whole (parallelism/fsdp.py). With float32 everywhere they are
         sharded as the others.
+    feed_forwards: the GatedFeedForward modules, which may compute a few tokens at a time.
     float32_units: the first name of each unit that is gathered in float32 too; "" is the root.
         What multiplies with a matrix of such a unit casts it itself.
     Parameters in none of the units stay with the root unit: tied embedding and head must both be there.
@@ -111,6 +120,7 @@ class WrapPlan:
     shard_only: tuple[tuple[str, ...], ...] = ()
     loops: tuple[Loop, ...] = ()
     full_precision: tuple[str, ...] = ()
+    feed_forwards: tuple[str, ...] = ()
     float32_units: tuple[str, ...] = ()
 
 

@@ -29,10 +29,10 @@ from torchtitan_rd.loss import (
 from torchtitan_rd.metrics import StepNumbers, StepResult
 from torchtitan_rd.model_spec import NO_INPUTS, ForwardInputs
 from torchtitan_rd.optimizer import take_back_counts, takes_flag, update_unless
-from torchtitan_rd.parallelism import ShardingKeys, StepSums, StepTotals, prepare_microbatch
+from torchtitan_rd.parallelism import ShardingKeys, StepSums, StepTotals, TilingKeys, prepare_microbatch
 
 
-class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys):
+class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys, TilingKeys):
     steps: int = Field(10000, ge=1)
     """Optimizer updates of the whole run, those before a resume included."""
     max_norm: float = Field(1.0, gt=0.0)

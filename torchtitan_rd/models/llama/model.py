@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchtitan_rd.model_spec import FusedReadOut, Model, ReadOut
+from torchtitan_rd.model_spec import FusedReadOut, GatedFeedForward, Model, ReadOut
 from torchtitan_rd.models.attention import Mask, attend, build_mask
 from torchtitan_rd.models.layers import Head, Rotary, apply_rotary, build_norm
 from torchtitan_rd.models.llama.shape import LlamaShape
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         return self.wo(out_BHSD.transpose(1, 2).flatten(-2))
 
 
-class FeedForward(nn.Module):
+class FeedForward(GatedFeedForward):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, shape: LlamaShape):
@@ -46,6 +46,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+    def matrices(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        return (self.w1.weight, self.w3.weight), self.w2.weight
 
 
 class Block(nn.Module):

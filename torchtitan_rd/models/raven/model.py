@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchtitan_rd.model_spec import FusedReadOut, Model, ReadOut
+from torchtitan_rd.model_spec import FusedReadOut, GatedFeedForward, Model, ReadOut
 from torchtitan_rd.models.attention import Mask, attend, build_mask
 from torchtitan_rd.models.layers import Head, Linear, RMSNorm, Rotary, apply_rotary
 from torchtitan_rd.models.raven.shape import RavenShape
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         return torch.cat((q, k), dim=-1), v
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(GatedFeedForward):
     """proj(silu(gate) * up), gate and up from one matrix."""
 
     def __init__(self, shape: RavenShape):
@@ -78,6 +78,9 @@ class GatedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.fc(x).chunk(2, dim=-1)
         return self.proj(F.silu(gate) * up)
+
+    def matrices(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        return (self.fc.weight,), self.proj.weight
 
 
 class SandwichBlock(nn.Module):
