@@ -57,9 +57,9 @@ def test_each_block_of_each_microbatch_is_sent_once_and_fetched_once(compiled):
 
 def what_happens(rank, world_size, compiled):
     torch._dynamo.reset()
-    register_backend(lambda graph, inputs: graph.forward, name="plain")
+    register_backend(lambda graph, inputs: graph.forward, name="plain")  # recomputation is in the graph
     compile_keys = {"enable": compiled, "backend": "plain" if compiled else "inductor"}
-    keys = {**OFFLOADED, "training": {"local_batch_size": 4}, "compile": compile_keys}
+    keys = {**(KEPT if compiled else OFFLOADED), "training": {"local_batch_size": 4}, "compile": compile_keys}
     config, _, step = make(Setup(keys), world_size)
     order, numbers = [], {}
 
