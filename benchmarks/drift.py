@@ -33,6 +33,7 @@ from torchtitan_rd.parallelism import (
     CompileConfig,
     ParallelismConfig,
     ShardingKeys,
+    TilingKeys,
     allocate,
     init_weights,
     parallelize,
@@ -118,8 +119,10 @@ def sharded(
         activation_checkpoint=ActivationCheckpointConfig(mode="none"),
         compile=CompileConfig(),
         sharding=ShardingKeys(**(sharding or {})),
+        tiling=TilingKeys(),
         loop_grad_dtype=loop_grad_dtype,
     )
+
     allocate(model, CPU, offload=False)
     model.init_buffers(CPU)
     with torch.no_grad():

@@ -61,6 +61,18 @@ MODES = {
         ["wq", "wk", "wv", "wo", "w1", "w3"],
         3,
     ),
+    "full but attention": (
+        {"mode": "full", "keep": "attention"},
+        2 * (E + E + H),
+        2 * ["wq", "wk", "wv", "wo", "w1", "w3"],
+        2,
+    ),
+    "full but every second attention": (
+        {"mode": "full", "keep": "attention", "keep_every": 2},
+        2 * E + E + H,
+        2 * ["wq", "wk", "wv", "wo", "w1", "w3"],
+        3,
+    ),
     "by op": ({"mode": "selective", "selective_ac_option": "op"}, 2 * BY_OP, 2 * ["wk", "wo", "w3"], 2),
 }
 

@@ -322,6 +322,8 @@ def runs_that_reach_every_key(tmp_path):
             *llama,
             "--training.batch_ramp_steps=2",
             "--training.global_batch_size=8",
+            "--activation_checkpoint.mode=full",
+            "--activation_checkpoint.keep=attention",
         ),
     ):
         arguments = [*common, *variant, f"--job.dump_folder={tmp_path / folder}"]

@@ -22,6 +22,7 @@ PLACES = {
             "optimizer",
             "lr_scheduler",
             "loss",
+            "chunked_loss",
             "checkpoint",
             "metrics",
             "preflight",
@@ -46,7 +47,7 @@ PLACES = {
     "commands": 8,
     "__main__": 9,
 }
-ALLOWED_NEIGHBOURS = {("config", "old_keys")}
+ALLOWED_NEIGHBOURS = {("config", "old_keys"), ("chunked_loss", "loss")}
 
 
 # Copied beside exported weights and run by the transformers library, which wants relative imports;

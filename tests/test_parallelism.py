@@ -17,7 +17,7 @@ from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
 from torchtitan_rd.models import get_spec
 from torchtitan_rd.parallelism import ActivationCheckpointConfig, ParallelDims, ParallelismConfig, fsdp
-from torchtitan_rd.parallelism.activation_checkpoint import _SAVED_OPS, apply_activation_checkpointing
+from torchtitan_rd.parallelism.activation_checkpoint import _ATTENTION_OPS, apply_activation_checkpointing
 from torchtitan_rd.parallelism.init import parameter_seed
 
 CHECKPOINTING = {
@@ -224,7 +224,7 @@ def test_every_fused_attention_of_torch_is_kept_by_op():
         and not any(kind in name for kind in ("_math", "overrideable"))
     }
     assert len(fused) == 4
-    assert {getattr(torch.ops.aten, name).default for name in fused} <= _SAVED_OPS
+    assert {getattr(torch.ops.aten, name).default for name in fused} <= _ATTENTION_OPS
 
 
 @EACH_DEVICE

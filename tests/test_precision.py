@@ -91,8 +91,8 @@ def types_in(model: torch.nn.Module) -> defaultdict[str, set]:
         def hook(module, inputs, output):
             if kind in ("norm", "matmul"):
                 seen[f"{kind} weight"].add(module.weight.dtype)
-            # The loop gives a state a read-out.
-            for tensor in output if isinstance(output, list) else [output]:
+            # The loop gives a state a read-out, and a head the loss that is fused with it.
+            for tensor in output if isinstance(output, list | tuple) else [output]:
                 seen[f"{kind} output"].add(tensor.dtype)
 
         return hook

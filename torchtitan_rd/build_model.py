@@ -30,6 +30,7 @@ def build_model(
         activation_checkpoint=config.activation_checkpoint,
         compile=config.compile,
         sharding=config.training,
+        tiling=config.training,
         loop_grad_dtype=torch.float32 if config.recurrence.core_grad_dtype == "float32" else None,
     )
 

@@ -45,6 +45,11 @@ class ObjectiveKeys(Section):
     loss_guard_after_tokens: int = Field(10_000_000_000, ge=0)
     """loss_guard: the number of tokens that must have been trained on before it watches."""
 
+    loss_chunk_tokens: int | None = Field(None, ge=1)
+    """Multiply with the head and take the loss so many tokens at a time, with their gradients, in place of
+    all logits at once: for large vocabularies or long sequences. The same numbers up to rounding.
+    """
+
     @model_validator(mode="after")
     def _no_idle_keys(self) -> "ObjectiveKeys":
         used = {"none": (), "static": ("k", "start_position"), "hash-table": ("k", "context_width")}

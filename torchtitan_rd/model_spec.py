@@ -18,8 +18,16 @@ NumSteps: TypeAlias = tuple[int, int]
 InitFn = Callable[[torch.Tensor, torch.Generator], None]
 """Fills a whole tensor in place."""
 
-ReadOut = Callable[[torch.Tensor], torch.Tensor]
+ReadOut = Callable[[torch.Tensor], Any]
 """What is made of logits (B, S, V), for example the sum of their losses."""
+
+
+class FusedReadOut(ABC):
+    """A read-out that multiplies with the head itself, so that not all logits need be in memory at a time."""
+
+    @abstractmethod
+    def __call__(self, hidden: torch.Tensor, weight: torch.Tensor) -> Any:
+        """hidden: (B, S, E), what the head would multiply. weight: (V, E), the head's, in the same type."""
 
 
 class AttentionShape(NamedTuple):
@@ -56,13 +64,22 @@ class Model(nn.Module, ABC):
     """A family's module: single-device maths only, built under `torch.device("meta")`.
 
     `forward(tokens (B, S) int64, document_ids (B, S) int32 | None, **kwargs of its
-    ForwardInputs)` -> logits (B, S, V) in float32. Called with `read_out=`, forward returns the list of what
-    that gives: one result, or as many as the inputs ask for, with one set of logits in memory at a time.
+    ForwardInputs)` -> logits (B, S, V) in float32. Called with `read_out=` (a ReadOut or a FusedReadOut),
+    forward returns the list of what that gives: one result, or as many as the inputs ask for, with one set of
+    logits in memory at a time, or with a part of one.
     """
 
     @abstractmethod
     def init_buffers(self, device: torch.device | str) -> None:
         """Fills the non-persistent buffers (rotary tables), which `to_empty` leaves undefined."""
+
+
+class GatedFeedForward(nn.Module, ABC):
+    """down(silu(gate x) * up x), of each token alone (SwiGLU, arXiv 2002.05202)."""
+
+    @abstractmethod
+    def matrices(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """-> (gate (I, E), up (I, E)), or both in one (2 I, E); and down (E, I)."""
 
 
 Shape = TypeVar("Shape", bound=ModelShape)
@@ -93,6 +110,7 @@ class WrapPlan:
     full_precision: names of small parameters that compute in float32 where the others do in a smaller
         type: every rank then holds them whole (parallelism/fsdp.py). With float32 everywhere they are
         sharded as the others.
+    feed_forwards: the GatedFeedForward modules, which may compute a few tokens at a time.
     float32_units: the first name of each unit that is gathered in float32 too; "" is the root.
         What multiplies with a matrix of such a unit casts it itself.
     Parameters in none of the units stay with the root unit: tied embedding and head must both be there.
@@ -102,6 +120,7 @@ class WrapPlan:
     shard_only: tuple[tuple[str, ...], ...] = ()
     loops: tuple[Loop, ...] = ()
     full_precision: tuple[str, ...] = ()
+    feed_forwards: tuple[str, ...] = ()
     float32_units: tuple[str, ...] = ()
 
 

@@ -237,7 +237,14 @@ class Trainer:
         self.parts.heartbeat.beat(self.step, "validation")
         read_outs = self.plan.draws.validation(self.config.validation.partial_depth_eval, self.parts.held_out)
         with self.parts.metrics.pause("validation"):
-            losses = validate(self.parts.model, self.parts.held_out, self.device, read_outs, self.stop)
+            losses = validate(
+                self.parts.model,
+                self.parts.held_out,
+                self.device,
+                read_outs,
+                self.stop,
+                self.config.training.loss_chunk_tokens,
+            )
         if losses:
             logger.info(
                 "step %d: %s", self.step, "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items())

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from torchtitan_rd.batch import Batch
+from torchtitan_rd.chunked_loss import loss_read_out
 from torchtitan_rd.config_loader import MUST_MATCH
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.errors import TrainingError
@@ -21,7 +22,6 @@ from torchtitan_rd.log import logger
 from torchtitan_rd.loss import (
     ObjectiveKeys,
     count_valid,
-    cross_entropy_sums,
     exceeds_guard,
     goldfish_labels,
     guard_error,
@@ -29,10 +29,10 @@ from torchtitan_rd.loss import (
 from torchtitan_rd.metrics import StepNumbers, StepResult
 from torchtitan_rd.model_spec import NO_INPUTS, ForwardInputs
 from torchtitan_rd.optimizer import take_back_counts, takes_flag, update_unless
-from torchtitan_rd.parallelism import ShardingKeys, StepSums, StepTotals, prepare_microbatch
+from torchtitan_rd.parallelism import ShardingKeys, StepSums, StepTotals, TilingKeys, prepare_microbatch
 
 
-class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys):
+class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys, TilingKeys):
     steps: int = Field(10000, ge=1)
     """Optimizer updates of the whole run, those before a resume included."""
     max_norm: float = Field(1.0, gt=0.0)
@@ -251,8 +251,8 @@ class TrainStep:
 
     def _backward(self, batch: Batch, valid: ValidTokens, drawn: ForwardInputs) -> torch.Tensor:
         """Adds one microbatch's share to the gradients; returns its cross-entropy sum."""
-        logits = self.model(batch.inputs, batch.document_ids, **drawn.kwargs)
-        sums = cross_entropy_sums(logits, batch.labels, self.config.z_loss_weight)
+        read_out = loss_read_out(batch.labels, self.config.z_loss_weight, self.config.loss_chunk_tokens)
+        (sums,) = self.model(batch.inputs, batch.document_ids, read_out=read_out, **drawn.kwargs)
         scale = valid.total() * max(drawn.num_steps[1], 1) if self.config.throttle else valid.total()
         (sums.objective / scale).backward()
         return sums.cross_entropy

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +11,12 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchtitan_rd.batch import Batch
+from torchtitan_rd.chunked_loss import loss_read_out
 from torchtitan_rd.config_loader import OptionalUserPath, Section
 from torchtitan_rd.data import DATASETS, BatchDims, DataRanks, DatasetKeys, Tokenizer, build_dataloader
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
-from torchtitan_rd.loss import count_valid, cross_entropy_sums
+from torchtitan_rd.loss import count_valid
 from torchtitan_rd.model_spec import ReadOuts
 from torchtitan_rd.signals import StopRequest
 
@@ -128,6 +128,7 @@ def validate(
     device: torch.device,
     read_outs: ReadOuts,
     stop: StopRequest | None = None,
+    chunk_tokens: int | None = None,
 ) -> dict[str, float]:
     """Mean loss in nats per valid token of the held-out set, the same on all ranks,
     by the names of `read_outs`.
@@ -137,12 +138,12 @@ def validate(
 
     stop: asked before each batch, by all ranks together; once a rank was told to stop there are no losses.
     64 sequences of 131072 tokens would otherwise take the time that a launcher leaves for the checkpoint.
+    chunk_tokens: training.loss_chunk_tokens.
     """
     was_training = model.training
     model.eval()
-    results = max(read_outs.position.values()) + 1
     # Of the losses, and of the valid tokens.
-    sums = torch.zeros(results + 1, dtype=torch.float64, device=device)
+    sums = torch.zeros(max(read_outs.position.values()) + 2, dtype=torch.float64, device=device)
     for number, batch in enumerate(batches):
         # It waits for the batch before: the host would otherwise have asked for all of them
         # before a GPU has begun.
@@ -150,9 +151,9 @@ def validate(
             break
         labels = batch.labels.to(device)
         documents = None if batch.document_ids is None else batch.document_ids.to(device)
-        read_out = partial(_loss_sum, labels=labels)
-        losses = model(batch.inputs.to(device), documents, read_out=read_out, **read_outs.inputs(number))
-        sums += torch.stack([*losses, count_valid(labels)])
+        read_out = loss_read_out(labels, chunk_tokens=chunk_tokens)
+        results = model(batch.inputs.to(device), documents, read_out=read_out, **read_outs.inputs(number))
+        sums += torch.stack([*(result.cross_entropy for result in results), count_valid(labels)])
     dist.all_reduce(sums)
     model.train(was_training)
     for module in model.modules():
@@ -163,7 +164,3 @@ def validate(
         return {}
     *totals, valid = sums.tolist()
     return {name: totals[at] / valid if valid else math.nan for name, at in read_outs.position.items()}
-
-
-def _loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return cross_entropy_sums(logits, labels).cross_entropy

@@ -11,6 +11,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.model_spec import FusedReadOut, ReadOut
 
 NormType = Literal["rmsnorm", "layernorm", "np_layernorm"]
 
@@ -30,6 +31,28 @@ class Linear(nn.Linear):
     def forward(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         weight = self.weight if dtype is None else self.weight.to(dtype)
         return F.linear(x if x.dtype == weight.dtype else x.to(weight.dtype), weight)
+
+
+class Head(Linear):
+    """The last matmul: hidden states (B, S, E) -> logits (B, S, V)."""
+
+    def read(
+        self, x: torch.Tensor, read_out: ReadOut | FusedReadOut | None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """-> the logits in float32, or what `read_out` makes of them."""
+        if isinstance(read_out, FusedReadOut):
+            return self(x, dtype, read_out)
+        logits = self(x, dtype).float()
+        return logits if read_out is None else read_out(logits)
+
+    def forward(
+        self, x: torch.Tensor, dtype: torch.dtype | None = None, read_out: FusedReadOut | None = None
+    ) -> Any:
+        """A fused read-out runs in here, as FSDP gathers the weight for one forward of the module."""
+        if read_out is None:
+            return super().forward(x, dtype)
+        weight = self.weight if dtype is None else self.weight.to(dtype)
+        return read_out(x.to(weight.dtype), weight)
 
 
 class RMSNorm(nn.RMSNorm):

@@ -14,7 +14,9 @@ from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
 from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig
 from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp, prepare_microbatch
 from torchtitan_rd.parallelism.init import init_weights
+from torchtitan_rd.parallelism.offload import apply_offload
 from torchtitan_rd.parallelism.step_sums import StepSums, StepTotals
+from torchtitan_rd.parallelism.tiled_mlp import TilingKeys, apply_tiled_mlp
 
 __all__ = [
     "ActivationCheckpointConfig",
@@ -24,6 +26,7 @@ __all__ = [
     "ShardingKeys",
     "StepSums",
     "StepTotals",
+    "TilingKeys",
     "allocate",
     "init_weights",
     "parallelize",
@@ -40,16 +43,20 @@ def parallelize(
     activation_checkpoint: ActivationCheckpointConfig,
     compile: CompileConfig,
     sharding: ShardingKeys,
+    tiling: TilingKeys,
     loop_grad_dtype: torch.dtype | None = None,
 ) -> None:
-    """Changes `model` (on the meta device) in place: activation checkpointing -> compile -> FSDP.
+    """Changes `model` (on the meta device) in place: tiles -> activation checkpointing -> compile ->
+    offload of activations -> FSDP.
 
-    Tensor and context parallelism, once they exist, come before the three. The optimizer must be built
+    Tensor and context parallelism, once they exist, come before all of them. The optimizer must be built
     afterwards: one built before would hold the unsharded parameters and never get a gradient
     (docs/pytorch_traps.md, Order of wrapping).
     """
+    apply_tiled_mlp([model.get_submodule(name) for name in plan.feed_forwards], tiling.mlp_tile_tokens)
     blocks = {name: model.get_submodule(name) for name in plan.blocks}
     regions = [model.get_submodule(name) for name in checkpoint_regions(plan, activation_checkpoint)]
     apply_activation_checkpointing(regions, activation_checkpoint)
     apply_compile(blocks, compile)
+    apply_offload(regions, activation_checkpoint.offload)
     apply_fsdp(model, plan, mesh, sharding, parallelism.fsdp_reshard_after_forward, loop_grad_dtype)

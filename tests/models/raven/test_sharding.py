@@ -23,6 +23,7 @@ from torchtitan_rd.parallelism import (
     CompileConfig,
     ParallelismConfig,
     ShardingKeys,
+    TilingKeys,
     fsdp,
     init_weights,
     parallelize,
@@ -60,6 +61,7 @@ def build(world_size: int, case: Case) -> Raven:
         activation_checkpoint=ActivationCheckpointConfig(**AC[case.ac]),
         compile=CompileConfig(enable=case.compile, backend="eager"),
         sharding=ShardingKeys(mixed_precision_param="float32"),
+        tiling=TilingKeys(),
     )
     model.to_empty(device="cpu")
     model.init_buffers("cpu")

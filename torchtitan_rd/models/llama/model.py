@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchtitan_rd.model_spec import Model, ReadOut
+from torchtitan_rd.model_spec import FusedReadOut, GatedFeedForward, Model, ReadOut
 from torchtitan_rd.models.attention import Mask, attend, build_mask
-from torchtitan_rd.models.layers import Rotary, apply_rotary, build_norm
+from torchtitan_rd.models.layers import Head, Rotary, apply_rotary, build_norm
 from torchtitan_rd.models.llama.shape import LlamaShape
 
 
@@ -35,7 +35,7 @@ class Attention(nn.Module):
         return self.wo(out_BHSD.transpose(1, 2).flatten(-2))
 
 
-class FeedForward(nn.Module):
+class FeedForward(GatedFeedForward):
     """SwiGLU: w2(silu(w1 x) * w3 x)."""
 
     def __init__(self, shape: LlamaShape):
@@ -46,6 +46,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+    def matrices(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        return (self.w1.weight, self.w3.weight), self.w2.weight
 
 
 class Block(nn.Module):
@@ -73,7 +76,7 @@ class Llama(Model):
         self.rotary = Rotary(shape.attention_shape.head_dim, shape.rope_theta, shape.rope_scaling)
         self.layers = nn.ModuleList(Block(shape) for _ in range(shape.n_layers))
         self.norm = build_norm(shape.norm_type, shape.dim, shape.norm_eps)
-        self.output = nn.Linear(shape.dim, shape.vocab_size, bias=False)
+        self.output = Head(shape.dim, shape.vocab_size, bias=False)
         if shape.tie_word_embeddings:
             self.output.weight = self.tok_embeddings.weight
 
@@ -86,7 +89,7 @@ class Llama(Model):
         tokens_BS: torch.Tensor,
         document_ids_BS: torch.Tensor | None = None,
         *,
-        read_out: ReadOut | None = None,
+        read_out: ReadOut | FusedReadOut | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """Next-token logits (B, S, V), float32. Tokens attend to earlier ones of their own document."""
         rotary = self.rotary(tokens_BS.shape[1])
@@ -94,5 +97,5 @@ class Llama(Model):
         h_BSE = self.tok_embeddings(tokens_BS)
         for layer in self.layers:
             h_BSE = layer(h_BSE, rotary, mask)
-        logits_BSV = self.output(self.norm(h_BSE)).float()
-        return logits_BSV if read_out is None else [read_out(logits_BSV)]
+        result = self.output.read(self.norm(h_BSE), read_out)
+        return result if read_out is None else [result]

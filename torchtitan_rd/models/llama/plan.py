@@ -10,4 +10,8 @@ def wrap_plan(model: Llama) -> WrapPlan:
     """
     blocks = tuple(f"layers.{i}" for i in range(len(model.layers)))
     tied = model.shape.tie_word_embeddings
-    return WrapPlan(blocks=blocks, shard_only=() if tied else (("tok_embeddings",), ("norm", "output")))
+    return WrapPlan(
+        blocks=blocks,
+        shard_only=() if tied else (("tok_embeddings",), ("norm", "output")),
+        feed_forwards=tuple(f"{block}.feed_forward" for block in blocks),
+    )

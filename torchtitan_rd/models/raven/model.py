@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchtitan_rd.model_spec import Model, ReadOut
+from torchtitan_rd.model_spec import FusedReadOut, GatedFeedForward, Model, ReadOut
 from torchtitan_rd.models.attention import Mask, attend, build_mask
-from torchtitan_rd.models.layers import Linear, RMSNorm, Rotary, apply_rotary
+from torchtitan_rd.models.layers import Head, Linear, RMSNorm, Rotary, apply_rotary
 from torchtitan_rd.models.raven.shape import RavenShape
 
 # What Huginn's training program has in float32, here in every type.
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         return torch.cat((q, k), dim=-1), v
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(GatedFeedForward):
     """proj(silu(gate) * up), gate and up from one matrix."""
 
     def __init__(self, shape: RavenShape):
@@ -78,6 +78,9 @@ class GatedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.fc(x).chunk(2, dim=-1)
         return self.proj(F.silu(gate) * up)
+
+    def matrices(self) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        return (self.fc.weight,), self.proj.weight
 
 
 class SandwichBlock(nn.Module):
@@ -218,7 +221,7 @@ class Raven(Model):
         self.shape = shape
         self.transformer = Transformer(shape)
         self.rotary = Rotary(shape.attention_shape.head_dim, shape.rope_theta)
-        self.lm_head = Linear(shape.dim, shape.vocab_size, bias=False)
+        self.lm_head = Head(shape.dim, shape.vocab_size, bias=False)
         if shape.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
@@ -233,7 +236,7 @@ class Raven(Model):
         num_steps: tuple[int, int],
         initial_state: torch.Tensor | None,
         early_read_outs: Collection[int] = (),
-        read_out: ReadOut | None = None,
+        read_out: ReadOut | FusedReadOut | None = None,
         state_dtype: torch.dtype | None = None,
         head_dtype: torch.dtype | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
@@ -267,11 +270,16 @@ class Raven(Model):
             s_BSE = initial_state.to(e_BSE)
         states = layers.recurrence(s_BSE, e_BSE, rotary, mask, num_steps, early_read_outs)
         if read_out is None:
-            return self._logits(states[-1], rotary, mask, head_dtype)
-        return [read_out(self._logits(state, rotary, mask, head_dtype)) for state in states]
+            return self._predict(states[-1], rotary, mask, head_dtype)
+        return [self._predict(state, rotary, mask, head_dtype, read_out) for state in states]
 
-    def _logits(
-        self, s_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask, head_dtype: torch.dtype | None
+    def _predict(
+        self,
+        s_BSE: torch.Tensor,
+        rotary: torch.Tensor,
+        mask: Mask,
+        head_dtype: torch.dtype | None,
+        read_out: ReadOut | FusedReadOut | None = None,
     ) -> torch.Tensor:
         """Only called within forward: FSDP gathers the root's parameters for that and for nothing else."""
         layers = self.transformer
@@ -279,4 +287,4 @@ class Raven(Model):
         s_BSE = layers.ln_f(s_BSE)
         for block in layers.coda:
             s_BSE = block(s_BSE, rotary, mask)
-        return self.lm_head(layers.ln_f(s_BSE), head_dtype).float()
+        return self.lm_head.read(layers.ln_f(s_BSE), read_out, head_dtype)

@@ -30,5 +30,6 @@ def wrap_plan(model: Raven) -> WrapPlan:
         shard_only=shard_only,
         loops=(Loop("transformer.recurrence", core),),
         full_precision=full_precision,
+        feed_forwards=tuple(f"{block}.mlp" for block in blocks),
         float32_units=(embedding,),
     )
