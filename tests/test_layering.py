@@ -13,7 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "torchtitan_rd"
 # The first name of a module below torchtitan_rd -> its place.
 # Rooms of equal place may import each other, if allowed.
 PLACES = {
-    **dict.fromkeys(("", "errors", "masking", "log", "config_loader", "model_spec", "batch"), 0),
+    **dict.fromkeys(
+        ("", "errors", "masking", "log", "config_file", "config_loader", "model_spec", "batch"), 0
+    ),
     "parallelism": 1,
     **dict.fromkeys(
         (
@@ -41,6 +43,7 @@ PLACES = {
     "config": 4,
     "build_model": 5,
     "run_plan": 5,
+    "budget": 6,
     "parts": 6,
     "train": 7,
     "commands": 8,
