@@ -48,6 +48,15 @@ class JobConfig(Section):
         }
         return mask_values(ordered)
 
+    def changes(self) -> dict[str, dict[str, Any]]:
+        """As `as_dict`, of the keys alone that do not have their default."""
+        defaults = type(self)().as_dict()
+        changed = {
+            section: {key: value for key, value in keys.items() if value != defaults[section][key]}
+            for section, keys in self.as_dict().items()
+        }
+        return {section: keys for section, keys in changed.items() if keys}
+
     def write(self, path: Path) -> None:
         """Writes a TOML file that loads to this same config,
         but for credentials (keys that are None are left out).
