@@ -39,6 +39,8 @@ PLACES = {
     "validation": 3,
     "draws": 3,
     "old_keys": 4,
+    "huginn_keys": 4,
+    "huginn_config": 4,
     "inference": 4,
     "config": 4,
     "build_model": 5,
@@ -49,7 +51,11 @@ PLACES = {
     "commands": 8,
     "__main__": 9,
 }
-ALLOWED_NEIGHBOURS = {("config", "old_keys")}
+ALLOWED_NEIGHBOURS = {
+    ("config", "old_keys"),
+    ("config", "huginn_config"),
+    ("huginn_config", "huginn_keys"),
+}
 
 
 # Copied beside exported weights and run by the transformers library, which wants relative imports;
@@ -164,7 +170,13 @@ def test_no_module_uses_a_private_name_of_another():
 
 
 # Where weights of one family come from, and whose section the config is made of.
-OF_ONE_FAMILY = {"conversion.meta": "llama", "conversion.huginn": "raven", "config": "raven"}
+OF_ONE_FAMILY = {
+    "conversion.meta": "llama",
+    "conversion.huginn": "raven",
+    "config": "raven",
+    "huginn_keys": "raven",
+    "huginn_config": "raven",
+}
 
 
 def test_only_the_rooms_of_a_family_know_it():

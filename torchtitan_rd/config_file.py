@@ -69,11 +69,9 @@ def read_file(path: Path, translate: Translator | None = None) -> tuple[list[tup
     """
     path, text, table = _read_table(path)
     if translate is not None and (foreign := translate(path, table)) is not None:
-        found = [
-            (key, Value(raw, f"{path}:{_line_of_name(text, name)}: {name}"))
-            for key, raw, name in foreign.settings
-        ]
-        return found, foreign.warnings
+        return [(key, Value(raw, _origin(path, text, name))) for key, raw, name in foreign.settings], (
+            foreign.warnings
+        )
 
     found = []
     for section, keys in table.items():
@@ -149,12 +147,12 @@ def _line_of(text: str, section: str, key: str) -> int:
     return header
 
 
-def _line_of_name(text: str, name: str) -> int:
-    """The 1-based line on which `a` or, below it, the last part of `a.b` stands; 1 if there is none."""
-    found, lines = 1, text.splitlines()
+def _origin(path: Path, text: str, name: str) -> str:
+    """The line on which `a` or, below it, the last part of `a.b` stands; or that it does not."""
+    lines, found = text.splitlines(), 0
     for part in name.split("."):
-        for number in range(found, len(lines) + 1):
-            if re.match(rf"[\s{{-]*[\"']?{re.escape(part)}[\"']?\s*[:=]", lines[number - 1]):
-                found = number
-                break
-    return found
+        pattern = re.compile(rf"[\s{{-]*[\"']?{re.escape(part)}[\"']?\s*[:=]")
+        found = next((n for n in range(found + 1, len(lines) + 1) if pattern.match(lines[n - 1])), 0)
+        if not found:
+            return f"{path}: default of {name} there"
+    return f"{path}:{found}: {name}"

@@ -1,4 +1,4 @@
-"""download-dataset fetches the files that training reads; a stand-in for the hub keeps to the real one's rules."""
+"""download-dataset fetches the files that training reads, from a stand-in for the hub with its rules."""
 
 from pathlib import Path
 
