@@ -277,6 +277,13 @@ def test_a_file_that_stands_there_is_replaced_only_if_asked(tmp_path, capsys):
     assert path.read_text() != before
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["generate-cfg", "--save_path", str(tmp_path / "file" / "x.yaml")]) == 1
+    err = capsys.readouterr().err
+    assert "--save_path" in err and err.count("\n") == 1
+
+
 def test_an_unknown_flag_is_told_before_any_work(capsys):
     with pytest.raises(SystemExit) as end:
         main(["generate-cfg", "--batchsize", "3"])

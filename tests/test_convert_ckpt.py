@@ -10,6 +10,7 @@ from tests.inference.runs import train
 from torchtitan_rd.__main__ import main
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.pipeline import to_pth
+from torchtitan_rd.models import get_spec
 
 pytest.importorskip("transformers")
 
@@ -113,3 +114,25 @@ def test_a_file_without_one_of_the_tensors_is_named(tmp_path, capsys):
     )
     err = capsys.readouterr().err
     assert "cut.pt lacks layers.0" in err and err.count("\n") == 1
+
+
+def test_a_tied_head_may_be_left_out_of_a_file_but_not_be_another_matrix(tmp_path, capsys):
+    spec = get_spec("raven")
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        wanted = spec.build(spec.flavors["debug-demo"]).state_dict()
+    tensors = {name: torch.randn(tensor.shape) for name, tensor in wanted.items()}
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    start = ["convert-ckpt", "raven", "debug-demo", "none"]
+    torch.save({"model": tensors}, tmp_path / "whole.pt")
+    assert main([*start, str(tmp_path / "whole.pt"), str(tmp_path / "whole"), "--no-verify"]) == 0
+
+    cut = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    torch.save(cut, tmp_path / "cut.pt")
+    assert main([*start, str(tmp_path / "cut.pt"), str(tmp_path / "cut"), "--no-verify"]) == 0
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
+    assert first == second
+
+    torch.save(cut | {"lm_head.weight": tensors["lm_head.weight"] + 1}, tmp_path / "other.pt")
+    assert main([*start, str(tmp_path / "other.pt"), str(tmp_path / "other")]) == 1
+    assert "is tied, but lm_head.weight is not" in capsys.readouterr().err

@@ -357,6 +357,13 @@ def test_all_that_cannot_be_carried_over_is_one_error(read):
         ("model_name: magpie-150m\ndata_config: /nowhere.json\n", "cannot be read"),
         ("model_name: magpie-150m\ngoldfish: {{strategy: other}}\n", "goldfish.strategy = 'other'"),
         ("model_name: magpie-150m\nlr_schedule: step\n", "lr_schedule"),
+        ("model_name: [magpie-150m]\n", "is no flavor of raven"),
+        ("model_name: magpie-150m\noptimizer: [AdamW]\n", "optimizer = \"['AdamW']\""),
+        ("model_name: magpie-150m\nmodel_overwrite: {{block_class_name: [3]}}\n", "block_class_name = [3]"),
+        (
+            "model_name: magpie-150m\nmodel_overwrite: {{norm_class_name: LayerNorm}}\n",
+            "= 'LayerNorm' cannot",
+        ),
         ("model_name: magpie-150m\nmax_tokens: 1e12\nmax_steps: 10000\n", "leave one of them out"),
     ],
 )

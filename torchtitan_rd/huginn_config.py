@@ -94,16 +94,16 @@ class _Reading:
         self.set("recurrence.draw_per", "microbatch", "model_name")
 
     def model(self) -> None:
-        name = self.take("model_name", None)
-        if name is None:
+        if self.take("model_name", None) is None:
             self.problems.append("model_name is missing")
             return
+        name = str(self.table["model_name"])
         flavor = keys.FLAVORS.get(name, name)
         self.set("model.name", "raven", "model_name")
         self.set("model.flavor", flavor, "model_name")
         shapes = get_spec("raven").flavors
         if flavor not in shapes:
-            self.problems.append(f"model_name = {name!r} is no flavor of raven{nearest(str(name), shapes)}")
+            self.problems.append(f"model_name = {name!r} is no flavor of raven{nearest(name, shapes)}")
             return
 
         given = self.group("model_overwrite")
@@ -124,9 +124,9 @@ class _Reading:
         if key == "block_size":
             if value != self.take("block_size", keys.FIELDS["block_size"].default):
                 self.refuse(place, value, "it must be block_size, the context that is trained")
-        elif key == "block_class_name" and value in BLOCK_OF:
+        elif key == "block_class_name" and str(value) in BLOCK_OF:
             self.set("model.overrides.block", BLOCK_OF[value], place)
-        elif key == "activation_checkpoint_impl" and value in keys.REGIONS:
+        elif key == "activation_checkpoint_impl" and str(value) in keys.REGIONS:
             self.set("activation_checkpoint.recurrent_region", keys.REGIONS[value], place)
         elif key in keys.MODEL_FIELDS:
             self.set(keys.MODEL_FIELDS[key], value, place)
@@ -148,7 +148,7 @@ class _Reading:
         self.set("recurrence.lockstep", n, "model_overwrite.lockstep_n")
 
     def optimizer(self) -> None:
-        name = self.take("optimizer", "AdamW")
+        name = str(self.take("optimizer", "AdamW"))
         if name not in keys.OPTIMIZERS:
             self.refuse(
                 "optimizer", name, f"here are {', '.join(keys.OPTIMIZERS)}; for Kellers and SOAP, Muon"
@@ -157,6 +157,7 @@ class _Reading:
         self.set("optimizer.name", name, "optimizer")
         given = self.group("optim_config") if "optim_config" in self.table else keys.OPTIM_CONFIG
         values = {**keys.OPTIMIZERS[name], **given}
+
         betas, buffer = values.pop("betas"), values.pop("buffer_dtype", None)
         if not isinstance(betas, list | tuple) or len(betas) != 2:
             self.refuse("optim_config.betas", betas, "it must be a pair of numbers")
@@ -164,7 +165,9 @@ class _Reading:
             self.set("optimizer.beta1", betas[0], "optim_config.betas")
             self.set("optimizer.beta2", betas[1], "optim_config.betas")
         if buffer is not None:
-            self.set("optimizer.buffer_dtype", keys.BUFFERS.get(buffer, buffer), "optim_config.buffer_dtype")
+            self.set(
+                "optimizer.buffer_dtype", keys.BUFFERS.get(str(buffer), buffer), "optim_config.buffer_dtype"
+            )
 
         known = ("lr", "eps", "weight_decay", *(keys.ELLIS_FLAGS if name == "ELLISAdam" else ()))
         for key, value in values.items():
@@ -273,7 +276,7 @@ class _Reading:
                 f"--{section}.dataset_path"
             )
             return
-        path = Path(expand_variables(folder)) / (entries[0].get("prefix") or "")
+        path = Path(expand_variables(str(folder))) / str(entries[0].get("prefix") or "")
         # A pattern is read whole, whatever its files are named after.
         self.set(f"{section}.dataset_path", str(path / "*.parquet"), name)
 
@@ -292,7 +295,7 @@ class _Reading:
 
     def rest(self) -> None:
         goldfish = self.group("goldfish")
-        strategy = goldfish.get("strategy")
+        strategy = goldfish.get("strategy") and str(goldfish["strategy"])
         if strategy is not None and strategy not in keys.GOLDFISH_USED:
             self.refuse("goldfish.strategy", strategy, f"here are {', '.join(keys.GOLDFISH_USED)}")
         elif strategy is not None:

@@ -115,8 +115,13 @@ MODEL_FIELDS = {
     "padding_multiple": "model.vocab_padding_multiple",
     "mcleish_throttle": "training.throttle",
 }
-MODEL_HARMLESS = {**NOT_BUILT, **{f"rope_settings.{name}": known for name, known in ROTARY.items()}}
-MODEL_WITHOUT_EFFECT = ("attn_impl", "use_fused_head", "norm_class_name", "name", "hf_config")
+MODEL_HARMLESS = {
+    **NOT_BUILT,
+    **{f"rope_settings.{name}": known for name, known in ROTARY.items()},
+    "norm_class_name": ("RMSNorm_llama", "RMSNorm", "TorchRMSNorm", "FusedRMSNorm"),
+    "architecture_class_name": ("RecurrentGPT",),
+}
+MODEL_WITHOUT_EFFECT = ("attn_impl", "use_fused_head", "name", "hf_config")
 REGIONS = {"per-iteration": "iteration", "per-block": "block"}
 
 PACKED = ("pqds-pure", "pqds")

@@ -12,7 +12,9 @@ docs/commands.md describes it.
 
 import argparse
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from torchtitan_rd.budget import CLM_TOKENIZER, BudgetedRun, budgeted_run
 from torchtitan_rd.config import JobConfig
@@ -107,7 +109,7 @@ def _config(chosen: argparse.Namespace) -> JobConfig:
     return load_config(JobConfig, arguments).config
 
 
-def _sections(config: JobConfig) -> dict[str, dict[str, object]]:
+def _sections(config: JobConfig) -> dict[str, dict[str, Any]]:
     """What differs from the defaults, and what a reader looks for first even where it does not."""
     changes = config.changes()
     always = {
@@ -119,12 +121,14 @@ def _sections(config: JobConfig) -> dict[str, dict[str, object]]:
 
 def _write(path: Path, text: str) -> None:
     """The whole file or none."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_name(f".{path.name}.{os.getpid()}")
-        whole.write_text(text, encoding="utf-8")
-        whole.replace(path)
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
         raise ConfigError(f"--save_path {path}: {error.strerror}") from None
 
 

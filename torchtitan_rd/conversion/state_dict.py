@@ -28,16 +28,18 @@ def open_state_dict(
     tensors = named_tensors(inner if isinstance(inner, dict) else found, str(file))
 
     wanted, tied = model_tensors(spec, shape)
-    given = {name: tensors[name] for name in tied if name in tensors}
-    whole = {
-        name: tensors.get(name) if name in tensors else tensors.get(tied.get(name, name)) for name in wanted
-    }
-    present = {name: tensor for name, tensor in whole.items() if tensor is not None}
+    present: dict[str, torch.Tensor] = {}
+    for name in wanted:
+        source = name if name in tensors else tied.get(name, name)
+        if source in tensors:
+            present[name] = tensors[source]
+
     surplus = {name: tensor.shape for name, tensor in tensors.items() if name not in wanted}
     check_shapes({**{name: t.shape for name, t in present.items()}, **surplus}, wanted, str(file))
-    for name, tensor in given.items():
-        if not torch.equal(tensor, whole[tied[name]]):
-            raise CheckpointError(f"{file}: {spec.name} {flavor} is tied, but {name} is not {tied[name]}")
+    for name, first in tied.items():
+        if not torch.equal(present[name], present[first]):
+            raise CheckpointError(f"{file}: {spec.name} {flavor} is tied, but {name} is not {first}")
+
     return Weights(
         spec=spec,
         shape=shape,

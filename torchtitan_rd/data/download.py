@@ -33,7 +33,7 @@ def files_on_hub(name: str, patterns: Sequence[str] | None) -> tuple[str, list[s
 
 
 def download(
-    repository: str, patterns: Sequence[str] | None, revision: str | None = None, link: Path | None = None
+    repository: str, patterns: list[str] | None, revision: str | None = None, link: Path | None = None
 ) -> Path:
     """The folder with the files; what the cache has is not fetched again.
 
