@@ -133,13 +133,14 @@ class _Reading:
         elif key in keys.MODEL_WITHOUT_EFFECT:
             self.ignored.append(f"{place} = {value!r}")
         elif value not in keys.MODEL_HARMLESS.get(key, ()):
-            known = {*keys.MODEL_FIELDS, *keys.MODEL_HARMLESS, *keys.MODEL_WITHOUT_EFFECT, "block_class_name"}
-            remedy = (
-                "leave it out, or " + " or ".join(map(repr, keys.MODEL_HARMLESS[key]))
-                if key in keys.MODEL_HARMLESS
-                else ""
-            )
-            self.refuse(place, value, remedy or f"there is no such field here{nearest(key, sorted(known))}")
+            self.refuse(place, value, self.remedy_of(key))
+
+    def remedy_of(self, key: str) -> str:
+        """For a field of the model whose value is not built, or that there is not."""
+        if key in keys.MODEL_HARMLESS:
+            return "leave it out, or " + " or ".join(map(repr, keys.MODEL_HARMLESS[key]))
+        known = {*keys.MODEL_FIELDS, *keys.MODEL_HARMLESS, *keys.MODEL_WITHOUT_EFFECT, "block_class_name"}
+        return f"there is no such field here{nearest(key, sorted(known))}"
 
     def lockstep(self, given: Mapping[str, Any]) -> None:
         n, k = (given.get(name, False) for name in ("lockstep_n", "lockstep_k"))

@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+
     add = parser.add_argument
     add("arch", metavar="ARCH", help="model family, such as aixsim")
     add("flavor", metavar="FLAVOR", help="its size, such as 60M")
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("input_dir", metavar="CKPT", type=Path, help="step folder, folder of a run, or .pt file")
     add("output_dir", metavar="OUT", type=Path, help="folder to write; it must not exist or be empty")
+
     cli.add_output_arguments(parser)
     cli.add_replacing_arguments(parser)
     add("--max_position_embeddings", type=int, metavar="N", help="the context to state (default: as trained)")

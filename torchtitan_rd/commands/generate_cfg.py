@@ -92,6 +92,7 @@ def _config(chosen: argparse.Namespace) -> JobConfig:
         "model.tokenizer_path": chosen.tokenizer_path,
         "model.vocab_size": chosen.vocab_size,
         "optimizer.lr": chosen.learning_rate,
+        # The degrees and the batch as they were asked for; the budget completes them.
         "training.dataset": chosen.dataset,
         "training.dataset_path": chosen.dataset_path,
         "training.seq_len": chosen.seq_len,
@@ -112,7 +113,7 @@ def _config(chosen: argparse.Namespace) -> JobConfig:
 def _sections(config: JobConfig) -> dict[str, dict[str, Any]]:
     """What differs from the defaults, and what a reader looks for first even where it does not."""
     changes = config.changes()
-    always = {
+    always: dict[str, dict[str, Any]] = {
         "model": {"name": config.model.name, "flavor": config.model.flavor},
         "training": {"dataset": config.training.dataset, "seq_len": config.training.seq_len},
     }
