@@ -116,7 +116,9 @@ def test_a_file_without_one_of_the_tensors_is_named(tmp_path, capsys):
     assert "cut.pt lacks layers.0" in err and err.count("\n") == 1
 
 
-def test_a_tied_head_may_be_left_out_of_a_file_but_not_be_another_matrix(tmp_path, capsys):
+def test_a_tied_head_may_be_left_out_of_a_file_but_not_be_another_matrix_nor_a_tensor_too_many(
+    tmp_path, capsys
+):
     spec = get_spec("raven")
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -132,6 +134,10 @@ def test_a_tied_head_may_be_left_out_of_a_file_but_not_be_another_matrix(tmp_pat
     assert main([*start, str(tmp_path / "cut.pt"), str(tmp_path / "cut"), "--no-verify"]) == 0
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut"))
     assert first == second
+
+    torch.save(cut | {"transformer.extra": torch.zeros(2)}, tmp_path / "more.pt")
+    assert main([*start, str(tmp_path / "more.pt"), str(tmp_path / "more")]) == 1
+    assert "more.pt holds transformer.extra" in capsys.readouterr().err
 
     torch.save(cut | {"lm_head.weight": tensors["lm_head.weight"] + 1}, tmp_path / "other.pt")
     assert main([*start, str(tmp_path / "other.pt"), str(tmp_path / "other")]) == 1
