@@ -13,7 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "torchtitan_rd"
 # The first name of a module below torchtitan_rd -> its place.
 # Rooms of equal place may import each other, if allowed.
 PLACES = {
-    **dict.fromkeys(("", "errors", "masking", "log", "config_loader", "model_spec", "batch"), 0),
+    **dict.fromkeys(
+        ("", "errors", "masking", "log", "config_file", "config_loader", "model_spec", "batch"), 0
+    ),
     "parallelism": 1,
     **dict.fromkeys(
         (
@@ -38,16 +40,24 @@ PLACES = {
     "validation": 3,
     "draws": 3,
     "old_keys": 4,
+    "huginn_keys": 4,
+    "huginn_config": 4,
     "inference": 4,
     "config": 4,
     "build_model": 5,
     "run_plan": 5,
+    "budget": 6,
     "parts": 6,
     "train": 7,
     "commands": 8,
     "__main__": 9,
 }
-ALLOWED_NEIGHBOURS = {("config", "old_keys"), ("chunked_loss", "loss")}
+ALLOWED_NEIGHBOURS = {
+    ("chunked_loss", "loss"),
+    ("config", "old_keys"),
+    ("config", "huginn_config"),
+    ("huginn_config", "huginn_keys"),
+}
 
 
 # Copied beside exported weights and run by the transformers library, which wants relative imports;
@@ -162,7 +172,13 @@ def test_no_module_uses_a_private_name_of_another():
 
 
 # Where weights of one family come from, and whose section the config is made of.
-OF_ONE_FAMILY = {"conversion.meta": "llama", "conversion.huginn": "raven", "config": "raven"}
+OF_ONE_FAMILY = {
+    "conversion.meta": "llama",
+    "conversion.huginn": "raven",
+    "config": "raven",
+    "huginn_keys": "raven",
+    "huginn_config": "raven",
+}
 
 
 def test_only_the_rooms_of_a_family_know_it():

@@ -4,33 +4,74 @@ each imported when called.
 
 import importlib
 import sys
+from typing import NamedTuple
 
 from torchtitan_rd.errors import TorchtitanRDError
 from torchtitan_rd.log import init_logging
 from torchtitan_rd.masking import mask_text
 
+
+class Command(NamedTuple):
+    """module: has main(arguments) -> exit status. text: what it does, in one line.
+    leading: arguments that stand before the user's, where a command is another name for part of one.
+    """
+
+    module: str
+    text: str
+    leading: tuple[str, ...] = ()
+
+
 COMMANDS = {
-    "train": ("torchtitan_rd.train", "train from a TOML file (torchrun starts torchtitan_rd.train itself)"),
-    "config": ("torchtitan_rd.commands.config", "print the resolved config with the origin of every value"),
-    "data": ("torchtitan_rd.commands.data", "read every row of a run's data for what would stop the run"),
-    "eval": ("torchtitan_rd.commands.evaluate", "loss, perplexity, tasks, and baselines of a trained model"),
-    "generate": ("torchtitan_rd.commands.generate", "continue prompts with a trained model"),
-    "generate-spikes": (
-        "torchtitan_rd.commands.generate_spikes",
-        "continue recordings with a model of spikes",
+    "train": Command(
+        "torchtitan_rd.train", "train from a TOML file (torchrun starts torchtitan_rd.train itself)"
     ),
-    "pareto": (
-        "torchtitan_rd.commands.pareto",
-        "loss against iterations and memory under every exit criterion",
+    "pretrain": Command(
+        "torchtitan_rd.commands.pretrain", "the same; the file may also be named by --config"
     ),
-    "report": ("torchtitan_rd.commands.report", "runs as one HTML page of charts"),
-    "verify": ("torchtitan_rd.commands.verify", "check a checkpoint's files against its manifest"),
+    "config": Command(
+        "torchtitan_rd.commands.config", "print the resolved config with the origin of every value"
+    ),
+    "generate-cfg": Command(
+        "torchtitan_rd.commands.generate_cfg", "write the config of a run of 22 tokens a parameter"
+    ),
+    "count-params": Command(
+        "torchtitan_rd.commands.count_params", "parameters of a model, in all and by part"
+    ),
+    "data": Command(
+        "torchtitan_rd.commands.data", "read every row of a run's data for what would stop the run"
+    ),
+    "download-dataset": Command(
+        "torchtitan_rd.commands.download_dataset", "fetch a data set from the Hugging Face hub"
+    ),
+    "convert-ckpt": Command("torchtitan_rd.commands.convert_ckpt", "a checkpoint as a Hugging Face folder"),
+    "eval": Command(
+        "torchtitan_rd.commands.evaluate", "loss, perplexity, tasks, and baselines of a trained model"
+    ),
+    "pt-ppl": Command("torchtitan_rd.commands.evaluate", "another name for eval pt-ppl", ("pt-ppl",)),
+    "hf-ppl": Command("torchtitan_rd.commands.evaluate", "another name for eval hf-ppl", ("hf-ppl",)),
+    "hf-lm-eval": Command(
+        "torchtitan_rd.commands.evaluate", "another name for eval hf-lm-eval", ("hf-lm-eval",)
+    ),
+    "generate": Command("torchtitan_rd.commands.generate", "continue prompts with a trained model"),
+    "hf-gen": Command("torchtitan_rd.commands.hf_gen", "the same with the flags of the CLM tutorial"),
+    "generate-spikes": Command(
+        "torchtitan_rd.commands.generate_spikes", "continue recordings with a model of spikes"
+    ),
+    "pareto": Command(
+        "torchtitan_rd.commands.pareto", "loss against iterations and memory under every exit criterion"
+    ),
+    "report": Command("torchtitan_rd.commands.report", "runs as one HTML page of charts"),
+    "verify": Command("torchtitan_rd.commands.verify", "check a checkpoint's files against its manifest"),
 }
 
 
 def usage() -> str:
-    lines = [f"  {name:<15} {text}" for name, (_, text) in COMMANDS.items()]
-    return "usage: torchtitan-rd COMMAND [arguments]\n\ncommands:\n" + "\n".join(lines)
+    lines = [f"  {name:<16} {command.text}" for name, command in COMMANDS.items()]
+    text = "\n".join(lines)
+    return (
+        f"usage: torchtitan-rd COMMAND [arguments]\n\ncommands:\n{text}\n\n"
+        "`torchtitan-rd COMMAND --help` says more of each, with examples."
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,13 +80,16 @@ def main(arguments: list[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
-    command, *rest = arguments
-    if command not in COMMANDS:
-        print(f"torchtitan-rd: unknown command {command!r}\n{usage()}", file=sys.stderr)
+    name, *rest = arguments
+    if name not in COMMANDS:
+        from torchtitan_rd.config_loader import nearest
+
+        print(f"torchtitan-rd: unknown command {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
         return 2
+    command = COMMANDS[name]
     init_logging()
     try:
-        return importlib.import_module(COMMANDS[command][0]).main(rest)
+        return importlib.import_module(command.module).main([*command.leading, *rest])
     except TorchtitanRDError as error:
         print(mask_text(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 1

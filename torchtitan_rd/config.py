@@ -1,5 +1,6 @@
 """JobConfig: every section in one place. What is wrong between sections is found in run_plan.py."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import tomli_w
 from torchtitan_rd.checkpoint import CheckpointConfig
 from torchtitan_rd.config_loader import Loaded, Section, load_config, section_type
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.huginn_config import translate
 from torchtitan_rd.job import CommConfig, Environment, JobKeys
 from torchtitan_rd.lr_scheduler import LRSchedulerConfig, schedule_warnings
 from torchtitan_rd.masking import mask_values
@@ -48,6 +50,15 @@ class JobConfig(Section):
         }
         return mask_values(ordered)
 
+    def changes(self) -> dict[str, dict[str, Any]]:
+        """As `as_dict`, of the keys alone that do not have their default."""
+        defaults = type(self)().as_dict()
+        changed = {
+            section: {key: value for key, value in keys.items() if value != defaults[section][key]}
+            for section, keys in self.as_dict().items()
+        }
+        return {section: keys for section, keys in changed.items() if keys}
+
     def write(self, path: Path) -> None:
         """Writes a TOML file that loads to this same config,
         but for credentials (keys that are None are left out).
@@ -72,7 +83,13 @@ def load(arguments: list[str], environment: Environment) -> Loaded[JobConfig]:
 
     What the keys mean together is `run_plan.resolve`'s to judge.
     """
-    loaded = load_config(JobConfig, arguments, renamed=OLD_KEYS, environment=environment.overrides)
+    loaded = load_config(
+        JobConfig,
+        arguments,
+        renamed=OLD_KEYS,
+        environment=environment.overrides,
+        translate=partial(translate, ranks=environment.world_size),
+    )
     if loaded.config.job.config_file is None and not loaded.origins:
         raise ConfigError(
             "no config: pass --job.config_file FILE.toml (see train_configs/) or --section.key value"

@@ -5,7 +5,6 @@ Every problem found is gathered, and all are raised as one ConfigError before an
 """
 
 import ast
-import codecs
 import difflib
 import inspect
 import re
@@ -17,22 +16,13 @@ from pathlib import Path, PurePath
 from typing import Annotated, Any, Generic, TypeVar
 
 import tomli
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
+from torchtitan_rd.config_file import Translator, Value, present_section, read_file
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.masking import is_masked
-
-BYTE_ORDER_MARKS = {
-    codecs.BOM_UTF8: "UTF-8",
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
-
 
 MUST_MATCH: JsonDict = {"on_resume": "must_match"}
 """`json_schema_extra` of a key that a resumed run may not change."""
@@ -92,14 +82,6 @@ OptionalUserPath = Annotated[str | None, AfterValidator(_expand_home)]
 Subfolder = Annotated[str, AfterValidator(_inside_the_dump_folder)]
 
 C = TypeVar("C", bound=Section)
-
-
-@dataclass(frozen=True)
-class Value:
-    """One setting as it was found: the raw value, and where (`file.toml:12`, `command line`, ...)."""
-
-    raw: Any
-    origin: str
 
 
 @dataclass(frozen=True)
@@ -229,11 +211,12 @@ def load_config(
     renamed: Mapping[str, RenamedKey] | None = None,
     environment: Mapping[str, Any] | None = None,
     file_key: str = "job.config_file",
+    translate: Translator | None = None,
 ) -> Loaded[C]:
     """Reads the file named by `--{file_key}`, then `environment`, then the command line,
     each overriding the last.
 
-    Raises ConfigError with every problem, one a line.
+    translate: for files of other programs. Raises ConfigError with every problem, one a line.
     """
     reader = _Reader(schema, renamed or {})
     overrides = parse_overrides(arguments, reader.problems)
@@ -243,7 +226,9 @@ def load_config(
             f"command line: --{file_key} needs the name of a file; is a variable of the script unset?"
         )
     elif files:
-        for key, value in read_file(Path(str(files[-1]))):
+        settings, warnings = read_file(Path(str(files[-1])), translate)
+        reader.warnings += warnings
+        for key, value in settings:
             reader.take(key, value)
 
     for key, raw in (environment or {}).items():
@@ -264,47 +249,9 @@ def load_config(
     return Loaded(config, origins, list(dict.fromkeys([*reader.warnings, *masked])))
 
 
-def read_file(path: Path) -> list[tuple[str, Value]]:
-    """The settings of a TOML file (or of the CLM ancestor's YAML, whose sections end in
-    `_args`), in order.
-    """
-    try:
-        path = path.expanduser()
-        content = path.read_bytes()
-        for mark, encoding in BYTE_ORDER_MARKS.items():
-            if content.startswith(mark):
-                raise ConfigError(
-                    f"{path}: begins with a byte order mark ({encoding}); save it as UTF-8 without one"
-                )
-        text = content.decode()
-        table = yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else tomli.loads(text)
-    except OSError as error:
-        raise ConfigError(f"--job.config_file {path}: {error.strerror or error}") from None
-    except (tomli.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: not a valid config file: {error}") from None
-    except RuntimeError as error:  # of expanduser
-        raise ConfigError(f"--job.config_file {path}: {error}") from None
-
-    if table is None or table == {}:
-        raise ConfigError(f"{path}: is empty: it sets no key; was it cut off when it was copied?")
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path}: expected sections of keys, found {type(table).__name__}")
-
-    found = []
-    for section, keys in table.items():
-        if not isinstance(section, str) or not isinstance(keys, dict):
-            raise ConfigError(f"{path}: {section} = {keys!r} stands outside a [section]; put it in one")
-        for key, raw in keys.items():
-            origin = f"{path}:{_line_of(text, section, str(key))}"
-            found.append((f"{section.removesuffix('_args')}.{key}", Value(raw, origin)))
-    if not found:
-        raise ConfigError(f"{path}: has sections and no key in them; was it cut off when it was copied?")
-    return found
-
-
 def parse_overrides(arguments: Sequence[str], problems: list[str]) -> list[tuple[str, str | bool]]:
     """`--a.b 1`, `--a.b=1`, `--a.b` (true) and `--no-a.b` (false), in order;
-    anything else goes to `problems`.
+    anything else goes to `problems`. `--a_args.b` is `--a.b`, as in the files.
     """
     found: list[tuple[str, str | bool]] = []
     i = 0
@@ -324,7 +271,12 @@ def parse_overrides(arguments: Sequence[str], problems: list[str]) -> list[tuple
             i += 1
         else:
             found.append((name[2:], True))
-    return found
+    return [(_present_key(key), raw) for key, raw in found]
+
+
+def _present_key(key: str) -> str:
+    section, dot, name = key.partition(".")
+    return present_section(section) + dot + name
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -379,19 +331,3 @@ def _guess(text: str) -> Any:
             return ast.literal_eval(text)
         except (ValueError, SyntaxError):
             return text.strip("[]").split(",") if text.startswith("[") else text
-
-
-def _line_of(text: str, section: str, key: str) -> int:
-    """The 1-based line at which `key` stands in `section`; the section's own line if the key is not found."""
-    inside, header = False, 1
-    for number, line in enumerate(text.splitlines(), 1):
-        stripped = line.strip()
-        if re.match(rf"(\[\s*{re.escape(section)}\s*\]|{re.escape(section)}\s*:)", stripped):
-            inside, header = True, number
-        elif re.match(rf"\[\s*{re.escape(section)}\.{re.escape(key)}\s*\]", stripped):
-            return number
-        elif stripped.startswith("[") or (stripped.endswith(":") and not line[:1].isspace()):
-            inside = False
-        elif inside and re.match(rf"[\"']?{re.escape(key)}[\"']?\s*[=:.]", stripped):
-            return number
-    return header

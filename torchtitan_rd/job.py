@@ -99,6 +99,11 @@ class Environment:
         return torch.device("cuda", self.local_rank)
 
 
+def expand_variables(text: str) -> str:
+    """`$NAME` and `${NAME}` as a shell reads them; one that is not set stays as it is written."""
+    return os.path.expandvars(text)
+
+
 def init_process_group(
     environment: Environment, device: torch.device, comm: CommConfig, dump_folder: Path
 ) -> None:

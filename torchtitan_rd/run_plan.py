@@ -32,6 +32,7 @@ from torchtitan_rd.job import Environment
 from torchtitan_rd.model_spec import ModelShape, ModelSpec
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.models.attention import choose_backend
+from torchtitan_rd.models.counting import count_parameters
 from torchtitan_rd.parallelism import ParallelDims, ParallelismConfig
 from torchtitan_rd.profiling import check_profiling
 from torchtitan_rd.validation import validation_keys
@@ -84,10 +85,7 @@ class RunPlan:
         return lines
 
     def count_parameters(self) -> int:
-        """Builds the model without its numbers."""
-        with torch.device("meta"):
-            model = self.spec.build(self.shape)
-        return sum(parameter.numel() for parameter in model.parameters())
+        return count_parameters(self.spec, self.shape).total
 
 
 class _Problems:

@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> int:
     if arguments and not arguments[0].startswith("--"):
         arguments = ["--job.config_file", *arguments]
 
-    environment = Environment.read()
+    environment = _on(ranks, Environment.read())  # a file of Huginn's means something else on other ranks
     loaded = load(arguments, environment)
     rows = {f"{s}.{k}": value for s, keys in loaded.config.as_dict().items() for k, value in keys.items()}
     if key is not None:
@@ -72,13 +72,18 @@ def _option(name: str, needs: str, arguments: list[str]) -> tuple[str | None, li
     return arguments[at + 1], arguments[:at] + arguments[at + 2 :]
 
 
+def _on(ranks: str | None, environment: Environment) -> Environment:
+    """`environment` with as many ranks as --ranks says, if it does."""
+    if ranks is None:
+        return environment
+    if not ranks.isdecimal() or int(ranks) == 0:
+        raise ConfigError(f"--ranks {ranks}: must be a positive whole number")
+    return replace(environment, rank=0, world_size=int(ranks))
+
+
 def _plan(config: JobConfig, environment: Environment, ranks: str | None) -> RunPlan:
     """What `config` runs. Raises ConfigError with every contradiction."""
-    if ranks is not None:
-        if not ranks.isdecimal() or int(ranks) == 0:
-            raise ConfigError(f"--ranks {ranks}: must be a positive whole number")
-        environment = replace(environment, rank=0, world_size=int(ranks))
-    elif environment.world_size == 1:
+    if ranks is None and environment.world_size == 1:
         environment = replace(environment, world_size=fewest_ranks(config.parallelism))
     return resolve(config, environment)
 

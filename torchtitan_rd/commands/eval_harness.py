@@ -25,11 +25,11 @@ RESULTS = "results.yaml"
 
 
 def main(kind: str, arguments: list[str]) -> int:
-    # Makes the model known, or says that lm_eval is missing.
-    importlib.import_module("torchtitan_rd.inference.harness")
     if kind == "lm-eval":
+        _find_lm_eval()
         return _command_line(arguments)
     chosen = _parser().parse_args(arguments)
+    _find_lm_eval()
     tasks = parse_tasks(chosen.tasks)
     weights = open_weights(Path(chosen.model))  # names a mistake before anything is built
 
@@ -64,6 +64,11 @@ def main(kind: str, arguments: list[str]) -> int:
     if chosen.save_dir is not None:
         _save({key: value for key, value in found.items() if key != "samples"}, Path(chosen.save_dir))
     return 0
+
+
+def _find_lm_eval() -> None:
+    """Makes our model known to it. Raises ConfigError if it is missing."""
+    importlib.import_module("torchtitan_rd.inference.harness")
 
 
 def parse_tasks(text: str) -> list[str]:

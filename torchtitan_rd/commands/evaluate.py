@@ -1,7 +1,13 @@
-"""Judges a trained model, or a baseline. `torchtitan-rd eval KIND --help` says more of each."""
+"""Judges a trained model, or a baseline. `torchtitan-rd eval KIND --help` says more of each.
+
+torchtitan-rd eval loss train_configs/debug.toml outputs/debug
+torchtitan-rd eval pt-ppl aixsim 60M outputs/aixsim-60M/checkpoint/step-7075
+"""
 
 import importlib
 import sys
+
+from torchtitan_rd.config_loader import nearest
 
 KINDS = {
     "loss": ("torchtitan_rd.commands.eval_loss", "loss on a run's held-out data"),
@@ -22,14 +28,13 @@ KINDS = {
 
 def main(arguments: list[str]) -> int:
     """Runs one kind; returns the exit status."""
-    usage = "usage: torchtitan-rd eval KIND [arguments]\n\nkinds:\n" + "\n".join(
-        f"  {name:<11} {text}" for name, (_, text) in KINDS.items()
-    )
+    kinds = "\n".join(f"  {name:<11} {text}" for name, (_, text) in KINDS.items())
+    usage = f"usage: torchtitan-rd eval KIND [arguments]\n\n{__doc__}\nkinds:\n{kinds}"
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage)
         return 0
     kind, *rest = arguments
     if kind not in KINDS:
-        print(f"torchtitan-rd eval: unknown kind {kind!r}\n{usage}", file=sys.stderr)
+        print(f"torchtitan-rd eval: unknown kind {kind!r}{nearest(kind, KINDS)}", file=sys.stderr)
         return 2
     return importlib.import_module(KINDS[kind][0]).main(kind, rest)

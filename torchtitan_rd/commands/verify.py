@@ -1,4 +1,7 @@
-"""Compares a checkpoint, or every checkpoint of a folder, with its checksums."""
+"""Compares a checkpoint, or every checkpoint of a folder, with its checksums.
+
+torchtitan-rd verify outputs/debug/checkpoint
+"""
 
 import argparse
 from pathlib import Path
@@ -10,7 +13,9 @@ from torchtitan_rd.errors import CheckpointError
 
 def main(arguments: list[str]) -> int:
     """Prints a line for each good checkpoint and for each damaged file; 1 if anything is damaged."""
-    parser = argparse.ArgumentParser(prog="torchtitan-rd verify", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="torchtitan-rd verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("dir", type=Path, help="a step-N folder, or a folder of them")
     folders = _checkpoints(parser.parse_args(arguments).dir.resolve())
     damaged = False

@@ -15,6 +15,7 @@ import torch
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.hub import check_push, push_folder
 from torchtitan_rd.conversion.pipeline import TOKENIZERS, to_dcp, to_hf, to_pth, with_tokenizer
+from torchtitan_rd.conversion.state_dict import open_state_dict
 from torchtitan_rd.conversion.weights import Weights, cast_weights
 from torchtitan_rd.errors import ConfigError, TorchtitanRDError
 from torchtitan_rd.log import init_logging
@@ -33,6 +34,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument(
         "--output_dir", type=Path, required=True, help="folder to write; it must not exist or be empty"
     )
+    add_output_arguments(made)
+    return made
+
+
+def add_output_arguments(made: argparse.ArgumentParser) -> None:
+    """How the result is written and proved."""
     made.add_argument(
         "--force", action="store_true", help="replace a converted model that stands in output_dir"
     )
@@ -42,16 +49,20 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         help="compare the logits of the result with those of transformers "
         "(default: if that is possible here)",
     )
-    return made
 
 
 def add_export_arguments(made: argparse.ArgumentParser) -> None:
     """Those of a checkpoint on its way out. Each but the push replaces what the checkpoint itself says."""
+    made.add_argument("--tokenizer_path", help="as model.tokenizer_path, or none (default: the run's own)")
+    made.add_argument("--flavor", help="size of a checkpoint that does not store its shape")
+    add_replacing_arguments(made)
+
+
+def add_replacing_arguments(made: argparse.ArgumentParser) -> None:
+    """Those of an export whose tokenizer and flavor are named otherwise."""
     made.add_argument(
         "--export_dtype", choices=DTYPES, help="round the weights to this type (default: as stored)"
     )
-    made.add_argument("--tokenizer_path", help="as model.tokenizer_path, or none (default: the run's own)")
-    made.add_argument("--flavor", help="size of a checkpoint that does not store its shape")
     made.add_argument(
         "--override",
         action="append",
@@ -80,11 +91,15 @@ def run(action: Callable[[list[str]], None], arguments: list[str]) -> int:
 
 
 def export(given: argparse.Namespace, *, model: str | None, to_torch_file: bool = False) -> None:
-    """A DCP folder -> a Hugging Face folder, or a .pth file; and to the hub."""
+    """A DCP folder, or a file of torch.save with the state dict -> a Hugging Face folder, or a .pth file;
+    and to the hub.
+    """
     check_push(given.hf_repo_name, given.push_to_hub)
-    weights = open_dcp(
-        given.input_dir, model=model, flavor=given.flavor, overrides=parse_overrides(given.override)
-    )
+    overrides = parse_overrides(given.override)
+    if given.input_dir.is_file() and model is not None and given.flavor is not None:
+        weights = open_state_dict(given.input_dir, model=model, flavor=given.flavor, overrides=overrides)
+    else:
+        weights = open_dcp(given.input_dir, model=model, flavor=given.flavor, overrides=overrides)
     weights = cast_weights(weights, getattr(torch, given.export_dtype) if given.export_dtype else None)
     convert = to_pth if to_torch_file else to_hf
     weights = weights if to_torch_file else with_tokenizer(weights, given.tokenizer_path)

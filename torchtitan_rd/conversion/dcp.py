@@ -149,7 +149,7 @@ def _stored_shape(
         raise ConfigError(f"--model {model}: {folder} holds a {spec.name}; use --model {spec.name}")
     if flavor not in (None, stored_flavor):
         raise ConfigError(
-            f"--flavor {flavor}: {folder} holds a {spec.name} {stored_flavor}; leave the flag out"
+            f"flavor {flavor}: {folder} holds a {spec.name} {stored_flavor}; name that one, or none"
         )
     return spec, shape, stored_flavor
 

@@ -79,12 +79,7 @@ def open_weights(path: Path, *, model: str | None = None, flavor: str | None = N
         raise CheckpointError(
             f"{path} does not exist: name a step-N folder, a run's folder, or an exported folder"
         )
-    for place in (path, path / CHECKPOINT_FOLDER):
-        steps = [p for p in place.iterdir() if STEP.fullmatch(p.name)] if place.is_dir() else []
-        if steps:
-            path = max(steps, key=lambda p: step_of(p.name) or 0)
-            logger.info("reading %s", path)
-            break
+    path = latest_step(path)
     if path.is_dir() and (path / ".metadata").exists():
         return open_dcp(path, model=model, flavor=flavor)
     if path.is_dir() and not any((path / name).exists() for name in (CONFIG_JSON, "params.json", "original")):
@@ -92,6 +87,17 @@ def open_weights(path: Path, *, model: str | None = None, flavor: str | None = N
             f"{path} holds neither a checkpoint (.metadata) nor a Hugging Face model ({CONFIG_JSON})"
         )
     return open_released(path, model=model, flavor=flavor)
+
+
+def latest_step(path: Path) -> Path:
+    """The latest step folder in `path`, the folder of a run or of its checkpoints; any other as it is."""
+    for place in (path, path / CHECKPOINT_FOLDER):
+        steps = [p for p in place.iterdir() if STEP.fullmatch(p.name)] if place.is_dir() else []
+        if steps:
+            found = max(steps, key=lambda p: step_of(p.name) or 0)
+            logger.info("reading %s", found)
+            return found
+    return path
 
 
 def source_of(weights: Weights) -> Source:
