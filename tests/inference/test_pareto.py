@@ -191,12 +191,21 @@ def test_the_command_writes_a_table_a_picture_and_a_policy_that_generates(run, t
     assert answer["steps"][0] == 6 and len(answer["exit_values"][1]) == answer["steps"][1]
 
 
+@pytest.mark.parametrize(("criterion", "leaves"), [("kl", "below"), ("argmax-stability", "from")])
+def test_a_threshold_is_told_as_what_it_is(run, capsys, criterion, leaves):
+    arguments = ["pareto", str(run), str(run.parent / "dump"), "--depth", "4", "--sequences", "2"]
+    assert main([*arguments, "--target", "3", "--criterion", criterion]) == 0
+    assert f"full: {criterion} {leaves} " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--kv", "ful"], "kv = 'ful' is no strategy; did you mean 'full'?"),
         (["--depth", "0"], "depth = 0 must be at least 1"),
-        (["--policy", "p.toml"], "--policy needs --target"),
+        (["--policy", "p.toml"], "--policy has no effect without --target"),
+        (["--criterion", "kl"], "--criterion has no effect without --target"),
+        (["--replay"], "--replay has no effect without --target"),
         (["--target", "0.5"], "cannot reach a mean depth of 0.5"),
         (["--training.seq_len", "300000"], "is more than the model's context"),
         (
