@@ -21,6 +21,7 @@ from tests.conversion.common import script
 from tests.data.helpers import build, merge_states
 from tests.ranks import run_on_ranks
 from torchtitan_rd import job, train
+from torchtitan_rd.__main__ import main
 from torchtitan_rd.commands.data import main as data_command
 from torchtitan_rd.config import load
 from torchtitan_rd.data import (
@@ -333,7 +334,7 @@ def _train_on_words(rank, world_size, folder):
 def test_what_comes_of_a_run_has_the_tokenizer_at_its_commit_after_the_hub_has_moved_on(
     tmp_path, monkeypatch, capsys
 ):
-    """The export after training, a converted checkpoint, generation, and a run that starts from it."""
+    """The export after training, a converted checkpoint, evaluation, generation, a run that starts there."""
     fetched = fake_tokenizers(monkeypatch, tmp_path / "words", newest=(OLD, NEW))
     (tmp_path / "a.jsonl").write_text((json.dumps({"text": "old new " * 40}) + "\n") * 8)
     arguments = ["--training.dataset=text", f"--training.dataset_path={tmp_path / 'a.jsonl'}"]
@@ -346,7 +347,9 @@ def test_what_comes_of_a_run_has_the_tokenizer_at_its_commit_after_the_hub_has_m
     converted = tmp_path / "converted"
     assert script("dcp_to_hf")("--input_dir", step, "--output_dir", converted, "--no-verify") == 0
     assert load_model(step).tokenizer.encode("old").tolist() == [2]
-    assert set(fetched) == {("some/words", OLD)} and len(fetched) == 4
+    evaluating = ["eval", "loss", str(tmp_path / "first" / "config.toml"), str(step), "--sequences", "1"]
+    assert main([*evaluating, "--output", str(tmp_path / "loss.json")]) == 0
+    assert set(fetched) == {("some/words", OLD)} and len(fetched) == 5
     for folder in (step.with_name("step-1-hf"), converted):
         assert load_tokenizer(str(folder)).encode("old").tolist() == [2]
 
