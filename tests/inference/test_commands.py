@@ -5,16 +5,20 @@ import json
 import re
 import shlex
 import subprocess
+from argparse import Namespace
 
 import numpy as np
 import pytest
+import torch
 
 from tests.conversion.common import ROOT, tiny, weights_of
 from tests.ranks import run_on_ranks
 from torchtitan_rd.__main__ import main
+from torchtitan_rd.commands.arguments import device_of
 from torchtitan_rd.commands.generate_spikes import _parser as spikes_parser
 from torchtitan_rd.conversion.dcp import write_dcp
 from torchtitan_rd.conversion.tokenizer_files import tokenizer_files
+from torchtitan_rd.job import Environment
 
 BYTES = {"vocab_size": 258, "max_seq_len": 64}
 
@@ -151,6 +155,20 @@ def test_two_ranks_print_the_answer_to_a_single_prompt(models, capsys, model):
     assert first == alone and len(alone) > 5 and second == ""
 
 
+def test_a_conversation_is_one_rank_s(models):
+    arguments = ["generate", str(models["llama"]), "--interactive"]
+    assert [status for status, _ in run_on_ranks(2, on_a_rank, arguments)] == [1, 1]
+
+
+def test_cuda_is_the_gpu_of_the_rank(monkeypatch):
+    """With its number, which a process group asks for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    environment = Environment(rank=6, local_rank=2, world_size=8, local_world_size=4, log_level="WARNING")
+    for given, expected in (("cuda", "cuda:2"), (None, "cuda:2"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        assert str(device_of(Namespace(device=given), environment)) == expected
+
+
 def test_the_seconds_are_those_of_all_batches(models, capsys, monkeypatch):
     """Of two batches, each a second long by this clock."""
     clock = iter(range(100))
@@ -239,6 +257,8 @@ def test_a_policy_and_the_command_line_may_not_name_two_strategies(models, capsy
         ("llama", ["--interactive"], "--prompt has no effect with --interactive"),
         ("llama", ["--init-scale", "0"], "init_scale: a llama3 has no recurrence; leave it out"),
         ("llama", ["--revision", "main"], "which is no repository on the hub"),
+        ("llama", ["--device", "gpu"], "--device gpu: it is cpu or cuda"),
+        ("llama", ["--device", "cuda"], "--device cuda: there is no GPU here"),
         ("llama", ["--chat", "--prompt-ids", "3"], "--prompt-ids are taken as they are: leave out --chat"),
     ],
 )

@@ -27,8 +27,19 @@ def at_least_1(text: str) -> int:
 
 
 def device_of(chosen: argparse.Namespace, environment: Environment) -> torch.device:
-    """What --device names, else this rank's accelerator or the CPU. Raises ConfigError."""
-    return torch.device(chosen.device) if chosen.device else environment.device()
+    """What --device names (`cuda`: this rank's GPU), else this rank's GPU or the CPU. Raises ConfigError."""
+    if chosen.device is None:
+        return environment.device()
+    try:
+        device = torch.device(chosen.device)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {chosen.device}: it is cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"--device {chosen.device}: there is no GPU here")
+    # A process group wants to know which of several it is.
+    return environment.device() if device.type == "cuda" and device.index is None else device
 
 
 def narrowed(validation: ValidationConfig, chosen: argparse.Namespace) -> ValidationConfig:

@@ -65,7 +65,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("--interactive reads from one terminal: start it without torchrun")
     device = device_of(chosen, environment)
 
-    with process_group(environment, device):
+    with process_group(environment, torch.device("cpu")):  # answers are small
         loaded = load(chosen, environment, device)
         if loaded.source.kind == "spikes":
             raise ConfigError(f"{chosen.path} was trained on spikes: use torchtitan-rd generate-spikes")

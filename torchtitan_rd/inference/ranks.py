@@ -22,7 +22,7 @@ T = TypeVar("T")
 @contextmanager
 def process_group(environment: Environment, device: torch.device) -> Iterator[None]:
     """The process group of the launcher's ranks, or of this process alone;
-    one that is there already is left alone.
+    one that is there already is left alone. device: of the tensors that the ranks exchange.
     """
     if dist.is_initialized():
         yield
