@@ -342,6 +342,16 @@ def test_a_mistake_about_recordings_is_one_line(models, capsys, arguments, messa
     assert status == 1 and message in err and err.count("\n") == 1
 
 
+def test_what_is_wrong_with_the_arguments_is_told_before_the_model_is_read(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for arguments, message in (
+        (["--raster"], "--raster needs matplotlib: pip install 'torchtitan_rd[plots]'"),
+        (["--temperature", "0", "--top-k", "3"], "--top-k has no effect with temperature 0"),
+    ):
+        status, _, err = call(capsys, "generate-spikes", "missing", *arguments)
+        assert status == 1 and message in err and "missing" not in err
+
+
 @pytest.mark.parametrize("flag", ["--ctx-t", "--gen-t", "--n-neurons", "--batch-size"])
 def test_numbers_of_recordings_below_one_are_named(models, capsys, flag):
     with pytest.raises(SystemExit) as ended:

@@ -198,6 +198,12 @@ def test_a_threshold_is_told_as_what_it_is(run, capsys, criterion, leaves):
     assert f"full: {criterion} {leaves} " in capsys.readouterr().out
 
 
+def test_a_picture_that_nothing_can_draw_is_refused_before_the_model_is_read(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["pareto", "missing.toml", "missing", "--png", "p.png"]) == 1
+    assert "--png needs matplotlib: pip install 'torchtitan_rd[plots]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [

@@ -1,6 +1,7 @@
 """Arguments that several commands have in common."""
 
 import argparse
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,6 +57,12 @@ def check_outputs(chosen: argparse.Namespace, *flags: str) -> None:
         path = getattr(chosen, flag)
         if path is not None and not Path(path).resolve().parent.is_dir():
             raise ConfigError(f"--{flag} {path}: there is no such folder")
+
+
+def check_plots(chosen: argparse.Namespace, flag: str) -> None:
+    """Raises ConfigError if the flag asks for a picture and there is nothing to draw it with."""
+    if is_given(chosen, flag) and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"--{flag} needs matplotlib: pip install 'torchtitan_rd[plots]'")
 
 
 def settings_of(chosen: argparse.Namespace) -> tuple[Settings, list[int]]:

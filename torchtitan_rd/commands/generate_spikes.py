@@ -9,6 +9,7 @@ docs/inference.md describes it.
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torchtitan_rd.commands.arguments import (
     add_recurrent_arguments,
     add_sampling_arguments,
     at_least_1,
+    check_plots,
     device_of,
     refuse,
     settings_of,
@@ -49,6 +51,8 @@ def main(arguments: list[str]) -> int:
         refuse(chosen, tuple(RECORDING), "with --unconditional")
     else:
         refuse(chosen, ("n_neurons",), "without --unconditional")
+    check_plots(chosen, "raster")
+    settings, _ = settings_of(chosen)
     environment = Environment.read()
     device = device_of(chosen, environment)
 
@@ -61,8 +65,7 @@ def main(arguments: list[str]) -> int:
         prompt = _prompt(chosen, loaded.source.vocab_size)
 
         # Whole time bins: one token a neuron and one that ends the bin.
-        chosen.max_new_tokens = chosen.gen_t * (prompt.neurons + 1)
-        settings, _ = settings_of(chosen)
+        settings = replace(settings, max_new_tokens=chosen.gen_t * (prompt.neurons + 1))
         separator = loaded.source.vocab_size - 1
         ids = ids_of(prompt.counts, separator)
         constraint = bins_of(prompt.neurons, separator, loaded.shape.vocab_size)
@@ -133,5 +136,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=at_least_1, default=1, help="samples (default 1)")
     add("--out", default=".", help="folder")
     add("--raster", action="store_true", help="a PNG beside the file (needs the extra `plots`)")
-    parser.set_defaults(tokenizer="none", stop=[], ignore_eos=True, depths=None)
+    # The number of tokens follows from that of the neurons.
+    parser.set_defaults(tokenizer="none", stop=[], ignore_eos=True, depths=None, max_new_tokens=1)
     return parser

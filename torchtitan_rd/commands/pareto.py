@@ -18,7 +18,14 @@ import torch
 from tabulate import tabulate
 
 from torchtitan_rd.checkpoint.folders import STATE
-from torchtitan_rd.commands.arguments import at_least_1, check_outputs, device_of, narrowed, refuse
+from torchtitan_rd.commands.arguments import (
+    at_least_1,
+    check_outputs,
+    check_plots,
+    device_of,
+    narrowed,
+    refuse,
+)
 from torchtitan_rd.commands.eval_loss import write_json
 from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
@@ -68,6 +75,7 @@ def main(arguments: list[str]) -> int:
     if environment.world_size > 1:
         raise ConfigError("pareto runs on one rank: start it without torchrun")
     check_outputs(chosen, "policy", "png", "output")
+    check_plots(chosen, "png")
     if chosen.target is None:
         refuse(chosen, ("policy", "criterion", "replay"), "without --target, the mean depth to aim at")
 
