@@ -76,3 +76,7 @@ def test_the_command_counts_one_split_and_scores_another(tmp_path, capsys):
     assert json.loads(path.read_text())["tokens"] == 99
     assert main([*arguments, "--test-split", "train"]) == 1
     assert "--test-split: the loss would be that of the data that was counted" in capsys.readouterr().err
+    assert main([*arguments, "--tokenizer", "bytes"]) == 1
+    assert "--tokenizer has no effect on data that is no text" in capsys.readouterr().err
+    assert main([*arguments, "--output", "/nowhere/result.json"]) == 1
+    assert "--output /nowhere/result.json: there is no such folder" in capsys.readouterr().err
