@@ -19,8 +19,9 @@ if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
 
 # What a file says that starts processes, compiles, or imports a library which takes seconds.
 NOT_QUICK = re.compile(
-    r"tests\.(ranks|launch|fork_server|checkpoint\.forked|test_read_outs)|subprocess|multiprocessing"
-    r"|num_workers|torch\.compile|CompileConfig|transformers|stream=True|distributed\.checkpoint|fake_pg"
+    r"tests\.(ranks|launch|fork_server|checkpoint\.forked|inference\.runs|test_read_outs)"
+    r"|subprocess|multiprocessing|num_workers|torch\.compile|CompileConfig|transformers|stream=True"
+    r"|distributed\.checkpoint|fake_pg"
 )
 # The files that take longest begin, so that no worker is left with one of them when the others are done.
 LONGEST = (

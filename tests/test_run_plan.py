@@ -228,6 +228,11 @@ def test_asked_for_help_the_trainer_shows_an_example_that_can_be_typed(program):
     assert plan(*arguments, ranks=2).batch.global_batch_size == 32
 
 
+@pytest.mark.parametrize(("trained", "stated"), [(1024, 8192), (16384, 16384)])
+def test_the_context_that_an_export_states_covers_what_was_trained(trained, stated):
+    assert plan(f"--training.seq_len={trained}").shape.max_seq_len == stated
+
+
 def test_a_plan_cannot_be_changed():
     with pytest.raises(FrozenInstanceError):
         plan("--training.steps=1").vocab_size = 5

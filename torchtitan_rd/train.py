@@ -263,9 +263,9 @@ class Trainer:
         state = self.parts.checkpointer.load(tensors)
         if state is None:
             loaded = self.parts.checkpointer.load_initial(tensors["model"])
-            on_text = self.plan.dataset.kind == "text"
-            if loaded is not None and on_text and self.environment.rank == 0:
-                warn_of_another_tokenizer(loaded, self.config.model.tokenizer_path)
+            tokenizer = self.plan.tokenizer if self.plan.dataset.kind == "text" else None
+            if loaded is not None and tokenizer is not None and self.environment.rank == 0:
+                warn_of_another_tokenizer(loaded, self.config.model.tokenizer_path, tokenizer)
             logger.info("starting at step 1")
             return
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]

@@ -18,6 +18,7 @@ from torchtitan_rd.checkpoint import SafeReader
 from torchtitan_rd.conversion.cli import model_section
 from torchtitan_rd.conversion.pipeline import to_hf, warn_of_another_tokenizer, with_tokenizer
 from torchtitan_rd.conversion.tokenizer_files import tokenizer_files
+from torchtitan_rd.data import load_tokenizer
 
 CONFIG = """
 [job]
@@ -253,7 +254,7 @@ def test_a_start_from_weights_of_another_tokenizer_is_warned_of_by_content(tmp_p
 
     def warned(folder, path):
         caplog.clear()
-        warn_of_another_tokenizer(folder, str(path))
+        warn_of_another_tokenizer(folder, str(path), load_tokenizer(str(path)))
         return caplog.text
 
     weights = weights_of(tiny("llama3", vocab_size=258))

@@ -17,9 +17,11 @@ from huggingface_hub.errors import RevisionNotFoundError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from tests.conversion.common import script
 from tests.data.helpers import build, merge_states
 from tests.ranks import run_on_ranks
 from torchtitan_rd import job, train
+from torchtitan_rd.__main__ import main
 from torchtitan_rd.commands.data import main as data_command
 from torchtitan_rd.config import load
 from torchtitan_rd.data import (
@@ -32,6 +34,7 @@ from torchtitan_rd.data import (
 )
 from torchtitan_rd.data.hub import tokenizer_revision
 from torchtitan_rd.errors import ConfigError, DataError
+from torchtitan_rd.inference import load_model
 from torchtitan_rd.job import Environment
 from torchtitan_rd.log import logger
 from torchtitan_rd.validation import ValidationConfig, held_out_set
@@ -172,16 +175,20 @@ def test_a_run_that_resumes_goes_on_with_its_commit_after_the_hub_has_moved_on(h
     assert run(2) == OLD and hub.asked == 1
 
 
-def fake_tokenizers(patch, folder):
-    """Repositories of a tokenizer on the hub; returns what is fetched of them."""
-    fetched = []
+def fake_tokenizers(patch, folder, newest=(NEW,)):
+    """Repositories of a tokenizer on the hub; returns what is fetched of them.
+
+    newest: the commit whenever a new one of them is asked for, the last one from then on.
+    """
+    fetched, moving = [], list(newest)
 
     def snapshot_download(name, allow_patterns, revision=None):
-        revision = revision or NEW
+        revision = revision or (moving.pop(0) if moving[1:] else moving[0])
         fetched.append((name, revision))
         place = folder / f"models--{name.replace('/', '--')}" / "snapshots" / revision
         place.mkdir(parents=True, exist_ok=True)
-        backend = Tokenizer(WordLevel({"[UNK]": 0, "old": 1, "new": 2}, unk_token="[UNK]"))
+        words = ("old", "new") if revision == NEW else ("new", "old")
+        backend = Tokenizer(WordLevel({"[UNK]": 0, words[0]: 1, words[1]: 2}, unk_token="[UNK]"))
         backend.save(str(place / "tokenizer.json"))
         return str(place)
 
@@ -322,6 +329,39 @@ def _train_on_words(rank, world_size, folder):
         run = train.Trainer(load(arguments, environment), environment)
         run.run()
         return len(fetched), run.plan.shape.vocab_size
+
+
+def test_what_comes_of_a_run_has_the_tokenizer_at_its_commit_after_the_hub_has_moved_on(
+    tmp_path, monkeypatch, capsys
+):
+    """The export after training, a converted checkpoint, evaluation, generation, a run that starts there."""
+    fetched = fake_tokenizers(monkeypatch, tmp_path / "words", newest=(OLD, NEW))
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": "old new " * 40}) + "\n") * 8)
+    arguments = ["--training.dataset=text", f"--training.dataset_path={tmp_path / 'a.jsonl'}"]
+    arguments += ["--model.tokenizer_path=some/words", "--training.seq_len=8", "--checkpoint.enable"]
+    arguments += ["--training.local_batch_size=1", "--training.steps=1", "--checkpoint.last_save_in_hf"]
+    arguments += ["--model.overrides.n_layers=1", "--model.overrides.dim=32"]
+    assert train.main([*arguments, f"--job.dump_folder={tmp_path / 'first'}"]) == 0
+
+    step = tmp_path / "first" / "checkpoint" / "step-1"
+    converted = tmp_path / "converted"
+    assert script("dcp_to_hf")("--input_dir", step, "--output_dir", converted, "--no-verify") == 0
+    assert load_model(step).tokenizer.encode("old").tolist() == [2]
+    evaluating = ["eval", "loss", str(tmp_path / "first" / "config.toml"), str(step), "--sequences", "1"]
+    assert main([*evaluating, "--output", str(tmp_path / "loss.json")]) == 0
+    assert set(fetched) == {("some/words", OLD)} and len(fetched) == 5
+    for folder in (step.with_name("step-1-hf"), converted):
+        assert load_tokenizer(str(folder)).encode("old").tolist() == [2]
+
+    capsys.readouterr()
+    second = [
+        *arguments,
+        f"--job.dump_folder={tmp_path / 'second'}",
+        f"--checkpoint.initial_load_path={step}",
+    ]
+    assert train.main(second) == 0
+    assert ("some/words", NEW) in fetched
+    assert "which gives other ids than model.tokenizer_path = 'some/words'" in capsys.readouterr().err
 
 
 def test_the_data_check_reads_the_commit_of_the_run_in_its_dump_folder(hub, tmp_path):

@@ -1,19 +1,24 @@
 """`torchtitan-rd generate` and `generate-spikes`, as a user calls them."""
 
+import io
 import json
 import re
 import shlex
 import subprocess
+from argparse import Namespace
 
 import numpy as np
 import pytest
+import torch
 
 from tests.conversion.common import ROOT, tiny, weights_of
 from tests.ranks import run_on_ranks
 from torchtitan_rd.__main__ import main
+from torchtitan_rd.commands.arguments import device_of
 from torchtitan_rd.commands.generate_spikes import _parser as spikes_parser
 from torchtitan_rd.conversion.dcp import write_dcp
 from torchtitan_rd.conversion.tokenizer_files import tokenizer_files
+from torchtitan_rd.job import Environment
 
 BYTES = {"vocab_size": 258, "max_seq_len": 64}
 
@@ -106,8 +111,6 @@ def test_an_exit_policy_comes_from_a_file(models, capsys, tmp_path):
 
 
 def test_lines_are_answered_until_the_end_of_the_input(models, capsys, monkeypatch):
-    import io
-
     monkeypatch.setattr("sys.stdin", io.StringIO("ab\n\ncd\n"))
     arguments = ["--interactive", "--max-new-tokens", 4, "--ignore-eos", "--temperature", 0]
     status, _, err = call(capsys, "generate", models["llama"], *arguments)
@@ -116,7 +119,6 @@ def test_lines_are_answered_until_the_end_of_the_input(models, capsys, monkeypat
 
 def on_a_rank(rank: int, world_size: int, arguments: list[str]) -> tuple[int, str]:
     import contextlib
-    import io
 
     with contextlib.redirect_stdout(io.StringIO()) as out:
         status = main(arguments)
@@ -144,6 +146,87 @@ def test_two_ranks_print_what_one_prints(models, capsys):
     assert status == 0 and second == "" and rows(first) == rows(alone) and len(rows(alone)) == 3
 
 
+@pytest.mark.parametrize("model", ["llama", "bare"])
+def test_two_ranks_print_the_answer_to_a_single_prompt(models, capsys, model):
+    prompt = ["--prompt", "ab"] if model == "llama" else ["--prompt-ids", "3 9 4"]
+    arguments = ["generate", str(models[model]), *prompt, "--max-new-tokens", "6", "--ignore-eos"]
+    _, alone, _ = call(capsys, *arguments)
+    (_, first), (_, second) = run_on_ranks(2, on_a_rank, arguments)
+    assert first == alone and len(alone) > 5 and second == ""
+
+
+def test_a_conversation_is_one_rank_s(models):
+    arguments = ["generate", str(models["llama"]), "--interactive"]
+    assert [status for status, _ in run_on_ranks(2, on_a_rank, arguments)] == [1, 1]
+
+
+def test_cuda_is_the_gpu_of_the_rank(monkeypatch):
+    """With its number, which a process group asks for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    environment = Environment(rank=6, local_rank=2, world_size=8, local_world_size=4, log_level="WARNING")
+    for given, expected in (("cuda", "cuda:2"), (None, "cuda:2"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        assert str(device_of(Namespace(device=given), environment)) == expected
+
+
+def test_the_seconds_are_those_of_all_batches(models, capsys, monkeypatch):
+    """Of two batches, each a second long by this clock."""
+    clock = iter(range(100))
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    prompts = ["--prompt", "a", "--prompt", "b"]
+    arguments = ["generate", models["llama"], *prompts, "--batch-size", 1, "--max-new-tokens", 3]
+    _, _, err = call(capsys, *arguments, "--ignore-eos")
+    assert "6 tokens in 5.0 s" in err, "two readings a batch, and one at the beginning and at the end"
+
+
+def chat_tokenizer(folder):
+    """Of bytes, with a template."""
+    for name, content in tokenizer_files("bytes").files.items():
+        (folder / name).write_bytes(content)
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_a_chat_takes_the_template_of_the_given_tokenizer_and_reads_it_once(
+    models, capsys, tmp_path, monkeypatch
+):
+    from transformers import AutoTokenizer
+
+    read, original = [], AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        AutoTokenizer, "from_pretrained", lambda *args, **kw: (read.append(args), original(*args, **kw))[1]
+    )
+    arguments = ["generate", models["llama"], "--chat", "--tokenizer", chat_tokenizer(tmp_path)]
+    arguments += ["--prompt", "hi", "--prompt", "yo", "--system", "s", "--max-new-tokens", 3, "--json"]
+    status, out, _ = call(capsys, *arguments)
+    prompts = [bytes(json.loads(line)["prompt_ids"]).decode() for line in out.splitlines()]
+    assert status == 0 and prompts == ["s:s;u:hi;", "s:s;u:yo;"] and len(read) == 1
+
+
+def test_a_conversation_is_remembered(models, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nyo\n"))
+    seen = []
+    monkeypatch.setattr(
+        "torchtitan_rd.commands.generate.encode_chat",
+        lambda tokenizer, messages: (seen.append([m["role"] for m in messages]), [97])[1],
+    )
+    arguments = ["--interactive", "--chat", "--tokenizer", chat_tokenizer(tmp_path), "--system", "s"]
+    assert call(capsys, "generate", models["llama"], *arguments, "--max-new-tokens", 3)[0] == 0
+    assert seen == [["system", "user"], ["system", "user", "assistant", "user"]]
+
+
+def test_a_policy_and_the_command_line_may_not_name_two_strategies(models, capsys, tmp_path):
+    policy = tmp_path / "policy.toml"
+    policy.write_text('criterion = "kl"\nkv = "latest-m4"\n')
+    common = ["generate", models["raven"], "--prompt", "ab", "--max-new-tokens", 2, "--exit-policy", policy]
+    assert call(capsys, *common, "--kv", "latest-m4")[0] == 0
+    status, _, err = call(capsys, *common, "--kv", "full")
+    assert status == 1 and "names kv = 'latest-m4': leave out --kv" in err
+    policy.write_text('criterion = "kl"\n')
+    assert call(capsys, *common, "--kv", "skip")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
@@ -168,6 +251,15 @@ def test_two_ranks_print_what_one_prints(models, capsys):
         ("raven", ["--lookahead", "4"], "--lookahead has no effect without --draft-steps"),
         ("llama", ["--system", "be brief"], "--system has no effect without --chat"),
         ("raven", ["--depth", "4", "--depths", "1,2"], "--depth and --depths: give one of them"),
+        ("raven", ["--exit", "none", "--min-steps", "2"], "--min-steps has no effect without --exit"),
+        ("llama", ["--temperature", "0", "--top-k", "4"], "--top-k has no effect with temperature 0"),
+        ("raven", ["--draft-steps", "2", "--min-p", "0.1"], "--min-p has no effect with temperature 0"),
+        ("llama", ["--interactive"], "--prompt has no effect with --interactive"),
+        ("llama", ["--init-scale", "0"], "init_scale: a llama3 has no recurrence; leave it out"),
+        ("llama", ["--revision", "main"], "which is no repository on the hub"),
+        ("llama", ["--device", "gpu"], "--device gpu: it is cpu or cuda"),
+        ("llama", ["--device", "cuda"], "--device cuda: there is no GPU here"),
+        ("llama", ["--chat", "--prompt-ids", "3"], "--prompt-ids are taken as they are: leave out --chat"),
     ],
 )
 def test_a_mistake_is_one_line(models, capsys, model, arguments, message, tmp_path):
@@ -175,6 +267,15 @@ def test_a_mistake_is_one_line(models, capsys, model, arguments, message, tmp_pa
     prompt = [] if "--prompt-ids" in arguments else ["--prompt", "ab"]
     status, out, err = call(capsys, "generate", place, *prompt, *arguments)
     assert status == 1 and out == "" and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--prompts-file", "f"], ["--prompt-ids", "3"], ["--depths", "1,2"], ["--json"], ["--batch-size", "1"]],
+)
+def test_what_a_conversation_cannot_use_is_refused(models, capsys, flags):
+    status, _, err = call(capsys, "generate", models["llama"], "--interactive", *flags)
+    assert status == 1 and f"{flags[0]} has no effect with --interactive" in err and err.count("\n") == 1
 
 
 def test_spikes_are_continued_bin_by_bin(models, capsys, tmp_path):
@@ -230,14 +331,32 @@ def test_recordings_from_nothing_begin_with_a_tenth_of_the_neurons(models, capsy
     [
         (["--dataset", "rodents"], "--dataset rodents is no data set of spikes; did you mean 'rodent'?"),
         (["--dataset", "synthetic", "--data-idx", "-1"], "--data-idx -1: synthetic has the rows 0 to"),
-        (["--dataset", "synthetic", "--ctx-t", "0"], "--ctx-t 0 must be at least 1"),
         (["--dataset", "synthetic", "--ctx-t", "5000"], "--ctx-t 5000: row 0 of synthetic has"),
         (["--unconditional", "--gen-t", "500"], "more than the model's context of 8192"),
+        (["--unconditional", "--ctx-t", "3"], "--ctx-t has no effect with --unconditional"),
+        (["--dataset", "synthetic", "--n-neurons", "3"], "--n-neurons has no effect without --unconditional"),
     ],
 )
 def test_a_mistake_about_recordings_is_one_line(models, capsys, arguments, message):
     status, _, err = call(capsys, "generate-spikes", models["spikes"], *arguments)
     assert status == 1 and message in err and err.count("\n") == 1
+
+
+def test_what_is_wrong_with_the_arguments_is_told_before_the_model_is_read(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for arguments, message in (
+        (["--raster"], "--raster needs matplotlib: pip install 'torchtitan_rd[plots]'"),
+        (["--temperature", "0", "--top-k", "3"], "--top-k has no effect with temperature 0"),
+    ):
+        status, _, err = call(capsys, "generate-spikes", "missing", *arguments)
+        assert status == 1 and message in err and "missing" not in err
+
+
+@pytest.mark.parametrize("flag", ["--ctx-t", "--gen-t", "--n-neurons", "--batch-size"])
+def test_numbers_of_recordings_below_one_are_named(models, capsys, flag):
+    with pytest.raises(SystemExit) as ended:
+        main(["generate-spikes", str(models["spikes"]), flag, "0"])
+    assert ended.value.code == 2 and f"argument {flag}: 0 must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("generate_*.sh")), ids=lambda path: path.name)

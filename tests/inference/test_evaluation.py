@@ -118,8 +118,6 @@ def spike_run(tmp_path_factory):
     replaced = {
         'dataset = "pydoc-train"': f'dataset = "rodent"\ndataset_path = "{data}"',
         'dataset = "pydoc-validation"': f'dataset = "rodent"\ndataset_path = "{data}"\nsplit = "test"',
-        "n_heads = 2\n": "n_heads = 2\nn_kv_heads = 2\nn_layers = 1\n",
-        "[optimizer]": "[optimizer]\n",
     }
     return train(folder, "llama3", "debug", **replaced)
 
@@ -158,13 +156,14 @@ def test_the_held_out_set_of_a_source_has_no_other_rows(spike_run, source, low, 
     ("extra", "message"),
     [
         (["--source-dataset", "lout"], "no row is of training.source_dataset = 'lout'; did you mean 'loud'?"),
-        (["--depths", "4"], "depths: a llama3 has no recurrence; leave them out"),
+        (["--depths", "4"], "depth = 4: a llama3 has no recurrence; leave it out"),
         (["--sequences", "3"], "validation.sequences = 3 is not a multiple of training.local_batch_size = 2"),
         (["--training.seq_len", "200000"], "seq_len = 200000 is more than the model's context of 8192"),
         (["--model.name", "raven"], "holds a llama3; use --model llama3"),
-        (["--depths", "0-3"], "--depths 0-3: depths must be at least 1"),
+        (["--depths", "0-3"], "--depths 0-3: 0-3: depths must be at least 1"),
+        (["--depths", "5-3,7"], "--depths 5-3,7: 5-3: depths must be at least 1, and ranges ascend"),
         (["--split", "dev", "--validation.dataset_path", "{folder}"], "named after the split 'dev'"),
-        (["--output", "/nowhere/result.json"], "--output /nowhere/result.json: No such file or directory"),
+        (["--output", "/nowhere/result.json"], "--output /nowhere/result.json: there is no such folder"),
     ],
 )
 def test_bad_input_is_one_line(spike_run, capsys, extra, message):
@@ -172,6 +171,12 @@ def test_bad_input_is_one_line(spike_run, capsys, extra, message):
     assert main(["eval", "loss", str(spike_run), str(spike_run.parent / "dump"), *extra]) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in error
+
+
+def test_depths_of_a_llama_are_named_before_data_is_read(spike_run, capsys, monkeypatch):
+    monkeypatch.setattr(eval_loss, "open_validation", lambda *args, **keys: pytest.fail("data was read"))
+    assert main(["eval", "depth", str(spike_run), str(spike_run.parent / "dump")]) == 1
+    assert "depth = 1: a llama3 has no recurrence; leave it out" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_is_not_there_is_one_line(spike_run, capsys):

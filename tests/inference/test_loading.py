@@ -4,16 +4,19 @@ and what is wrong is said in one line.
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from tests.conversion.common import tiny, weights_of
 from tests.inference.common import prompts
 from tests.launch import launch
-from torchtitan_rd.conversion.dcp import write_dcp
+from torchtitan_rd.__main__ import main
+from torchtitan_rd.conversion.dcp import open_dcp, write_dcp
 from torchtitan_rd.conversion.huggingface import write_hf
+from torchtitan_rd.conversion.pipeline import to_hf, with_tokenizer
 from torchtitan_rd.errors import CheckpointError, ConfigError
-from torchtitan_rd.inference import ExitPolicy, Settings, generate, load_model
+from torchtitan_rd.inference import ExitPolicy, Settings, generate, load_model, transformers_tokenizer
 from torchtitan_rd.inference.loading import lay_out
 from torchtitan_rd.train import Trainer
 
@@ -134,8 +137,33 @@ def test_a_run_on_text_comes_with_its_tokenizer_and_a_run_on_spikes_without(tmp_
         assert loaded.source.kind == kind and (loaded.tokenizer is None) == (kind == "spikes")
         assert loaded.source.vocab_size == (256 if kind == "spikes" else 258)
     assert load_model(tmp_path / "pydoc", tokenizer_path="none").tokenizer is None
+    with pytest.raises(ConfigError, match="has no tokenizer that transformers can read"):
+        transformers_tokenizer(tmp_path / "synthetic")
+    assert transformers_tokenizer(tmp_path / "pydoc").encode("a") == [97]
     with pytest.raises(ConfigError, match=r"the tokenizer has ids up to 257, .* vocabulary of 256"):
         load_model(tmp_path / "synthetic", tokenizer_path="bytes")
+
+
+def test_the_separator_of_spikes_is_no_row_that_pads_the_vocabulary(tmp_path, capsys):
+    """Of the run, and of its export, which says nothing of the data but its bos."""
+    from tests.test_house import ENVIRONMENT
+    from torchtitan_rd.config import load
+
+    arguments = ["--training.dataset=synthetic", "--model.vocab_padding_multiple=300", "--training.steps=1"]
+    arguments += ["--training.seq_len=16", "--training.local_batch_size=1", "--checkpoint.enable"]
+    arguments += ["--model.overrides.dim=32", "--model.overrides.n_layers=1"]
+    folder = tmp_path / "dump"
+    Trainer(load([*arguments, f"--job.dump_folder={folder}"], ENVIRONMENT), ENVIRONMENT).run()
+    exported = tmp_path / "exported"
+    to_hf(with_tokenizer(open_dcp(folder / "checkpoint" / "step-1")), exported, verify=False)
+
+    for place in (folder, exported):
+        loaded = load_model(place)
+        assert (loaded.shape.vocab_size, loaded.source.vocab_size) == (300, 256)
+        making = ["generate-spikes", str(place), "--unconditional", "--n-neurons", "20", "--gen-t", "1"]
+        assert main([*making, "--out", str(tmp_path)]) == 0
+        made = np.load(capsys.readouterr().out.strip())
+        assert made["prompt"][0] == made["gen"][0] == 255 and (made["gen"][1:] < 255).all()
 
 
 def test_a_checkpoint_of_two_ranks_is_the_model_that_one_rank_trains(tmp_path):

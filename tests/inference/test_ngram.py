@@ -1,42 +1,16 @@
-"""n-gram counts against a plain dictionary of tuples."""
+"""n-gram counts against a plain dictionary of tuples (benchmarks/ngram.py, which also times both)."""
 
 import json
-import math
-import time
-from collections import Counter
 
 import numpy as np
 import pytest
 
+from benchmarks.ngram import plain
+from benchmarks.ngram import recording as spikes
 from torchtitan_rd.__main__ import main
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.inference import ngram
 from torchtitan_rd.inference.ngram import NGram
-
-
-def spikes(bins: int, neurons: int = 40, seed: int = 0) -> np.ndarray:
-    """Ids of a recording with the separator 255 before each time bin."""
-    counts = np.random.default_rng(seed).poisson(0.4, (bins, neurons))
-    return np.concatenate((np.full((bins, 1), 255), counts), axis=1).reshape(-1).astype(np.uint8)
-
-
-def plain(
-    train: list[np.ndarray], test: list[np.ndarray], n: int, vocab_size: int, alpha: float
-) -> tuple[float, int]:
-    seen, contexts, nats, tokens = Counter(), Counter(), 0.0, 0
-    for sample in train:
-        ids = sample.tolist()
-        for i in range(len(ids) - n + 1):
-            seen[tuple(ids[i : i + n])] += 1
-            contexts[tuple(ids[i : i + n - 1])] += 1
-    for sample in test:
-        ids = sample.tolist()
-        for i in range(len(ids) - n + 1):
-            p = (seen[tuple(ids[i : i + n])] + alpha) / (
-                contexts[tuple(ids[i : i + n - 1])] + alpha * vocab_size
-            )
-            nats, tokens = nats - math.log(p), tokens + 1
-    return nats, tokens
 
 
 def found(train, test, n, vocab_size=256, alpha=1.0) -> tuple[float, int]:
@@ -68,22 +42,6 @@ def test_ids_of_a_large_vocabulary_are_sorted_not_tabulated():
     train, test = ([generator.integers(0, 60_000, 3000)] for _ in range(2))
     nats, tokens = plain(train, test, 2, 65_536, 1.0)
     assert found(train, test, 2, vocab_size=65_536) == (pytest.approx(nats, rel=1e-12), tokens)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_a_million_tokens_are_at_least_20_times_faster_than_the_reference(n):
-    sample = spikes(24_400)
-    train, test = [sample[:500_000]], [sample[500_000:1_000_000]]
-    seconds = []
-    for _ in range(3):
-        begin = time.process_time()
-        fast = found(train, test, n)
-        seconds.append(time.process_time() - begin)
-    begin = time.process_time()
-    slow = plain(train, test, n, 256, 1.0)
-    reference = time.process_time() - begin
-    assert fast == (pytest.approx(slow[0], rel=1e-9), slow[1])
-    assert reference > 20 * min(seconds), f"{reference:.2f} s against {min(seconds):.4f} s"
 
 
 def test_bad_input_is_named():
@@ -118,3 +76,7 @@ def test_the_command_counts_one_split_and_scores_another(tmp_path, capsys):
     assert json.loads(path.read_text())["tokens"] == 99
     assert main([*arguments, "--test-split", "train"]) == 1
     assert "--test-split: the loss would be that of the data that was counted" in capsys.readouterr().err
+    assert main([*arguments, "--tokenizer", "bytes"]) == 1
+    assert "--tokenizer has no effect on data that is no text" in capsys.readouterr().err
+    assert main([*arguments, "--output", "/nowhere/result.json"]) == 1
+    assert "--output /nowhere/result.json: there is no such folder" in capsys.readouterr().err

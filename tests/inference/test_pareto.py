@@ -191,12 +191,27 @@ def test_the_command_writes_a_table_a_picture_and_a_policy_that_generates(run, t
     assert answer["steps"][0] == 6 and len(answer["exit_values"][1]) == answer["steps"][1]
 
 
+@pytest.mark.parametrize(("criterion", "leaves"), [("kl", "below"), ("argmax-stability", "from")])
+def test_a_threshold_is_told_as_what_it_is(run, capsys, criterion, leaves):
+    arguments = ["pareto", str(run), str(run.parent / "dump"), "--depth", "4", "--sequences", "2"]
+    assert main([*arguments, "--target", "3", "--criterion", criterion]) == 0
+    assert f"full: {criterion} {leaves} " in capsys.readouterr().out
+
+
+def test_a_picture_that_nothing_can_draw_is_refused_before_the_model_is_read(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["pareto", "missing.toml", "missing", "--png", "p.png"]) == 1
+    assert "--png needs matplotlib: pip install 'torchtitan_rd[plots]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
         (["--kv", "ful"], "kv = 'ful' is no strategy; did you mean 'full'?"),
         (["--depth", "0"], "depth = 0 must be at least 1"),
-        (["--policy", "p.toml"], "--policy needs --target"),
+        (["--policy", "p.toml"], "--policy has no effect without --target"),
+        (["--criterion", "kl"], "--criterion has no effect without --target"),
+        (["--replay"], "--replay has no effect without --target"),
         (["--target", "0.5"], "cannot reach a mean depth of 0.5"),
         (["--training.seq_len", "300000"], "is more than the model's context"),
         (

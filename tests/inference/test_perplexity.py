@@ -26,10 +26,7 @@ def trained(request, tmp_path_factory):
     """-> family, the step folder, its export."""
     pytest.importorskip("transformers")
     folder, flavor = tmp_path_factory.mktemp(request.param), FAMILIES[request.param]
-    replaced = (
-        {} if request.param == "raven" else {"n_heads = 2\n": "n_heads = 2\nn_kv_heads = 2\nn_layers = 2\n"}
-    )
-    train(folder, request.param, flavor, **replaced)
+    train(folder, request.param, flavor)
     step = folder / "dump" / "checkpoint" / "step-6"
     to_hf(open_dcp(step), folder / "exported", verify=False)
     return request.param, step, folder / "exported"
@@ -103,9 +100,9 @@ def test_the_mean_is_over_tokens(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--num_batches", "0"], "--batch_size, --num_batches and --seq_len must be at least 1"),
         (["--seq_len", "1000000"], "seq_len = 1000000 is more than the model's context"),
-        (["--depth", "0"], "depth"),
+        (["--depth", "0"], "depth = 0"),
+        (["--output", "/nowhere/result.json"], "--output /nowhere/result.json: there is no such folder"),
         (["--dataset_name", "pydoc-validatoin"], "did you mean 'pydoc-validation'?"),
     ],
 )
@@ -113,6 +110,21 @@ def test_bad_input_is_one_line(trained, capsys, extra, message):
     family, step, _ = trained
     assert main(["eval", "pt-ppl", family, FAMILIES[family], str(step), *DATA, *extra]) == 1
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("flag", ["--batch_size", "--num_batches", "--seq_len"])
+def test_numbers_below_one_are_named(capsys, flag):
+    with pytest.raises(SystemExit) as ended:
+        main(["eval", "hf-ppl", "exported", flag, "0"])
+    assert ended.value.code == 2 and "0 must be at least 1" in capsys.readouterr().err
+
+
+def test_a_depth_that_cannot_be_is_named_before_data_is_read(trained, capsys, monkeypatch):
+    monkeypatch.setattr(eval_ppl, "open_held_out", lambda *args, **keys: pytest.fail("data was read"))
+    family, step, exported = trained
+    for model in (["pt-ppl", family, FAMILIES[family], str(step)], ["hf-ppl", str(exported)]):
+        assert main(["eval", *model, *DATA, "--depth", "0"]) == 1
+        assert "ConfigError: depth = 0" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_another_family_is_refused(trained, capsys):

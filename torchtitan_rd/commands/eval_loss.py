@@ -16,20 +16,22 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from torchtitan_rd.checkpoint.folders import STATE
+from torchtitan_rd.commands.arguments import at_least_1, check_outputs, device_of, narrowed
 from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.evaluation import (
     check_context,
+    check_depths,
     check_vocabulary,
     evaluate,
-    evaluation_group,
     open_validation,
     read_outs_of,
     use_attention,
 )
 from torchtitan_rd.inference.loading import load_model, open_weights
+from torchtitan_rd.inference.ranks import process_group
 from torchtitan_rd.job import Environment
-from torchtitan_rd.validation import ValidationConfig
 
 DEPTHS = "1-64"
 
@@ -48,18 +50,20 @@ def measure(
     kind: str, chosen: argparse.Namespace, overrides: list[str], environment: Environment
 ) -> dict[str, Any]:
     config = load(["--job.config_file", chosen.config, *overrides], environment).config
-    training, validation = config.training, _validation(config.validation, chosen)
+    training, validation = config.training, narrowed(config.validation, chosen)
     depths = parse_depths(chosen.depths) if chosen.depths else []
     if kind == "depth" and not depths:
         depths = parse_depths(DEPTHS)
-    device = torch.device(chosen.device) if chosen.device else environment.device()
+    device = device_of(chosen, environment)
     dtype = getattr(torch, training.mixed_precision_param)
 
     # Names a mistake before the data is read.
+    check_outputs(chosen, "output")
     weights = open_weights(Path(chosen.checkpoint), model=config.model.name, flavor=chosen.flavor)
     check_context(weights.shape, training.seq_len)
+    check_depths(weights.spec, depths)
 
-    with evaluation_group(environment, device):
+    with process_group(environment, device):
         held_out = open_validation(
             validation,
             training,
@@ -67,6 +71,7 @@ def measure(
             tokenizer_path=config.model.tokenizer_path,
             vocab_size=config.model.vocab_size,
             source=chosen.source_dataset,
+            states=[Path(weights.origin) / STATE],
         )
 
         loaded = load_model(
@@ -95,11 +100,12 @@ def parse_depths(text: str) -> list[int]:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            depths += range(int(first), int(last or first) + 1)
+            found = range(int(first), int(last or first) + 1)
+            if not found or found[0] < 1:
+                raise ConfigError(f"--depths {text}: {part}: depths must be at least 1, and ranges ascend")
+            depths += found
     except ValueError:
         raise ConfigError(f"--depths {text}: whole numbers and ranges, as in 1-8,16,32") from None
-    if not depths or min(depths) < 1:
-        raise ConfigError(f"--depths {text}: depths must be at least 1, and ranges ascend")
     return sorted(set(depths))
 
 
@@ -111,11 +117,6 @@ def write_json(result: dict[str, Any], path: str | None) -> None:
         Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output {path}: {error.strerror}") from None
-
-
-def _validation(validation: ValidationConfig, chosen: argparse.Namespace) -> ValidationConfig:
-    given = {name: getattr(chosen, name) for name in ("split", "sequences")}
-    return validation.model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
 def _print(result: dict[str, Any]) -> None:
@@ -142,7 +143,7 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     parser.add_argument("config", help="TOML file of the run")
     parser.add_argument("checkpoint", help="step folder, run's folder, or Hugging Face folder")
     parser.add_argument("--split", help="default: [validation] split")
-    parser.add_argument("--sequences", type=_at_least_1, help="default: [validation] sequences")
+    parser.add_argument("--sequences", type=at_least_1, help="default: [validation] sequences")
     parser.add_argument("--source-dataset", help="only rows whose column source_dataset holds this")
     default = DEPTHS if kind == "depth" else "[validation] partial_depth_eval"
     parser.add_argument(
@@ -152,10 +153,3 @@ def _parser(kind: str) -> argparse.ArgumentParser:
     parser.add_argument("--output", help="write the result there as JSON")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
     return parser
-
-
-def _at_least_1(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value

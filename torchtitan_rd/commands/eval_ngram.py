@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 from tabulate import tabulate
 
+from torchtitan_rd.commands.arguments import at_least_1, check_outputs, refuse
 from torchtitan_rd.commands.eval_loss import write_json
 from torchtitan_rd.data import (
     DatasetKeys,
@@ -30,6 +31,7 @@ from torchtitan_rd.inference.ngram import NGram
 
 def main(kind: str, arguments: list[str]) -> int:
     chosen = _parser().parse_args(arguments)
+    check_outputs(chosen, "output")
     test_dataset = chosen.test_dataset or chosen.dataset
     same = test_dataset == chosen.dataset and chosen.test_path in (None, chosen.path)
     if same and chosen.test_split == chosen.split:
@@ -42,7 +44,9 @@ def main(kind: str, arguments: list[str]) -> int:
         get_dataset(keys, split=split).kind == "text"
         for keys, split in ((train, chosen.split), (test, chosen.test_split))
     )
-    tokenizer = load_tokenizer(chosen.tokenizer) if on_text else None
+    if not on_text:
+        refuse(chosen, ("tokenizer",), "on data that is no text")
+    tokenizer = load_tokenizer(chosen.tokenizer or "bytes") if on_text else None
     vocab_size = chosen.vocab_size or dataset_vocab_size(train, tokenizer)
 
     def samples(keys: DatasetKeys, split: str) -> Iterable[np.ndarray]:
@@ -119,9 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--source-dataset", help="only rows whose column source_dataset holds this")
 
     add("--column", help="that is read; default: the data set's")
-    add("--tokenizer", default="bytes", help="of text")
-    add("--vocab-size", type=int, help="default: 256 for spikes, the tokenizer's for text")
-    add("--max-tokens", type=int, help="of each split, the first ones")
+    add("--tokenizer", help="of text (default bytes)")
+    add("--vocab-size", type=at_least_1, help="default: 256 for spikes, the tokenizer's for text")
+    add("--max-tokens", type=at_least_1, help="of each split, the first ones")
     add("--seed", type=int, default=0, help="of data that is made here")
     add("--output", help="write the result there as JSON")
     return parser

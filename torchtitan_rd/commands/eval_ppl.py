@@ -1,5 +1,5 @@
 """Perplexity on a data set: of a checkpoint (pt-ppl),
-or of a Hugging Face folder by the transformers library (hf-ppl).
+or of a Hugging Face folder or repository by the transformers library (hf-ppl).
 
 torchtitan-rd eval pt-ppl aixsim 60M outputs/aixsim-60M/checkpoint/step-7075
 torchtitan-rd eval hf-ppl exported/
@@ -16,22 +16,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchtitan_rd.checkpoint.folders import STATE
+from torchtitan_rd.commands.arguments import at_least_1, check_outputs, device_of
 from torchtitan_rd.commands.eval_loss import write_json
-from torchtitan_rd.config import JobConfig
+from torchtitan_rd.conversion.pipeline import TOKENIZERS
 from torchtitan_rd.conversion.verification import transformers_model
 from torchtitan_rd.data import DATASETS, DatasetKeys
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.evaluation import (
     FromTransformers,
     check_context,
+    check_depths,
     check_vocabulary,
     evaluate,
-    evaluation_group,
     open_held_out,
     plain_read_outs,
     use_attention,
 )
 from torchtitan_rd.inference.loading import Loaded, load_model, open_weights, source_of
+from torchtitan_rd.inference.ranks import model_folder, process_group
 from torchtitan_rd.job import Environment
 
 TOKENIZER = "HuggingFaceTB/cosmo2-tokenizer"
@@ -52,21 +55,25 @@ def main(kind: str, arguments: list[str]) -> int:
 
 
 def measure(kind: str, chosen: argparse.Namespace, environment: Environment) -> dict[str, Any]:
-    device = torch.device(chosen.device) if chosen.device else environment.device()
+    device = device_of(chosen, environment)
     is_ours = kind == "pt-ppl"
-    path = chosen.checkpoint_path if is_ours else chosen.model_name_or_path
+    given = chosen.checkpoint_path if is_ours else chosen.model_name_or_path
     family = {"model": chosen.model_arch, "flavor": chosen.model_flavor} if is_ours else {}
-    weights = open_weights(Path(path), **family)
-    check_context(weights.shape, chosen.seq_len)
     dtype = getattr(torch, chosen.dtype)
+    check_outputs(chosen, "output")
 
-    with evaluation_group(environment, device):
+    with process_group(environment, device):
+        path = Path(given) if is_ours else model_folder(given, chosen.revision, environment)
+        weights = open_weights(path, **family)
+        check_context(weights.shape, chosen.seq_len)
+        check_depths(weights.spec, [] if chosen.depth is None else [chosen.depth])
         held_out = open_held_out(
             _keys(chosen, environment.world_size),
             chosen.split,
             environment,
             tokenizer_path=chosen.tokenizer_path or _tokenizer_beside(path),
             vocab_size=_vocab_size(chosen, weights.shape.vocab_size),
+            states=[Path(weights.origin) / STATE],
         )
 
         model: nn.Module
@@ -75,7 +82,8 @@ def measure(kind: str, chosen: argparse.Namespace, environment: Environment) -> 
             model = loaded.model
             use_attention(loaded, device, dtype, False, "auto")
         else:
-            model = FromTransformers(transformers_model(Path(path), weights, dtype).to(device))
+            theirs = transformers_model(path, weights, dtype).to(device)
+            model = FromTransformers(theirs, weights.spec.hf.forward_arguments)
             loaded = Loaded(weights.spec, weights.shape, model, None, source_of(weights))
 
         check_vocabulary(loaded.shape, held_out)
@@ -83,18 +91,15 @@ def measure(kind: str, chosen: argparse.Namespace, environment: Environment) -> 
             loaded,
             held_out,
             environment,
-            recurrence=JobConfig().recurrence,
             depth=chosen.depth,
             dtype=dtype,
             device=device,
         )
         result = evaluate(model, held_out, device, read_outs)
-    return {"model": path, "dtype": chosen.dtype, **result}
+    return {"model": given, "dtype": chosen.dtype, **result}
 
 
 def _keys(chosen: argparse.Namespace, ranks: int) -> DatasetKeys:
-    if chosen.batch_size < 1 or chosen.num_batches < 1 or chosen.seq_len < 1:
-        raise ConfigError("--batch_size, --num_batches and --seq_len must be at least 1")
     if chosen.num_batches % ranks:
         raise ConfigError(f"--num_batches {chosen.num_batches} is not a multiple of the {ranks} ranks")
     return DatasetKeys(
@@ -112,10 +117,9 @@ def _vocab_size(chosen: argparse.Namespace, rows: int) -> int | None:
     return rows if row is not None and row.kind == "packed" else None
 
 
-def _tokenizer_beside(path: str) -> str:
+def _tokenizer_beside(folder: Path) -> str:
     """The one in the folder of the weights, else that of the CLM models."""
-    folder = Path(path)
-    has_one = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    has_one = any((folder / name).is_file() for name in TOKENIZERS)
     return str(folder) if has_one else TOKENIZER
 
 
@@ -131,15 +135,16 @@ def _parser(kind: str) -> argparse.ArgumentParser:
         add("model_flavor", help="its shape, such as 60M")
         add("checkpoint_path", help="step folder, or the folder of a run")
     else:
-        add("model_name_or_path", help="Hugging Face folder")
+        add("model_name_or_path", help="Hugging Face folder, or a repository on the hub")
+        add("--revision", help="commit, branch or tag of the repository (default: the newest commit)")
 
     add("--tokenizer_path", "--tokenizer-path", help=f"default: beside the weights, else {TOKENIZER}")
     add("--dataset_name", "--dataset-name", default="fineweb-edu", help="a row of the table of data sets")
     add("--dataset_path", "--dataset_subset", "--dataset-path", help="where to read it instead")
     add("--split", default="train", help="default: train")
-    add("--batch_size", "--batch-size", type=int, default=32)
-    add("--num_batches", "--num-batches", type=int, default=32)
-    add("--seq_len", "--seq-len", type=int, default=2048)
+    add("--batch_size", "--batch-size", type=at_least_1, default=32)
+    add("--num_batches", "--num-batches", type=at_least_1, default=32)
+    add("--seq_len", "--seq-len", type=at_least_1, default=2048)
 
     default = "float32" if kind == "pt-ppl" else "bfloat16"
     add("--dtype", choices=DTYPES, default=default, help=f"of the matrices (default {default})")

@@ -17,13 +17,22 @@ from typing import Any, NamedTuple
 import torch
 from tabulate import tabulate
 
+from torchtitan_rd.checkpoint.folders import STATE
+from torchtitan_rd.commands.arguments import (
+    at_least_1,
+    check_outputs,
+    check_plots,
+    device_of,
+    narrowed,
+    refuse,
+)
 from torchtitan_rd.commands.eval_loss import write_json
 from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.evaluation import (
     check_context,
+    check_depths,
     check_vocabulary,
-    evaluation_group,
     open_validation,
 )
 from torchtitan_rd.inference.exits import ExitPolicy
@@ -38,10 +47,12 @@ from torchtitan_rd.inference.pareto import (
     record,
     record_singly,
     replay,
+    require_recurrence,
     thresholds_of,
     write_policy,
 )
 from torchtitan_rd.inference.pareto_chart import draw
+from torchtitan_rd.inference.ranks import process_group
 from torchtitan_rd.inference.sharing import Sharing
 from torchtitan_rd.inference.stepper import resolve_depth, steps_of
 from torchtitan_rd.job import Environment
@@ -63,15 +74,13 @@ def main(arguments: list[str]) -> int:
     environment = Environment.read()
     if environment.world_size > 1:
         raise ConfigError("pareto runs on one rank: start it without torchrun")
-    for name in ("policy", "png", "output"):  # before the pass over the data
-        path = getattr(chosen, name)
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise ConfigError(f"--{name} {path}: there is no such folder")
-    if chosen.policy and chosen.target is None:
-        raise ConfigError("--policy needs --target: the mean depth to choose a threshold for")
+    check_outputs(chosen, "policy", "png", "output")
+    check_plots(chosen, "png")
+    if chosen.target is None:
+        refuse(chosen, ("policy", "criterion", "replay"), "without --target, the mean depth to aim at")
 
     strategies = list(dict.fromkeys(chosen.kv.split(",")))
-    device = torch.device(chosen.device) if chosen.device else environment.device()
+    device = device_of(chosen, environment)
     loaded, windows = _open(chosen, overrides, environment, device, strategies)
     records = _records(loaded, windows, chosen, strategies)
     rows = [row for kv in strategies for row in rows_of(records[kv], kv, chosen.min_steps)]
@@ -128,6 +137,8 @@ def _open(
 ) -> tuple[Loaded, Windows]:
     config = load(["--job.config_file", chosen.config, *overrides], environment).config
     weights = open_weights(Path(chosen.checkpoint), model=config.model.name, flavor=chosen.flavor)
+    require_recurrence(weights.spec)
+    check_depths(weights.spec, [] if chosen.depth is None else [chosen.depth])
     check_context(weights.shape, config.training.seq_len)
     if config.training.document_mask:
         raise ConfigError("training.document_mask: pareto judges whole windows; set it to false")
@@ -142,22 +153,19 @@ def _open(
     )
 
     steps = steps_of(loaded.spec, loaded.model)
-    if steps.mean_depth is None:
-        raise ConfigError(f"a {loaded.spec.name} has no recurrence to leave: pareto is for recurrent models")
     depth = resolve_depth(loaded.spec, steps.mean_depth, chosen.depth)
     for kv in strategies:
         Sharing(kv, steps.layout.core, depth)
 
-    given = {name: getattr(chosen, name) for name in ("split", "sequences")}
-    given = {name: value for name, value in given.items() if value is not None}
-    with evaluation_group(environment, device):
+    with process_group(environment, device):
         held_out = open_validation(
-            config.validation.model_copy(update=given),
+            narrowed(config.validation, chosen),
             config.training,
             environment,
             tokenizer_path=config.model.tokenizer_path,
             vocab_size=config.model.vocab_size,
             source=chosen.source_dataset,
+            states=[Path(weights.origin) / STATE],
         )
     check_vocabulary(loaded.shape, held_out)
     return loaded, [(batch.inputs, batch.labels) for batch in held_out.batches]
@@ -185,8 +193,9 @@ def _choose(
     choice = choose_policy(seen, chosen.target, criteria, kv=kv, min_steps=chosen.min_steps)
     full = outcome(seen, ExitPolicy("none"), kv)
     policy, found = choice
+    leaves = "from" if policy.rule.counts else "below"
     print(
-        f"{kv}: {policy.criterion} below {policy.threshold:.6g}: "
+        f"{kv}: {policy.criterion} {leaves} {policy.threshold:.6g}: "
         f"{found.steps:.2f} iterations of {seen.depth}, loss {found.loss:.4f} ({full.loss:.4f} with all)"
     )
     result = {"kv": kv, "criterion": policy.criterion, "threshold": policy.threshold, **found._asdict()}
@@ -215,7 +224,7 @@ def _parser() -> argparse.ArgumentParser:
         default="full",
         help="strategies of the cache, as in full,compress-s16; the mixing ones take longer",
     )
-    add("--min-steps", type=int, default=1, help="iterations that every token gets")
+    add("--min-steps", type=at_least_1, default=1, help="iterations that every token gets")
 
     add("--target", type=float, help="mean depth to choose a threshold for")
     add(
@@ -229,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", help="write the whole table there as JSON")
 
     add("--split", help="default: [validation] split")
-    add("--sequences", type=int, help="default: [validation] sequences")
+    add("--sequences", type=at_least_1, help="default: [validation] sequences")
     add("--source-dataset", help="only rows whose column source_dataset holds this")
     add("--seed", type=int, default=0, help="of the first states")
     add("--flavor", help="the shape of a checkpoint that does not tell it")

@@ -1,8 +1,15 @@
-"""Pushes an exported folder to the Hugging Face hub."""
+"""Models on the Hugging Face hub: an exported folder is pushed there, a released one is fetched."""
 
 from pathlib import Path
 
+from torchtitan_rd.conversion.huggingface import CONFIG_JSON
+from torchtitan_rd.conversion.tokenizer_files import GENERATION_CONFIG, NAMES
 from torchtitan_rd.errors import CheckpointError, ConfigError
+from torchtitan_rd.log import logger
+
+# The top folder alone, and never a .py file: our copy of a family's code is run, or none.
+_FETCHED = [CONFIG_JSON, GENERATION_CONFIG, *NAMES, "*.safetensors", "*.safetensors.index.json"]
+_PICKLED = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
 
 
 def check_push(repo_name: str | None, push: bool) -> None:
@@ -58,3 +65,32 @@ def push_folder(folder: Path, repo_name: str, path_in_repo: str | None) -> str:
             f"{f' {path_in_repo}' if path_in_repo else ''}`"
         ) from error
     return f"{address}/tree/main/{path_in_repo}" if path_in_repo else address
+
+
+def fetch_model(name: str, revision: str | None = None) -> Path:
+    """The folder of a model's repository, OWNER/NAME: weights, configuration and tokenizer; the hub's cache
+    keeps it. Pickled weights are fetched only where there are no others.
+
+    revision: the commit, branch or tag; None: the newest commit. Raises CheckpointError if it cannot be had.
+    """
+    import huggingface_hub
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+            )
+        )
+
+    try:
+        folder = fetch(_FETCHED)
+        if not any(folder.glob("*.safetensors")):
+            folder = fetch([*_FETCHED, *_PICKLED])
+    except Exception as error:  # of the hub and the network, whose classes differ between versions
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{name} does not exist here, and as a repository on the Hugging Face hub it cannot be had "
+            f"({type(error).__name__}: {reason}): name a folder, or fetch it where the hub can be reached"
+        ) from error
+    logger.info("%s is read at commit %s", name, folder.name)
+    return folder

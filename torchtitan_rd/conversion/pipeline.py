@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from torchtitan_rd.checkpoint.folders import STATE
 from torchtitan_rd.conversion import verification
 from torchtitan_rd.conversion.dcp import job_config, open_dcp, write_dcp
 from torchtitan_rd.conversion.huggingface import CONFIG_JSON, open_hf, require_complete, write_hf
@@ -25,7 +26,8 @@ from torchtitan_rd.conversion.tokenizer_files import (
     tokenizer_files,
 )
 from torchtitan_rd.conversion.weights import GENERATION_CONFIG, Weights, select_tensors, total_bytes
-from torchtitan_rd.data import DATASETS
+from torchtitan_rd.data import DATASETS, Tokenizer, load_tokenizer
+from torchtitan_rd.data.hub import hub_tokenizer
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.log import logger
@@ -64,12 +66,13 @@ def open_released(path: Path, *, model: str | None = None, flavor: str | None = 
 def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weights:
     """The weights with the tokenizer that they were trained with, as Hugging Face's library loads it.
 
-    tokenizer_path: one that `model.tokenizer_path` could name, instead of what the checkpoint says; "none"
-    for none. Spikes have no tokenizer; their separator is stated as bos. Raises ConfigError if the
-    tokenizer is out of reach.
+    tokenizer_path: one that `model.tokenizer_path` could name, instead of what the checkpoint says (and,
+    of one on the hub, at the commit that it notes); "none" for none. Spikes have no tokenizer; their
+    separator is stated as bos. Raises ConfigError if the tokenizer is out of reach.
     """
     config = weights.job_config or {}
     training, kept = config.get("training", {}), weights.files
+    states: list[Path] = []
     kind = DATASETS[training["dataset"]].kind if training.get("dataset") in DATASETS else None
     if tokenizer_path == "none":
         return replace(weights, files={name: kept[name] for name in kept if name == GENERATION_CONFIG})
@@ -82,12 +85,13 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
             ids = {"eos_token_id": training.get("eos_id"), "pad_token_id": training.get("pad_id")}
             return replace(weights, token_ids={**weights.token_ids, **ids})
         tokenizer_path = config.get("model", {}).get("tokenizer_path") if kind == "text" else None
+        states = [Path(weights.origin) / STATE]
     if tokenizer_path is None and "tokenizer.model" in kept and "tokenizer.json" not in kept:
         # Meta's, which transformers does not load.
         tokenizer_path = str(Path(weights.origin) / "tokenizer.model")
     if tokenizer_path is None:
         return weights
-    found = tokenizer_files(tokenizer_path)
+    found = tokenizer_files(tokenizer_path, states)
     if beyond := [name for name, id_ in found.token_ids.items() if id_ >= weights.shape.vocab_size]:
         raise ConfigError(
             f"the tokenizer {tokenizer_path!r} has {beyond[0]} = {found.token_ids[beyond[0]]}, "
@@ -97,9 +101,10 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
     return replace(weights, files={**kept, **found.files}, token_ids={**weights.token_ids, **found.token_ids})
 
 
-def warn_of_another_tokenizer(folder: Path, tokenizer_path: str) -> None:
-    """For a run on text with `model.tokenizer_path` that starts from the weights in `folder`: logs a warning
-    unless these were made with a tokenizer that gives the same ids, or do not tell. Compared by content.
+def warn_of_another_tokenizer(folder: Path, tokenizer_path: str, tokenizer: Tokenizer) -> None:
+    """For a run on text with `model.tokenizer_path`, which is `tokenizer`, that starts from the weights in
+    `folder`: logs a warning unless these were made with a tokenizer that gives the same ids, or do not tell.
+    Compared by content; theirs on the hub is read at the commit that they note.
     """
     config = job_config(folder) or {}
     places = [
@@ -117,7 +122,8 @@ def warn_of_another_tokenizer(folder: Path, tokenizer_path: str) -> None:
         return
 
     try:
-        if same_ids(theirs, tokenizer_path):
+        theirs = hub_tokenizer(theirs, [folder / STATE])
+        if same_ids(load_tokenizer(theirs), tokenizer):
             return
         found = "which gives other ids than"
     except TorchtitanRDError as error:

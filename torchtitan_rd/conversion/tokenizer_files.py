@@ -3,12 +3,13 @@ with the ids of data/tokenizer.py.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torchtitan_rd.data import tokenizer as ours
+from torchtitan_rd.data.hub import hub_tokenizer
 from torchtitan_rd.errors import CheckpointError, ConfigError
 
 TOKENIZER_JSON, TOKENIZER_CONFIG, TOKENIZER_MODEL = (
@@ -44,8 +45,9 @@ class TokenizerFiles:
     token_ids: Mapping[str, Any] = field(default_factory=dict)
 
 
-def tokenizer_files(path: str) -> TokenizerFiles:
-    """The files of the tokenizer that `model.tokenizer_path` names.
+def tokenizer_files(path: str, states: Iterable[Path] = ()) -> TokenizerFiles:
+    """The files of the tokenizer that `model.tokenizer_path` names. states: the `state.json` of checkpoints,
+    which note the commit of one on the hub.
 
     `bytes` and tiktoken files become a tokenizer.json; one that is there is copied, and so are the files
     around it. A Python class that a tokenizer_config.json asks for gives way to the plain one, which reads
@@ -66,7 +68,7 @@ def tokenizer_files(path: str) -> TokenizerFiles:
             f"{path!r} is no folder with {TOKENIZER_JSON} or {TOKENIZER_MODEL} and no such file; {_REMEDY}"
         )
     try:
-        folder = ours.download_tokenizer(path)
+        folder = Path(hub_tokenizer(path, states))
     except ConfigError as error:
         raise ConfigError(f"{error}; {_REMEDY}") from error
     return _from_json(folder / TOKENIZER_JSON)
@@ -89,14 +91,11 @@ def files_in(folder: Path) -> TokenizerFiles:
     return TokenizerFiles(files, ids)
 
 
-def same_ids(path: str, other: str) -> bool:
-    """Whether two values of `model.tokenizer_path` mean one tokenizer,
-    wherever its files lie and whatever their form.
+def same_ids(a: ours.Tokenizer, b: ours.Tokenizer) -> bool:
+    """Whether two tokenizers are one, wherever its files lie and whatever their form.
 
-    Compared are the number of ids, the text of each, bos, eos, and the ids of a text of many scripts. Raises
-    ConfigError, DataError as `load_tokenizer` does.
+    Compared are the number of ids, the text of each, bos, eos, and the ids of a text of many scripts.
     """
-    a, b = ours.load_tokenizer(path), ours.load_tokenizer(other)
     if any(getattr(a, name) != getattr(b, name) for name in ("vocab_size", "bos_id", "eos_id")):
         return False
     if a.encode(_PROBE).tolist() != b.encode(_PROBE).tolist():

@@ -51,7 +51,7 @@ class DataRanks:
         """`model.tokenizer_path`, of the hub's repositories as the folder with their files;
         see `hub_tokenizer`.
         """
-        return self._on_each_node(
+        return self.on_each_node(
             lambda: hub_tokenizer(path, self.states), lambda found: found == path or Path(found).is_dir()
         )
 
@@ -59,7 +59,7 @@ class DataRanks:
         """The arrow files into which data of the hub is converted;
         none for data that lies here and for streams.
         """
-        return self._on_each_node(
+        return self.on_each_node(
             lambda: prepared_files(config, row, split),
             lambda files: all(Path(file).is_file() for file in files),
         )
@@ -68,7 +68,7 @@ class DataRanks:
         """Raises DataError unless all ranks read the same."""
         check_same_data(self.gather(fingerprint))
 
-    def _on_each_node(self, make: Callable[[], T], is_here: Callable[[T], bool]) -> T:
+    def on_each_node(self, make: Callable[[], T], is_here: Callable[[T], bool]) -> T:
         """Made by rank 0, and on each node that does not see that by its first rank."""
         made = self._once(make, self.rank == 0)[0]
         lacks = self.local_rank == 0 and not is_here(made)

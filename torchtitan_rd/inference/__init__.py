@@ -5,7 +5,7 @@ from torchtitan_rd.inference import Settings, encode_prompt, generate, load_mode
 
 from torchtitan_rd.inference.exits import CRITERIA, ExitPolicy
 from torchtitan_rd.inference.generation import Answer, Report, Settings, generate
-from torchtitan_rd.inference.loading import Loaded, load_model
+from torchtitan_rd.inference.loading import Loaded, load_model, transformers_tokenizer
 from torchtitan_rd.inference.sampling import Sampling
 from torchtitan_rd.inference.sharing import Sharing
 from torchtitan_rd.inference.speculative import Drafting
@@ -29,4 +29,5 @@ __all__ = [
     "generate",
     "load_model",
     "think",
+    "transformers_tokenizer",
 ]

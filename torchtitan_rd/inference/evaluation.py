@@ -5,21 +5,18 @@ so figures compare with val_loss.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from torchtitan_rd.data import (
     Batch,
     BatchDims,
-    DataRanks,
     DatasetKeys,
     Tokenizer,
     dataset_vocab_size,
@@ -29,27 +26,12 @@ from torchtitan_rd.data import (
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.loading import Loaded
-from torchtitan_rd.job import PREPARING, CommConfig, Environment, gather, init_process_group
+from torchtitan_rd.inference.ranks import data_ranks
+from torchtitan_rd.job import Environment, gather
 from torchtitan_rd.loss import count_valid
-from torchtitan_rd.model_spec import SINGLE_READ_OUT, Microbatch, ReadOut, ReadOuts
+from torchtitan_rd.model_spec import SINGLE_READ_OUT, Microbatch, ModelSpec, ReadOut, ReadOuts
 from torchtitan_rd.models.attention import Requested, setup_attention
 from torchtitan_rd.validation import ValidationConfig, read_held_out, validate, validation_keys
-
-
-@contextmanager
-def evaluation_group(environment: Environment, device: torch.device) -> Iterator[None]:
-    """The process group of the launcher's ranks, or of this process alone;
-    one that is there already is left alone.
-    """
-    if dist.is_initialized():
-        yield
-        return
-    # One rank may convert data for long while the others wait.
-    init_process_group(environment, device, CommConfig(init_timeout_seconds=int(PREPARING)), Path())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -86,15 +68,17 @@ def open_held_out(
     tokenizer_path: str,
     vocab_size: int | None = None,
     seed: int = 0,
+    states: Iterable[Path] = (),
 ) -> HeldOut:
     """The first `keys.global_batch_size` sequences of a split, shared out to the ranks.
 
-    vocab_size: None takes the data's own. Raises ConfigError, DataError.
+    vocab_size: None takes the data's own. states: the `state.json` of the model, which notes the commits on
+    the hub that it was trained with: they are read again. Raises ConfigError, DataError.
     """
     row = get_dataset(keys, split=split)
-    tokenizer = load_tokenizer(tokenizer_path) if row.kind == "text" else None
+    ranks = data_ranks(environment, states)
+    tokenizer = load_tokenizer(ranks.tokenizer(tokenizer_path)) if row.kind == "text" else None
     vocab_size = vocab_size or dataset_vocab_size(keys, tokenizer)
-    ranks = DataRanks(gather, environment.rank, environment.local_rank)
 
     batches = read_held_out(
         keys,
@@ -103,7 +87,7 @@ def open_held_out(
         tokenizer=tokenizer,
         vocab_size=vocab_size,
         seed=seed,
-        ranks=ranks if environment.world_size > 1 else None,
+        ranks=ranks,
     )
     separator = vocab_size - 1 if row.kind == "spikes" else None
     return HeldOut(keys, split, vocab_size, batches, tokenizer, separator)
@@ -122,10 +106,12 @@ def open_validation(
     tokenizer_path: str,
     vocab_size: int | None,
     source: str | None = None,
+    states: Iterable[Path] = (),
 ) -> HeldOut:
     """What a run's [validation] names, whether or not it is enabled there.
 
-    training: the section. source: only rows of this `source_dataset`. Raises ConfigError, DataError.
+    training: the section. source: only rows of this `source_dataset`. states: see `open_held_out`. Raises
+    ConfigError, DataError.
     """
     keys = validation_keys(validation, training, environment.world_size)
     if source is not None:
@@ -137,6 +123,7 @@ def open_validation(
         tokenizer_path=tokenizer_path,
         vocab_size=vocab_size,
         seed=training.seed,
+        states=states,
     )
 
 
@@ -146,6 +133,15 @@ def check_context(shape: Any, seq_len: int) -> None:
         raise ConfigError(
             f"seq_len = {seq_len} is more than the model's context of {shape.max_seq_len}: shorten it"
         )
+
+
+def check_depths(spec: ModelSpec, depths: Iterable[int]) -> None:
+    """Raises ConfigError for a depth below 1, and for any depth of a model without a recurrence."""
+    for depth in depths:
+        if spec.inputs is None:
+            raise ConfigError(f"depth = {depth}: a {spec.name} has no recurrence; leave it out")
+        if depth < 1:
+            raise ConfigError(f"depth = {depth} must be at least 1")
 
 
 def check_vocabulary(shape: Any, held_out: HeldOut) -> None:
@@ -170,10 +166,7 @@ def read_outs_of(
 
     depths: of a recurrent model, beside its mean. recurrence, training: the sections. Raises ConfigError.
     """
-    if depths and loaded.spec.inputs is None:
-        raise ConfigError(f"depths: a {loaded.spec.name} has no recurrence; leave them out")
-    if bad := [depth for depth in depths if depth < 1]:
-        raise ConfigError(f"depth = {bad[0]} must be at least 1")
+    check_depths(loaded.spec, depths)
     device = next(loaded.model.parameters()).device
     draws = Draws(
         loaded.spec,
@@ -194,21 +187,18 @@ def plain_read_outs(
     held_out: HeldOut,
     environment: Environment,
     *,
-    recurrence: Any,
     depth: int | None,
     dtype: torch.dtype,
     device: torch.device,
 ) -> ReadOuts:
-    """One loss, val_loss, of a model of which no run is known. recurrence: the section
-    [recurrence]. depth: None takes the model's mean.
+    """One loss, val_loss, of a model of which no run is known. depth: None takes the model's mean.
 
     Raises ConfigError."""
+    check_depths(loaded.spec, [] if depth is None else [depth])
     inputs = loaded.spec.inputs
     if inputs is None:
-        if depth is not None:
-            raise ConfigError(f"depth = {depth}: a {loaded.spec.name} has no recurrence; leave it out")
         return SINGLE_READ_OUT
-    drawn = inputs(loaded.shape, recurrence, seed=0, total_steps=1)
+    drawn = inputs(loaded.shape, None, seed=0, total_steps=1)
 
     def forward_inputs(number: int) -> Mapping[str, Any]:
         place = Microbatch(
@@ -293,17 +283,19 @@ def evaluate(
 
 
 class FromTransformers(nn.Module):
-    """A causal language model of the transformers library, called as `validate` calls ours."""
+    """A causal language model of the transformers library, called as `validate` calls ours.
 
-    def __init__(self, model: nn.Module):
+    forward_arguments: of its family's `HuggingFaceLayout`.
+    """
+
+    def __init__(self, model: nn.Module, forward_arguments: Callable[[Mapping[str, Any]], dict[str, Any]]):
         super().__init__()
         self.model = model
+        self.forward_arguments = forward_arguments
 
     def forward(
         self, tokens_BS: torch.Tensor, document_ids: None, *, read_out: ReadOut, **inputs: Any
     ) -> list[torch.Tensor]:
         """-> one result, of logits (B, S, V) in float32. inputs: those of our forward, at one depth."""
-        theirs = {}
-        if inputs:
-            theirs = {"num_steps": sum(inputs["num_steps"]), "input_states": inputs["initial_state"]}
+        theirs = self.forward_arguments(inputs)
         return [read_out(self.model(input_ids=tokens_BS, use_cache=False, **theirs).logits.float())]

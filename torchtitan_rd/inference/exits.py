@@ -107,10 +107,6 @@ def _mean(x_BS: torch.Tensor, real: torch.Tensor | None) -> torch.Tensor:
     return x_BS.where(real, 0.0).sum(-1) / real.sum(-1)
 
 
-def _none(batch: int, vocab_size: int, device: torch.device) -> Measure:
-    return lambda seen: torch.full((batch,), torch.inf, device=device)
-
-
 @dataclass(frozen=True)
 class Criterion:
     """threshold: unless told otherwise. on_logits: whether it looks at them. counts: a sequence leaves at and
@@ -129,14 +125,15 @@ CRITERIA: Mapping[str, Criterion] = {
     "argmax-stability": Criterion(_argmax_stability, 5, True, counts=True),
     "latent-diff": Criterion(_latent_diff, 0.03, False),
     "cosine": Criterion(_cosine, 1e-3, False),
-    "none": Criterion(_none, 0.0, False),
 }
+NEVER = "none"
+"""The policy without a criterion."""
 
 
 @dataclass(frozen=True)
 class ExitPolicy:
-    """criterion: a name of CRITERIA. threshold: None takes the criterion's own. min_steps: iterations that
-    every token gets.
+    """criterion: a name of CRITERIA, or NEVER. threshold: None takes the criterion's own.
+    min_steps: iterations that every token gets.
     every: the criterion is asked after each so many iterations. in_prefill: whether the prompt may be left
     early too, all of its positions at once. Raises ConfigError."""
 
@@ -147,10 +144,9 @@ class ExitPolicy:
     in_prefill: bool = True
 
     def __post_init__(self) -> None:
-        if self.criterion not in CRITERIA:
-            raise ConfigError(
-                f"exit criterion {self.criterion!r} is unknown{nearest(self.criterion, CRITERIA)}"
-            )
+        known = (*CRITERIA, NEVER)
+        if self.criterion not in known:
+            raise ConfigError(f"exit criterion {self.criterion!r} is unknown{nearest(self.criterion, known)}")
         if self.threshold is not None and not self.threshold >= 0:
             raise ConfigError(f"exit threshold {self.threshold} must be at least 0")
         if self.min_steps < 1 or self.every < 1:
@@ -160,6 +156,7 @@ class ExitPolicy:
 
     @property
     def rule(self) -> Criterion:
+        """Of every policy but NEVER's."""
         return CRITERIA[self.criterion]
 
     def leaves(self, values: torch.Tensor) -> torch.Tensor:

@@ -78,8 +78,14 @@ class Settings:
         if self.drafting is not None and depth:
             self.drafting.check(depth, sharing)
         if steps.mean_depth is None:
-            given = {"kv": self.kv != "full", "exit criterion": self.exits, "continuous": self.continuous}
-            for name, value in {**given, "draft_steps": self.drafting}.items():
+            given = {
+                "kv": self.kv != "full",
+                "exit criterion": self.exits,
+                "continuous": self.continuous,
+                "init_scale": self.init_scale != 1.0,
+                "draft_steps": self.drafting,
+            }
+            for name, value in given.items():
                 if value:
                     raise ConfigError(f"{name}: a {loaded.spec.name} has no recurrence; leave it out")
         if self.stop and loaded.tokenizer is None:

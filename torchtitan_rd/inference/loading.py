@@ -1,5 +1,6 @@
 """A trained model from disk: a DCP step folder of any number of ranks, or a Hugging Face folder."""
 
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from torchtitan_rd.checkpoint.folders import STEP, step_of
+from torchtitan_rd.checkpoint.folders import STATE, STEP, step_of
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.huggingface import CONFIG_JSON, require_complete
-from torchtitan_rd.conversion.pipeline import TOKENIZERS, open_released
+from torchtitan_rd.conversion.pipeline import TOKENIZERS, open_released, with_tokenizer
 from torchtitan_rd.conversion.weights import Weights, model_tensors
 from torchtitan_rd.data import DATASETS, Tokenizer, load_tokenizer
+from torchtitan_rd.data.hub import hub_tokenizer
+from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.log import logger
 from torchtitan_rd.model_spec import ModelSpec
@@ -34,7 +37,7 @@ class Source:
 
 class Loaded(NamedTuple):
     """shape: the model's config. model: in evaluation mode, without gradients. tokenizer: None for spikes,
-    and where there is none. path: what was asked for."""
+    and where there is none. source: where all of it came from."""
 
     spec: ModelSpec
     shape: Any
@@ -104,12 +107,26 @@ def source_of(weights: Weights) -> Source:
     """What the weights say about where they came from."""
     config = weights.job_config or {}
     row = DATASETS.get(config.get("training", {}).get("dataset"))
-    ids = config.get("model", {}).get("vocab_size") or weights.shape.vocab_size
+    kind = None if row is None else row.kind
+    ids = config.get("model", {}).get("vocab_size")
+    if ids is None:
+        ids = SPIKE_VOCAB_SIZE if kind == "spikes" else _ids_of_export(weights)
     eos = weights.token_ids.get("eos_token_id")
-    if eos is None and row is not None and row.kind == "packed":
+    if eos is None and kind == "packed":
         eos = config["training"].get("eos_id")
     eos_ids = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
-    return Source(Path(weights.origin), None if row is None else row.kind, ids, eos_ids)
+    return Source(Path(weights.origin), kind, ids, eos_ids)
+
+
+def _ids_of_export(weights: Weights) -> int:
+    """A model of spikes states its separator, the last id of the data, as bos (conversion/pipeline.py), and
+    has neither an end of text nor a tokenizer.
+    """
+    separator = weights.token_ids.get("bos_token_id")
+    has_tokenizer = any(name in weights.files for name in TOKENIZERS)
+    if separator is None or has_tokenizer or weights.token_ids.get("eos_token_id") is not None:
+        return weights.shape.vocab_size
+    return separator + 1
 
 
 def _tokenizer_of(weights: Weights, source: Source, tokenizer_path: str | None) -> Tokenizer | None:
@@ -123,11 +140,34 @@ def _tokenizer_of(weights: Weights, source: Source, tokenizer_path: str | None) 
         return None
     named = (weights.job_config or {}).get("model", {}).get("tokenizer_path", "bytes")
     try:
-        return load_tokenizer(named)
+        return load_tokenizer(hub_tokenizer(named, [source.folder / STATE]))
     except TorchtitanRDError as error:
         raise ConfigError(
             f"{weights.origin} was trained with a tokenizer that is out of reach: {error}"
         ) from error
+
+
+def transformers_tokenizer(
+    path: Path | str,
+    tokenizer_path: str | None = None,
+    *,
+    model: str | None = None,
+    flavor: str | None = None,
+) -> Any:
+    """The tokenizer of the transformers library that an export of the model in `path` has.
+
+    The arguments are those of `load_model`. Raises CheckpointError, ConfigError, DataError.
+    """
+    from transformers import AutoTokenizer
+
+    weights = with_tokenizer(open_weights(Path(path), model=model, flavor=flavor), tokenizer_path)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in weights.files.items():
+            (Path(folder) / name).write_bytes(content)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} has no tokenizer that transformers can read: {error}") from None
 
 
 @torch.no_grad()

@@ -26,16 +26,17 @@ import torch.nn.functional as F
 
 from torchtitan_rd.batch import IGNORE_INDEX
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.inference.exits import CRITERIA, ExitPolicy, Measure, Seen
+from torchtitan_rd.inference.exits import CRITERIA, NEVER, ExitPolicy, Measure, Seen
 from torchtitan_rd.inference.loading import Loaded
 from torchtitan_rd.inference.sharing import Sharing
 from torchtitan_rd.inference.stepper import Stepper, steps_of, think
+from torchtitan_rd.model_spec import ModelSpec
 from torchtitan_rd.models.attention import KeyValues
 
 Windows = Iterable[tuple[torch.Tensor, torch.Tensor]]
 """Inputs and labels (B, S) int64; labels of -100 do not count."""
 
-JUDGED = tuple(name for name in CRITERIA if name != "none")
+JUDGED = tuple(CRITERIA)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def record(
     seed, scale: of the first states, as in generation. Keeps 4 (1 + criteria) T bytes a label,
     and all states of a window. Raises ConfigError.
     """
-    _require_recurrence(loaded)
+    require_recurrence(loaded.spec)
     losses: list[torch.Tensor] = []
     values: dict[str, list[torch.Tensor]] = {name: [] for name in JUDGED}
     stepper = None
@@ -125,7 +126,7 @@ def record_singly(
     loaded: Loaded, windows: Windows, kv: str, depth: int | None = None, *, seed: int = 0, scale: float = 1.0
 ) -> Record:
     """The same under a strategy of the cache that mixes iterations: the positions one after the other."""
-    _require_recurrence(loaded)
+    require_recurrence(loaded.spec)
     losses: list[torch.Tensor] = []
     values: dict[str, list[torch.Tensor]] = {name: [] for name in JUDGED}
     stepper = None
@@ -159,7 +160,7 @@ def replay(
     """What generation does in which every token leaves on its own, with the data's tokens in place of its own
     choice -> mean loss, mean iterations.
     """
-    _require_recurrence(loaded)
+    require_recurrence(loaded.spec)
     nats, steps, count = 0.0, 0, 0
     for inputs, labels in windows:
         stepper = _stepper(loaded, inputs.shape, depth, seed, scale, kv)
@@ -191,7 +192,7 @@ def exit_steps(record: Record, policy: ExitPolicy) -> np.ndarray:
         raise ConfigError(
             "every: the record compares neighbouring iterations, so a criterion is asked after each"
         )
-    if policy.criterion == "none":
+    if policy.criterion == NEVER:
         return np.full(record.losses.shape[1], record.depth)
     values = torch.from_numpy(record.values[policy.criterion])
     leaves = policy.leaves(values).numpy()
@@ -272,7 +273,7 @@ def write_policy(path: Path, policy: ExitPolicy, kv: str) -> None:
     """A file for `generate --exit-policy`. Raises ConfigError if it cannot be written."""
     table = {
         "criterion": policy.criterion,
-        "threshold": float(policy.threshold if policy.threshold is not None else policy.rule.threshold),
+        **({} if policy.threshold is None else {"threshold": float(policy.threshold)}),
         "min_steps": policy.min_steps,
         "every": policy.every,
         "in_prefill": policy.in_prefill,
@@ -341,6 +342,7 @@ def _stepper(
     )
 
 
-def _require_recurrence(loaded: Loaded) -> None:
-    if loaded.spec.inputs is None:
-        raise ConfigError(f"a {loaded.spec.name} has no recurrence to leave: pareto is for recurrent models")
+def require_recurrence(spec: ModelSpec) -> None:
+    """Raises ConfigError for a model that has none."""
+    if spec.inputs is None:
+        raise ConfigError(f"a {spec.name} has no recurrence to leave: pareto is for recurrent models")

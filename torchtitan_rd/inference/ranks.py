@@ -1,30 +1,62 @@
-"""Prompts over ranks. Every rank holds the whole model: what no single device can hold is not generated from
-here."""
+"""What the ranks of an evaluation do together. Every rank holds the whole model: what no single device can
+hold is not generated from here.
+"""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
-from torchtitan_rd.job import Environment
+from torchtitan_rd.conversion.hub import fetch_model
+from torchtitan_rd.data import DataRanks
+from torchtitan_rd.data.tokenizer import is_hub_name
+from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.job import PREPARING, CommConfig, Environment, gather, init_process_group
 
 T = TypeVar("T")
 
 
 @contextmanager
-def process_group(environment: Environment) -> Iterator[None]:
-    """A gloo group of the launcher's ranks; none for a process alone.
-    Answers are small, so they go by the CPU.
+def process_group(environment: Environment, device: torch.device) -> Iterator[None]:
+    """The process group of the launcher's ranks, or of this process alone;
+    one that is there already is left alone. device: of the tensors that the ranks exchange.
     """
-    if environment.world_size == 1 or dist.is_initialized():
+    if dist.is_initialized():
         yield
         return
-    dist.init_process_group("gloo", rank=environment.rank, world_size=environment.world_size)
+    # One rank may fetch a model, convert data or generate for long while the others wait.
+    init_process_group(environment, device, CommConfig(init_timeout_seconds=int(PREPARING)), Path())
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def data_ranks(environment: Environment, states: Iterable[Path] = ()) -> DataRanks:
+    """These ranks as readers of data; a lone one needs no process group. states: see `DataRanks`."""
+    together = gather if environment.world_size > 1 else _alone
+    return DataRanks(together, environment.rank, environment.local_rank, tuple(states))
+
+
+def _alone(value: Any) -> list[Any]:
+    return [value]
+
+
+def model_folder(path: str, revision: str | None, environment: Environment) -> Path:
+    """`path`; of the name of a repository on the hub the folder into which one rank of each node has fetched
+    it, at the same commit. Collective, in a process group.
+
+    revision: of the repository: a commit, branch or tag; None: the newest commit. Raises ConfigError for one
+    of what lies here, CheckpointError if the repository cannot be had.
+    """
+    if not is_hub_name(path):
+        if revision is not None:
+            raise ConfigError(f"--revision has no effect on {path}, which is no repository on the hub")
+        return Path(path)
+    return data_ranks(environment).on_each_node(lambda: fetch_model(path, revision), Path.is_dir)
 
 
 def over_ranks(

@@ -56,7 +56,6 @@ def conditional(
     if row is None or row.kind != "spikes":
         known = [name for name, other in DATASETS.items() if other.kind == "spikes"]
         raise ConfigError(f"--dataset {dataset} is no data set of spikes{nearest(dataset, known)}")
-    _at_least_1(ctx_t=ctx_t, gen_t=gen_t)
     keys = DatasetKeys.model_validate({"dataset": dataset, "dataset_path": path})
     source, _ = open_source(keys, row, build_encoder(keys, row.kind, None, vocab_size), seed, split)
     if not 0 <= index < len(source):
@@ -69,8 +68,7 @@ def conditional(
 
 
 def unconditional(neurons: int, seed: int) -> SpikePrompt:
-    """One bin in which a tenth of the neurons, drawn from the seed, spike once. Raises ConfigError."""
-    _at_least_1(n_neurons=neurons)
+    """One bin in which a tenth of the neurons, drawn from the seed, spike once."""
     counts = np.zeros((neurons, 1), np.int64)
     chosen = np.random.default_rng(seed).choice(neurons, round(neurons * _SPIKING), replace=False)
     counts[chosen] = 1
@@ -149,9 +147,3 @@ def raster(path: Path, prompt: SpikePrompt, generated: np.ndarray) -> None:
     figure.colorbar(image, ax=axes[:, 0].tolist(), label="spikes")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def _at_least_1(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")

@@ -14,13 +14,14 @@ Shapes: B batch, S new positions, E dim, V vocabulary.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.cache import KVCache
-from torchtitan_rd.inference.exits import ExitPolicy, Seen
+from torchtitan_rd.inference.exits import NEVER, ExitPolicy, Seen
 from torchtitan_rd.inference.sharing import Sharing
 from torchtitan_rd.model_spec import ModelSpec, Steps
 
@@ -54,7 +55,6 @@ class Stepper:
         self._padding = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self._padded = False
         self._positions: slice | torch.Tensor = slice(0, 0)
-        self._noise: torch.Tensor | None = None
         self.real: torch.Tensor | None = None
 
     def embed(self, tokens_BS: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
@@ -91,16 +91,18 @@ class Stepper:
         None: the state starts at e.
         """
         if self._noise is None:
-            rows = [
-                self.steps.first_state(self.seed, position, self.scale)
-                for position in range(len(self._table))
-            ]
-            known = [row for row in rows if row is not None]
-            if not known:
-                return None
-            self._noise = torch.stack(known).to(self.device)
+            return None
         state = self._noise[self._positions]
         return state if state.ndim == 3 else state.expand(self.batch, -1, -1)
+
+    @cached_property
+    def _noise(self) -> torch.Tensor | None:
+        """(positions, E), made when it is first asked for."""
+        rows = (
+            self.steps.first_state(self.seed, position, self.scale) for position in range(len(self._table))
+        )
+        known = [row for row in rows if row is not None]
+        return torch.stack(known).to(self.device) if known else None
 
     def iterate(self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, step: int) -> torch.Tensor:
         """Iteration `step`, from 0. -> (B, S, E)."""
@@ -152,7 +154,7 @@ def think(
     s = stepper.first_state() if state is None else state
     s = e if s is None else s
 
-    if policy is None or policy.criterion == "none":
+    if policy is None or policy.criterion == NEVER:
         for step in range(stepper.depth):
             s = stepper.iterate(s, e, step)
         return Thought(stepper.predict(s)[:, -1], s, steps, [])

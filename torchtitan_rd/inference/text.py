@@ -1,7 +1,6 @@
 """Prompts as ids, and ids as text while they come."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,20 +25,14 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
     return ids
 
 
-def encode_chat(folder: Path, messages: Sequence[dict[str, str]]) -> list[int]:
-    """The ids of a conversation ({"role", "content"} each) up to where the model answers,
-    by the chat template of the tokenizer in `folder`. Raises ConfigError if there is none.
-    """
-    from transformers import AutoTokenizer
+def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """The ids of a conversation ({"role", "content"} each) up to where the model answers.
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"--chat: no tokenizer that transformers can read lies in {folder}: {error}"
-        ) from None
+    tokenizer: of the transformers library (`transformers_tokenizer`). Raises ConfigError if it has no chat
+    template.
+    """
     if not tokenizer.chat_template:
-        raise ConfigError(f"--chat: the tokenizer in {folder} has no chat template; leave the flag out")
+        raise ConfigError("--chat: the tokenizer has no chat template; leave the flag out")
     ids: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
     return list(ids)
 
