@@ -29,6 +29,7 @@ from torchtitan_rd.data import (
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.job import Environment
+from torchtitan_rd.loss import load_token_weights
 from torchtitan_rd.model_spec import ModelShape, ModelSpec
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.models.attention import choose_backend
@@ -48,6 +49,7 @@ class RunPlan:
     tokenizer: None where no data set is text. vocab_size: ids that the data may hold;
         the model may have more rows.
     shape: of the model, with its vocabulary and context. draws: what forward takes beside tokens.
+    token_weights: of the loss, one for each logit; None: all alike.
     """
 
     dims: ParallelDims
@@ -59,6 +61,7 @@ class RunPlan:
     shape: ModelShape
     draws: Draws
     seq_len: int
+    token_weights: torch.Tensor | None = dataclasses.field(default=None, compare=False)
 
     @property
     def tokens_per_step(self) -> int:
@@ -150,6 +153,7 @@ def resolve(
     shape = problems.found_by(resolve_shape, config, spec, vocab_size or _SOME_VOCABULARY) if spec else None
     if spec and spec.inputs is None:
         _refuse_recurrence(config, spec, problems)
+    token_weights = _token_weights(config, vocab_size, shape, problems)
     draws = None
     if spec and shape:
         draws = problems.found_by(
@@ -167,7 +171,8 @@ def resolve(
 
     if problems.lines or not (dims and batch and dataset and vocab_size and spec and shape and draws):
         raise ConfigError("\n".join(problems.lines))  # whatever is missing has said why
-    return RunPlan(dims, batch, dataset, tokenizer, vocab_size, spec, shape, draws, training.seq_len)
+    data = (batch, dataset, tokenizer, vocab_size)
+    return RunPlan(dims, *data, spec, shape, draws, training.seq_len, token_weights)
 
 
 def reads_hub_tokenizer(config: JobConfig) -> bool:
@@ -224,6 +229,16 @@ def _vocab_size(
     if dataset is None or (dataset.kind == "text" and tokenizer is None):
         return None
     return problems.found_by(dataset_vocab_size, config.training, tokenizer)
+
+
+def _token_weights(
+    config: JobConfig, vocab_size: int | None, shape: ModelShape | None, problems: _Problems
+) -> torch.Tensor | None:
+    """None also where a mistake that is noted already hides how many there must be."""
+    path = config.training.token_weights
+    if path is None or vocab_size is None or shape is None:
+        return None
+    return problems.found_by(load_token_weights, path, vocab_size, shape.vocab_size)
 
 
 def _refuse_recurrence(config: JobConfig, spec: ModelSpec, problems: _Problems) -> None:
