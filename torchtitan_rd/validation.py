@@ -64,7 +64,7 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
 
     name = config.dataset or training.dataset
     same = name == training.dataset
-    is_packed = name in DATASETS and DATASETS[name].kind == "packed"
+    kind = DATASETS[name].kind if name in DATASETS else None
     return DatasetKeys(
         dataset=name,
         dataset_path=config.dataset_path or (training.dataset_path if same else None),
@@ -75,8 +75,9 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
         local_batch_size=training.local_batch_size,
         global_batch_size=config.sequences,
         document_mask=training.document_mask,
-        pad_id=training.pad_id if is_packed else None,
-        eos_id=training.eos_id if is_packed else None,
+        pad_id=training.pad_id if kind == "packed" else None,
+        eos_id=training.eos_id if kind == "packed" else None,
+        n_neurons=training.n_neurons if kind == "spikes" else None,
     )
 
 

@@ -93,6 +93,7 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
         ),
         (config.stream and shuffled, "is streamed in order: unset training.shuffle_seed or training.stream"),
         (row.kind != "packed" and packed_keys, "is not packed: unset training.pad_id and training.eos_id"),
+        (row.kind != "spikes" and config.n_neurons, "holds no spikes: unset training.n_neurons"),
         # A made data set has no such column, and a stream is not searched for rows.
         (
             row.samples and config.source_dataset,

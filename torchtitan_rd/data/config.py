@@ -30,6 +30,11 @@ class DatasetKeys(BatchKeys):
     (the Neural Pile). Unset, or `all`: all rows.
     """
 
+    n_neurons: int | None = Field(None, ge=1, json_schema_extra=MUST_MATCH)
+    """Spikes only: the neurons of every recording. Of more, the first so many are kept; fewer are repeated in
+    order until there are enough. Unset: as many as each recording has.
+    """
+
     seq_len: int = Field(2048, ge=1, json_schema_extra=MUST_MATCH)
     """Tokens of context. A window holds `seq_len + 1` ids; windows do not overlap."""
 

@@ -53,7 +53,7 @@ def build_encoder(config: DatasetKeys, kind: Kind, tokenizer: Tokenizer | None, 
     """Raises ConfigError where the tokenizer or eos_id does not fit the model's vocabulary."""
     column: dict[str, Any] = {} if config.column is None else {"column": config.column}
     if kind == "spikes":
-        return SpikeEncoder(vocab_size, **column)
+        return SpikeEncoder(vocab_size, n_neurons=config.n_neurons, **column)
     if kind == "packed":
         if config.eos_id is not None and config.eos_id >= vocab_size:
             raise ConfigError(
