@@ -199,7 +199,6 @@ def build_dataloader(
         fingerprint=fingerprint,
         num_workers=config.num_workers,
         pin_memory=pin_memory,
-        fill_id=config.eos_id,
         restart_on_rank_change=config.on_rank_change == "restart",
         record={"dataset": config.dataset, **found.record(fingerprint.get("num_samples"))},
     )

@@ -53,8 +53,8 @@ class SpikeEncoder:
             )
 
     def check(self, counts: np.ndarray, where: str) -> int:
-        """The number of counts (N, T), those repeated included. Raises DataError if one that is kept is out of
-        range.
+        """The number of counts (N, T), those repeated included.
+        Raises DataError if one that is kept is out of range.
         """
         separator = self.vocab_size - 1
         counts = counts[: self.n_neurons]
