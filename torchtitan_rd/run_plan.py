@@ -46,7 +46,7 @@ _SOME_VOCABULARY = 256
 class RunPlan:
     """dims: of the ranks. batch: of the rows. dataset: what is trained on.
 
-    tokenizer: None where no data set is text. vocab_size: ids that the data may hold;
+    tokenizer: None where no data set is text or chat. vocab_size: ids that the data may hold;
         the model may have more rows.
     shape: of the model, with its vocabulary and context. draws: what forward takes beside tokens.
     token_weights: of the loss, one for each logit; None: all alike.
@@ -141,12 +141,11 @@ def resolve(
         )
         read += [(keys, held_out)] if keys and held_out else []
 
-    on_text = any(row.kind == "text" for _, row in read)
-    if on_text and tokenizer is None:
+    if any(row.needs_tokenizer for _, row in read) and tokenizer is None:
         tokenizer = problems.found_by(load_tokenizer, config.model.tokenizer_path)
     vocab_size = _vocab_size(config, dataset, tokenizer, problems)
     for keys, row in read if vocab_size else []:
-        if row.kind != "text" or tokenizer is not None:
+        if not row.needs_tokenizer or tokenizer is not None:
             problems.found_by(build_encoder, keys, row.kind, tokenizer, vocab_size)
 
     spec = problems.found_by(get_spec, config.model.name)
@@ -176,10 +175,10 @@ def resolve(
 
 
 def reads_hub_tokenizer(config: JobConfig) -> bool:
-    """Whether a data set of the run is text and its tokenizer a repository on the hub."""
+    """Whether a data set of the run is text or chat and its tokenizer a repository on the hub."""
     names = [config.training.dataset, config.validation.dataset if config.validation.enable else None]
-    on_text = any(DATASETS[name].kind == "text" for name in names if name in DATASETS)
-    return on_text and is_hub_name(config.model.tokenizer_path)
+    tokenized = any(DATASETS[name].needs_tokenizer for name in names if name in DATASETS)
+    return tokenized and is_hub_name(config.model.tokenizer_path)
 
 
 def fewest_ranks(config: ParallelismConfig) -> int:
@@ -226,7 +225,7 @@ def _vocab_size(
     """None where a mistake that is noted already hides it."""
     if config.model.vocab_size is not None:
         return config.model.vocab_size
-    if dataset is None or (dataset.kind == "text" and tokenizer is None):
+    if dataset is None or (dataset.needs_tokenizer and tokenizer is None):
         return None
     return problems.found_by(dataset_vocab_size, config.training, tokenizer)
 

@@ -256,8 +256,7 @@ class Trainer:
         state = self.parts.checkpointer.load(tensors)
         if state is None:
             loaded = self.parts.checkpointer.load_initial(tensors["model"])
-            on_text = self.plan.dataset.kind == "text"
-            if loaded is not None and on_text and self.environment.rank == 0:
+            if loaded is not None and self.plan.dataset.needs_tokenizer and self.environment.rank == 0:
                 warn_of_another_tokenizer(loaded, self.config.model.tokenizer_path)
             logger.info("starting at step 1")
             return

@@ -77,6 +77,10 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
         document_mask=training.document_mask,
         pad_id=training.pad_id if kind == "packed" else None,
         eos_id=training.eos_id if kind == "packed" else None,
+        question_column=training.question_column if same else None,
+        answer_column=training.answer_column if same else None,
+        chat_loss=training.chat_loss if kind == "chat" else "assistant",
+        pack_samples=training.pack_samples or kind != "chat",
         n_neurons=training.n_neurons if kind == "spikes" else None,
     )
 

@@ -23,11 +23,29 @@ class DatasetKeys(BatchKeys):
     """
 
     column: str | None = Field(None, json_schema_extra=MUST_MATCH)
-    """Column to read. Unset: `spike_counts` for spikes, `text` for text, `input_ids` for packed rows."""
+    """Column to read. Unset: `spike_counts` for spikes, `text` for text, `input_ids` for packed rows,
+    `messages` for conversations.
+    """
 
     source_dataset: str | None = None
     """Only the rows whose column `source_dataset` holds this, in data gathered from several sources
     (the Neural Pile). Unset, or `all`: all rows.
+    """
+
+    question_column: str | None = Field(None, json_schema_extra=MUST_MATCH)
+    """Conversations of one question and its answer: the column of the question, which is the user's turn.
+    Together with answer_column, in place of `column`.
+    """
+
+    answer_column: str | None = Field(None, json_schema_extra=MUST_MATCH)
+    """The column of the answer, which is the assistant's turn."""
+
+    chat_loss: Literal["assistant", "all"] = Field("assistant", json_schema_extra=MUST_MATCH)
+    """Conversations: learn to predict the tokens of the assistant's turns alone, or all."""
+
+    pack_samples: bool = Field(True, json_schema_extra=MUST_MATCH)
+    """Conversations: follow one another without a gap, as text does. False: each is a row of its own, which
+    is cut off after `seq_len + 1` ids, or padded.
     """
 
     n_neurons: int | None = Field(None, ge=1, json_schema_extra=MUST_MATCH)

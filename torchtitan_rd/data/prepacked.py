@@ -26,6 +26,10 @@ class PackedEncoder:
     border_id: int | None = None
     column: str = "input_ids"
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
     def read(self, cell: "pa.Array", where: str) -> np.ndarray:
         """One row's ids from an arrow array of length 1: a list of integers."""
         values = cell.flatten() if is_list(cell.type) else cell

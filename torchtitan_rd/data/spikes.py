@@ -35,6 +35,10 @@ class SpikeEncoder:
     border_id: int | None = None
     n_neurons: int | None = None
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
     def read(self, cell: "pa.Array", where: str) -> np.ndarray:
         """One row's counts (N, T), without a copy, from an arrow array of length 1:
         lists of lists of integers.

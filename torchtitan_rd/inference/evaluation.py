@@ -92,7 +92,7 @@ def open_held_out(
     vocab_size: None takes the data's own. Raises ConfigError, DataError.
     """
     row = get_dataset(keys, split=split)
-    tokenizer = load_tokenizer(tokenizer_path) if row.kind == "text" else None
+    tokenizer = load_tokenizer(tokenizer_path) if row.needs_tokenizer else None
     vocab_size = vocab_size or dataset_vocab_size(keys, tokenizer)
     ranks = DataRanks(gather, environment.rank, environment.local_rank)
 

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from torchtitan_rd.data import Tokenizer
+from torchtitan_rd.data import ChatTemplate, Tokenizer
 from torchtitan_rd.errors import ConfigError
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoding gives for a part of a character's bytes
@@ -28,20 +27,14 @@ def encode_prompt(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
 
 def encode_chat(folder: Path, messages: Sequence[dict[str, str]]) -> list[int]:
     """The ids of a conversation ({"role", "content"} each) up to where the model answers,
-    by the chat template of the tokenizer in `folder`. Raises ConfigError if there is none.
+    by the chat template of the tokenizer in `folder`. Raises ConfigError if there is none,
+    DataError if it refuses them.
     """
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"--chat: no tokenizer that transformers can read lies in {folder}: {error}"
-        ) from None
-    if not tokenizer.chat_template:
-        raise ConfigError(f"--chat: the tokenizer in {folder} has no chat template; leave the flag out")
-    ids: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-    return list(ids)
+        template = ChatTemplate(folder)
+    except ConfigError as error:
+        raise ConfigError(f"--chat: {error}") from None
+    return template.prompt(messages, "--chat")
 
 
 class TextRow:
