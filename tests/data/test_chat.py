@@ -254,6 +254,20 @@ def test_another_template_is_another_position(folder_with, chats):
         steps_of(keys_of(chats), folder_with(template_of(ending=True)), 1, state=state)
 
 
+@pytest.mark.parametrize("lanes", [2, 8], ids=["whole conversations", "conversations in pieces"])
+def test_other_labels_are_another_position_and_are_never_read_from_the_cache(lanes, folder_with, chats):
+    folder, keys = folder_with(PLAIN), keys_of(chats, global_batch_size=lanes)
+    (*_, (_, labels)), state = steps_of(keys, folder, 3)
+    for key, was, other in (("chat_loss", "'assistant'", "all"), ("pack_samples", "True", False)):
+        changed = keys.model_copy(update={key: other})
+        with pytest.raises(
+            DataError, match=rf"{key} \(was {was}, now {other!r}\); set training\.{key} = {was}"
+        ):
+            steps_of(changed, folder, 1, state=state)
+        (*_, (_, others)), _ = steps_of(changed, folder, 3)
+        assert not others.equal(labels)
+
+
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 BAD = {
     'message 0: has the role "human"; known: system, developer, user, assistant': [

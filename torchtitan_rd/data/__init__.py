@@ -185,7 +185,7 @@ def build_dataloader(
     readers: list[LaneReader] | list[StreamReader]
     if config.stream:
         table, found = open_rows(config, row, encoder, split)
-        fingerprint |= stream_fingerprint(encoder, found)
+        fingerprint |= stream_fingerprint(config, encoder, found)
         share = (dims.data_rank, dims.data_degree)
         readers = [StreamReader(config.dataset, table, encoder, config.seq_len, *share, config.document_mask)]
         start: list[Any] = [STREAM_START]

@@ -42,8 +42,8 @@ class ChatEncoder:
 
     @property
     def digest(self) -> str:
-        """Of what decides the ids of a conversation, and which are labels."""
-        return digest_of(self.tokenizer.digest, self.template.digest, self.columns, self.learn_all)
+        """Of what decides the ids of a conversation."""
+        return digest_of(self.tokenizer.digest, self.template.digest)
 
     def check_type(self, column: "pa.ChunkedArray", name: str) -> None:
         """Raises DataError unless the column can hold conversations. Reads no row.

@@ -14,7 +14,8 @@ class DatasetKeys(BatchKeys):
 
     dataset_path: OptionalUserPath = None
     """Where to read it instead: a `save_to_disk` folder, a folder, glob or file of .parquet, .arrow,
-    .jsonl or .txt, or the name of a repository on the Hugging Face hub. Required for `text` and `packed`.
+    .jsonl or .txt, or the name of a repository on the Hugging Face hub. Required for `text`, `packed` and
+    `chat`.
     """
 
     dataset_revision: str | None = None
@@ -40,12 +41,14 @@ class DatasetKeys(BatchKeys):
     answer_column: str | None = Field(None, json_schema_extra=MUST_MATCH)
     """The column of the answer, which is the assistant's turn."""
 
-    chat_loss: Literal["assistant", "all"] = Field("assistant", json_schema_extra=MUST_MATCH)
-    """Conversations: learn to predict the tokens of the assistant's turns alone, or all."""
+    chat_loss: Literal["assistant", "all"] = "assistant"
+    """Conversations: learn to predict the tokens of the assistant's turns alone, or all. A run that resumes
+    cannot change it.
+    """
 
-    pack_samples: bool = Field(True, json_schema_extra=MUST_MATCH)
+    pack_samples: bool = True
     """Conversations: follow one another without a gap, as text does. False: each is a row of its own, which
-    is cut off after `seq_len + 1` ids, or padded.
+    is cut off after `seq_len + 1` ids, or padded. A run that resumes cannot change it.
     """
 
     n_neurons: int | None = Field(None, ge=1, json_schema_extra=MUST_MATCH)

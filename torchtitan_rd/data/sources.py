@@ -216,15 +216,15 @@ def source_fingerprint(
     return {
         "num_samples": len(source),
         "rows": rows,
+        **_tokenizer(config, source.encoder),
         "cut": cutting.unit,
         "skip_ranges": config.skip_ranges,
         "files": files if len(files) <= _FILES_NOTED else {},
         **_revision(found),
-        **_tokenizer(source.encoder),
     }
 
 
-def stream_fingerprint(encoder: Encoder, found: FileList) -> dict[str, Any]:
+def stream_fingerprint(config: DatasetKeys, encoder: Encoder, found: FileList) -> dict[str, Any]:
     """The same of a stream: the contents of its files; of the hub, the commit."""
     files = {} if found.saved else found.contents
     content = {"content": digest_of(sorted(files.items()))} if files else {}
@@ -233,7 +233,7 @@ def stream_fingerprint(encoder: Encoder, found: FileList) -> dict[str, Any]:
         "cut": None,
         "files": files if len(files) <= _FILES_NOTED else {},
         **_revision(found),
-        **_tokenizer(encoder),
+        **_tokenizer(config, encoder),
     }
 
 
@@ -241,10 +241,13 @@ def _revision(found: FileList) -> dict[str, dict[str, str]]:
     return {"revision": {"repository": found.path, "commit": found.commit}} if found.commit else {}
 
 
-def _tokenizer(encoder: Encoder) -> dict[str, str]:
+def _tokenizer(config: DatasetKeys, encoder: Encoder) -> dict[str, Any]:
     if isinstance(encoder, TextEncoder):
         return {"tokenizer": encoder.tokenizer.digest}
-    return {"tokenizer": encoder.digest} if isinstance(encoder, ChatEncoder) else {}
+    if isinstance(encoder, ChatEncoder):
+        settings = {"chat_loss": config.chat_loss, "pack_samples": config.pack_samples}
+        return {"tokenizer": encoder.digest, **settings}
+    return {}
 
 
 def prepare(
@@ -269,11 +272,11 @@ def prepare(
     if not is_table:
         return encode_in_memory(samples, dtype)
 
-    facts = (
-        ("rows", "skip_ranges", "tokenizer")
-        if fingerprint["rows"]["whole"]
-        else ("rows", "skip_ranges", "tokenizer", "files")
-    )
+    facts = ["rows", "skip_ranges", "tokenizer"]
+    if not fingerprint["rows"]["whole"]:
+        facts.append("files")
+    if "chat_loss" in fingerprint:  # decides which ids are complements
+        facts.append("chat_loss")
     key = digest_of(str(dtype), *encoder.columns, *(fingerprint[fact] for fact in facts))
     return encode_once(samples, dtype, _cache_folder(config) / "encoded_documents", key)
 
