@@ -40,11 +40,16 @@ def template_of(marked: bool = False, ending: bool = False, said: str = SAID) ->
 
 
 MARKED, PLAIN = template_of(marked=True), template_of()
-# Leaves out what stands before a | in all messages but the last.
-FORGETFUL = template_of(
-    said="{% set text = message['content'] %}{% if not loop.last %}{% set text = text.split('|')[-1] %}"
-    "{% endif %}{{ text + '<|end|>' }}"
-)
+
+
+def forgetful(kept: int) -> str:
+    """Keeps of all messages but the last what stands before (0) or behind (-1) a |."""
+    return template_of(
+        said="{% set text = message['content'] %}{% if not loop.last %}"
+        + f"{{% set text = text.split('|')[{kept}] %}}"
+        + "{% endif %}{{ text + '<|end|>' }}"
+    )
+
 
 CONVERSATIONS = [
     [
@@ -168,17 +173,25 @@ def test_without_markers_a_turn_is_what_its_message_adds_to_the_prompt_for_an_an
         assert spoken.tolist() == [label != -100 for label in labels]
 
 
-def test_a_template_that_writes_a_beginning_otherwise_than_the_whole_is_refused(folder_with):
+@pytest.mark.parametrize("kept", [0, -1])
+def test_a_template_that_writes_a_beginning_otherwise_than_the_whole_is_refused(kept, folder_with):
     messages = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "hm|b"},
         {"role": "user", "content": "c"},
         {"role": "assistant", "content": "d"},
     ]
-    template = ChatTemplate(folder_with(FORGETFUL))
+    template = ChatTemplate(folder_with(forgetful(kept)))
     with pytest.raises(DataError, match=r"here, message 1: the chat template writes .* put {% generation %}"):
         template.encode_turns(messages, "here")
     assert template.encode_turns(messages[:2], "here")[1].any()
+
+
+def test_such_a_template_is_refused_too_where_turns_have_the_same_end_twice(folder_with):
+    """Both answers read the same but for what is left out, so the missing end is that of the whole."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "|x"}] * 2
+    with pytest.raises(DataError, match=r"here, message 1: the chat template writes"):
+        ChatTemplate(folder_with(forgetful(-1))).encode_turns(messages, "here")
 
 
 def test_every_id_is_a_label_if_all_are_to_be_learned(folder_with, chats):
@@ -252,6 +265,16 @@ def test_another_template_is_another_position(folder_with, chats):
     _, state = steps_of(keys_of(chats), folder_with(PLAIN), 2)
     with pytest.raises(DataError, match="the tokenizer's content"):
         steps_of(keys_of(chats), folder_with(template_of(ending=True)), 1, state=state)
+
+
+def test_other_messages_are_other_data(folder_with, written):
+    rows = [{"messages": messages} for messages in CONVERSATIONS]
+    folder = folder_with(PLAIN)
+    _, state = steps_of(keys_of(written(rows)), folder, 1)
+    last = {"role": "Huginn", "content": CONVERSATIONS[7][-1]["content"].replace("Yes", "Nah")}
+    rows[7] = {"messages": [*CONVERSATIONS[7][:-1], last]}
+    with pytest.raises(DataError, match=r"among rows 7 of 40, some hold other data"):
+        steps_of(keys_of(written(rows)), folder, 1, state=state)
 
 
 @pytest.mark.parametrize("lanes", [2, 8], ids=["whole conversations", "conversations in pieces"])
