@@ -87,10 +87,6 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
 
     row = DATASETS[name]
     shuffled = config.shuffle_seed is not None
-    packed_keys = config.pad_id is not None or config.eos_id is not None
-    pair = (config.question_column, config.answer_column)
-    chat_keys = any(pair) or config.chat_loss != "assistant" or not config.pack_samples
-    needs_eos = row.kind == "packed" and (config.pad_id is not None or config.document_mask)
     remarks = (
         (row.samples and config.dataset_path, f"is made here: {section}.dataset_path has no effect on it"),
         (row.samples and config.stream, "is made here: set training.stream (STREAM_HF_DATA) = false"),
@@ -100,14 +96,6 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
             "is streamed, so its rows have no numbers: unset training.skip_ranges",
         ),
         (config.stream and shuffled, "is streamed in order: unset training.shuffle_seed or training.stream"),
-        (row.kind != "packed" and packed_keys, "is not packed: unset training.pad_id and training.eos_id"),
-        (
-            row.kind != "chat" and chat_keys,
-            "is no chat: unset training.question_column, answer_column, chat_loss and pack_samples",
-        ),
-        (any(pair) and None in pair, "needs both training.question_column and training.answer_column"),
-        (any(pair) and config.column, "has no column beside question_column: unset training.column"),
-        (row.kind != "spikes" and config.n_neurons, "holds no spikes: unset training.n_neurons"),
         # A made data set has no such column, and a stream is not searched for rows.
         (
             row.samples and config.source_dataset,
@@ -117,10 +105,27 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
             config.stream and config.source_dataset,
             "is streamed whole: unset training.source_dataset or training.stream",
         ),
+    )
+
+    packed_keys = config.pad_id is not None or config.eos_id is not None
+    needs_eos = row.kind == "packed" and (config.pad_id is not None or config.document_mask)
+    pair = (config.question_column, config.answer_column)
+    chat_keys = any(pair) or config.chat_loss != "assistant" or not config.pack_samples
+    of_its_kind = (
+        (row.kind != "packed" and packed_keys, "is not packed: unset training.pad_id and training.eos_id"),
+        (
+            row.kind != "chat" and chat_keys,
+            "is no chat: unset training.question_column, answer_column, chat_loss and pack_samples",
+        ),
+        (any(pair) and None in pair, "needs both training.question_column and training.answer_column"),
+        (any(pair) and config.column, "has no column beside question_column: unset training.column"),
+        (row.kind != "spikes" and config.n_neurons, "holds no spikes: unset training.n_neurons"),
         (needs_eos and config.eos_id is None, "needs training.eos_id for training.pad_id or document_mask"),
     )
-    if problems := [f"{section}.dataset = {name!r} {problem}" for wrong, problem in remarks if wrong]:
-        raise ConfigError("\n".join(problems))
+
+    problems = [problem for wrong, problem in (*remarks, *of_its_kind) if wrong]
+    if problems:
+        raise ConfigError("\n".join(f"{section}.dataset = {name!r} {problem}" for problem in problems))
 
     if config.dataset_path:
         check_path(config.dataset_path, split, section)

@@ -169,6 +169,7 @@ def _update(streams: dict[str, Digest], level: str, array: "pa.Array", stride: i
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         add("lengths", _lengths(pc.list_value_length(array)))
         _update(streams, level + "items.", array.flatten(), stride)
+
     elif pa.types.is_struct(kind):
         add("nulls", array.is_null().to_numpy(zero_copy_only=False))
         for field, values in zip(kind, array.flatten(), strict=True):
