@@ -35,14 +35,16 @@ def example(dtype=torch.float32):
     return hidden, weight, labels
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("z_loss_weight", [0.0, 0.1])
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 22, 1000])
-def test_loss_and_gradients_are_those_of_all_logits(chunk_tokens, z_loss_weight):
+def test_loss_and_gradients_are_those_of_all_logits(chunk_tokens, z_loss_weight, weighted):
     hidden, weight, labels = example()
-    plain = cross_entropy_sums(hidden @ weight.T, labels, z_loss_weight)
+    token_weights = torch.linspace(0.0, 3.0, 13) if weighted else None
+    plain = cross_entropy_sums(hidden @ weight.T, labels, z_loss_weight, token_weights)
     expected = torch.autograd.grad(plain.objective / 7, (hidden, weight))
 
-    chunked = ChunkedLoss(labels, chunk_tokens, z_loss_weight)(hidden, weight)
+    chunked = ChunkedLoss(labels, chunk_tokens, z_loss_weight, token_weights)(hidden, weight)
     found = torch.autograd.grad(chunked.objective / 7, (hidden, weight))
     torch.testing.assert_close(chunked, plain, atol=1e-5, rtol=1e-6)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)

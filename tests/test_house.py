@@ -13,6 +13,7 @@ import torch
 from torchtitan_rd.commands.config import schema_page
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Section
+from torchtitan_rd.conversion.tokenizer_files import tokenizer_files
 from torchtitan_rd.job import Environment
 from torchtitan_rd.model_spec import Microbatch
 from torchtitan_rd.models import MODELS, get_flavor
@@ -118,6 +119,11 @@ def test_exceptions_from_the_type_checker_are_few_and_name_their_kind():
 @pytest.mark.parametrize("path", sorted(ROOT.glob("train_configs/*.toml")), ids=lambda path: path.name)
 def test_every_shipped_config_loads_names_its_hardware_and_repeats_no_default(path, tmp_path):
     needed = ["--training.dataset_path", str(tmp_path)] if 'dataset = "packed"' in path.read_text() else []
+    if 'dataset = "gsm8k"' in path.read_text():
+        for name, content in tokenizer_files("bytes").files.items():
+            (tmp_path / name).write_bytes(content)
+        (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+        needed = ["--model.tokenizer_path", str(tmp_path)]
     (tmp_path / "train.parquet").touch()
     (tmp_path / "validation.parquet").touch()
     loaded = load(["--job.config_file", str(path), *needed], ENVIRONMENT)

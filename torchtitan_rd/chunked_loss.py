@@ -19,24 +19,37 @@ from torchtitan_rd.model_spec import FusedReadOut, ReadOut
 
 
 def loss_read_out(
-    labels: torch.Tensor, z_loss_weight: float = 0.0, chunk_tokens: int | None = None
+    labels: torch.Tensor,
+    z_loss_weight: float | torch.Tensor = 0.0,
+    token_weights: torch.Tensor | None = None,
+    chunk_tokens: int | None = None,
 ) -> ReadOut | FusedReadOut:
     """What makes LossSums of the head: of all logits at once, or of `chunk_tokens` at a time."""
     if chunk_tokens is None:
-        return partial(cross_entropy_sums, labels=labels, z_loss_weight=z_loss_weight)
-    return ChunkedLoss(labels, chunk_tokens, z_loss_weight)
+        return partial(
+            cross_entropy_sums, labels=labels, z_loss_weight=z_loss_weight, token_weights=token_weights
+        )
+    return ChunkedLoss(labels, chunk_tokens, z_loss_weight, token_weights)
 
 
 class ChunkedLoss(FusedReadOut):
     """What `loss.cross_entropy_sums` gives of the head's logits, to rounding.
 
-    labels: (B, S) int64. z_loss_weight: as there. chunk_tokens: the tokens whose logits exist at a time.
+    labels: (B, S) int64. z_loss_weight, token_weights: as there.
+    chunk_tokens: the tokens whose logits exist at a time.
     """
 
-    def __init__(self, labels: torch.Tensor, chunk_tokens: int, z_loss_weight: float = 0.0):
+    def __init__(
+        self,
+        labels: torch.Tensor,
+        chunk_tokens: int,
+        z_loss_weight: float | torch.Tensor = 0.0,
+        token_weights: torch.Tensor | None = None,
+    ):
         self.labels = labels
         self.chunk_tokens = chunk_tokens
         self.z_loss_weight = z_loss_weight
+        self.token_weights = token_weights
 
     def __call__(self, hidden: torch.Tensor, weight: torch.Tensor) -> LossSums:
         objective, cross_entropy = _ChunkedLossSums.apply(
@@ -45,15 +58,17 @@ class ChunkedLoss(FusedReadOut):
             self.labels.flatten(),
             self.chunk_tokens,
             self.z_loss_weight,
+            self.token_weights,
             torch.is_grad_enabled(),
         )
         return LossSums(objective, cross_entropy)
 
 
 class _ChunkedLossSums(torch.autograd.Function):
-    """objective = sum over valid tokens of (lse - logit of the label) + z lse^2; lse = logsumexp(logits).
+    """objective = sum over valid tokens of w (lse - logit of the label) + z lse^2, where lse is the logsumexp
+    of the logits and w the weight of the label, 1 without weights.
 
-    d logits = softmax (1 + 2 z lse) - onehot, for valid tokens.
+    d logits = softmax (w + 2 z lse) - w onehot, for valid tokens.
     """
 
     @staticmethod
@@ -63,7 +78,8 @@ class _ChunkedLossSums(torch.autograd.Function):
         weight_VE: torch.Tensor,
         labels_N: torch.Tensor,
         chunk_tokens: int,
-        z_loss_weight: float,
+        z_loss_weight: float | torch.Tensor,
+        token_weights: torch.Tensor | None,
         with_gradients: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dhidden_NE = torch.empty_like(hidden_NE) if with_gradients and ctx.needs_input_grad[0] else None
@@ -72,6 +88,7 @@ class _ChunkedLossSums(torch.autograd.Function):
             # The sum over many chunks: in float32 whatever the matmuls are in.
             dweight_VE = torch.zeros_like(weight_VE, dtype=torch.float32)
 
+        has_z_loss = isinstance(z_loss_weight, torch.Tensor) or z_loss_weight != 0.0
         cross_entropy = hidden_NE.new_zeros((), dtype=torch.float32)
         squares = torch.zeros_like(cross_entropy)
         for start in range(0, len(labels_N), chunk_tokens):
@@ -79,19 +96,21 @@ class _ChunkedLossSums(torch.autograd.Function):
             valid = labels_N[chunk] != IGNORE_INDEX
             # Any column will do for an ignored label: it gets 0.
             targets = labels_N[chunk].where(valid, 0).unsqueeze(1)
+            counts = valid.float() if token_weights is None else valid * token_weights[targets.squeeze(1)]
 
             logits = (hidden_NE[chunk] @ weight_VE.T).float()
             lse = logits.logsumexp(dim=-1)
-            cross_entropy += torch.where(valid, lse - logits.gather(1, targets).squeeze(1), 0.0).sum()
-            if z_loss_weight:
+            losses = lse - logits.gather(1, targets).squeeze(1)
+            cross_entropy += torch.where(valid, counts * losses, 0.0).sum()
+            if has_z_loss:
                 squares += torch.where(valid, lse.square(), 0.0).sum()
             if dhidden_NE is None and dweight_VE is None:
                 continue
 
             softmax = logits.sub_(lse.unsqueeze(1)).exp_()  # in the place of the logits
-            of_softmax = torch.where(valid, 1.0 + 2.0 * z_loss_weight * lse, 0.0)
+            of_softmax = torch.where(valid, counts + 2.0 * z_loss_weight * lse, 0.0)
             dlogits = softmax.mul_(of_softmax.unsqueeze(1))
-            dlogits = dlogits.scatter_add_(1, targets, -valid.float().unsqueeze(1)).to(hidden_NE.dtype)
+            dlogits = dlogits.scatter_add_(1, targets, -counts.unsqueeze(1)).to(hidden_NE.dtype)
             if dhidden_NE is not None:
                 torch.mm(dlogits, weight_VE, out=dhidden_NE[chunk])
             if dweight_VE is not None:
@@ -111,4 +130,4 @@ class _ChunkedLossSums(torch.autograd.Function):
             dhidden_NE.mul_(dsum)
         if dweight_VE is not None:
             dweight_VE = dweight_VE.mul_(dsum).to(ctx.weight_dtype)
-        return dhidden_NE, dweight_VE, None, None, None, None
+        return dhidden_NE, dweight_VE, None, None, None, None, None

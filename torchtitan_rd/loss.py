@@ -1,4 +1,5 @@
-"""The training objective, always as a SUM over valid tokens: the caller divides by their global number.
+"""The training objective, always as a SUM over valid tokens: the caller divides by their global number, or,
+where ids have weights, by the global sum of the weights of their labels.
 
 Also the labels that goldfish loss leaves out, and a guard that stops a run once the loss of a step exceeds a
 bound. What a NaN does is decided in train_step.py (`Verdict`).
@@ -6,16 +7,18 @@ bound. What a NaN does is decided in train_step.py (`Verdict`).
 
 import math
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch.autograd.function import once_differentiable
 
 from torchtitan_rd.batch import IGNORE_INDEX
-from torchtitan_rd.config_loader import Section
-from torchtitan_rd.errors import TrainingError
+from torchtitan_rd.config_loader import OptionalUserPath, Section
+from torchtitan_rd.errors import ConfigError, TrainingError
 
 _TABLE_SIZE, _TABLE_SEED = 1_000_003, 2971215073  # of goldfish loss; two primes
 
@@ -34,6 +37,11 @@ class ObjectiveKeys(Section):
     """Goldfish, static: the first position (from 0) that is left out."""
     goldfish_context_width: int = Field(13, ge=1)
     """Goldfish, hash-table: the labels that decide together whether the last of them is left out."""
+    token_weights: OptionalUserPath = None
+    """File of one weight for each id of the vocabulary: .npy, .npz, .pt or .txt. The loss is then the
+    weighted mean sum(w * loss) / sum(w) over the labels of the global batch, w being the weight of the label
+    (`weight` of torch's cross_entropy). The z-loss stays a plain mean, and so does val_loss.
+    """
     throttle: bool = False
     """Recurrent models: divide the objective by the recurrences that have
     a gradient (num_steps_with_grad).
@@ -71,7 +79,47 @@ class LossSums(NamedTuple):
     objective: torch.Tensor
     """What is differentiated: cross entropy plus z-loss, summed over the valid tokens."""
     cross_entropy: torch.Tensor
-    """What is reported, in nats, summed over the valid tokens; detached."""
+    """What is reported, in nats (times the label's weight), summed over the valid tokens; detached."""
+
+
+def load_token_weights(path: str, vocab_size: int, padded: int) -> torch.Tensor:
+    """The vector of `training.token_weights`: float32 (padded,), with 0 for ids from `vocab_size` on, which
+    are no labels.
+
+    Raises ConfigError unless the file holds `vocab_size` finite numbers, none negative and not all 0.
+    """
+    weights = _read_vector(Path(path)).astype(np.float64)
+    problem = None
+    if weights.shape != (vocab_size,):
+        shape = " x ".join(map(str, weights.shape)) or "no"
+        problem = f"holds {shape} numbers, but the vocabulary has {vocab_size} ids, and each needs one weight"
+    elif (bad := ~np.isfinite(weights) | (weights < 0)).any():
+        id_ = int(np.argmax(bad))
+        problem = f"gives id {id_} the weight {weights[id_]}: weights are finite numbers of at least 0"
+    elif not weights.any():
+        problem = "gives every id the weight 0: no label would count"
+    if problem:
+        raise ConfigError(f"training.token_weights = {path!r} {problem}")
+    return torch.from_numpy(np.pad(weights, (0, padded - vocab_size))).float()
+
+
+def _read_vector(path: Path) -> np.ndarray:
+    """The one array of a file. Raises ConfigError."""
+    try:
+        if path.suffix == ".pt":
+            return torch.load(path, map_location="cpu", weights_only=True).double().numpy()
+        if path.suffix == ".txt":
+            return np.loadtxt(path, ndmin=1)
+        if path.suffix not in (".npy", ".npz"):
+            raise ValueError("expected a file .npy, .npz, .pt or .txt")
+        loaded = np.load(path, allow_pickle=False)
+        if path.suffix == ".npz" and len(loaded.files) != 1:
+            raise ValueError(f"it holds the arrays {', '.join(loaded.files) or 'none'}; expected one")
+        array = loaded[loaded.files[0]] if path.suffix == ".npz" else loaded
+        return array.astype(np.float64)
+    except Exception as error:  # of NumPy, torch and pickle, each of which has its own kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"training.token_weights = {str(path)!r} cannot be read: {reason}") from None
 
 
 def count_valid(labels: torch.Tensor) -> torch.Tensor:
@@ -79,14 +127,26 @@ def count_valid(labels: torch.Tensor) -> torch.Tensor:
     return (labels != IGNORE_INDEX).sum()
 
 
-def cross_entropy_sums(logits: torch.Tensor, labels: torch.Tensor, z_loss_weight: float = 0.0) -> LossSums:
+def sum_of_weights(labels: torch.Tensor, token_weights: torch.Tensor) -> torch.Tensor:
+    """The weights (V,) of the labels that are not ignored, summed (float64 scalar on the labels' device)."""
+    valid = labels != IGNORE_INDEX
+    return torch.where(valid, token_weights[labels.where(valid, 0)].double(), 0.0).sum()
+
+
+def cross_entropy_sums(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    z_loss_weight: float | torch.Tensor = 0.0,
+    token_weights: torch.Tensor | None = None,
+) -> LossSums:
     """Next-token loss of `logits` (B, S, V) against `labels` (B, S) int64, ignoring labels of -100.
 
     z-loss: z_loss_weight * logsumexp(logits)^2 for every valid token (PaLM, arXiv 2204.02311, section 5).
+    token_weights: (V,) float32; the cross entropy of a token counts as often as its label's weight says.
     """
     logits, labels = logits.flatten(0, 1), labels.flatten()
-    cross_entropy = _CrossEntropySum.apply(logits, labels)
-    if z_loss_weight == 0.0:
+    cross_entropy = _CrossEntropySum.apply(logits, labels, token_weights)
+    if isinstance(z_loss_weight, float) and z_loss_weight == 0.0:
         return LossSums(cross_entropy, cross_entropy.detach())
     squares = logits.logsumexp(dim=-1).square()
     z_loss = torch.where(labels != IGNORE_INDEX, squares, 0.0).sum()
@@ -94,29 +154,38 @@ def cross_entropy_sums(logits: torch.Tensor, labels: torch.Tensor, z_loss_weight
 
 
 class _CrossEntropySum(torch.autograd.Function):
-    """F.cross_entropy(reduction="sum") whose backward holds one tensor of the logits' size instead of two.
+    """F.cross_entropy(weight=token_weights, reduction="sum") whose backward holds one tensor of the logits'
+    size instead of two.
 
     Torch's own goes through the gradient of the log-probabilities, all zero but for one entry a token:
     filling that tensor and reading it again costs more than the softmax itself. Here
-    d logits = (softmax - onehot) d sum directly.
+    d logits = (softmax - onehot) d sum directly, times the label's weight.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor | None
+    ) -> torch.Tensor:
         log_probabilities = F.log_softmax(logits, dim=-1)
-        ctx.save_for_backward(log_probabilities, labels)
-        return F.nll_loss(log_probabilities, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+        if token_weights is not None:
+            token_weights = token_weights.to(log_probabilities.dtype)
+        ctx.save_for_backward(log_probabilities, labels, token_weights)
+        return F.nll_loss(
+            log_probabilities, labels, weight=token_weights, ignore_index=IGNORE_INDEX, reduction="sum"
+        )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dsum: torch.Tensor) -> tuple[torch.Tensor, None]:
-        log_probabilities, labels = ctx.saved_tensors
+    def backward(ctx: Any, dsum: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        log_probabilities, labels, token_weights = ctx.saved_tensors
         valid = (labels != IGNORE_INDEX).unsqueeze(1)
         targets = labels.unsqueeze(1).where(valid, 0)  # any column will do for an ignored label: it gets 0
         scale = torch.where(valid, dsum, 0)
+        if token_weights is not None:
+            scale = scale * token_weights[targets]
 
         dlogits = log_probabilities.exp().mul_(scale)
-        return dlogits.scatter_add_(1, targets, -scale), None
+        return dlogits.scatter_add_(1, targets, -scale), None, None
 
 
 def goldfish_labels(labels: torch.Tensor, config: ObjectiveKeys) -> torch.Tensor:

@@ -87,6 +87,7 @@ class Builder:
             forward_inputs=plan.draws.training,
             asked_to_stop=self.stop.received,
             has_saved=checkpointer.has_saved,
+            token_weights=plan.token_weights,
         )
         return Parts(mesh, loader, held_out, model, optimizer, heartbeat, metrics, checkpointer, train_step)
 

@@ -29,6 +29,7 @@ from torchtitan_rd.data import (
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.job import Environment
+from torchtitan_rd.loss import load_token_weights
 from torchtitan_rd.model_spec import ModelShape, ModelSpec
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.models.attention import choose_backend
@@ -46,9 +47,10 @@ _SOME_VOCABULARY = 256
 class RunPlan:
     """dims: of the ranks. batch: of the rows. dataset: what is trained on.
 
-    tokenizer: None where no data set is text. vocab_size: ids that the data may hold;
+    tokenizer: None where no data set is text or chat. vocab_size: ids that the data may hold;
         the model may have more rows.
     shape: of the model, with its vocabulary and context. draws: what forward takes beside tokens.
+    token_weights: of the loss, one for each logit; None: all alike.
     """
 
     dims: ParallelDims
@@ -60,6 +62,7 @@ class RunPlan:
     shape: ModelShape
     draws: Draws
     seq_len: int
+    token_weights: torch.Tensor | None = dataclasses.field(default=None, compare=False)
 
     @property
     def tokens_per_step(self) -> int:
@@ -136,18 +139,18 @@ def resolve(
         )
         read += [(keys, held_out)] if keys and held_out else []
 
-    on_text = any(row.kind == "text" for _, row in read)
-    if on_text and tokenizer is None:
+    if any(row.needs_tokenizer for _, row in read) and tokenizer is None:
         tokenizer = problems.found_by(load_tokenizer, config.model.tokenizer_path)
     vocab_size = _vocab_size(config, dataset, tokenizer, problems)
     for keys, row in read if vocab_size else []:
-        if row.kind != "text" or tokenizer is not None:
+        if not row.needs_tokenizer or tokenizer is not None:
             problems.found_by(build_encoder, keys, row.kind, tokenizer, vocab_size)
 
     spec = problems.found_by(get_spec, config.model.name)
     shape = problems.found_by(resolve_shape, config, spec, vocab_size or _SOME_VOCABULARY) if spec else None
     if spec and spec.inputs is None:
         _refuse_recurrence(config, spec, problems)
+    token_weights = _token_weights(config, vocab_size, shape, problems)
     draws = None
     if spec and shape:
         draws = problems.found_by(
@@ -165,14 +168,15 @@ def resolve(
 
     if problems.lines or not (dims and batch and dataset and vocab_size and spec and shape and draws):
         raise ConfigError("\n".join(problems.lines))  # whatever is missing has said why
-    return RunPlan(dims, batch, dataset, tokenizer, vocab_size, spec, shape, draws, training.seq_len)
+    data = (batch, dataset, tokenizer, vocab_size)
+    return RunPlan(dims, *data, spec, shape, draws, training.seq_len, token_weights)
 
 
 def reads_hub_tokenizer(config: JobConfig) -> bool:
-    """Whether a data set of the run is text and its tokenizer a repository on the hub."""
+    """Whether a data set of the run is text or chat and its tokenizer a repository on the hub."""
     names = [config.training.dataset, config.validation.dataset if config.validation.enable else None]
-    on_text = any(DATASETS[name].kind == "text" for name in names if name in DATASETS)
-    return on_text and is_hub_name(config.model.tokenizer_path)
+    tokenized = any(DATASETS[name].needs_tokenizer for name in names if name in DATASETS)
+    return tokenized and is_hub_name(config.model.tokenizer_path)
 
 
 def fewest_ranks(config: ParallelismConfig) -> int:
@@ -219,9 +223,19 @@ def _vocab_size(
     """None where a mistake that is noted already hides it."""
     if config.model.vocab_size is not None:
         return config.model.vocab_size
-    if dataset is None or (dataset.kind == "text" and tokenizer is None):
+    if dataset is None or (dataset.needs_tokenizer and tokenizer is None):
         return None
     return problems.found_by(dataset_vocab_size, config.training, tokenizer)
+
+
+def _token_weights(
+    config: JobConfig, vocab_size: int | None, shape: ModelShape | None, problems: _Problems
+) -> torch.Tensor | None:
+    """None also where a mistake that is noted already hides how many there must be."""
+    path = config.training.token_weights
+    if path is None or vocab_size is None or shape is None:
+        return None
+    return problems.found_by(load_token_weights, path, vocab_size, shape.vocab_size)
 
 
 def _refuse_recurrence(config: JobConfig, spec: ModelSpec, problems: _Problems) -> None:

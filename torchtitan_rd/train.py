@@ -263,7 +263,7 @@ class Trainer:
         state = self.parts.checkpointer.load(tensors)
         if state is None:
             loaded = self.parts.checkpointer.load_initial(tensors["model"])
-            tokenizer = self.plan.tokenizer if self.plan.dataset.kind == "text" else None
+            tokenizer = self.plan.tokenizer if self.plan.dataset.needs_tokenizer else None
             if loaded is not None and tokenizer is not None and self.environment.rank == 0:
                 warn_of_another_tokenizer(loaded, self.config.model.tokenizer_path, tokenizer)
             logger.info("starting at step 1")

@@ -25,6 +25,7 @@ from torchtitan_rd.loss import (
     exceeds_guard,
     goldfish_labels,
     guard_error,
+    sum_of_weights,
 )
 from torchtitan_rd.metrics import StepNumbers, StepResult
 from torchtitan_rd.model_spec import NO_INPUTS, ForwardInputs
@@ -58,20 +59,40 @@ class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys, TilingKeys):
 
 
 class ValidTokens:
-    """The number of labels in the global batch that are not ignored; counted while the first forward runs."""
+    """The number of labels in the global batch that are not ignored, and the sum of their weights: what
+    losses are divided by. Summed over the ranks while the first forward runs.
+    """
 
-    def __init__(self, batches: Sequence[Batch]):
-        """batches: this rank's microbatches, on the device. Collective."""
-        self.local = torch.stack([count_valid(batch.labels) for batch in batches]).sum()
-        self._total = self.local.clone()
-        self._summing: dist.Work | None = dist.all_reduce(self._total, async_op=True)
+    def __init__(self, batches: Sequence[Batch], token_weights: torch.Tensor | None = None):
+        """batches: this rank's microbatches, on the device. token_weights: (V,), there too; without it every
+        label weighs 1 and the sum is their number. Collective.
+        """
+        counts = [count_valid(batch.labels) for batch in batches]
+        sums = [torch.stack(counts).sum()]
+        if token_weights is not None:  # float64, which holds the number exactly too
+            weights = [sum_of_weights(batch.labels, token_weights) for batch in batches]
+            sums = [sums[0].double(), torch.stack(weights).sum()]
 
-    def total(self) -> torch.Tensor:
-        """Of all ranks, int64 scalar."""
+        local = torch.stack(sums)
+        self.local_weight = local[-1]
+        self._totals = local.clone()
+        self._summing: dist.Work | None = dist.all_reduce(self._totals, async_op=True)
+
+    def number(self) -> torch.Tensor:
+        """Labels of all ranks: scalar, int64 or (with weights) float32."""
+        return self._summed()[0]
+
+    def weight(self) -> torch.Tensor:
+        """The sum of their weights, in the type of `number`."""
+        return self._summed()[-1]
+
+    def _summed(self) -> torch.Tensor:
         if self._summing is not None:
             self._summing.wait()
             self._summing = None
-        return self._total
+            if self._totals.is_floating_point():
+                self._totals = self._totals.float()
+        return self._totals
 
 
 class Verdict:
@@ -143,13 +164,14 @@ class TrainStep:
         asked_to_stop: Callable[[], bool] = lambda: False,
         has_saved: Callable[[], bool] = lambda: False,
         late: bool | None = None,
+        token_weights: torch.Tensor | None = None,
     ):
         """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
 
         forward_inputs: (step, microbatch from 0, batch) -> what forward takes beside tokens (draws.py).
         asked_to_stop: whether a signal told this rank to stop (signals.py). has_saved: whether this
         rank has written its share of the checkpoint that is written in the background. late: see above;
-        by default as it says.
+        by default as it says. token_weights: `training.token_weights`, one for each logit.
         """
         self.model = model
         self.optimizer = optimizer
@@ -159,6 +181,7 @@ class TrainStep:
         self.forward_inputs = forward_inputs
         self.asked_to_stop = asked_to_stop
         self.has_saved = has_saved
+        self.token_weights = None if token_weights is None else token_weights.to(device)
         self.late = (device.type == "cuda" and takes_flag(optimizer, device)) if late is None else late
         self.sums = StepSums([p for group in optimizer.param_groups for p in group["params"]], device)
         self.verdict = Verdict(config, device)
@@ -177,7 +200,7 @@ class TrainStep:
         batches = [self._place(batch) for batch in batches]
         # The count comes first: every microbatch's gradient is then final,
         # whatever the padding of the others.
-        valid = ValidTokens(batches)
+        valid = ValidTokens(batches, self.token_weights)
         self.optimizer.zero_grad()
 
         local_sum = torch.zeros((), device=self.device)
@@ -190,9 +213,10 @@ class TrainStep:
             depths.append(drawn.num_steps)
 
         self.beat(step, "update")
-        mean_loss = local_sum / valid.local.clamp(min=1)
+        has_loss = valid.local_weight > 0
+        mean_loss = torch.where(has_loss, local_sum / valid.local_weight, 0.0)
         totals = self.sums(local_sum, mean_loss, stop=self.asked_to_stop(), saved=self.has_saved())
-        loss = totals.loss_sum / valid.total()
+        loss = totals.loss_sum / valid.weight()
         self.sums.scale_gradients(totals.grad_norm, self.config.max_norm)
         skip = self.verdict(loss, totals.grad_norm, tokens_seen)
 
@@ -251,9 +275,16 @@ class TrainStep:
 
     def _backward(self, batch: Batch, valid: ValidTokens, drawn: ForwardInputs) -> torch.Tensor:
         """Adds one microbatch's share to the gradients; returns its cross-entropy sum."""
-        read_out = loss_read_out(batch.labels, self.config.z_loss_weight, self.config.loss_chunk_tokens)
+        z_loss_weight: float | torch.Tensor = self.config.z_loss_weight
+        if z_loss_weight and self.token_weights is not None:
+            # Of a plain mean over tokens, though the sum below is divided by weights.
+            z_loss_weight = z_loss_weight * (valid.weight() / valid.number())
+        read_out = loss_read_out(
+            batch.labels, z_loss_weight, self.token_weights, self.config.loss_chunk_tokens
+        )
         (sums,) = self.model(batch.inputs, batch.document_ids, read_out=read_out, **drawn.kwargs)
-        scale = valid.total() * max(drawn.num_steps[1], 1) if self.config.throttle else valid.total()
+
+        scale = valid.weight() * max(drawn.num_steps[1], 1) if self.config.throttle else valid.weight()
         (sums.objective / scale).backward()
         return sums.cross_entropy
 

@@ -20,6 +20,13 @@ from torchtitan_rd.loss import count_valid
 from torchtitan_rd.model_spec import ReadOuts
 from torchtitan_rd.signals import StopRequest
 
+# Keys of [training] that its held-out set has too, if that is of the kind.
+_KEYS_OF_KIND: dict[str | None, tuple[str, ...]] = {
+    "packed": ("pad_id", "eos_id"),
+    "chat": ("chat_loss", "pack_samples"),
+    "spikes": ("n_neurons",),
+}
+
 
 class ValidationConfig(Section):
     enable: bool = False
@@ -64,7 +71,9 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
 
     name = config.dataset or training.dataset
     same = name == training.dataset
-    is_packed = name in DATASETS and DATASETS[name].kind == "packed"
+    kind = DATASETS[name].kind if name in DATASETS else None
+    of_its_kind = {key: getattr(training, key) for key in _KEYS_OF_KIND.get(kind, ())}
+
     return DatasetKeys(
         dataset=name,
         dataset_path=config.dataset_path or (training.dataset_path if same else None),
@@ -75,8 +84,9 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
         local_batch_size=training.local_batch_size,
         global_batch_size=config.sequences,
         document_mask=training.document_mask,
-        pad_id=training.pad_id if is_packed else None,
-        eos_id=training.eos_id if is_packed else None,
+        question_column=training.question_column if same else None,
+        answer_column=training.answer_column if same else None,
+        **of_its_kind,
     )
 
 

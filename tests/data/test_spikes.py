@@ -5,10 +5,11 @@ import pyarrow as pa
 import pytest
 
 from tests.data.helpers import Ranks
-from torchtitan_rd.data import DatasetKeys
+from torchtitan_rd.data import DatasetKeys, get_dataset
 from torchtitan_rd.data.arrow import TableSource, open_table
 from torchtitan_rd.data.spikes import SpikeEncoder, SyntheticRecordings, read_matrix
-from torchtitan_rd.errors import DataError
+from torchtitan_rd.errors import ConfigError, DataError
+from torchtitan_rd.validation import ValidationConfig, validation_keys
 
 EXAMPLE = [[1, 0, 2], [0, 3, 0]]
 TOKENS = [255, 1, 0, 255, 0, 3, 255, 2, 0]
@@ -115,3 +116,59 @@ def _table(samples, integer, folder):
     table = pa.table({"spike_counts": pa.array(samples, pa.list_(pa.list_(integer)))})
     datasets.Dataset(table).save_to_disk(str(folder / "saved"))
     return open_table("primate", str(folder / "saved"), None, stream=False)
+
+
+@pytest.mark.parametrize(
+    ("n_neurons", "neurons"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 0]), (5, [0, 1, 0, 1, 0]), (4, [0, 1, 0, 1])]
+)
+def test_recordings_are_cropped_to_their_first_neurons_or_tiled_in_order(n_neurons, neurons):
+    expected = np.array(EXAMPLE)[neurons].T.tolist()
+    ids = SpikeEncoder(n_neurons=n_neurons).encode(np.array(EXAMPLE, np.uint8), "here")
+    assert ids.tolist() == [id_ for counts in expected for id_ in (255, *counts)]
+    assert SpikeEncoder(n_neurons=n_neurons).check(np.array(EXAMPLE), "here") == 3 * n_neurons
+
+
+def test_a_count_is_refused_only_if_its_neuron_is_kept():
+    counts = np.array([[0, 1], [2, 255]])
+    assert SpikeEncoder(n_neurons=1).encode(counts, "here").tolist() == [255, 0, 255, 1]
+    for n_neurons in (2, 3, None):
+        with pytest.raises(DataError, match="here, neuron 1, time bin 1: spike count 255"):
+            SpikeEncoder(n_neurons=n_neurons).encode(counts, "here")
+
+
+def test_a_recording_without_neurons_stays_empty_when_it_should_have_some():
+    assert SpikeEncoder(n_neurons=4).encode(np.empty((0, 3), np.uint8), "here").size == 0
+    assert SpikeEncoder(n_neurons=4).check(np.empty((0, 3), np.uint8), "here") == 0
+
+
+@pytest.mark.parametrize("num_lanes", [2, 8], ids=["whole recordings", "recordings in pieces"])
+def test_windows_of_n_neurons_have_their_separators_and_resume_exactly_on_two_ranks(num_lanes, tmp_path):
+    """40 recordings of 3 to 42 neurons: 8 lanes want 16 pieces each, and cut them between time bins."""
+    import datasets
+
+    rows = [np.full((3 + i, 6), i).tolist() for i in range(40)]
+    datasets.Dataset.from_dict({"spike_counts": rows}).save_to_disk(str(tmp_path / "saved"))
+    keys = {"dataset": "primate", "dataset_path": str(tmp_path / "saved"), "seq_len": 21, "n_neurons": 10}
+    config = DatasetKeys(**keys, local_batch_size=1, global_batch_size=num_lanes, shuffle_seed=3)
+
+    with Ranks(config, 1, vocab_size=256) as one:
+        batches = one.read(6)
+    for batch in batches:  # 22 ids are two time bins of 10 neurons, so every window begins with one
+        assert (
+            batch[:, [0, 11]].eq(255).all() and batch[:, 1:11].lt(255).all() and batch[:, 12:].lt(255).all()
+        )
+        assert batch[:, 1:11].eq(batch[:, 1:2]).all() and batch[:, 12:].eq(batch[:, 12:13]).all()
+
+    with Ranks(config, 2, vocab_size=256) as two, Ranks(config, 1, vocab_size=256) as again:
+        begun = two.read(2)
+        continued = again.load(two.save()).read(4)
+    assert all(a.equal(b) for a, b in zip(begun + continued, batches, strict=True))
+
+
+def test_n_neurons_is_for_spikes_alone_and_holds_for_their_held_out_set():
+    with pytest.raises(ConfigError, match=r"'pydoc' holds no spikes: unset training\.n_neurons"):
+        get_dataset(DatasetKeys(n_neurons=5))
+    training = DatasetKeys(dataset="synthetic", n_neurons=5, local_batch_size=1)
+    for dataset, expected in ((None, 5), ("rodent", 5), ("pydoc", None)):
+        keys = validation_keys(ValidationConfig(enable=True, dataset=dataset), training, 1)
+        assert keys.n_neurons == expected

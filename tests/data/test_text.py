@@ -112,7 +112,8 @@ def test_a_name_on_the_hub_is_fetched_as_json_files_only(json_folder, monkeypatc
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert load_tokenizer("some/tokenizer").vocab_size == 400
-    assert asked == {"some/tokenizer": ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]}
+    names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+    assert asked == {"some/tokenizer": names}
     (json_folder / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
         load_tokenizer("some/tokenizer")

@@ -43,8 +43,8 @@ def main(arguments: list[str]) -> int:
     states = saved_states(config.checkpoint, Path(config.job.dump_folder))
     alone = DataRanks(lambda value: [value], 0, 0, states)
     datasets = [get_dataset(keys, section, split) for section, keys, split in parts]
-    on_text = any(dataset.kind == "text" for dataset in datasets)
-    tokenizer = load_tokenizer(alone.tokenizer(config.model.tokenizer_path)) if on_text else None
+    tokenized = any(dataset.needs_tokenizer for dataset in datasets)
+    tokenizer = load_tokenizer(alone.tokenizer(config.model.tokenizer_path)) if tokenized else None
     vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, tokenizer)
     bad = 0
     for dataset, (section, keys, split) in zip(datasets, parts, strict=True):

@@ -41,7 +41,7 @@ def main(kind: str, arguments: list[str]) -> int:
     test_path = chosen.test_path or (chosen.path if test_dataset == chosen.dataset else None)
     train, test = _keys(chosen, chosen.dataset, chosen.path), _keys(chosen, test_dataset, test_path)
     on_text = any(
-        get_dataset(keys, split=split).kind == "text"
+        get_dataset(keys, split=split).needs_tokenizer
         for keys, split in ((train, chosen.split), (test, chosen.test_split))
     )
     if not on_text:
@@ -84,9 +84,9 @@ def _samples(
 ) -> Iterator[np.ndarray]:
     """The ids of each sample. Raises ConfigError for packed rows."""
     row = get_dataset(keys, split=split)
-    if row.kind == "packed":
+    if row.kind not in ("spikes", "text"):
         raise ConfigError(
-            f"--dataset {keys.dataset}: n-grams are counted in spikes and text, not in packed rows"
+            f"--dataset {keys.dataset}: n-grams are counted in spikes and text, not in {row.kind}"
         )
     encoder = build_encoder(keys, row.kind, tokenizer, vocab_size)
     source, _ = open_source(keys, row, encoder, seed, split)

@@ -26,7 +26,7 @@ from torchtitan_rd.conversion.tokenizer_files import (
     tokenizer_files,
 )
 from torchtitan_rd.conversion.weights import GENERATION_CONFIG, Weights, select_tensors, total_bytes
-from torchtitan_rd.data import DATASETS, Tokenizer, load_tokenizer
+from torchtitan_rd.data import DATASETS, TOKENIZED, Tokenizer, load_tokenizer
 from torchtitan_rd.data.hub import hub_tokenizer
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
@@ -84,7 +84,7 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
         if kind == "packed":
             ids = {"eos_token_id": training.get("eos_id"), "pad_token_id": training.get("pad_id")}
             return replace(weights, token_ids={**weights.token_ids, **ids})
-        tokenizer_path = config.get("model", {}).get("tokenizer_path") if kind == "text" else None
+        tokenizer_path = config.get("model", {}).get("tokenizer_path") if kind in TOKENIZED else None
         states = [Path(weights.origin) / STATE]
     if tokenizer_path is None and "tokenizer.model" in kept and "tokenizer.json" not in kept:
         # Meta's, which transformers does not load.
@@ -116,7 +116,7 @@ def warn_of_another_tokenizer(folder: Path, tokenizer_path: str, tokenizer: Toke
     training = config.get("training", {})
     if places:
         theirs = str(places[0])
-    elif training.get("dataset") in DATASETS and DATASETS[training["dataset"]].kind == "text":
+    elif training.get("dataset") in DATASETS and DATASETS[training["dataset"]].needs_tokenizer:
         theirs = config.get("model", {}).get("tokenizer_path", "bytes")
     else:
         return

@@ -13,12 +13,14 @@ from torchtitan_rd.batch import Batch
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data.arrow import check_path
 from torchtitan_rd.data.batch_dims import BatchDims, BatchKeys
+from torchtitan_rd.data.chat_template import ChatTemplate
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.cursor import Cursor, LaneReader
 from torchtitan_rd.data.hub import repository, tokenizer_revision
 from torchtitan_rd.data.loader import BatchLoader, merge_states
 from torchtitan_rd.data.ranks import DataRanks
 from torchtitan_rd.data.sources import (
+    TOKENIZED,
     Cutting,
     Dataset,
     build_encoder,
@@ -37,10 +39,12 @@ from torchtitan_rd.log import logger
 
 __all__ = [
     "DATASETS",
+    "TOKENIZED",
     "Batch",
     "BatchDims",
     "BatchKeys",
     "BatchLoader",
+    "ChatTemplate",
     "DataRanks",
     "Dataset",
     "DatasetKeys",
@@ -67,6 +71,8 @@ DATASETS: dict[str, Dataset] = {
     "pydoc-validation": Dataset("text", samples=partial(pydoc_topics, part="validation")),
     "text": Dataset("text"),
     "packed": Dataset("packed"),
+    "chat": Dataset("chat"),
+    "gsm8k": Dataset("chat", hub="openai/gsm8k", subset="main"),
 }
 
 
@@ -81,8 +87,6 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
 
     row = DATASETS[name]
     shuffled = config.shuffle_seed is not None
-    packed_keys = config.pad_id is not None or config.eos_id is not None
-    needs_eos = row.kind == "packed" and (config.pad_id is not None or config.document_mask)
     remarks = (
         (row.samples and config.dataset_path, f"is made here: {section}.dataset_path has no effect on it"),
         (row.samples and config.stream, "is made here: set training.stream (STREAM_HF_DATA) = false"),
@@ -92,7 +96,6 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
             "is streamed, so its rows have no numbers: unset training.skip_ranges",
         ),
         (config.stream and shuffled, "is streamed in order: unset training.shuffle_seed or training.stream"),
-        (row.kind != "packed" and packed_keys, "is not packed: unset training.pad_id and training.eos_id"),
         # A made data set has no such column, and a stream is not searched for rows.
         (
             row.samples and config.source_dataset,
@@ -102,10 +105,27 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
             config.stream and config.source_dataset,
             "is streamed whole: unset training.source_dataset or training.stream",
         ),
+    )
+
+    packed_keys = config.pad_id is not None or config.eos_id is not None
+    needs_eos = row.kind == "packed" and (config.pad_id is not None or config.document_mask)
+    pair = (config.question_column, config.answer_column)
+    chat_keys = any(pair) or config.chat_loss != "assistant" or not config.pack_samples
+    of_its_kind = (
+        (row.kind != "packed" and packed_keys, "is not packed: unset training.pad_id and training.eos_id"),
+        (
+            row.kind != "chat" and chat_keys,
+            "is no chat: unset training.question_column, answer_column, chat_loss and pack_samples",
+        ),
+        (any(pair) and None in pair, "needs both training.question_column and training.answer_column"),
+        (any(pair) and config.column, "has no column beside question_column: unset training.column"),
+        (row.kind != "spikes" and config.n_neurons, "holds no spikes: unset training.n_neurons"),
         (needs_eos and config.eos_id is None, "needs training.eos_id for training.pad_id or document_mask"),
     )
-    if problems := [f"{section}.dataset = {name!r} {problem}" for wrong, problem in remarks if wrong]:
-        raise ConfigError("\n".join(problems))
+
+    problems = [problem for wrong, problem in (*remarks, *of_its_kind) if wrong]
+    if problems:
+        raise ConfigError("\n".join(f"{section}.dataset = {name!r} {problem}" for problem in problems))
 
     if config.dataset_path:
         check_path(config.dataset_path, split, section)
@@ -170,7 +190,7 @@ def build_dataloader(
     readers: list[LaneReader] | list[StreamReader]
     if config.stream:
         table, found = open_rows(config, row, encoder, split)
-        fingerprint |= stream_fingerprint(encoder, found)
+        fingerprint |= stream_fingerprint(config, encoder, found)
         share = (dims.data_rank, dims.data_degree)
         readers = [StreamReader(config.dataset, table, encoder, config.seq_len, *share, config.document_mask)]
         start: list[Any] = [STREAM_START]
@@ -186,7 +206,7 @@ def build_dataloader(
         for reader in readers:
             reader.read(Cursor())
 
-    if row.kind == "text" and tokenizer is not None:
+    if row.needs_tokenizer and tokenizer is not None:
         fingerprint |= tokenizer_revision(tokenizer)
     if ranks is not None:
         ranks.compare(fingerprint)
@@ -198,7 +218,6 @@ def build_dataloader(
         fingerprint=fingerprint,
         num_workers=config.num_workers,
         pin_memory=pin_memory,
-        fill_id=config.eos_id,
         restart_on_rank_change=config.on_rank_change == "restart",
         record={"dataset": config.dataset, **found.record(fingerprint.get("num_samples"))},
     )

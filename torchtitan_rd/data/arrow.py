@@ -7,7 +7,7 @@ import errno
 import glob
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,7 +16,7 @@ import numpy as np
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data.content import digest_of
 from torchtitan_rd.data.files import HUB_NAME, FileList, find_files
-from torchtitan_rd.data.json_text import check_json_text
+from torchtitan_rd.data.json_text import JsonKind, check_json
 from torchtitan_rd.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,11 +28,11 @@ SOURCE_COLUMN = "source_dataset"
 
 class Encoder(Protocol):
     """How the cell of one row becomes ids: `read` the arrow value, `encode` it.
-    `where` names the row in messages.
+    `where` names the row in messages. columns: of several, a cell is the struct (`cells_of`).
     """
 
     @property
-    def column(self) -> str: ...
+    def columns(self) -> tuple[str, ...]: ...
 
     @property
     def border_id(self) -> int | None: ...
@@ -57,12 +57,12 @@ class TableSource:
     def __init__(self, name: str, table: "datasets.Dataset", encoder: Encoder):
         if not len(table):
             raise DataError(f"{name}: holds no rows")
-        check_column(table.column_names, encoder.column, name)
-        encoder.check_type(table.data.column(encoder.column), name)
+        check_columns(table.column_names, encoder.columns, name)
+        encoder.check_type(cells_of(table.data.table, encoder.columns), name)
         self.name = name
         self.encoder = encoder
         self.border_id = encoder.border_id
-        self.table = table.with_format("arrow", columns=[encoder.column])
+        self.table = table.with_format("arrow", columns=list(encoder.columns))
 
     def __len__(self) -> int:
         return len(self.table)
@@ -104,7 +104,14 @@ class SampleSource:
 
 def read_row(table: "pa.Table", encoder: Encoder, where: str) -> Any:
     """The value of a table of one row."""
-    return encoder.read(table.column(encoder.column).combine_chunks(), where)
+    return encoder.read(cells_of(table, encoder.columns).combine_chunks(), where)
+
+
+def cells_of(table: "pa.Table", columns: Sequence[str]) -> "pa.ChunkedArray":
+    """One column, or of several the structs of their values; without a copy."""
+    if len(columns) == 1:
+        return table.column(columns[0])
+    return table.select(list(columns)).to_struct_array()
 
 
 def encode_row(table: "pa.Table", encoder: Encoder, where: str) -> np.ndarray:
@@ -112,9 +119,12 @@ def encode_row(table: "pa.Table", encoder: Encoder, where: str) -> np.ndarray:
     return encoder.encode(read_row(table, encoder, where), where)
 
 
-def check_column(columns: list[str], column: str, name: str) -> None:
-    if column not in columns:
-        raise DataError(f"{name}: has no column {column!r}, only {', '.join(columns)}; set training.column")
+def check_columns(present: list[str], needed: Sequence[str], name: str) -> None:
+    """Raises DataError for the first that is missing."""
+    for column in needed:
+        if column not in present:
+            key = "training.column" if len(needed) == 1 else "training.question_column and answer_column"
+            raise DataError(f"{name}: has no column {column!r}, only {', '.join(present)}; set {key}")
 
 
 def check_path(path: str, split: str = "train", section: str = "training") -> FileList:
@@ -139,14 +149,14 @@ def open_table(
     split: str = "train",
     found: FileList | None = None,
     revision: str | None = None,
-    text_column: str | None = None,
+    expected: Mapping[str, JsonKind] | None = None,
     prepared: Sequence[str] = (),
 ) -> "datasets.Dataset | datasets.IterableDataset":
     """One split of a local path or of a repository on the hub; only columns and rows, no format.
 
     found: what `check_path` says of the path and split, if that is known.
     revision: of a repository on the hub.
-    text_column: what must hold text in every row, if that is so. prepared: arrow files that hold this split
+    expected: what columns of JSON must hold in every row. prepared: arrow files that hold this split
     of the repository already, which are mapped and nobody is asked.
     Raises DataError with the remedy if it cannot be had.
     """
@@ -161,7 +171,7 @@ def open_table(
             table = _split_of(datasets.load_from_disk(path), path, split)
             return table.to_iterable_dataset() if stream else table
         if found.files:
-            return _open_files(found, stream, text_column)
+            return _open_files(found, stream, expected or {})
         if prepared:
             return datasets.concatenate_datasets([_mapped(Path(file)) for file in prepared])
         pinned = {} if revision is None else {"revision": revision}
@@ -250,7 +260,7 @@ def _file_being_read(error: BaseException | None) -> str | None:
 
 
 def _open_files(
-    found: FileList, stream: bool, text_column: str | None
+    found: FileList, stream: bool, expected: Mapping[str, JsonKind]
 ) -> "datasets.Dataset | datasets.IterableDataset":
     import datasets
 
@@ -262,16 +272,17 @@ def _open_files(
     options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
     options["data_files"] = [glob.escape(str(p)) for p in found.files]  # the library takes names for patterns
     if stream:
-        if builder == "json" and text_column is not None and _refuses_mixed_types():
+        if builder == "json" and expected and _refuses_mixed_types():
             options["on_mixed_types"] = None
         return _load(builder, split="train", streaming=True, **options)
     # The library keys its converted copies by path and time of change; a file that changed under the same
-    # time would be served from the old copy. A copy of JSON is of files that were checked for this column.
-    checked = text_column if builder == "json" else None
+    # time would be served from the old copy. A copy of JSON is of files that were checked for these columns.
+    checked = expected if builder == "json" else {}
     contents = [(name, c["digest"]) for name, c in found.contents.items()]
-    options["name"] = f"content-{digest_of(*contents, *([checked] if checked else []))}"
+    options["name"] = f"content-{digest_of(*contents, *checked)}"
     if checked and not _is_converted(builder, **options):
-        check_json_text(found.files, checked)
+        for column, kind in checked.items():
+            check_json(found.files, column, kind)
     return _load(builder, split="train", streaming=False, **options)
 
 

@@ -7,14 +7,14 @@ from functools import partial
 from typing import Any
 
 from torchtitan_rd.data import get_dataset
-from torchtitan_rd.data.arrow import SampleSource, TableSource
+from torchtitan_rd.data.arrow import SampleSource, TableSource, cells_of
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.sources import build_encoder, open_source
 from torchtitan_rd.data.tokenizer import Tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.log import logger
 
-_UNITS = {"spikes": "spike counts", "text": "characters", "packed": "ids"}
+_UNITS = {"spikes": "spike counts", "text": "characters", "packed": "ids", "chat": "ids"}
 _ROWS_AT_ONCE = 256
 _REPORT_SECONDS = 30.0
 _MADE_ON_DEMAND = 1000  # samples that are computed without end: a few stand for all
@@ -50,7 +50,8 @@ def scan(keys: DatasetKeys, *, tokenizer: Tokenizer | None, vocab_size: int, see
     """Checks every row that training.skip_ranges does not skip: its type, its counts or ids,
     whether it is empty.
 
-    Text is not tokenised: a tokenizer that fits the vocabulary makes no id that does not.
+    Text is not tokenised: a tokenizer that fits the vocabulary makes no id that does not. Conversations are
+    written by their template, and tokenised.
     Raises ConfigError or DataError for what no row can be read without.
     """
     row = get_dataset(keys, split=split)
@@ -94,7 +95,7 @@ def _rows(source: TableSource | SampleSource) -> Iterator[tuple[int, Callable[[]
         return
     encoder, index = source.encoder, 0
     for begin in range(0, len(source), _ROWS_AT_ONCE):
-        for chunk in source.table[begin : begin + _ROWS_AT_ONCE].column(encoder.column).chunks:
+        for chunk in cells_of(source.table[begin : begin + _ROWS_AT_ONCE], encoder.columns).chunks:
             for offset in range(len(chunk)):
                 yield index, partial(encoder.read, chunk.slice(offset, 1), source.where(index))
                 index += 1

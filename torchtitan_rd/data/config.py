@@ -14,7 +14,8 @@ class DatasetKeys(BatchKeys):
 
     dataset_path: OptionalUserPath = None
     """Where to read it instead: a `save_to_disk` folder, a folder, glob or file of .parquet, .arrow,
-    .jsonl or .txt, or the name of a repository on the Hugging Face hub. Required for `text` and `packed`.
+    .jsonl or .txt, or the name of a repository on the Hugging Face hub. Required for `text`, `packed` and
+    `chat`.
     """
 
     dataset_revision: str | None = None
@@ -23,11 +24,36 @@ class DatasetKeys(BatchKeys):
     """
 
     column: str | None = Field(None, json_schema_extra=MUST_MATCH)
-    """Column to read. Unset: `spike_counts` for spikes, `text` for text, `input_ids` for packed rows."""
+    """Column to read. Unset: `spike_counts` for spikes, `text` for text, `input_ids` for packed rows,
+    `messages` for conversations.
+    """
 
     source_dataset: str | None = None
     """Only the rows whose column `source_dataset` holds this, in data gathered from several sources
     (the Neural Pile). Unset, or `all`: all rows.
+    """
+
+    question_column: str | None = Field(None, json_schema_extra=MUST_MATCH)
+    """Conversations of one question and its answer: the column of the question, which is the user's turn.
+    Together with answer_column, in place of `column`.
+    """
+
+    answer_column: str | None = Field(None, json_schema_extra=MUST_MATCH)
+    """The column of the answer, which is the assistant's turn."""
+
+    chat_loss: Literal["assistant", "all"] = "assistant"
+    """Conversations: learn to predict the tokens of the assistant's turns alone, or all. A run that resumes
+    cannot change it.
+    """
+
+    pack_samples: bool = True
+    """Conversations: follow one another without a gap, as text does. False: each is a row of its own, which
+    is cut off after `seq_len + 1` ids, or padded. A run that resumes cannot change it.
+    """
+
+    n_neurons: int | None = Field(None, ge=1, json_schema_extra=MUST_MATCH)
+    """Spikes only: the neurons of every recording. Of more, the first so many are kept; fewer are repeated in
+    order until there are enough. Unset: as many as each recording has.
     """
 
     seq_len: int = Field(2048, ge=1, json_schema_extra=MUST_MATCH)

@@ -75,20 +75,22 @@ def digest_of_file(path: Path, stride: int = 1) -> str:
     return digest.hexdigest()
 
 
-def digest_of_table(table: "datasets.Dataset", column: str) -> dict[str, Any]:
-    """Of one column: its type, and a digest of each of up to 64 equal ranges of rows,
-    whatever chunks it lies in.
+def digest_of_table(table: "datasets.Dataset", *columns: str) -> dict[str, Any]:
+    """Of these columns: their type, and a digest of each of up to 64 equal ranges of rows,
+    whatever chunks they lie in.
     """
-    cells = table.with_format("arrow", columns=[column])
-    stride = stride_of(table.data.column(column).nbytes)
+    cells = table.with_format("arrow", columns=list(columns))
+    stride = stride_of(sum(table.data.column(column).nbytes for column in columns))
     digests = []
     for begin, end in _blocks(len(table)):
         streams: dict[str, Digest] = {}
-        rows = cells[begin:end].column(column)
-        for chunk in rows.chunks:
-            _update(streams, "", chunk, stride)
+        rows = cells[begin:end]
+        for number, column in enumerate(columns):
+            for chunk in rows.column(column).chunks:
+                _update(streams, f"{number}." if number else "", chunk, stride)
         digests.append(digest_of(*((level, stream.digest()) for level, stream in sorted(streams.items()))))
-    return {"type": str(table.data.schema.field(column).type), "whole": stride == 1, "digests": digests}
+    types = ", ".join(str(table.data.schema.field(column).type) for column in columns)
+    return {"type": types, "whole": stride == 1, "digests": digests}
 
 
 def digest_of_samples(samples: Sequence[Any]) -> dict[str, Any]:
@@ -167,6 +169,13 @@ def _update(streams: dict[str, Digest], level: str, array: "pa.Array", stride: i
     elif pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         add("lengths", _lengths(pc.list_value_length(array)))
         _update(streams, level + "items.", array.flatten(), stride)
+
+    elif pa.types.is_struct(kind):
+        add("nulls", array.is_null().to_numpy(zero_copy_only=False))
+        for field, values in zip(kind, array.flatten(), strict=True):
+            _update(streams, f"{level}{field.name}.", values, stride)
+    elif pa.types.is_null(kind):
+        add("nulls", bytes(len(array)))
     elif pa.types.is_primitive(kind):
         if array.null_count:
             add("nulls", array.is_null().to_numpy(zero_copy_only=False))

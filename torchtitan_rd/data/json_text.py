@@ -1,4 +1,4 @@
-"""Whether a column of JSON files holds text in every row, told before the files are converted.
+"""Whether a column of JSON files holds in every row what it should, told before the files are converted.
 
 The datasets library (5.x) stores rows of mixed types as JSON, texts in quotes and with escapes, and from its
 second block of 10 MB on casts that to the type of the first block: to a text like any other. Nothing shows in
@@ -7,18 +7,23 @@ the table that comes of it, so the files themselves are looked at.
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torchtitan_rd.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+JsonKind = Literal["text", "messages"]
+"""Text; or a list of objects with the texts `role` and `content`. Null is neither and allowed in place of
+all of these: whoever reads the row says more about it.
+"""
+
 _BLOCK = 8 << 20
 
 
-def check_json_text(files: list[Path], column: str) -> None:
-    """Raises DataError, naming file and row, where `column` holds anything but text or null.
+def check_json(files: list[Path], column: str, kind: JsonKind) -> None:
+    """Raises DataError, naming file and row, where `column` holds anything but `kind` or null.
 
     Files that are no JSON are left to the reader, which says more about them.
     """
@@ -27,9 +32,9 @@ def check_json_text(files: list[Path], column: str) -> None:
             begin = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
         try:
             if begin.startswith(b"["):
-                _check_array(file, column)
+                _check_array(file, column, kind)
             elif begin:
-                _check_lines(file, column)
+                _check_lines(file, column, kind)
         except UnicodeDecodeError:
             continue
 
@@ -41,10 +46,12 @@ def _opened(file: Path) -> "pa.NativeFile":
     return pa.input_stream(str(file), compression={".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower()))
 
 
-def _check_lines(file: Path, column: str) -> None:
+def _check_lines(file: Path, column: str, kind: JsonKind) -> None:
     import pyarrow as pa
     import pyarrow.json
 
+    message = pa.struct({"role": pa.string(), "content": pa.string()})
+    expected = pa.string() if kind == "text" else pa.list_(message)
     rows = 0
     with _opened(file) as stream:
         try:
@@ -52,27 +59,27 @@ def _check_lines(file: Path, column: str) -> None:
                 stream,
                 read_options=pyarrow.json.ReadOptions(block_size=_BLOCK),
                 parse_options=pyarrow.json.ParseOptions(
-                    explicit_schema=pa.schema({column: pa.string()}), unexpected_field_behavior="ignore"
+                    explicit_schema=pa.schema({column: expected}), unexpected_field_behavior="ignore"
                 ),
             )
             for batch in reader:
                 rows += len(batch)
         except pa.ArrowInvalid as error:
-            if f"Column(/{column}) changed from string" in str(error):
-                _name_first(file, column, rows)
+            if f"Column(/{column}" in str(error):
+                _name_first(file, column, kind, rows)
 
 
-def _name_first(file: Path, column: str, after: int) -> None:
+def _name_first(file: Path, column: str, kind: JsonKind, after: int) -> None:
     """Raises for the first row after so many that are good."""
     with _opened(file) as stream:
         lines = (line for line in stream.read().splitlines() if line.strip())
         for row, line in enumerate(lines):
             if row >= after:
-                _check(json.loads(line).get(column), file, row, column)
+                _check(json.loads(line).get(column), f"{file}: row {row}", column, kind)
 
 
-def _check_array(file: Path, column: str) -> None:
-    """One JSON list: of objects, or of the texts themselves."""
+def _check_array(file: Path, column: str, kind: JsonKind) -> None:
+    """One JSON list: of objects, or of the values themselves."""
     with _opened(file) as stream:
         content = stream.read()
     try:
@@ -80,10 +87,26 @@ def _check_array(file: Path, column: str) -> None:
     except ValueError:
         return
     for row, value in enumerate(values):
-        _check(value.get(column) if isinstance(value, dict) else value, file, row, column)
+        cell = value.get(column) if isinstance(value, dict) else value
+        _check(cell, f"{file}: row {row}", column, kind)
 
 
-def _check(value: Any, file: Path, row: int, column: str) -> None:
-    if value is not None and not isinstance(value, str):
-        shown = json.dumps(value, separators=(",", ":"))
-        raise DataError(f"{file}: row {row}: column {column!r} holds {shown:.40}; expected text in every row")
+def _check(value: Any, where: str, column: str, kind: JsonKind) -> None:
+    if kind == "messages" and isinstance(value, list):
+        for number, message in enumerate(value):
+            _check_message(message, f"{where}, message {number}")
+    elif value is not None and not (kind == "text" and isinstance(value, str)):
+        expected = "text in every row" if kind == "text" else "a list of messages in every row"
+        raise DataError(f"{where}: column {column!r} holds {_shown(value)}; expected {expected}")
+
+
+def _check_message(message: Any, where: str) -> None:
+    if not isinstance(message, dict):
+        raise DataError(f"{where}: is {_shown(message)}; expected an object with role and content")
+    for field in ("role", "content"):
+        if not isinstance(message.get(field), str | None):
+            raise DataError(f"{where}: has the {field} {_shown(message[field])}; expected text")
+
+
+def _shown(value: Any) -> str:
+    return f"{json.dumps(value, separators=(',', ':')):.40}"

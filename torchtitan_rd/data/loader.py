@@ -50,7 +50,6 @@ class BatchLoader:
     start: the position at which each reader begins.
     fingerprint: what the position depends on; compared on resume.
     record: what is read and what is not, for the folder of the run.
-    fill_id: what stands in the inputs where the data is padding.
     """
 
     def __init__(
@@ -62,7 +61,6 @@ class BatchLoader:
         fingerprint: dict[str, Any],
         num_workers: int = 0,
         pin_memory: bool = False,
-        fill_id: int | None = None,
         restart_on_rank_change: bool = False,
         record: dict[str, Any] | None = None,
     ):
@@ -73,7 +71,7 @@ class BatchLoader:
         self._readers = list(readers)
         self._start = list(start)
         self._positions = list(start)
-        self._pin_memory, self._fill_id = pin_memory, fill_id
+        self._pin_memory = pin_memory
         self._restart_on_rank_change = restart_on_rank_change
         self._epoch = 0
         self._stages: Iterator[_Stage | TorchtitanRDError] | None = None
@@ -187,7 +185,7 @@ class BatchLoader:
             good.append(window)
 
         size = self.dims.local_batch_size
-        batches = [to_batch(good[i : i + size], self._fill_id) for i in range(0, len(good), size)]
+        batches = [to_batch(good[i : i + size]) for i in range(0, len(good), size)]
         return _Stage(batches, [window.position for window in good[-len(self._readers) :]])
 
     def _report_epoch(self) -> None:

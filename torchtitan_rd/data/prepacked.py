@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from torchtitan_rd.batch import IGNORE_INDEX
 from torchtitan_rd.data.cursor import piece_of
 from torchtitan_rd.data.spikes import is_integer, is_list
 from torchtitan_rd.data.text import check_ids
@@ -17,13 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedEncoder:
-    """pad_id becomes IGNORE_INDEX here, and `eos_id` in the inputs when the batch is assembled."""
+    """Padding, pad_id, is read as `border_id` and is no label (windows.py says how that is stored).
+    pad_id needs a border_id.
+    """
 
     seq_len: int
     vocab_size: int
     pad_id: int | None = None
     border_id: int | None = None
     column: str = "input_ids"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
 
     def read(self, cell: "pa.Array", where: str) -> np.ndarray:
         """One row's ids from an arrow array of length 1: a list of integers."""
@@ -50,15 +55,15 @@ class PackedEncoder:
         return piece_of(self.encode(row, where), part, parts)
 
     def encode(self, row: np.ndarray, where: str) -> np.ndarray:
-        """A row of `seq_len + 1` ids, padding marked."""
+        """A row of `seq_len + 1` ids, padding as the complement of border_id."""
         if len(row) != self.seq_len + 1:
             raise DataError(
                 f"{where}: has {len(row)} ids, but training.seq_len = {self.seq_len} needs "
                 f"{self.seq_len + 1}; set training.seq_len, or pack the data for this length"
             )
-        if self.pad_id is None:
+        if self.pad_id is None or self.border_id is None:
             check_ids(row, self.vocab_size, where)
             return row
         padding = row == self.pad_id
         check_ids(np.where(padding, 0, row), self.vocab_size, where)
-        return np.where(padding, IGNORE_INDEX, row.astype(np.int64))
+        return np.where(padding, ~self.border_id, row.astype(np.int64))

@@ -8,19 +8,25 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from torchtitan_rd.data.arrow import Encoder, SampleSource, TableSource, check_path, open_table, rows_of
+from torchtitan_rd.data.chat import ChatEncoder
+from torchtitan_rd.data.chat_template import ChatTemplate
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.content import digest_of, digest_of_samples, digest_of_table
 from torchtitan_rd.data.cursor import LaneReader, SkippingSource, Source, pieces_per_sample
 from torchtitan_rd.data.files import FileList
 from torchtitan_rd.data.hub import cached_commit, check_revision, repository
 from torchtitan_rd.data.ids import encode_in_memory, encode_once
+from torchtitan_rd.data.json_text import JsonKind
 from torchtitan_rd.data.prepacked import PackedEncoder
 from torchtitan_rd.data.spikes import SpikeEncoder
 from torchtitan_rd.data.text import TextEncoder
 from torchtitan_rd.data.tokenizer import Tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
 
-Kind = Literal["spikes", "text", "packed"]
+Kind = Literal["spikes", "text", "packed", "chat"]
+
+TOKENIZED: tuple[Kind, ...] = ("text", "chat")
+"""The kinds that are read with a tokenizer."""
 
 # Data sets of any size have far more samples than this;
 # small ones are cut into so many pieces for each row of a batch.
@@ -48,12 +54,18 @@ class Dataset:
     subset: str | None = None
     samples: Callable[[int], Samples] | None = None
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        return self.kind in TOKENIZED
+
 
 def build_encoder(config: DatasetKeys, kind: Kind, tokenizer: Tokenizer | None, vocab_size: int) -> Encoder:
-    """Raises ConfigError where the tokenizer or eos_id does not fit the model's vocabulary."""
+    """Raises ConfigError where the tokenizer or eos_id does not fit the model's vocabulary, and where
+    conversations have no chat template.
+    """
     column: dict[str, Any] = {} if config.column is None else {"column": config.column}
     if kind == "spikes":
-        return SpikeEncoder(vocab_size, **column)
+        return SpikeEncoder(vocab_size, n_neurons=config.n_neurons, **column)
     if kind == "packed":
         if config.eos_id is not None and config.eos_id >= vocab_size:
             raise ConfigError(
@@ -61,13 +73,32 @@ def build_encoder(config: DatasetKeys, kind: Kind, tokenizer: Tokenizer | None, 
             )
         return PackedEncoder(config.seq_len, vocab_size, config.pad_id, config.eos_id, **column)
     if tokenizer is None:
-        raise ValueError("text is read with a tokenizer, and none was given")
+        raise ValueError(f"{kind} is read with a tokenizer, and none was given")
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"the tokenizer (model.tokenizer_path) has ids up to {tokenizer.vocab_size - 1}, "
             f"but model.vocab_size = {vocab_size}: set it to {tokenizer.vocab_size} or more"
         )
-    return TextEncoder(tokenizer, vocab_size, **column)
+    if kind == "text":
+        return TextEncoder(tokenizer, vocab_size, **column)
+    return _chat_encoder(config, tokenizer, vocab_size)
+
+
+def _chat_encoder(config: DatasetKeys, tokenizer: Tokenizer, vocab_size: int) -> ChatEncoder:
+    if tokenizer.folder is None:
+        raise ConfigError(
+            "model.tokenizer_path: conversations need the folder of a tokenizer.json with a chat template"
+        )
+    try:
+        template = ChatTemplate.of_folder(tokenizer.folder)
+    except ConfigError as error:
+        raise ConfigError(f"model.tokenizer_path: {error}") from None
+    columns: tuple[str, ...] = (config.column or "messages",)
+    if config.question_column is not None and config.answer_column is not None:
+        columns = (config.question_column, config.answer_column)
+    row_length = None if config.pack_samples else config.seq_len + 1
+    learn_all = config.chat_loss == "all"
+    return ChatEncoder(template, tokenizer, vocab_size, columns, learn_all, row_length)
 
 
 def prepared_files(config: DatasetKeys, row: Dataset, split: str) -> list[str]:
@@ -94,10 +125,9 @@ def open_rows(
         raise ConfigError(f"training.dataset = {config.dataset!r} needs training.dataset_path")
     subset = None if config.dataset_path else row.subset
     found = check_path(path, split) if config.dataset_path else FileList(path, split, Path(path))
-    text_column = encoder.column if isinstance(encoder, TextEncoder) else None
     revision = config.dataset_revision
     table = open_table(
-        config.dataset, path, subset, config.stream, split, found, revision, text_column, prepared
+        config.dataset, path, subset, config.stream, split, found, revision, _expected_json(encoder), prepared
     )
     if not found.files and not found.saved:
         found.commit = check_revision(config.dataset, table, revision)
@@ -108,6 +138,15 @@ def open_rows(
     if config.source_dataset is not None:
         table = rows_of(table, config.source_dataset, config.dataset)
     return table, found
+
+
+def _expected_json(encoder: Encoder | None) -> dict[str, JsonKind]:
+    """What the columns of an encoder must hold where their types would not show what else they held."""
+    if isinstance(encoder, ChatEncoder) and len(encoder.columns) == 1:
+        return {encoder.columns[0]: "messages"}
+    if isinstance(encoder, TextEncoder | ChatEncoder):
+        return dict.fromkeys(encoder.columns, "text")
+    return {}
 
 
 def open_source(
@@ -124,7 +163,9 @@ def open_source(
 
 @dataclass(frozen=True)
 class Cutting:
-    """How the samples of a data set are shared out to lanes. Raises DataError for too few packed rows."""
+    """How the samples of a data set are shared out to lanes. Raises DataError for too few of those that
+    are a row each.
+    """
 
     config: DatasetKeys
     kind: Kind
@@ -132,15 +173,20 @@ class Cutting:
     num_lanes: int
 
     def __post_init__(self):
-        if self.kind == "packed" and self.num_samples < self.num_lanes:
+        if self.is_row and self.num_samples < self.num_lanes:
             raise DataError(
                 f"{self.config.dataset}: holds {self.num_samples} rows, fewer than the {self.num_lanes} of "
                 "one global batch; lower training.global_batch_size (validation.sequences of a held-out set)"
             )
 
     @property
+    def is_row(self) -> bool:
+        """Whether a sample is one window, which is never cut."""
+        return self.kind == "packed" or not self.config.pack_samples
+
+    @property
     def units_per_lane(self) -> int:
-        return 1 if self.kind == "packed" else _UNITS_PER_LANE  # a packed row is a window and never cut
+        return 1 if self.is_row else _UNITS_PER_LANE
 
     @property
     def unit(self) -> str | None:
@@ -164,21 +210,21 @@ def source_fingerprint(
     if isinstance(source, SampleSource):
         rows = digest_of_samples(source.samples)
     else:
-        rows = digest_of_table(source.table, source.encoder.column)
+        rows = digest_of_table(source.table, *source.encoder.columns)
         converted = found.files and not found.saved and found.builder() != "arrow"
         files = found.contents if converted else found.sizes(times=not rows["whole"])
     return {
         "num_samples": len(source),
         "rows": rows,
+        **_tokenizer(config, source.encoder),
         "cut": cutting.unit,
         "skip_ranges": config.skip_ranges,
         "files": files if len(files) <= _FILES_NOTED else {},
         **_revision(found),
-        **_tokenizer(source.encoder),
     }
 
 
-def stream_fingerprint(encoder: Encoder, found: FileList) -> dict[str, Any]:
+def stream_fingerprint(config: DatasetKeys, encoder: Encoder, found: FileList) -> dict[str, Any]:
     """The same of a stream: the contents of its files; of the hub, the commit."""
     files = {} if found.saved else found.contents
     content = {"content": digest_of(sorted(files.items()))} if files else {}
@@ -187,7 +233,7 @@ def stream_fingerprint(encoder: Encoder, found: FileList) -> dict[str, Any]:
         "cut": None,
         "files": files if len(files) <= _FILES_NOTED else {},
         **_revision(found),
-        **_tokenizer(encoder),
+        **_tokenizer(config, encoder),
     }
 
 
@@ -195,8 +241,13 @@ def _revision(found: FileList) -> dict[str, dict[str, str]]:
     return {"revision": {"repository": found.path, "commit": found.commit}} if found.commit else {}
 
 
-def _tokenizer(encoder: Encoder) -> dict[str, str]:
-    return {"tokenizer": encoder.tokenizer.digest} if isinstance(encoder, TextEncoder) else {}
+def _tokenizer(config: DatasetKeys, encoder: Encoder) -> dict[str, Any]:
+    if isinstance(encoder, TextEncoder):
+        return {"tokenizer": encoder.tokenizer.digest}
+    if isinstance(encoder, ChatEncoder):
+        settings = {"chat_loss": config.chat_loss, "pack_samples": config.pack_samples}
+        return {"tokenizer": encoder.digest, **settings}
+    return {}
 
 
 def prepare(
@@ -215,16 +266,18 @@ def prepare(
 
     if cutting.unit != "tokens":
         return samples
-    dtype = np.min_scalar_type(encoder.vocab_size - 1)
+    # Of conversations there are complements too, down to that of the last id.
+    extreme = -encoder.vocab_size if isinstance(encoder, ChatEncoder) else encoder.vocab_size - 1
+    dtype = np.min_scalar_type(extreme)
     if not is_table:
         return encode_in_memory(samples, dtype)
 
-    facts = (
-        ("rows", "skip_ranges", "tokenizer")
-        if fingerprint["rows"]["whole"]
-        else ("rows", "skip_ranges", "tokenizer", "files")
-    )
-    key = digest_of(str(dtype), encoder.column, *(fingerprint[fact] for fact in facts))
+    facts = ["rows", "skip_ranges", "tokenizer"]
+    if not fingerprint["rows"]["whole"]:
+        facts.append("files")
+    if "chat_loss" in fingerprint:  # decides which ids are complements
+        facts.append("chat_loss")
+    key = digest_of(str(dtype), *encoder.columns, *(fingerprint[fact] for fact in facts))
     return encode_once(samples, dtype, _cache_folder(config) / "encoded_documents", key)
 
 

@@ -5,6 +5,9 @@
 
 The separator is the last id of the vocabulary;
 so a count must be smaller (eminorhan/gpt-neuro-arch; Neural Pile).
+
+With `n_neurons` every recording has that many: of more, the first ones are kept; fewer are repeated in order,
+0 1 2 0 1, until there are enough.
 """
 
 from dataclasses import dataclass
@@ -23,11 +26,18 @@ SPIKE_VOCAB_SIZE = 256
 
 @dataclass(frozen=True)
 class SpikeEncoder:
-    """vocab_size: of the model; its last id separates the time bins."""
+    """vocab_size: of the model; its last id separates the time bins. n_neurons: of each recording, made
+    as the head of this file says; None: as many as it has.
+    """
 
     vocab_size: int = SPIKE_VOCAB_SIZE
     column: str = "spike_counts"
     border_id: int | None = None
+    n_neurons: int | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
 
     def read(self, cell: "pa.Array", where: str) -> np.ndarray:
         """One row's counts (N, T), without a copy, from an arrow array of length 1:
@@ -47,8 +57,11 @@ class SpikeEncoder:
             )
 
     def check(self, counts: np.ndarray, where: str) -> int:
-        """The number of counts (N, T). Raises DataError if one is out of range."""
+        """The number of counts (N, T), those repeated included.
+        Raises DataError if one that is kept is out of range.
+        """
         separator = self.vocab_size - 1
+        counts = counts[: self.n_neurons]
         if counts.size and (counts.max() >= separator or counts.min() < 0):
             neuron, bin_ = np.argwhere((counts >= separator) | (counts < 0))[0]
             raise DataError(
@@ -56,10 +69,12 @@ class SpikeEncoder:
                 f"0..{separator - 1} ({separator} separates the time bins): "
                 f"clip the counts, use shorter bins, or raise model.vocab_size"
             )
-        return counts.size
+        return counts.shape[1] * self._neurons_of(len(counts))
 
     def encode(self, counts: np.ndarray, where: str) -> np.ndarray:
-        """Counts (N, T) -> ids (T * (N + 1),), in the smallest unsigned type that holds the separator."""
+        """Counts (N, T) -> ids (T * (N + 1),), in the smallest unsigned type that holds the separator.
+        N: n_neurons if that is given.
+        """
         return self.piece(counts, where, 0, 1)
 
     def piece(self, counts: np.ndarray, where: str, part: int, parts: int) -> np.ndarray:
@@ -68,14 +83,21 @@ class SpikeEncoder:
         """
         self.check(counts, where)
         counts = piece_of(counts.T, part, parts).T
-        neurons, bins = counts.shape
+        present, bins = counts.shape
+        neurons = self._neurons_of(present)
         separator = self.vocab_size - 1
         if not neurons:
             return np.empty(0, np.min_scalar_type(separator))
         ids = np.empty((bins, neurons + 1), np.min_scalar_type(separator))
         ids[:, 0] = separator
-        ids[:, 1:] = counts.T
+        for first in range(0, neurons, present):
+            copied = min(present, neurons - first)
+            ids[:, 1 + first : 1 + first + copied] = counts[:copied].T
         return ids.reshape(-1)
+
+    def _neurons_of(self, present: int) -> int:
+        """Of a recording that has so many; none of none."""
+        return present if self.n_neurons is None or not present else self.n_neurons
 
 
 def read_matrix(cell: "pa.Array", where: str) -> np.ndarray:

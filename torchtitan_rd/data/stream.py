@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchtitan_rd.data.arrow import Encoder, causes, check_column, encode_row
+from torchtitan_rd.data.arrow import Encoder, causes, check_columns, encode_row
 from torchtitan_rd.data.windows import Window, cut, pack
 from torchtitan_rd.errors import DataError
 
@@ -123,7 +123,7 @@ class StreamReader:
             return False
         self._source, self._following = self._following, self._share.state_dict()
         where = f"{self.name}: row {self._sample} of data rank {self.data_rank}"
-        check_column(row.column_names, self.encoder.column, self.name)
+        check_columns(row.column_names, self.encoder.columns, self.name)
         self._tokens = encode_row(row, self.encoder, where)
         self._found_tokens |= len(self._tokens) > 0
         return True

@@ -22,6 +22,10 @@ class TextEncoder:
     column: str = "text"
     border_id: int | None = None
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.column,)
+
     def read(self, cell: "pa.Array", where: str) -> str:
         """One row's text from an arrow array of length 1."""
         if not is_text(cell.type) or not cell[0].is_valid:

@@ -81,7 +81,7 @@ def download_tokenizer(name: str, revision: str | None = None) -> Path:
     """
     import huggingface_hub
 
-    files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+    files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
     try:
         folder = Path(huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=files))
     except Exception as error:  # of the hub and the network: a library boundary

@@ -4,6 +4,9 @@ whoever reads them.
 Cut: a window holds `seq_len + 1` ids, and the next one begins where it ends (`cut`). Packed: parts of several
 samples follow one another without a gap (`pack`). Shifted: the first `seq_len` ids are a row's inputs, the
 last `seq_len` its labels (`to_batch`).
+
+An id that the model reads and must not learn to predict (padding, what a user says) is stored as its
+complement, `~id`, which is negative. So it travels as ids do, through samples, pieces, caches and windows.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +20,9 @@ from torchtitan_rd.batch import IGNORE_INDEX, Batch
 
 @dataclass(frozen=True)
 class Window:
-    """ids: (S + 1,) integers; document_ids: (S,) int32 or None; position: of the window after this one."""
+    """ids: (S + 1,) integers, those that are no labels as complements; document_ids: (S,) int32 or None;
+    position: of the window after this one.
+    """
 
     ids: np.ndarray
     document_ids: np.ndarray | None
@@ -54,12 +59,12 @@ def pack(parts: list[np.ndarray], position: object, document_mask: bool, border_
     return Window(ids, documents[:-1], position)
 
 
-def to_batch(windows: Sequence[Window], fill_id: int | None) -> Batch:
-    """One microbatch. fill_id: what stands in the inputs where the data is padding."""
-    ids = torch.from_numpy(np.stack([window.ids for window in windows]).astype(np.int64))
-    inputs, labels = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    if fill_id is not None:
-        inputs = inputs.masked_fill(inputs == IGNORE_INDEX, fill_id)  # a copy: with B = 1 they share memory
+def to_batch(windows: Sequence[Window]) -> Batch:
+    """One microbatch: complements are ids in the inputs, and IGNORE_INDEX in the labels."""
+    stored = torch.from_numpy(np.stack([window.ids for window in windows]).astype(np.int64))
+    inputs, labels = stored[:, :-1], stored[:, 1:]
+    inputs = torch.where(inputs < 0, ~inputs, inputs)
+    labels = labels.masked_fill(labels < 0, IGNORE_INDEX)
     # Of all or of none.
     documents = [window.document_ids for window in windows if window.document_ids is not None]
     return Batch(inputs, labels, torch.from_numpy(np.stack(documents)) if documents else None)

@@ -77,7 +77,7 @@ def open_held_out(
     """
     row = get_dataset(keys, split=split)
     ranks = data_ranks(environment, states)
-    tokenizer = load_tokenizer(ranks.tokenizer(tokenizer_path)) if row.kind == "text" else None
+    tokenizer = load_tokenizer(ranks.tokenizer(tokenizer_path)) if row.needs_tokenizer else None
     vocab_size = vocab_size or dataset_vocab_size(keys, tokenizer)
 
     batches = read_held_out(

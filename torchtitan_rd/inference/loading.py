@@ -13,7 +13,7 @@ from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.huggingface import CONFIG_JSON, require_complete
 from torchtitan_rd.conversion.pipeline import TOKENIZERS, open_released, with_tokenizer
 from torchtitan_rd.conversion.weights import Weights, model_tensors
-from torchtitan_rd.data import DATASETS, Tokenizer, load_tokenizer
+from torchtitan_rd.data import DATASETS, TOKENIZED, Tokenizer, load_tokenizer
 from torchtitan_rd.data.hub import hub_tokenizer
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
@@ -136,7 +136,7 @@ def _tokenizer_of(weights: Weights, source: Source, tokenizer_path: str | None) 
         return load_tokenizer(tokenizer_path)
     if any((source.folder / name).is_file() for name in TOKENIZERS):
         return load_tokenizer(str(source.folder))
-    if source.kind != "text":
+    if source.kind not in TOKENIZED:
         return None
     named = (weights.job_config or {}).get("model", {}).get("tokenizer_path", "bytes")
     try:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan_rd.data import Tokenizer
+from torchtitan_rd.data import ChatTemplate, Tokenizer
 from torchtitan_rd.errors import ConfigError
 
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoding gives for a part of a character's bytes
@@ -29,12 +29,9 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]
     """The ids of a conversation ({"role", "content"} each) up to where the model answers.
 
     tokenizer: of the transformers library (`transformers_tokenizer`). Raises ConfigError if it has no chat
-    template.
+    template, DataError if that refuses them.
     """
-    if not tokenizer.chat_template:
-        raise ConfigError("--chat: the tokenizer has no chat template; leave the flag out")
-    ids: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
-    return list(ids)
+    return ChatTemplate(tokenizer, "--chat: the tokenizer").prompt(messages, "--chat")
 
 
 class TextRow:
