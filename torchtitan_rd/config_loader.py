@@ -6,7 +6,6 @@ Every problem found is gathered, and all are raised as one ConfigError before an
 
 import ast
 import codecs
-import difflib
 import inspect
 import re
 import types
@@ -22,7 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, Validat
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
-from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.errors import ConfigError, nearest
 from torchtitan_rd.masking import is_masked
 
 BYTE_ORDER_MARKS = {
@@ -325,14 +324,6 @@ def parse_overrides(arguments: Sequence[str], problems: list[str]) -> list[tuple
         else:
             found.append((name[2:], True))
     return found
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean X?` for a close match, else the list of what is known."""
-    known = list(known)
-    by_lower = {str(other).lower(): other for other in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return f"; did you mean {by_lower[close[0]]!r}?" if close else f"; known: {', '.join(map(str, known))}"
 
 
 def is_table(annotation: Any) -> bool:

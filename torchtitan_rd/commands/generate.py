@@ -32,7 +32,7 @@ from torchtitan_rd.inference import (
     generate,
     load_model,
 )
-from torchtitan_rd.inference.exits import read_policy
+from torchtitan_rd.inference.policy_file import read_policy
 from torchtitan_rd.inference.ranks import over_ranks, process_group
 from torchtitan_rd.job import Environment
 

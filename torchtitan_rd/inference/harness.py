@@ -19,9 +19,10 @@ import torch
 
 from torchtitan_rd.conversion.pipeline import with_tokenizer
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.inference.exits import ExitPolicy, read_policy
+from torchtitan_rd.inference.exits import ExitPolicy
 from torchtitan_rd.inference.generation import Settings, generate
 from torchtitan_rd.inference.loading import Loaded, load_model, open_weights
+from torchtitan_rd.inference.policy_file import read_policy
 from torchtitan_rd.inference.sampling import Sampling
 from torchtitan_rd.inference.stepper import Stepper, think
 

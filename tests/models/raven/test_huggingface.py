@@ -4,7 +4,6 @@ and its generation.
 
 import json
 import math
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -62,8 +61,8 @@ def export(model, folder, **fields):
     tensors = {theirs: weights[ours].detach().contiguous() for ours, theirs in names.items()}
     save_file({**tensors, **HF.buffers(model.shape)}, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps({**HF.config_fields(model.shape), **fields}))
-    for path in HF.code:
-        shutil.copy(path, folder)
+    for name, content in HF.code_files().items():
+        (folder / name).write_bytes(content)
     return folder
 
 
