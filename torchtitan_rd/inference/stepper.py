@@ -8,9 +8,9 @@
     logits = stepper.predict(s)                    # (1, 1, V): after the last position
     stepper.close()
 
-`think` does all of this, and lets each sequence leave the recurrence on its own; `one_by_one` calls it for one
-token after the other. A raven's weights leave with this file and those that it imports
-(models/raven/huggingface): nothing here knows configurations, tokenizers or checkpoints.
+`think` does all of this, and lets each sequence leave the recurrence on its own; `one_by_one` generates.
+A raven's weights leave with this file and those that it imports (models/raven/huggingface): none knows
+configurations, tokenizers or checkpoints.
 
 Shapes: B batch, S new positions, E dim, V vocabulary.
 """

@@ -132,6 +132,7 @@ _USAGE = (
     "labels made for it are to be given as `shift_labels`."
 )
 _CODE = Path(__file__).parent / "huggingface"
+_PACKAGE = Path(__file__).parents[2]
 
 HF = HuggingFaceLayout(
     model_type="huginn_raven",
@@ -142,7 +143,15 @@ HF = HuggingFaceLayout(
     shape_of=shape_of,
     buffers=buffers,
     derived="freqs_cis",
-    code=tuple(_CODE / f"{name}_raven.py" for name in ("configuration", "blocks", "modeling")),
+    code=(
+        *sorted(_CODE.glob("*_raven.py")),
+        # Generation is the package's own: these import nothing but each other and torch.
+        *(_PACKAGE / f"{name}.py" for name in ("errors", "model_steps")),
+        *(
+            _PACKAGE / "inference" / f"{name}.py"
+            for name in ("cache", "exits", "sharing", "speculative", "stepper")
+        ),
+    ),
     forward_arguments=_forward_arguments,
     example_arguments=lambda shape: {"num_steps": shape.mean_recurrence},
     usage=_USAGE,
