@@ -234,6 +234,7 @@ class HuggingFaceLayout(Generic[Shape]):
         modules of this package among them (`code_files`).
     forward_arguments: kwargs of our forward -> those with which their forward computes the same.
     example_arguments: shape -> what the example of the model card gives to their forward beside the tokens.
+    example_generation: what it gives to their `generate`.
     usage: what the model card says below the example; Markdown.
     """
 
@@ -248,6 +249,7 @@ class HuggingFaceLayout(Generic[Shape]):
     code: tuple[Path, ...] = ()
     forward_arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     example_arguments: Callable[[Shape], dict[str, Any]] = _nothing
+    example_generation: Mapping[str, Any] = field(default_factory=dict)
     usage: str = ""
 
     def code_files(self) -> dict[str, bytes]:

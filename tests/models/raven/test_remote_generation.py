@@ -180,11 +180,12 @@ def test_rows_end_as_in_transformers_and_leave_no_trace_behind_their_end(both):
         assert kind.steps[1].tolist() == [3] * 3 + [0] * (plain.shape[1] - 10)
 
 
-def test_sampling_penalties_scores_and_streams_are_those_of_transformers(both):
+@pytest.mark.parametrize("start", [{"state_seed": SEED}, {"state_seed": None, "init_scale": 0.0}], ids=str)
+def test_sampling_penalties_scores_and_streams_are_those_of_transformers(start, both):
     _, model = both
     _, batch = given((7, 2, 5))
     common = {"do_sample": True, "temperature": 0.8, "top_k": 20, "repetition_penalty": 1.3, "num_steps": 3}
-    common |= {"output_scores": True, "output_logits": True, "num_return_sequences": 2, "state_seed": SEED}
+    common |= {"output_scores": True, "output_logits": True, "num_return_sequences": 2, **start}
     results, streamed = [], []
     for extra in ({}, {"cache_lookup_strategy": "full"}):
         torch.manual_seed(0)

@@ -220,6 +220,9 @@ class AdaptiveGenerationMixin(GenerationMixin):
         real = _real(input_ids, kwargs.get("attention_mask"))
 
         seed, scale = kwargs.get("state_seed"), kwargs.get("init_scale")
+        scale = 1.0 if scale is None else float(scale)
+        if seed is None:  # zeros draw nothing, so that sampling goes on as without these arguments
+            seed = int(torch.randint(2**31, (1,), device="cpu")) if scale > 0 else 0
         stepper = Stepper(
             FAMILY,
             self,
@@ -227,8 +230,8 @@ class AdaptiveGenerationMixin(GenerationMixin):
             positions=generation_config.max_length,
             depth=self._depth(kwargs.get("num_steps")),
             strategy=thinking.strategy,
-            seed=int(torch.randint(2**31, (1,), device="cpu")) if seed is None else int(seed),
-            scale=1.0 if scale is None else float(scale),
+            seed=int(seed),
+            scale=scale,
         )
         rows = _Rows(input_ids, stopping_criteria, generation_config, streamer)
         most = generation_config.max_length - input_ids.shape[1]
