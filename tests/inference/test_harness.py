@@ -210,6 +210,18 @@ def test_generated_text_depends_on_the_arguments_of_generation(trained):
         model.apply_chat_template([{"role": "user", "content": "Hi"}])
 
 
+@pytest.mark.parametrize("trained", ["raven"], indirect=True)
+def test_the_exported_code_takes_its_arguments_from_gen_kwargs(trained, tasks):
+    arguments = {"pretrained": str(trained[2]), "dtype": "float32", "trust_remote_code": True}
+
+    def said(**kwargs):
+        text = {"until": ["\n\n"], "max_gen_toks": 12, "init_scale": 0.0, **kwargs}
+        return evaluate("hf", arguments, tasks, ["local_generation"], gen_kwargs=text)["local_generation"]
+
+    one = said(num_steps=1)
+    assert said(criterion="latent-diff", exit_threshold=1e9) == one != said(num_steps=6)
+
+
 @pytest.mark.parametrize("trained", ["llama3"], indirect=True)
 def test_a_text_loses_its_beginning_and_never_what_is_scored(trained):
     model = harness.TorchtitanRD(str(trained[1]), max_length=8)
