@@ -69,8 +69,10 @@ class TorchtitanRD(TemplateLM):
         init_scale: float = 1.0,
     ):
         super().__init__()
+
         if dtype not in _DTYPES:
             raise ConfigError(f"dtype={dtype} is none of {', '.join(_DTYPES)}")
+
         given = {"exit": exit, "exit_threshold": exit_threshold, "min_steps": min_steps}
         for name, value in given.items():
             if value is not None and exit_policy is not None:

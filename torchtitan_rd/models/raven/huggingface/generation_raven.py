@@ -265,7 +265,8 @@ class _Rows:
     """What has been generated, and which rows go on. See `stepper.Rows`."""
 
     def __init__(self, ids: torch.Tensor, stopping_criteria: Any, generation_config: Any, streamer: Any):
-        self.ids, self.stopping_criteria, self.streamer = ids, stopping_criteria, streamer
+        self.ids = ids
+        self.stopping_criteria, self.streamer = stopping_criteria, streamer
         self.pad = getattr(generation_config, "_pad_token_tensor", None)
         self.ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         self.steps: list[torch.Tensor] = []
@@ -291,7 +292,8 @@ class _Chooser:
     """Draws tokens as transformers does, and keeps from what, if that is asked for."""
 
     def __init__(self, rows: _Rows, logits_processor: Any, generation_config: Any):
-        self.rows, self.processor, self.config = rows, logits_processor, generation_config
+        self.rows = rows
+        self.processor, self.config = logits_processor, generation_config
         self.logits: list[torch.Tensor] = []
         self.scores: list[torch.Tensor] = []
 

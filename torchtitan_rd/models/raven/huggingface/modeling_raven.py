@@ -318,12 +318,6 @@ class RavenForCausalLM(StepMixin, PreTrainedModel, AdaptiveGenerationMixin):
         depth = int(torch.poisson(rate)) + 1
         return max(depth - backprop, 0), min(backprop, depth)
 
-    def _rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dim = self.config.n_embd // self.config.n_heads
-        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
-        angles = position_ids[..., None, None].float() * (1.0 / self.config.rope_base**exponents)
-        return angles.cos(), angles.sin()
-
     def _check_cache(self, cache: Any, depth: int) -> None:
         """One slot a layer application: prelude, coda, then the core layers of each iteration."""
         if not isinstance(cache, DynamicCache):

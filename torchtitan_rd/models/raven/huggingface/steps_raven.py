@@ -86,6 +86,12 @@ class StepMixin:
         places, mask = positions_and_mask(x, mask, places, past=0)
         return Context(*self._rotary(places), mask, None)
 
+    def _rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        dim = self.config.n_embd // self.config.n_heads
+        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
+        angles = position_ids[..., None, None].float() * (1.0 / self.config.rope_base**exponents)
+        return angles.cos(), angles.sin()
+
     def core_step(self, s: torch.Tensor, e: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
         """One iteration: takes e into the state, then runs the core blocks, which cache from `slot` on."""
         injection, e = self.config.injection_type, e.to(s.device)
