@@ -179,13 +179,14 @@ class TorchtitanRD(TemplateLM):
         """requests: ((context, continuation), ids, ids) -> (summed log-probability,
         whether greedy gives it) each.
         """
-        results: list[Any] = [None] * len(requests)
         for names, _, continuation in requests:
             if not 0 < len(continuation) <= self.max_length:
                 raise ConfigError(
                     f"a continuation of {len(continuation)} tokens cannot be scored: it must have 1 to "
                     f"max_length={self.max_length}: {names[1][:60]!r}"
                 )
+
+        results: list[Any] = [None] * len(requests)
         by_length = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
         for start in range(0, len(by_length), self.batch_size):
             numbers = by_length[start : start + self.batch_size]

@@ -211,6 +211,7 @@ class AdaptiveGenerationMixin(GenerationMixin):
                 streamer=streamer,
                 **_others(kwargs),
             )
+
         drafting = thinking.drafting()
         if synced_gpus:
             raise ValueError(f"{_named(kwargs)}: ranks that share a model would take different depths")
