@@ -234,6 +234,7 @@ class AdaptiveGenerationMixin(GenerationMixin):
             seed=int(seed),
             scale=scale,
         )
+
         rows = _Rows(input_ids, stopping_criteria, generation_config, streamer)
         most = generation_config.max_length - input_ids.shape[1]
         chooser, counts = _Chooser(rows, logits_processor, generation_config), (None, None)
