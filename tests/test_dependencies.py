@@ -10,7 +10,11 @@ from packaging.requirements import Requirement
 ROOT = Path(__file__).parent.parent
 PROJECT = tomli.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-DIRECT = [Requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS["dev"], *EXTRAS["wandb"]]]
+PINNED = ("dev", "wandb", "lm-eval")  # the extras that tests or recipes use
+DIRECT = [
+    Requirement(line)
+    for line in [*PROJECT["dependencies"], *(line for name in PINNED for line in EXTRAS[name])]
+]
 
 
 def pins() -> list[Requirement]:

@@ -14,7 +14,18 @@ PACKAGE = Path(__file__).parent.parent / "torchtitan_rd"
 # Rooms of equal place may import each other, if allowed.
 PLACES = {
     **dict.fromkeys(
-        ("", "errors", "masking", "log", "config_file", "config_loader", "model_spec", "batch"), 0
+        (
+            "",
+            "errors",
+            "masking",
+            "log",
+            "config_file",
+            "config_loader",
+            "model_spec",
+            "model_steps",
+            "batch",
+        ),
+        0,
     ),
     "parallelism": 1,
     **dict.fromkeys(
@@ -141,16 +152,21 @@ def test_there_is_no_circle():
         visit(module)
 
 
-def test_the_contract_of_the_models_imports_torch_alone():
+@pytest.mark.parametrize(
+    ("name", "own"), [("model_spec", {f"{PACKAGE.name}.model_steps"}), ("model_steps", set())]
+)
+def test_the_contract_of_the_models_imports_torch_alone(name, own):
+    path = PACKAGE / f"{name}.py"
     imported = {
         name.split(".")[0]
-        for node in ast.walk(ast.parse((PACKAGE / "model_spec.py").read_text()))
+        for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in (
             [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
         )
     }
-    assert imported - sys.stdlib_module_names == {"torch"}
+    assert imported - sys.stdlib_module_names - {PACKAGE.name} == {"torch"}
+    assert imports(path) == own
 
 
 def private(name: str) -> bool:

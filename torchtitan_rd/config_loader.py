@@ -5,7 +5,6 @@ Every problem found is gathered, and all are raised as one ConfigError before an
 """
 
 import ast
-import difflib
 import inspect
 import re
 import types
@@ -21,7 +20,7 @@ from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from torchtitan_rd.config_file import Translator, Value, present_section, read_file
-from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.errors import ConfigError, nearest
 from torchtitan_rd.masking import is_masked
 
 MUST_MATCH: JsonDict = {"on_resume": "must_match"}
@@ -277,14 +276,6 @@ def parse_overrides(arguments: Sequence[str], problems: list[str]) -> list[tuple
 def _present_key(key: str) -> str:
     section, dot, name = key.partition(".")
     return present_section(section) + dot + name
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean X?` for a close match, else the list of what is known."""
-    known = list(known)
-    by_lower = {str(other).lower(): other for other in known}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return f"; did you mean {by_lower[close[0]]!r}?" if close else f"; known: {', '.join(map(str, known))}"
 
 
 def is_table(annotation: Any) -> bool:

@@ -1,7 +1,9 @@
 """The mistakes a user can make, one class a kind. Each message names the key, file or row and the remedy."""
 
+import difflib
 import errno
 import traceback
+from collections.abc import Iterable
 
 
 class TorchtitanRDError(Exception):
@@ -41,3 +43,11 @@ def report(error: BaseException, rank: int) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"rank {rank}: {error}: free some space or move job.dump_folder"
     return f"rank {rank} failed:\n{''.join(traceback.format_exception(error))}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean X?` for a close match, else the list of what is known."""
+    known = list(known)
+    by_lower = {str(other).lower(): other for other in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else f"; known: {', '.join(map(str, known))}"

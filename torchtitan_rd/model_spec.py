@@ -1,7 +1,8 @@
 """What a model family must provide, as types. The trainer, the parallelisms and the converters know models
-only through this; it stands on the ground floor and imports torch alone.
+only through this; it stands on the ground floor and imports torch and model_steps.py alone.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,6 +12,8 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeAlias, Type
 
 import torch
 from torch import nn
+
+from torchtitan_rd.model_steps import Steps
 
 NumSteps: TypeAlias = tuple[int, int]
 """(n, k): iterations of a recurrent model without gradient, then with."""
@@ -233,64 +236,6 @@ def _nothing(inputs_or_shape: Any) -> dict[str, Any]:
     return {}
 
 
-@dataclass(frozen=True)
-class CacheLayout:
-    """What a token leaves for later tokens to attend to: keys and values (H_kv, D) of type dtype, of
-    each layer application.
-
-    before, core, after: layers ahead of the recurrence, in it, and behind it.
-    Without a recurrence all are `before`.
-    """
-
-    kv_heads: int
-    head_dim: int
-    dtype: torch.dtype
-    before: int
-    core: int = 0
-    after: int = 0
-
-
-class Steps(ABC):
-    """One forward in parts, for inference. `caches` are what blocks get in place of a mask
-    (`attention.KeyValues`), one a layer; `rotary` is that of the positions at hand: (S, 1, D/2), or (B, S, 1,
-    D/2).
-
-    layout: of the cache. mean_depth: iterations unless told otherwise; None for a model without a recurrence,
-        of which `predict` reads what `embed` gives.
-    """
-
-    layout: CacheLayout
-    mean_depth: int | None = None
-
-    @abstractmethod
-    def rotary(self, length: int) -> torch.Tensor:
-        """The table of positions 0 .. length - 1: (length, 1, D/2) complex64."""
-
-    @abstractmethod
-    def embed(self, tokens_BS: torch.Tensor, rotary: torch.Tensor, caches: Sequence[Any]) -> torch.Tensor:
-        """-> (B, S, E): what the layers `before` make of the tokens."""
-
-    def first_state(self, seed: int, position: int, scale: float) -> torch.Tensor | None:
-        """-> (E,) float32 on the CPU, a function of its arguments alone;
-        None where the state starts at `embed`'s.
-        """
-        return None
-
-    def iterate(
-        self, s_BSE: torch.Tensor, e_BSE: torch.Tensor, rotary: torch.Tensor, caches: Sequence[Any]
-    ) -> torch.Tensor:
-        """One iteration from the state s with the embedded input e -> (B, S, E).
-        Without a recurrence: s itself.
-        """
-        return s_BSE
-
-    @abstractmethod
-    def predict(
-        self, s_BSE: torch.Tensor, rotary: torch.Tensor, caches: Sequence[Any], keep: int
-    ) -> torch.Tensor:
-        """-> logits (B, keep, V) in float32 of the last `keep` positions."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceLayout(Generic[Shape]):
     """How the weights and the shape of a family stand in a Hugging Face folder.
@@ -304,9 +249,11 @@ class HuggingFaceLayout(Generic[Shape]):
     buffers: shape -> {their name: tensor} that a folder holds beside the weights.
     derived: regular expression of their names that may be in a folder and follow from its
         config.json (rotary tables).
-    code: files to put beside the weights, for a class that the transformers library does not have.
+    code: files to put beside the weights, for a class that the transformers library does not have;
+        modules of this package among them (`code_files`).
     forward_arguments: kwargs of our forward -> those with which their forward computes the same.
     example_arguments: shape -> what the example of the model card gives to their forward beside the tokens.
+    example_generation: what it gives to their `generate`.
     usage: what the model card says below the example; Markdown.
     """
 
@@ -321,7 +268,17 @@ class HuggingFaceLayout(Generic[Shape]):
     code: tuple[Path, ...] = ()
     forward_arguments: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
     example_arguments: Callable[[Shape], dict[str, Any]] = _nothing
+    example_generation: Mapping[str, Any] = field(default_factory=dict)
     usage: str = ""
+
+    def code_files(self) -> dict[str, bytes]:
+        """Name -> content of the files that leave with the weights. They lie in one folder there and must not
+        need this package: what one imports from another, it imports from its neighbour.
+        """
+        own = re.compile(r"^from torchtitan_rd(?:\.\w+)*\.(\w+) import ", re.MULTILINE)
+        return {
+            path.name: own.sub(r"from .\1 import ", path.read_text("utf-8")).encode() for path in self.code
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,9 +109,15 @@ def test_the_code_on_the_card_runs_in_the_folder(family, tokenizer, tmp_path, mo
     exec(code, found)
     assert found["logits"].shape == (1, *found["tokens"].shape[1:], shape.vocab_size)
     assert found["tokens"].dtype == torch.int64
+    length = found["tokens"].shape[1]
+    assert torch.equal(found["answer"][:, :length], found["tokens"])
+    assert length < found["answer"].shape[1] <= length + 20
+    assert ("criterion='kl'" in code) == (family == "raven")
 
 
-def test_the_card_of_a_raven_tells_how_labels_are_taken():
+def test_the_card_of_a_raven_tells_how_labels_are_taken_and_what_generate_takes():
     text = card(random_weights(get_flavor(MODELS["raven"], "debug"), MODELS["raven"]))
     assert "`labels` are the input ids themselves and are shifted inside" in text and "`shift_labels`" in text
     assert "shift_labels" not in card()
+    for name in ("criterion", "cache_lookup_strategy", "draft_steps", "continuous_compute"):
+        assert f"`{name}" in text and name not in card()

@@ -23,6 +23,7 @@ VERSIONS = {
 }
 CHILD = """
 import json, sys, torch, transformers
+sys.modules["torchtitan_rd"] = None  # what an export needs lies in it
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder, ids, extra = sys.argv[1], torch.tensor(json.loads(sys.argv[2])), json.loads(sys.argv[3])
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).float().eval()
@@ -32,7 +33,22 @@ with torch.no_grad():
     given = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0, **extra)
     given["attention_mask"] = torch.ones_like(ids)
     outputs = [model.generate(ids, use_cache=cache, **given).tolist() for cache in (True, False)]
-if extra:  # a raven, as a Trainer leaves it
+if extra:  # a raven, with the arguments of its own
+    given["return_dict_in_generate"] = True
+    full, one, some = (
+        model.generate(ids, criterion="kl", exit_threshold=at, **given) for at in (0, 1e9, "auto")
+    )
+    free = {**given, "min_new_tokens": None}
+    plain, drafted = (model.generate(ids, **own, **free) for own in ({}, {"draft_steps": 2}))
+    assert full.sequences.tolist() == outputs[0] and drafted.sequences.equal(plain.sequences)
+    assert full.steps.eq(4).all() and one.steps.eq(1).all() and some.exit_values[0].shape[1] == 2
+    chosen = {**given, "do_sample": True, "temperature": 0.8, "top_k": 20}
+    draws = []
+    for own in ({}, {"cache_lookup_strategy": "full"}):
+        torch.manual_seed(0)
+        draws.append(model.generate(ids, **chosen, **own).sequences.tolist())
+    assert draws[0] == draws[1]
+if extra:  # as a Trainer leaves it
     model.train()
     model.gradient_checkpointing_enable()
     following = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)

@@ -67,8 +67,8 @@ def export(weights: Weights, folder, **changed_fields):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     fields = {**layout.config_fields(shape), **changed_fields}
     (folder / "config.json").write_text(json.dumps(fields))
-    for path in layout.code:
-        (folder / path.name).write_bytes(path.read_bytes())
+    for name, content in layout.code_files().items():
+        (folder / name).write_bytes(content)
     return folder
 
 

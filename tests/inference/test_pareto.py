@@ -11,7 +11,6 @@ from tests.inference.runs import train
 from torchtitan_rd.__main__ import main
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference import ExitPolicy, Stepper, think
-from torchtitan_rd.inference.exits import read_policy
 from torchtitan_rd.inference.pareto import (
     JUDGED,
     choose_policy,
@@ -24,6 +23,7 @@ from torchtitan_rd.inference.pareto import (
     thresholds_of,
     write_policy,
 )
+from torchtitan_rd.inference.policy_file import read_policy
 
 DEPTH, BATCH, LENGTH, VOCAB = 9, 2, 7, 61
 

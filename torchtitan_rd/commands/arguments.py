@@ -9,7 +9,7 @@ import torch
 
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference import Drafting, ExitPolicy, Sampling, Settings
-from torchtitan_rd.inference.exits import read_policy
+from torchtitan_rd.inference.policy_file import read_policy
 from torchtitan_rd.job import Environment
 from torchtitan_rd.validation import ValidationConfig
 

@@ -85,7 +85,10 @@ def _name(origin: str) -> str:
 
 def _usage(weights: Weights) -> str:
     layout = weights.spec.hf
-    given = "".join(f", {name}={value!r}" for name, value in layout.example_arguments(weights.shape).items())
+    given, generating = (
+        "".join(f", {name}={value!r}" for name, value in arguments.items())
+        for arguments in (layout.example_arguments(weights.shape), layout.example_generation)
+    )
     trust = ", trust_remote_code=True" if layout.code else ""
     lines = [
         "from transformers import AutoModelForCausalLM"
@@ -104,6 +107,7 @@ def _usage(weights: Weights) -> str:
             "tokens = torch.tensor([[0, 1, 2]])  # ids of the data it was trained on",
         ]
     lines += [f"logits = model(tokens{given}).logits"]
+    lines += [f"answer = model.generate(tokens, max_new_tokens=20{generating})"]
 
     text = "```python\n" + "\n".join(lines) + "\n```"
     if layout.code:

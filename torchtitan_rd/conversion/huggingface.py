@@ -106,7 +106,7 @@ def write_hf(weights: Weights, folder: Path) -> None:
     _write_json(folder / CONFIG_JSON, {**fields, "torch_dtype": dtype, **weights.token_ids})
     card = model_card(weights, dtype=dtype, config=weights.job_config)
     files = {"README.md": card.encode(), **travelling_files(weights)}
-    files |= {path.name: path.read_bytes() for path in layout.code}
+    files |= layout.code_files()
     for name, content in files.items():
         (folder / name).write_bytes(content)
 

@@ -346,7 +346,7 @@ def _place(weights: Weights, folder: Path | None) -> Iterator[Path]:
     if folder is not None:
         named = {key: fields[key] for key in ("architectures", "auto_map")}
         fields = {**json.loads((folder / "config.json").read_text(encoding="utf-8")), **named}
-    code = {path.name: path.read_bytes() for path in layout.code}
+    code = layout.code_files()
     # transformers keeps modules by the name of the folder, also when its files change:
     # a name for each content.
     digest = hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()[:16]

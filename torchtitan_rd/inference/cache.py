@@ -13,8 +13,7 @@ import torch.nn.functional as F
 
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.sharing import Sharing
-from torchtitan_rd.model_spec import CacheLayout
-from torchtitan_rd.models.attention import KeyValues
+from torchtitan_rd.model_steps import CacheLayout, KeyValues
 
 
 class KVCache:

@@ -20,7 +20,7 @@ from torchtitan_rd.inference.loading import Loaded
 from torchtitan_rd.inference.sampling import Sampling, choose, penalise, uniforms
 from torchtitan_rd.inference.sharing import Sharing
 from torchtitan_rd.inference.speculative import Drafting, speculate
-from torchtitan_rd.inference.stepper import Stepper, resolve_depth, steps_of, think
+from torchtitan_rd.inference.stepper import Stepper, one_by_one, resolve_depth, steps_of
 from torchtitan_rd.inference.text import TextRow
 
 Constraint = Callable[[int, torch.Tensor], torch.Tensor]
@@ -164,36 +164,41 @@ def generate(
         seed=settings.seed,
         scale=settings.init_scale,
     )
-    tokens, real = _padded_left(prompts, stepper.device)
+    tokens, real = padded_left(prompts, stepper.device)
 
     if settings.drafting is not None:
         drafted, accepted = speculate(
             stepper, tokens, real, settings.drafting, settings.max_new_tokens, rows, constraint
         )
         return Report(rows.answers(), stepper.cache.nbytes, time.perf_counter() - begun, drafted, accepted)
-    _one_by_one(stepper, tokens, real, settings, rows, numbers or range(len(prompts)), constraint)
+    one_by_one(
+        stepper,
+        tokens,
+        real,
+        rows,
+        _chooser(tokens, real, settings, numbers or range(len(prompts)), constraint),
+        settings.max_new_tokens,
+        policy=settings.exits,
+        continuous=settings.continuous,
+    )
     return Report(rows.answers(), stepper.cache.nbytes, time.perf_counter() - begun)
 
 
-def _one_by_one(
-    stepper: Stepper,
+def _chooser(
     tokens: torch.Tensor,
     real: torch.Tensor,
     settings: Settings,
-    rows: "_Rows",
     numbers: Sequence[int],
     constraint: Constraint | None,
-) -> None:
-    sampling, policy = settings.sampling, settings.exits
-    drawn = None
+) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """-> (number of the new token, logits (B, V)) -> ids (B,), to be asked once for each token."""
+    sampling, drawn = settings.sampling, None
     if not sampling.is_greedy:
-        drawn = uniforms(settings.seed, numbers, settings.max_new_tokens).to(stepper.device)
+        drawn = uniforms(settings.seed, numbers, settings.max_new_tokens).to(tokens.device)
+    seen: torch.Tensor | None = None  # the ids that each row holds already, where a repetition costs
 
-    seen = None  # the ids that each row holds already, where a repetition costs
-    in_prompt = policy if policy is not None and policy.in_prefill else None
-    thought = think(stepper, tokens, real=real, policy=in_prompt)
-    for number in range(settings.max_new_tokens):
-        logits = thought.logits
+    def chosen(number: int, logits: torch.Tensor) -> torch.Tensor:
+        nonlocal seen
         if sampling.repetition_penalty != 1.0:
             if seen is None:
                 counts = torch.zeros_like(logits).scatter_add_(1, tokens, real.float())
@@ -201,16 +206,12 @@ def _one_by_one(
             logits = penalise(logits, seen, sampling.repetition_penalty)
         if constraint is not None:
             logits = constraint(number, logits)
-
         new = choose(logits, sampling, None if drawn is None else drawn[:, number])
-        alive = rows.push(new.tolist(), thought.steps.tolist(), thought.values)
-        if not any(alive) or number + 1 == settings.max_new_tokens:
-            return
         if seen is not None:
             seen.scatter_(1, new[:, None], True)
-        state = thought.state[:, -1:] if settings.continuous else None
-        mask = None if policy is None else torch.tensor(alive, device=stepper.device)
-        thought = think(stepper, new[:, None], policy=policy, state=state, alive=mask)
+        return new
+
+    return chosen
 
 
 class _Rows:
@@ -277,7 +278,7 @@ class _Rows:
         ]
 
 
-def _padded_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def padded_left(prompts: Sequence[Sequence[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """-> ids (B, longest), padded with 0; and where they are real."""
     longest = max(map(len, prompts))
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)

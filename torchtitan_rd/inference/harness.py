@@ -19,9 +19,10 @@ import torch
 
 from torchtitan_rd.conversion.pipeline import with_tokenizer
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.inference.exits import ExitPolicy, read_policy
-from torchtitan_rd.inference.generation import Settings, generate
+from torchtitan_rd.inference.exits import ExitPolicy
+from torchtitan_rd.inference.generation import Settings, generate, padded_left
 from torchtitan_rd.inference.loading import Loaded, load_model, open_weights
+from torchtitan_rd.inference.policy_file import read_policy
 from torchtitan_rd.inference.sampling import Sampling
 from torchtitan_rd.inference.stepper import Stepper, think
 
@@ -42,8 +43,8 @@ class TorchtitanRD(TemplateLM):
 
     Of recurrent models: depth (None: the mean in training); exit, exit_threshold, exit_policy (a file),
     min_steps, kv: how a forward may end early. A text that is scored leaves as a whole: one number of
-    iterations for all of it. max_length: tokens at most; longer texts lose their beginning. Raises
-    ConfigError, CheckpointError.
+    iterations for all of it. max_length: tokens at most; longer texts lose their beginning, never the
+    continuation that is scored. Raises ConfigError, CheckpointError.
     """
 
     def __init__(
@@ -62,16 +63,22 @@ class TorchtitanRD(TemplateLM):
         exit: str | None = None,
         exit_threshold: float | None = None,
         exit_policy: str | None = None,
-        min_steps: int = 1,
+        min_steps: int | None = None,
         kv: str = "full",
         seed: int = 0,
         init_scale: float = 1.0,
     ):
         super().__init__()
+
         if dtype not in _DTYPES:
             raise ConfigError(f"dtype={dtype} is none of {', '.join(_DTYPES)}")
-        if exit is not None and exit_policy is not None:
-            raise ConfigError("exit_policy names a criterion already: leave out exit")
+
+        given = {"exit": exit, "exit_threshold": exit_threshold, "min_steps": min_steps}
+        for name, value in given.items():
+            if value is not None and exit_policy is not None:
+                raise ConfigError(f"{name}: exit_policy says it already; leave out one of them")
+            if value is not None and exit is None:
+                raise ConfigError(f"{name}={value} waits for no criterion: name one with exit=")
 
         self._device = torch.device(device or "cpu")
         self.loaded: Loaded = load_model(
@@ -83,7 +90,9 @@ class TorchtitanRD(TemplateLM):
         self._eos_id, self._bos_id = known.eos_id, known.bos_id
 
         self.pretrained = pretrained
-        self.policy = None if exit is None else ExitPolicy(exit, exit_threshold, min_steps)
+        self.policy = None
+        if exit is not None:
+            self.policy = ExitPolicy(exit, exit_threshold, 1 if min_steps is None else min_steps)
         if exit_policy is not None:
             self.policy, kv = read_policy(Path(exit_policy), kv)
         self.depth = depth
@@ -119,6 +128,10 @@ class TorchtitanRD(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         return str(self.loaded.source.folder).replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """What lm_eval notes beside the results."""
+        return str(self.tokenizer.chat_template or "")
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -166,6 +179,13 @@ class TorchtitanRD(TemplateLM):
         """requests: ((context, continuation), ids, ids) -> (summed log-probability,
         whether greedy gives it) each.
         """
+        for names, _, continuation in requests:
+            if not 0 < len(continuation) <= self.max_length:
+                raise ConfigError(
+                    f"a continuation of {len(continuation)} tokens cannot be scored: it must have 1 to "
+                    f"max_length={self.max_length}: {names[1][:60]!r}"
+                )
+
         results: list[Any] = [None] * len(requests)
         by_length = sorted(range(len(requests)), key=lambda n: -len(requests[n][1]) - len(requests[n][2]))
         for start in range(0, len(by_length), self.batch_size):
@@ -185,12 +205,8 @@ class TorchtitanRD(TemplateLM):
 
     def _logits(self, texts: Sequence[list[int]]) -> list[torch.Tensor]:
         """-> (S, V) of each text, padded on the left to the longest."""
-        longest = max(map(len, texts))
-        tokens = torch.zeros(len(texts), longest, dtype=torch.int64, device=self._device)
-        real = torch.zeros(len(texts), longest, dtype=torch.bool, device=self._device)
-        for row, text in enumerate(texts):
-            tokens[row, longest - len(text) :] = torch.tensor(text)
-            real[row, longest - len(text) :] = True
+        tokens, real = padded_left(texts, self._device)
+        longest = tokens.shape[1]
         stepper = Stepper(
             self.loaded.spec,
             self.loaded.model,
@@ -235,8 +251,11 @@ class TorchtitanRD(TemplateLM):
         stop = (until,) if isinstance(until, str) else tuple(until)
         most = given.pop("max_gen_toks", None) or given.pop("max_new_tokens", None) or self.max_gen_toks
         temperature = float(given.pop("temperature", 0.0) or 0.0)
-        if given.pop("do_sample", None) is False:
+        do_sample = given.pop("do_sample", None)
+        if do_sample is False:
             temperature = 0.0
+        if do_sample and not temperature:
+            raise ConfigError("gen_kwargs: do_sample=True needs a temperature above 0")
         sampling = Sampling(
             temperature,
             given.pop("top_k", None),

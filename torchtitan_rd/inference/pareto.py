@@ -31,7 +31,7 @@ from torchtitan_rd.inference.loading import Loaded
 from torchtitan_rd.inference.sharing import Sharing
 from torchtitan_rd.inference.stepper import Stepper, steps_of, think
 from torchtitan_rd.model_spec import ModelSpec
-from torchtitan_rd.models.attention import KeyValues
+from torchtitan_rd.model_steps import KeyValues
 
 Windows = Iterable[tuple[torch.Tensor, torch.Tensor]]
 """Inputs and labels (B, S) int64; labels of -100 do not count."""

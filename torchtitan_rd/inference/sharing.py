@@ -19,8 +19,7 @@ says that it has 4 core layers. There, `full` and `skip` differ in name alone, a
 
 import re
 
-from torchtitan_rd.config_loader import nearest
-from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.errors import ConfigError, nearest
 
 LOOKUPS = ("full", "skip", "latest-m4", "available-m4", "always-last-m4")
 NAMES = (*LOOKUPS, "compress-s4", "compress-r4", "compress-anchor")

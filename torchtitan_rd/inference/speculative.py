@@ -9,13 +9,12 @@ Shapes: B batch, S tokens of a draft, E dim, V vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.sharing import Sharing
-from torchtitan_rd.inference.stepper import Stepper, think
+from torchtitan_rd.inference.stepper import Rows, Stepper, think
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,6 @@ class Drafting:
             raise ConfigError(f"draft_steps = {self.steps} must be below the depth of {depth}")
         if not sharing.is_exact:
             raise ConfigError(f"draft_steps: kv = {sharing.name!r} mixes iterations; use 'full'")
-
-
-class Rows(Protocol):
-    """Takes the tokens that are sure."""
-
-    def push(self, ids: list[int], steps: list[int]) -> list[bool]: ...
 
 
 def speculate(

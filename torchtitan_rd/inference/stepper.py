@@ -8,13 +8,17 @@
     logits = stepper.predict(s)                    # (1, 1, V): after the last position
     stepper.close()
 
-`think` does all of this, and lets each sequence leave the recurrence on its own.
+`think` does all of this, and lets each sequence leave the recurrence on its own; `one_by_one` generates.
+A raven's weights leave with this file and those that it imports (models/raven/huggingface): none knows
+configurations, tokenizers or checkpoints.
 
 Shapes: B batch, S new positions, E dim, V vocabulary.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -23,7 +27,7 @@ from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.cache import KVCache
 from torchtitan_rd.inference.exits import NEVER, ExitPolicy, Seen
 from torchtitan_rd.inference.sharing import Sharing
-from torchtitan_rd.model_spec import ModelSpec, Steps
+from torchtitan_rd.model_steps import Steppable, Steps
 
 
 class Stepper:
@@ -32,7 +36,7 @@ class Stepper:
 
     def __init__(
         self,
-        spec: ModelSpec,
+        spec: Steppable,
         model: nn.Module,
         *,
         batch: int,
@@ -186,6 +190,42 @@ def think(
     return Thought(logits, s, steps, values)
 
 
+class Rows(Protocol):
+    """Takes the tokens that are sure."""
+
+    def push(self, ids: list[int], steps: list[int], values: Sequence[torch.Tensor] = ()) -> list[bool]:
+        """One more token for each row that has not ended, the iterations that it took and what the criterion
+        said -> the rows that go on."""
+
+
+def one_by_one(
+    stepper: Stepper,
+    tokens_BS: torch.Tensor,
+    real: torch.Tensor,
+    rows: Rows,
+    choose: Callable[[int, torch.Tensor], torch.Tensor],
+    max_new_tokens: int,
+    *,
+    policy: ExitPolicy | None = None,
+    continuous: bool = False,
+) -> None:
+    """Generates until all rows have ended. tokens_BS: the prompts, `real` where they are no padding.
+
+    choose: (number of the new token, logits (B, V)) -> ids (B,). continuous: a token's recurrence starts from
+    the last state of the one before it.
+    """
+    in_prompt = policy if policy is not None and policy.in_prefill else None
+    thought = think(stepper, tokens_BS, real=real, policy=in_prompt)
+    for number in range(max_new_tokens):
+        new = choose(number, thought.logits)
+        alive = rows.push(new.tolist(), thought.steps.tolist(), thought.values)
+        if not any(alive) or number + 1 == max_new_tokens:
+            return
+        state = thought.state[:, -1:] if continuous else None
+        mask = None if policy is None else torch.tensor(alive, device=stepper.device)
+        thought = think(stepper, new[:, None], policy=policy, state=state, alive=mask)
+
+
 def _step_of(
     stepper: Stepper, s: torch.Tensor, e: torch.Tensor, step: int, inside: torch.Tensor
 ) -> torch.Tensor:
@@ -198,14 +238,14 @@ def _step_of(
     return new.where(inside[:, None, None], s)
 
 
-def steps_of(spec: ModelSpec, model: nn.Module) -> Steps:
+def steps_of(spec: Steppable, model: nn.Module) -> Steps:
     """Raises ConfigError for a family that gives no forward in parts."""
     if spec.steps is None:
         raise ConfigError(f"a {spec.name} cannot generate: its ModelSpec has no `steps`")
     return spec.steps(model)
 
 
-def resolve_depth(spec: ModelSpec, mean_depth: int | None, depth: int | None) -> int:
+def resolve_depth(spec: Steppable, mean_depth: int | None, depth: int | None) -> int:
     """Iterations of a forward; 0 for a model without a recurrence. Raises ConfigError."""
     if mean_depth is None:
         if depth is not None:

@@ -7,7 +7,6 @@ goes densely through SDPA.
 """
 
 import importlib.util
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -28,17 +27,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.model_spec import AttentionShape
-
-
-class KeyValues(ABC):
-    """What a block may be given in place of a mask: it keeps the keys and values of this layer application,
-    and lets the new queries attend to the kept ones too (inference/cache.py).
-    """
-
-    @abstractmethod
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """q (B, H, S, D), k and v (B, H_kv, S, D) of the new positions -> (B, H, S, D)."""
-
+from torchtitan_rd.model_steps import KeyValues
 
 Mask: TypeAlias = "torch.Tensor | BlockMask | KeyValues | None"
 BackendName: TypeAlias = Literal["sdpa", "fa3", "fa4", "flex"]

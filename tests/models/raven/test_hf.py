@@ -261,12 +261,10 @@ def test_our_model_turns_by_the_very_bits_of_the_exported_table():
 
 
 def test_the_remote_code_is_there_and_named_as_auto_map_says():
+    """The modeling file names every other one: older transformers copies no others from a local folder."""
     modules = {value.split(".")[0] for value in config_fields(tiny_config())["auto_map"].values()}
+    (modeling,) = (path for path in HF.code if path.stem == "modeling_raven")
+    imported = re.findall(r"^from \.(\w+) import", modeling.read_text(), re.MULTILINE)
     names = {path.stem for path in HF.code}
-    imported = {
-        name
-        for path in HF.code
-        for name in re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE)
-    }
-    assert names == modules | imported and all(path.is_file() for path in HF.code)
-    assert set(HF.code) == set(HF.code[0].parent.glob("*.py"))
+    assert names == {*imported, "modeling_raven"} and modules < names and len(names) == len(HF.code)
+    assert {path for path in HF.code if path.stem.endswith("_raven")} == set(modeling.parent.glob("*.py"))

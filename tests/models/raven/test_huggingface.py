@@ -4,8 +4,6 @@ and its generation.
 
 import json
 import math
-import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from tests.models.raven.remote import export, fresh_code, load  # noqa: F401 (a fixture)
 from tests.models.raven.tiny import some_state, some_tokens, tiny_raven
 from torchtitan_rd.models.raven.hf import HF
 from torchtitan_rd.models.raven.shape import INJECTIONS
@@ -33,42 +32,6 @@ VARIANTS = {
 }
 STATES = {"zero": {"state_init": "zero"}, "seeded": {}}
 SEEDED = {"state_seed": 5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fresh_code(tmp_path_factory):
-    """Remote code is copied to a cache and imported from there: neither may hold an older copy."""
-    from transformers import dynamic_module_utils
-
-    def forget():
-        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-            del sys.modules[name]
-
-    with pytest.MonkeyPatch.context() as patch:
-        # The cache that an earlier test has made importable would be found first.
-        patch.setattr(
-            sys, "path", [place for place in sys.path if place != dynamic_module_utils.HF_MODULES_CACHE]
-        )
-        patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        forget()
-        yield
-        forget()
-
-
-def export(model, folder, **fields):
-    """Writes what a conversion writes; `folder` also names the module of its code."""
-    folder.mkdir(parents=True)
-    names, weights = HF.key_map(model.shape), dict(model.named_parameters())
-    tensors = {theirs: weights[ours].detach().contiguous() for ours, theirs in names.items()}
-    save_file({**tensors, **HF.buffers(model.shape)}, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps({**HF.config_fields(model.shape), **fields}))
-    for path in HF.code:
-        shutil.copy(path, folder)
-    return folder
-
-
-def load(folder, **kwargs):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **kwargs)
 
 
 def pair(folder, **fields):

@@ -1,11 +1,10 @@
-"""A Llama's forward in parts. See `model_spec.Steps`."""
+"""A Llama's forward in parts. See `model_steps.Steps`."""
 
 from collections.abc import Sequence
 
 import torch
 
-from torchtitan_rd.model_spec import CacheLayout, Steps
-from torchtitan_rd.models.attention import KeyValues
+from torchtitan_rd.model_steps import CacheLayout, KeyValues, Steps
 from torchtitan_rd.models.llama.model import Llama
 
 

@@ -127,11 +127,21 @@ def _forward_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 _USAGE = (
     "`num_steps` is the number of iterations of the recurrent part.\n\n"
+    "`generate` takes further arguments. `criterion` (with `exit_threshold`, `min_steps`, "
+    "`check_criterion_every_n_steps`, `do_not_exit_in_prefill`) lets each sequence leave the recurrence "
+    "when it has thought enough about a token: `entropy-diff`, `kl`, `minp-kl`, `argmax-stability`, "
+    "`latent-diff`, `cosine`. `cache_lookup_strategy` (`full`, `latest-m4`, `compress-s16`, ...) says what "
+    "such tokens show to later ones, and how much memory they take. `draft_steps` (with "
+    "`lookahead_for_draft`, `verification_threshold`) drafts tokens with fewer iterations and verifies them "
+    "with all. `continuous_compute=True` starts each token from the last state of the one before. "
+    "With `return_dict_in_generate=True` it tells `steps` and `exit_values` of each token, and `kv_bytes`. "
+    "The docstring of `Thinking` in `generation_raven.py` describes them.\n\n"
     "To finetune: `labels` are the input ids themselves and are shifted inside, "
     "as in every class of transformers. The class released with huginn-0125 takes them shifted; "
     "labels made for it are to be given as `shift_labels`."
 )
 _CODE = Path(__file__).parent / "huggingface"
+_PACKAGE = Path(__file__).parents[2]
 
 HF = HuggingFaceLayout(
     model_type="huginn_raven",
@@ -142,8 +152,17 @@ HF = HuggingFaceLayout(
     shape_of=shape_of,
     buffers=buffers,
     derived="freqs_cis",
-    code=tuple(_CODE / f"{name}_raven.py" for name in ("configuration", "blocks", "modeling")),
+    code=(
+        *sorted(_CODE.glob("*_raven.py")),
+        # Generation is the package's own: these import nothing but each other and torch.
+        *(_PACKAGE / f"{name}.py" for name in ("errors", "model_steps")),
+        *(
+            _PACKAGE / "inference" / f"{name}.py"
+            for name in ("cache", "exits", "sharing", "speculative", "stepper")
+        ),
+    ),
     forward_arguments=_forward_arguments,
     example_arguments=lambda shape: {"num_steps": shape.mean_recurrence},
+    example_generation={"criterion": "kl", "cache_lookup_strategy": "latest-m4"},
     usage=_USAGE,
 )

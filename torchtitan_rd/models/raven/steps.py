@@ -1,4 +1,4 @@
-"""A raven's forward in parts. See `model_spec.Steps`."""
+"""A raven's forward in parts. See `model_steps.Steps`."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from torchtitan_rd.model_spec import CacheLayout, Steps
-from torchtitan_rd.models.attention import KeyValues
+from torchtitan_rd.model_steps import CacheLayout, KeyValues, Steps
 from torchtitan_rd.models.raven.model import Raven
 
 

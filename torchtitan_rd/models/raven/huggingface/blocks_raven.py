@@ -12,17 +12,19 @@ from torch import nn
 from transformers import DynamicCache
 
 from .configuration_raven import RavenConfig
+from .model_steps import KeyValues
 
 
 class Context(NamedTuple):
     """Of one forward. mask: (B, 1, S, K) or (S, K), True where a query may look.
-    None: causal, or one new token.
+    None: causal, or one new token. cache: to which each layer adds, or a list of one for each layer at hand
+    that attends by itself (stepper.py).
     """
 
     cos: torch.Tensor  # (B or 1, S, 1, D/2) float32
     sin: torch.Tensor
     mask: torch.Tensor | None
-    cache: DynamicCache | None
+    cache: DynamicCache | list[KeyValues] | None
 
 
 class RMSNorm(nn.Module):
@@ -88,17 +90,23 @@ class Attention(nn.Module):
             q, k = (F.rms_norm(t, (self.head_dim,), eps=torch.finfo(torch.float32).eps) for t in (q, k))
 
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S, D)
+        return self.proj(self._attended(q, k, v, context, slot).transpose(1, 2).flatten(-2))
+
+    def _attended(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: Context, slot: int
+    ) -> torch.Tensor:
+        """(B, H, S, D), (B, H_kv, S, D) twice -> (B, H, S, D)."""
+        if isinstance(context.cache, list):
+            return context.cache[slot].attend(q, k, v)
         if context.cache is not None:
             k, v = context.cache.update(k, v, slot)
+        if self.config._attn_implementation == "eager":
+            return attend(q, k, v, context.mask)
         causal = context.mask is None and q.shape[2] > 1
         gqa = q.shape[1] != k.shape[1]
-        if self.config._attn_implementation == "eager":
-            y = attend(q, k, v, context.mask)
-        else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=gqa
-            )
-        return self.proj(y.transpose(1, 2).flatten(-2))
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=gqa
+        )
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

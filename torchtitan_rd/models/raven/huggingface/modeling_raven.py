@@ -8,7 +8,6 @@ Needs torch and transformers.
 Shapes: B batch, S sequence, K keys (cached ones and S), E n_embd, H heads, D head dim, V vocabulary.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
 
+# Of a local folder, older versions of transformers copy what this file itself imports and nothing else: so it
+# names every file that lies beside it, with what a program that steps through a forward needs of it.
 from .blocks_raven import (
     Attention,
     Context,
@@ -30,7 +31,34 @@ from .blocks_raven import (
     TransformerPreNormBlock,
     positions_and_mask,
 )
+from .cache import KVCache
 from .configuration_raven import RavenConfig
+from .errors import ConfigError
+from .exits import CRITERIA, ExitPolicy
+from .generation_raven import AdaptiveGenerationMixin, RavenGeneration
+from .model_steps import CacheLayout, KeyValues
+from .sharing import Sharing
+from .speculative import Drafting
+from .stepper import Stepper, think
+from .steps_raven import FAMILY, StepMixin
+
+__all__ = [
+    "CRITERIA",
+    "FAMILY",
+    "CacheLayout",
+    "ConfigError",
+    "Drafting",
+    "ExitPolicy",
+    "KVCache",
+    "KeyValues",
+    "RavenConfig",
+    "RavenForCausalLM",
+    "RavenGeneration",
+    "RavenOutput",
+    "Sharing",
+    "Stepper",
+    "think",
+]
 
 logger = logging.get_logger(__name__)
 OF_RELEASED_CLASS = ("input_embeds", "output_details")  # arguments of huginn-0125's own forward
@@ -55,8 +83,10 @@ class RavenOutput(CausalLMOutputWithPast):
     latent_states: torch.Tensor | None = None
 
 
-class RavenForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model that thinks for `num_steps` iterations. See `forward`."""
+class RavenForCausalLM(StepMixin, PreTrainedModel, AdaptiveGenerationMixin):
+    """A causal language model that thinks for `num_steps` iterations. See `forward`, `generate`, and
+    steps_raven.py for a forward in parts.
+    """
 
     transformer: Any  # a ModuleDict, whose members have no types of their own
     lm_head: nn.Module
@@ -235,15 +265,6 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
             return None
         return DynamicCache() if wanted and given is None else given
 
-    @torch.no_grad()
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. Also in training mode, in which a Trainer leaves a model,
-        all tokens have one depth: num_steps, by default that of evaluation.
-        """
-        if self.training:
-            kwargs.setdefault("num_steps", self.config.mean_recurrence)
-        return super().generate(*args, **kwargs)
-
     def _recomputes(self) -> bool:
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
@@ -270,60 +291,11 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
             states = [*states, s] if keep_states else [s]
         return states
 
-    def core_step(self, s: torch.Tensor, e: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
-        """One iteration: takes e into the state, then runs the core blocks, which cache from `slot` on."""
-        injection, e = self.config.injection_type, e.to(s.device)
-        if injection == "linear":
-            s = self.transformer.adapter(torch.cat((s, e), dim=-1)).type_as(e)  # float32 under autocast
-        elif injection in ("add", "gate"):
-            s = s + e if injection == "add" else s * e
-        for i, block in enumerate(self.transformer.core_block):
-            s = block(s, context, slot + i)
-        return s
-
     def _run(self, function: Any, *args: Any) -> torch.Tensor:
         if self._recomputes():
             # Never the reentrant form, transformers 4's default: it loses gradients where no input has one.
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
         return function(*args)
-
-    def initial_state(
-        self,
-        like: torch.Tensor,
-        position_ids: torch.Tensor,
-        init_scale: float = 1.0,
-        state_seed: int | None = None,
-    ) -> torch.Tensor | None:
-        """First states in the layout of `like` (B, S, E); None if the state starts at e. See `forward`."""
-        if self.config.injection_type == "none":
-            return None
-        if self.config.state_init == "zero" or init_scale <= 0:
-            return torch.zeros_like(like)
-        if state_seed is None:
-            return self._noise(torch.empty_like(like), init_scale)
-        positions, index = position_ids.unique(return_inverse=True)
-        rows = []
-        for position in positions.tolist():
-            digest = hashlib.sha256(f"state:{state_seed}:{position}".encode()).digest()
-            # CPU ones use 32 bits.
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
-            row = torch.empty(like.shape[-1], dtype=torch.float32, device="cpu")
-            rows.append(self._noise(row, init_scale, generator))
-        return torch.stack(rows).to(like)[index].expand_as(like)
-
-    def _noise(self, x: torch.Tensor, scale: float, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Fills x (..., E). Draws in the order of the released class, so that equal seeds
-        give equal states.
-        """
-        kind, x = self.config.state_init, x.normal_(generator=generator)
-        if kind == "like-init":
-            std = self.config.weight_std * scale
-            nn.init.trunc_normal_(x, 0.0, std, -3 * std, 3 * std, generator=generator)
-            return x * self.config.embedding_scale
-        if kind == "unit":
-            std, mean = torch.std_mean(x, dim=-1, keepdim=True)
-            x = (x - mean) / std
-        return x * (scale * x.shape[-1] ** -0.5 if kind == "embed" else scale)
 
     def _num_steps(self, num_steps: Any) -> tuple[int, int]:
         """-> iterations (without gradient, with gradient)."""
@@ -346,12 +318,6 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         depth = int(torch.poisson(rate)) + 1
         return max(depth - backprop, 0), min(backprop, depth)
 
-    def _rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dim = self.config.n_embd // self.config.n_heads
-        exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
-        angles = position_ids[..., None, None].float() * (1.0 / self.config.rope_base**exponents)
-        return angles.cos(), angles.sin()
-
     def _check_cache(self, cache: Any, depth: int) -> None:
         """One slot a layer application: prelude, coda, then the core layers of each iteration."""
         if not isinstance(cache, DynamicCache):
@@ -371,18 +337,6 @@ class RavenForCausalLM(PreTrainedModel, GenerationMixin):
         # also of those that are not loaded.
         wanted = [key for key in checkpoint_keys if key != "freqs_cis"]
         return super()._get_key_renaming_mapping(wanted, *args, **kwargs)
-
-    def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        # Transformers would take the number of layers from the config.
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.cache_implementation not in (None, "dynamic", "dynamic_full"):
-            raise ValueError(
-                f"cache_implementation = {generation_config.cache_implementation!r}: only 'dynamic' works"
-            )
-        model_kwargs["past_key_values"] = DynamicCache()
 
 
 def _part_of(states: torch.Tensor, past: int, shape: torch.Size) -> torch.Tensor:
