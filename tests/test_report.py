@@ -108,6 +108,14 @@ def test_the_one_line_of_a_chart_is_a_full_one(tmp_path):
     assert line and line[1] is None
 
 
+def test_a_logarithmic_axis_is_labelled_with_plain_numbers(tmp_path):
+    """Gradient norms of 1 down to 0.05."""
+    text = page([read_run(write_run(tmp_path / "run"))])
+    chart = re.search(r"Gradient norm</figcaption>(<svg.*?</svg>)", text, flags=re.DOTALL)[1]
+    assert {"0.05", "0.1", "0.2", "0.5", "1"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", chart))
+    assert "tspan" not in chart, "powers of ten are written as such"
+
+
 def test_bars_and_ticks_stand_at_whole_iterations(tmp_path):
     """Depths of 4 to 8 in turn: their mean is 6, and so is the middle of their bars."""
     text = page([read_run(write_run(tmp_path / "run"))])

@@ -82,8 +82,8 @@ def page(runs: Sequence[RunRecord], pictures: Sequence[Path] = ()) -> str:
         *charts,
         "</div>",
         "<p>A dotted vertical line: the run was restarted from the checkpoint of that step.</p>",
-        _differences(runs, names),
         *(_picture(path) for path in pictures),
+        _differences(runs, names),
     ]
     return _PAGE.replace("BODY", "\n".join(body))
 
@@ -128,6 +128,9 @@ def _chart(pyplot: Any, runs: Sequence[RunRecord], names: Sequence[str], chart: 
                 axis.axvline(step, color=f"C{number}", linestyle=":", linewidth=0.8)
         if chart.log:
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(pyplot.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(pyplot.NullFormatter())
         axis.set(xlabel="step", ylabel=chart.unit)
 
     return _figure(pyplot, chart.title, draw)
