@@ -398,7 +398,8 @@ def test_under_slurm_the_raised_limit_holds_on_every_node(cluster):
 def test_the_recurrent_demo_trains_and_shows_what_its_policy_does_to_the_held_out_text(tmp_path):
     pytest.importorskip("matplotlib")
     small = ["--training.seq_len=32", "--training.local_batch_size=1", "--training.global_batch_size=2"]
-    small += ["--training.steps=4", "--validation.sequences=2", "--metrics.log_freq=1"]
+    small += ["--training.steps=4", "--lr_scheduler.warmup_steps=1", "--lr_scheduler.cooldown_steps=1"]
+    small += ["--validation.sequences=2", "--metrics.log_freq=1"]
     found = run(
         ["bash", "train_recurrent_demo.sh", *small, f"--job.dump_folder={tmp_path}"], timeout=500, DEPTH="5"
     )
@@ -407,8 +408,8 @@ def test_the_recurrent_demo_trains_and_shows_what_its_policy_does_to_the_held_ou
     [chosen] = json.loads((tmp_path / "pareto.json").read_text())["chosen"]
     assert 1 <= chosen["steps"] <= 5 and chosen["replayed_steps"] <= 8
 
-    # Bytes of a model of 4 steps may be anything: the figures tell that it wrote, and left early.
-    assert "200 tokens in" in found.stderr or "iterations a token" in found.stderr
+    # Bytes of a model of 4 steps may be anything, an end of the text too: the figures tell that it wrote.
+    assert "iterations a token" in found.stderr
     page = (tmp_path / "report.html").read_text()
     assert "Validation loss per depth" in page and "<figcaption>pareto.png</figcaption>" in page
     assert f"{tmp_path}/policy.toml" in found.stdout.splitlines()[-1]
