@@ -1,5 +1,5 @@
 #!/bin/bash
-# A small depth-recurrent model that may stop thinking early: 10 minutes on 2 CPU cores, then a policy for leaving, a
+# A small depth-recurrent model that may stop thinking early: 13 minutes of CPU time, then a policy for leaving, a
 # text and pictures. Arguments override the TOML.
 cd "$(dirname "$0")" || exit 1
 EXTRAS=plots source scripts/env.sh

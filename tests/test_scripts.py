@@ -289,6 +289,41 @@ def test_set_up_is_instant_where_the_package_is_installed():
     assert found.returncode == 0 and found.stderr == ""
 
 
+WITHOUT_MATPLOTLIB = f"""#!/bin/bash
+[ "$2" = - ] || exec {sys.executable} "$@"
+{{ cat <<'PY'
+import importlib.metadata
+known = importlib.metadata.distribution
+def distribution(name):
+    if name == "matplotlib":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return known(name)
+importlib.metadata.distribution = distribution
+PY
+cat; }} | {sys.executable} "$@"
+"""
+
+
+@pytest.mark.parametrize(("extras", "code"), [("", 0), ("plots", 1)])
+def test_a_script_that_draws_sets_up_what_it_draws_with_before_anything_else(tmp_path, extras, code):
+    """The active environment has the package without matplotlib, and no interpreter is there for another."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(WITHOUT_MATPLOTLIB)
+    python.chmod(0o755)
+    found = run(
+        ["bash", "-c", f"PATH={python.parent}:$PATH; source scripts/env.sh; echo on"],
+        cwd=tmp_path,
+        PYTHON="false",
+        EXTRAS=extras,
+    )
+    assert found.returncode == code and ("on" in found.stdout) == (code == 0)
+    assert ("is missing or older" in found.stderr) == (code == 1)
+
+
 # What launch.sh leaves in the environment of torchrun, here a program that prints it.
 SHOW = """
 source scripts/launch.sh
