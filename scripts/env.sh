@@ -1,7 +1,7 @@
 # Sourced by every script of this repository: afterwards `python` can import torchtitan_rd.
 # First use makes .venv and installs the package with its dependencies at the versions of constraints.txt; later uses
 # are instant. Nothing is made when the active environment has the package installed already.
-#   EXTRAS=dev   also installs that group of optional dependencies (run_tests.sh sets it)
+#   EXTRAS=dev   also installs that group of optional dependencies (run_tests.sh and train_recurrent_demo.sh set it)
 #   PYTHON=...   the interpreter that makes .venv (3.10 or newer)
 
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,9 +10,9 @@ _is_installed() {  # -I: the repository's own folder must not count as an instal
     "$1" -I - "${EXTRAS:-}" <<'PY' 2>/dev/null
 import importlib.metadata, sys
 importlib.metadata.distribution("torchtitan_rd")
-if sys.argv[1] == "dev":
-    for name in ("pytest", "pytest-timeout", "pytest-xdist", "ruff", "transformers"):
-        importlib.metadata.distribution(name)
+extras = {"dev": ("pytest", "pytest-timeout", "pytest-xdist", "ruff", "transformers"), "plots": ("matplotlib",)}
+for name in extras.get(sys.argv[1], ()):
+    importlib.metadata.distribution(name)
 PY
 }
 

@@ -100,6 +100,38 @@ def test_runs_are_overlaid_with_what_differs_and_where_they_restarted(tmp_path):
     assert dotted[0] > dotted[1]
 
 
+def test_the_one_line_of_a_chart_is_a_full_one(tmp_path):
+    """As of memory on a CPU, where only the last key is measured: dots are for restarts."""
+    text = page([read_run(write_run(tmp_path / "run", recurrent=False))])
+    memory = text[text.index("<figcaption>Memory") :]
+    line = re.search(r'style="fill: none; (stroke-dasharray: [^"]*?)?stroke: #1f77b4', memory)
+    assert line and line[1] is None
+
+
+def test_a_logarithmic_axis_is_labelled_with_plain_numbers(tmp_path):
+    """Gradient norms of 1 down to 0.05."""
+    text = page([read_run(write_run(tmp_path / "run"))])
+    chart = re.search(r"Gradient norm</figcaption>(<svg.*?</svg>)", text, flags=re.DOTALL)[1]
+    assert {"0.05", "0.1", "0.2", "0.5", "1"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", chart))
+    assert "tspan" not in chart, "powers of ten are written as such"
+
+
+def test_bars_and_ticks_stand_at_whole_iterations(tmp_path):
+    """Depths of 4 to 8 in turn: their mean is 6, and so is the middle of their bars."""
+    text = page([read_run(write_run(tmp_path / "run"))])
+    histogram = re.search(r"Histogram of depths</figcaption>(<svg.*?</svg>)", text, flags=re.DOTALL)[1]
+    bars = re.findall(r'<path d="M ([\d.]+) [\d.]+ \nL ([\d.]+) [^"]*z\n" clip-path', histogram)
+    edges = [(float(left), float(right)) for left, right in bars]
+    mean = re.search(
+        r'<path d="M ([\d.]+) [\d.]+ \nL \1 [\d.]+ \n" clip-path="[^"]*" style="fill: none; stroke: #1f',
+        histogram,
+    )
+    assert len(edges) == 9 and sum(edges[6]) / 2 == pytest.approx(float(mean[1]), abs=0.01)
+
+    by_depth = re.search(r"Validation loss per depth</figcaption>(<svg.*?</svg>)", text, flags=re.DOTALL)[1]
+    assert {"1", "8"} <= set(re.findall(r"<text[^>]*>([^<]*)</text>", by_depth))
+
+
 def test_long_runs_are_thinned_to_what_can_be_seen(tmp_path):
     text = page([read_run(write_run(tmp_path / "run", steps=20_000, recurrent=False))])
     points = line_of(text, "Gradient norm")

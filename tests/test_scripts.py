@@ -289,6 +289,41 @@ def test_set_up_is_instant_where_the_package_is_installed():
     assert found.returncode == 0 and found.stderr == ""
 
 
+WITHOUT_MATPLOTLIB = f"""#!/bin/bash
+[ "$2" = - ] || exec {sys.executable} "$@"
+{{ cat <<'PY'
+import importlib.metadata
+known = importlib.metadata.distribution
+def distribution(name):
+    if name == "matplotlib":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return known(name)
+importlib.metadata.distribution = distribution
+PY
+cat; }} | {sys.executable} "$@"
+"""
+
+
+@pytest.mark.parametrize(("extras", "code"), [("", 0), ("plots", 1)])
+def test_a_script_that_draws_sets_up_what_it_draws_with_before_anything_else(tmp_path, extras, code):
+    """The active environment has the package without matplotlib, and no interpreter is there for another."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(WITHOUT_MATPLOTLIB)
+    python.chmod(0o755)
+    found = run(
+        ["bash", "-c", f"PATH={python.parent}:$PATH; source scripts/env.sh; echo on"],
+        cwd=tmp_path,
+        PYTHON="false",
+        EXTRAS=extras,
+    )
+    assert found.returncode == code and ("on" in found.stdout) == (code == 0)
+    assert ("is missing or older" in found.stderr) == (code == 1)
+
+
 # What launch.sh leaves in the environment of torchrun, here a program that prints it.
 SHOW = """
 source scripts/launch.sh
@@ -392,3 +427,54 @@ def test_a_limit_of_open_files_that_the_ranks_exceed_is_said_beforehand():
 def test_under_slurm_the_raised_limit_holds_on_every_node(cluster):
     _, calls = cluster("finished", 0)
     assert "srun --propagate=NOFILE " in calls
+
+
+@pytest.mark.slow
+def test_the_recurrent_demo_trains_and_shows_what_its_policy_does_to_the_held_out_text(tmp_path):
+    pytest.importorskip("matplotlib")
+    small = ["--training.seq_len=32", "--training.local_batch_size=1", "--training.global_batch_size=2"]
+    small += ["--training.steps=4", "--lr_scheduler.warmup_steps=1", "--lr_scheduler.cooldown_steps=1"]
+    small += ["--validation.sequences=2", "--metrics.log_freq=1"]
+    found = run(
+        ["bash", "train_recurrent_demo.sh", *small, f"--job.dump_folder={tmp_path}"], timeout=500, DEPTH="5"
+    )
+    assert found.returncode == 0, found.stderr
+    assert "latest-m4: replayed with all tokens leaving early" in found.stdout
+    [chosen] = json.loads((tmp_path / "pareto.json").read_text())["chosen"]
+    assert 1 <= chosen["steps"] <= 5 and chosen["replayed_steps"] <= 8
+
+    # Bytes of a model of 4 steps may be anything, an end of the text too: the figures tell that it wrote.
+    assert "iterations a token" in found.stderr
+    page = (tmp_path / "report.html").read_text()
+    assert "Validation loss per depth" in page and "<figcaption>pareto.png</figcaption>" in page
+    assert f"{tmp_path}/policy.toml" in found.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("status", "failing", "code", "commands"),
+    [
+        ("finished", "none", 0, ["pareto", "generate", "report"]),
+        ("finished", "pareto", 3, ["pareto"]),
+        ("finished", "generate", 3, ["pareto", "generate"]),
+        ("preempted", "none", 0, []),
+    ],
+)
+def test_a_run_is_judged_once_it_is_finished_and_only_as_long_as_nothing_fails(
+    status, failing, code, commands
+):
+    stand_ins = f"""
+        source scripts/launch.sh
+        source scripts/judge.sh
+        _status_of() {{ echo {status}; }}
+        python() {{
+            [ "$3" != config ] || {{ echo dump; return; }}
+            echo "ran $3"
+            [ "$3" != {failing} ] || return 3
+        }}
+        judge x.toml --training.steps=4
+    """
+    found = run(["bash", "-c", stand_ins])
+    assert found.returncode == code
+    ran = [line.split()[1] for line in found.stdout.splitlines() if line.startswith("ran ")]
+    assert ran == commands
+    assert ("dump/report.html" in found.stdout) == (ran == ["pareto", "generate", "report"])

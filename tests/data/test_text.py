@@ -178,3 +178,16 @@ def test_the_pydoc_topics_are_english_prose_and_any_tokenizer_reads_them(json_fo
     loader.close()
     expected = [0, *load_tokenizer(str(json_folder)).encode(topics[0])[:31].tolist()]
     assert batch.inputs[0].tolist() == expected
+
+
+def test_hardly_any_of_the_held_out_help_can_be_read_in_the_texts_to_train_on():
+    """Counted in windows of 50 characters, over whatever indentation and line breaks."""
+    known = " ".join(" ".join(pydoc_topics(0, "train")).split())
+    for text in pydoc_topics(0, "validation"):
+        text = " ".join(text.split())
+        windows = [text[start : start + 50] for start in range(0, len(text) - 50, 25)]
+        share = sum(window in known for window in windows) / len(windows)
+        assert share < 0.1, text[:50]
+
+    whole, train, held_out = (sum(map(len, pydoc_topics(0, part))) for part in ("all", "train", "validation"))
+    assert whole - held_out - 0.05 * whole < train < whole - held_out

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from tests.inference.common import loaded
 from tests.inference.runs import train
 from torchtitan_rd.__main__ import main
+from torchtitan_rd.commands.pareto import Row
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference import ExitPolicy, Stepper, think
 from torchtitan_rd.inference.pareto import (
@@ -23,6 +24,7 @@ from torchtitan_rd.inference.pareto import (
     thresholds_of,
     write_policy,
 )
+from torchtitan_rd.inference.pareto_chart import plot
 from torchtitan_rd.inference.policy_file import read_policy
 
 DEPTH, BATCH, LENGTH, VOCAB = 9, 2, 7, 61
@@ -224,3 +226,17 @@ def test_bad_arguments_are_one_line(run, capsys, extra, message):
     arguments = ["pareto", str(run), str(run.parent / "dump"), "--sequences", "2", *extra]
     assert main(arguments) == 1
     assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_chart_shows_what_a_policy_loses_against_all_iterations():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    rows = [Row("full", "fixed", d, loss, d, 1024.0 * d) for d, loss in ((1.0, 3.0), (2.0, 2.25), (3.0, 2.0))]
+    rows += [Row("full", "kl", 0.5, 2.5, 1.5, 2048.0), Row("skip", "fixed", 3.0, 1.9, 3.0, 3072.0)]
+    figure, axes = pyplot.subplots(1, 2)
+    plot(axes, rows)
+    fixed, kl, skip, _ = axes[0].lines
+    assert fixed.get_xdata().tolist() == [1, 2, 3] and fixed.get_ydata().tolist() == [1.0, 0.25, 0.0]
+    assert (kl.get_ydata()[0], skip.get_ydata()[0]) == pytest.approx((0.5, -0.1))
+    assert axes[1].lines[1].get_xdata().tolist() == [2.0]
+    assert "2.0000, the loss at 3 iterations" in axes[0].get_ylabel()
+    pyplot.close(figure)

@@ -82,8 +82,8 @@ def page(runs: Sequence[RunRecord], pictures: Sequence[Path] = ()) -> str:
         *charts,
         "</div>",
         "<p>A dotted vertical line: the run was restarted from the checkpoint of that step.</p>",
-        _differences(runs, names),
         *(_picture(path) for path in pictures),
+        _differences(runs, names),
     ]
     return _PAGE.replace("BODY", "\n".join(body))
 
@@ -110,9 +110,12 @@ def _names(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _chart(pyplot: Any, runs: Sequence[RunRecord], names: Sequence[str], chart: Chart) -> str:
+    # A CPU has no reserved memory, a run without validation no second loss: the first line is a full one.
+    keys = [(key, label) for key, label in chart.keys if any(run.series(key)[0] for run in runs)]
+
     def draw(axis: Any) -> None:
         for number, (run, name) in enumerate(zip(runs, names, strict=True)):
-            for dash, (key, label) in zip(_DASHES, chart.keys, strict=False):
+            for dash, (key, label) in zip(_DASHES, keys, strict=False):
                 steps, values = _thinned(*run.series(key))
                 if not steps:
                     continue
@@ -125,6 +128,9 @@ def _chart(pyplot: Any, runs: Sequence[RunRecord], names: Sequence[str], chart: 
                 axis.axvline(step, color=f"C{number}", linestyle=":", linewidth=0.8)
         if chart.log:
             axis.set_yscale("log")
+            axis.yaxis.set_major_locator(pyplot.LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(pyplot.NullFormatter())
         axis.set(xlabel="step", ylabel=chart.unit)
 
     return _figure(pyplot, chart.title, draw)
@@ -140,11 +146,12 @@ def _depths(pyplot: Any, runs: Sequence[RunRecord], names: Sequence[str]) -> str
         return None
 
     def draw(axis: Any) -> None:
-        most = max(max(depths) for depths in drawn if depths)
-        bins = min(40, math.ceil(most) + 1)
+        # Bars stand over their number of iterations, one each as long as they can be told apart.
+        most = math.ceil(max(max(depths) for depths in drawn if depths))
+        bars = {"bins": min(40, most + 1), "range": (-0.5, most + 0.5), "alpha": 0.6}
         for number, (name, depths) in enumerate(zip(names, drawn, strict=True)):
             if depths:
-                axis.hist(depths, bins=bins, range=(0, most + 1), color=f"C{number}", alpha=0.6, label=name)
+                axis.hist(depths, color=f"C{number}", label=name, **bars)
                 axis.axvline(sum(depths) / len(depths), color=f"C{number}", linewidth=1)
         axis.set(xlabel="iterations of a logged step (line: mean)", ylabel="steps")
 
@@ -172,6 +179,7 @@ def _by_depth(pyplot: Any, runs: Sequence[RunRecord], names: Sequence[str]) -> s
                     label=label,
                 )
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
         axis.set(xlabel="iterations", ylabel="nats per token")
 
     return _figure(pyplot, "Validation loss per depth", draw)
