@@ -12,7 +12,7 @@ from torchtitan_rd.masking import mask_text
 COMMANDS = {
     "train": ("torchtitan_rd.train", "train from a TOML file (torchrun starts torchtitan_rd.train itself)"),
     "config": ("torchtitan_rd.commands.config", "print the resolved config with the origin of every value"),
-    "data": ("torchtitan_rd.commands.data", "read every row of a run's data for what would stop the run"),
+    "data": ("torchtitan_rd.commands.data", "prepare data, or look for what would stop a run on it"),
     "eval": ("torchtitan_rd.commands.evaluate", "loss, perplexity, tasks, and baselines of a trained model"),
     "generate": ("torchtitan_rd.commands.generate", "continue prompts with a trained model"),
     "generate-spikes": (
