@@ -38,6 +38,7 @@ PLACES = {
     "draws": 3,
     "old_keys": 4,
     "inference": 4,
+    "preparation": 4,
     "config": 4,
     "build_model": 5,
     "run_plan": 5,
