@@ -7,10 +7,8 @@ from torchtitan_rd.errors import ConfigError
 
 ACTIONS = {
     "check": ("torchtitan_rd.commands.data_check", "read every row of a run's data for what would stop it"),
-    "train-tokenizer": (
-        "torchtitan_rd.commands.data_train_tokenizer",
-        "text -> a byte-level BPE tokenizer",
-    ),
+    "train-tokenizer": ("torchtitan_rd.commands.data_train_tokenizer", "text -> a byte-level tokenizer"),
+    "tokenize": ("torchtitan_rd.commands.data_tokenize", "documents -> packed rows of token ids"),
 }
 
 

@@ -114,21 +114,25 @@ class Output:
 
     def write(self, path: Path, content: str | bytes) -> None:
         """Writes or replaces a file below the folder, in one step and durably."""
-        with self.staged(path) as staged:
-            write_durably(staged, content)
-
-    @contextmanager
-    def staged(self, path: Path) -> Iterator[Path]:
-        """A name to write a new file under, which takes the name `path` if the block ends well."""
-        staged = self.work / f"{'-'.join(path.relative_to(self.folder).parts)}.{uuid.uuid4().hex}"
+        staged = self.stage(path)
         try:
-            yield staged
-            fsync(staged)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            staged.replace(path)
-            fsync(path.parent)
-        finally:
+            write_durably(staged, content)
+            self.commit(staged, path)
+        except BaseException:
             staged.unlink(missing_ok=True)
+            raise
+
+    def stage(self, path: Path) -> Path:
+        """A name in `.work` that a new file can be written under."""
+        self.work.mkdir(exist_ok=True)
+        return self.work / f"{'-'.join(path.relative_to(self.folder).parts)}.{uuid.uuid4().hex}"
+
+    def commit(self, staged: Path, path: Path) -> None:
+        """Gives the finished file its name, in place of one that has it."""
+        fsync(staged)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.replace(path)
+        fsync(path.parent)
 
     @contextmanager
     def locked(self, name: str) -> Iterator[None]:
