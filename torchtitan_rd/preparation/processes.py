@@ -39,8 +39,7 @@ def ordered_results(
 
     pool = ProcessPoolExecutor(
         processes,
-        # A fork would copy locks that threads of arrow and torch hold.
-        mp_context=multiprocessing.get_context("spawn"),
+        mp_context=_context(make_worker.__module__),
         initializer=_begin,
         initargs=(make_worker, arguments),
     )
@@ -53,6 +52,16 @@ def ordered_results(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _context(module: str) -> multiprocessing.context.BaseContext:
+    """How processes are begun: forked from one that has imported `module` and does nothing else.
+
+    A fork of this process would copy locks that threads of arrow and torch hold.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    return context
 
 
 def _in_order(pool: ProcessPoolExecutor, jobs: Sequence[Any], ahead: int) -> Iterator[Any]:
