@@ -9,6 +9,7 @@ ACTIONS = {
     "check": ("torchtitan_rd.commands.data_check", "read every row of a run's data for what would stop it"),
     "train-tokenizer": ("torchtitan_rd.commands.data_train_tokenizer", "text -> a byte-level tokenizer"),
     "tokenize": ("torchtitan_rd.commands.data_tokenize", "documents -> packed rows of token ids"),
+    "shuffle": ("torchtitan_rd.commands.data_shuffle", "the same packed rows in a random order"),
 }
 
 
