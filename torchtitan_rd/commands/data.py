@@ -8,6 +8,7 @@ from torchtitan_rd.errors import ConfigError
 ACTIONS = {
     "check": ("torchtitan_rd.commands.data_check", "read every row of a run's data for what would stop it"),
     "train-tokenizer": ("torchtitan_rd.commands.data_train_tokenizer", "text -> a byte-level tokenizer"),
+    "download": ("torchtitan_rd.commands.data_download", "the sources of a file -> a folder of parquet"),
     "tokenize": ("torchtitan_rd.commands.data_tokenize", "documents -> packed rows of token ids"),
     "shuffle": ("torchtitan_rd.commands.data_shuffle", "the same packed rows in a random order"),
 }
