@@ -35,12 +35,13 @@ def main(arguments: list[str]) -> int:
         pad=chosen.pad,
         chat_template=chosen.chat_template,
     )
-    wanted.arguments()  # a mistake in them is found before the text is read
+    decided = wanted.arguments()  # a mistake in them is found before the text is read
+
     inputs = open_inputs(input_keys(chosen), Path(chosen.output))
     documents = Documents(inputs.sources, chosen.seed)
     recipe = Recipe(
         "train-tokenizer",
-        wanted.arguments()
+        decided
         | {
             "seed": chosen.seed,
             "column": chosen.column,

@@ -91,12 +91,14 @@ def read_rows(file: Path) -> Iterator[np.ndarray]:
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{file}: is no readable parquet file: {error}") from None
     kind = _type_of(parquet.schema_arrow, file)
+
     done, width = 0, None
     for batch in parquet.iter_batches(ROWS_TOGETHER, columns=[COLUMN]):
         column = batch.column(COLUMN)
         values = column.flatten()
         if column.null_count or values.null_count:
             raise DataError(f"{file}: column {COLUMN!r} holds nulls; expected lists of integers")
+
         lengths = column.value_lengths().to_numpy(zero_copy_only=False)
         if len(lengths):
             width = int(lengths[0]) if width is None else width

@@ -62,6 +62,7 @@ class Packed:
         else:
             files = [file for split in SPLITS for file in sorted((folder / split).glob("*.parquet"))]
             contents = {str(file.relative_to(folder)): describe(file) for file in files}
+
         rows = {
             split: {
                 name: count_rows(folder / name) for name in sorted(contents) if name.startswith(f"{split}/")
