@@ -2,17 +2,22 @@
 
 import json
 import resource
+import signal
+import time
 from collections import Counter
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from tests.checkpoint.forked import run_forked
 from tests.data.helpers import build
+from tests.fork_server import start_python
 from tests.preparation.common import contents, documents_of, killed, rows_of, run, write_corpus
 from torchtitan_rd.data import DatasetKeys, load_tokenizer
+from torchtitan_rd.preparation import inputs as inputs_module
 from torchtitan_rd.preparation.manifest import Output
 from torchtitan_rd.preparation.tokenize import Encoder
 
@@ -238,3 +243,45 @@ def test_a_full_disk_is_one_message_and_the_same_line_goes_on(packed, corpus, to
     assert "no room to write" in error and "Traceback" not in error
     assert run(*line) == 0
     assert contents(tmp_path / "p") == contents(packed)
+
+
+def test_inputs_are_read_once_for_their_sha256(corpus, tokenizer, tmp_path, monkeypatch):
+    line = arguments(corpus, tokenizer, tmp_path / "p")
+    assert killed(line, Output, "save", 3, tmp_path / "store")
+    read, real = [], inputs_module.describe
+    monkeypatch.setattr(inputs_module, "describe", lambda file: read.append(file) or real(file))
+    assert run(*line) == 0
+    assert not read
+
+
+@pytest.mark.slow
+def test_a_real_kill_ends_all_processes_and_the_same_line_goes_on(corpus, tokenizer, tmp_path):
+    many = (f"--weight={corpus}=40", "--files", 40)
+    assert run(*arguments(corpus, tokenizer, tmp_path / "whole", *many)) == 0
+    line = arguments(corpus, tokenizer, tmp_path / "p", *many)
+    command = ("-m", "torchtitan_rd", "data", *line, "--processes", "2")
+    program = start_python(*map(str, command))
+    note = tmp_path / "p" / ".work" / "task-000.json"
+    wait_until(lambda: note.exists(), seconds=120)
+    others = psutil.Process(program.pid).children(recursive=True)
+    program.kill()
+    assert program.wait(30) == -signal.SIGKILL and len(others) >= 3
+    wait_until(lambda: not any(alive(process) for process in others), seconds=60)
+
+    assert 0 < json.loads(note.read_text())["files_done"] < 40
+    assert run(*line) == 0
+    assert contents(tmp_path / "p") == contents(tmp_path / "whole")
+
+
+def alive(process):
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition, seconds):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

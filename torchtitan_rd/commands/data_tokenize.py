@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> int:
     )
     output = Output.open(folder, recipe)
     if not output.result:
-        keep_hashes(inputs, folder)
+        keep_hashes(inputs, output)
     manifest = tokenize(documents, packing, output, chosen.task, chosen.processes)
     _print(manifest, packing, chosen)
     return 0

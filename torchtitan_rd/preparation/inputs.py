@@ -12,7 +12,7 @@ from torchtitan_rd.data.files import HUB_NAME, FileList, find_files
 from torchtitan_rd.data.hub import check_revision
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.preparation.documents import Source
-from torchtitan_rd.preparation.manifest import MANIFEST, WORK, describe, progress_bar, read_finished
+from torchtitan_rd.preparation.manifest import MANIFEST, WORK, Output, describe, progress_bar, read_finished
 
 _HASHES = "inputs.json"
 
@@ -72,11 +72,9 @@ def open_inputs(keys: InputKeys, output: Path) -> Inputs:
     return Inputs(sources, contents, hashes)
 
 
-def keep_hashes(inputs: Inputs, output: Path) -> None:
-    """For the next run, should this one be killed. Another task of the same array may write the same."""
-    staged = output / WORK / f"{_HASHES}.staged"
-    staged.write_text(json.dumps(inputs.hashes))
-    staged.replace(output / WORK / _HASHES)
+def keep_hashes(inputs: Inputs, output: Output) -> None:
+    """For the next run, should this one be killed, and for other tasks of the same folder."""
+    output.save(_HASHES, inputs.hashes)
 
 
 def _read_hashes(output: Path) -> dict[str, list[Any]]:

@@ -132,7 +132,7 @@ class _Buckets:
         self._record = np.dtype([("key", "<u8"), ("ids", "<i4", (self._width,))])
         self._bits = max(0, -(-self._total * self._record.itemsize // order.memory) - 1).bit_length()
 
-        fresh = {
+        fresh: dict[str, Any] = {
             "bits": self._bits,
             "inputs": 0,
             "rows": 0,
