@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from torchtitan_rd.commands.data import ACTIONS
+from torchtitan_rd.commands.data import ACTIONS, main
 from torchtitan_rd.preparation.download import SourceKeys
 from torchtitan_rd.preparation.tokenizer_training import LAYOUTS, REGEXES
 
@@ -59,3 +59,11 @@ def test_the_sources_file_of_the_page_is_one():
     (text,) = blocks("yaml")
     for keys in yaml.safe_load(text)["sources"].values():
         SourceKeys.model_validate(keys)
+
+
+@pytest.mark.parametrize("action", [name for name in ACTIONS if name != "check"])
+def test_every_action_explains_itself_with_an_example(action, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([action, "--help"])
+    assert ended.value.code == 0
+    assert f"torchtitan-rd data {action} " in capsys.readouterr().out.split("docs/")[0]

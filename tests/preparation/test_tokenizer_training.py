@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from tests.preparation.common import contents, run, write_corpus
+from tests.preparation.common import contents, killed, run, write_corpus
 from torchtitan_rd.data import load_tokenizer
 from torchtitan_rd.data.text import pydoc_topics
 from torchtitan_rd.errors import ConfigError, DataError
+from torchtitan_rd.preparation.manifest import Output
 from torchtitan_rd.preparation.tokenizer_training import Wanted, check_round_trip
 
 HARD = " caf\u00e9 \u4f60\u597d\r\n\n\t  x=1234; <|begin_text|>\x00"
@@ -90,6 +91,15 @@ def test_the_same_text_makes_the_same_files_and_a_finished_folder_is_left_alone(
     times = [path.stat().st_mtime_ns for path in sorted((tmp_path / "t").iterdir())]
     assert train(corpus, tmp_path / "t", *arguments) == 0
     assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "t").iterdir())] == times
+
+
+@pytest.mark.parametrize(("method", "call"), [("commit", 2), ("finish", 1)])
+def test_a_run_that_is_killed_makes_the_same_files_in_the_end(method, call, corpus, tokenizer, tmp_path):
+    line = ("train-tokenizer", corpus, "--vocab-size", 600, "--chat-template", "huginn")
+    line += ("--output", tmp_path / "t")
+    assert killed(line, Output, method, call, tmp_path / "store")
+    assert run(*line) == 0
+    assert contents(tmp_path / "t") == contents(tokenizer)
 
 
 def test_a_folder_of_other_arguments_or_text_is_refused(corpus, tokenizer, tmp_path, capsys):

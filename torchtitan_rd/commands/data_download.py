@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="torchtitan-rd data download",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("sources", metavar="SOURCES.yaml", help="the list of sources")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the staging folder")

@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="torchtitan-rd data shuffle",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("input", metavar="FOLDER", help="with train/*.parquet and val/*.parquet")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the result is written")

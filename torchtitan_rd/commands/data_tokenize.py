@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="torchtitan-rd data tokenize",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_inputs(parser)
     parser.add_argument(

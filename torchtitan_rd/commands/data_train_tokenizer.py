@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="torchtitan-rd data train-tokenizer",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add_inputs(parser)
     parser.add_argument("--vocab-size", type=int, default=65536, help="of all tokens (default: 65536)")
