@@ -1,6 +1,7 @@
 """What the tests of preparation have in common."""
 
 import json
+import resource
 from itertools import count
 from pathlib import Path
 
@@ -53,6 +54,17 @@ def killed(arguments, owner: type, method: str, call: int, store: Path, after: b
     (status,) = run_forked(1, body, store=store, timeout=120)
     assert status in (0, CRASHED)
     return status == CRASHED
+
+
+def without_room(arguments, size: int, folder: Path, capfd) -> str:
+    """What `torchtitan-rd data ...` says in a process that cannot write files of more than `size` bytes."""
+
+    def body(rank, world_size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+        assert run(*arguments) == 1
+
+    assert run_forked(1, body, store=folder / "store", timeout=120) == [0]
+    return capfd.readouterr().err
 
 
 def rows_of(folder: Path, split: str) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.data.test_hub import NEW, FakeHub
-from tests.preparation.common import contents, documents_of, killed, run, write_corpus
+from tests.preparation.common import contents, documents_of, killed, run, without_room, write_corpus
 from torchtitan_rd.data import load_tokenizer
 from torchtitan_rd.preparation import download as download_module
 from torchtitan_rd.preparation.manifest import Output
@@ -122,6 +122,15 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(method, call, after, mix
     assert run(*line) == 0
     assert contents(tmp_path / "s") == contents(tmp_path / "whole")
     assert len(list((tmp_path / "s" / "rows").iterdir())) == 2
+
+
+def test_a_full_disk_is_one_message_and_the_same_line_goes_on(corpus, tmp_path, capfd):
+    file = sources_file(tmp_path, one={"address": str(corpus)})
+    line = ("download", file, "--output", tmp_path / "s")
+    error = without_room(line, 20_000, tmp_path, capfd)
+    assert "no room to write" in error and "Traceback" not in error
+    assert run(*line) == 0
+    assert len(texts_of(tmp_path / "s", "one")) == 60
 
 
 def test_staged_sources_are_tokenised_with_their_weights(corpus, tokenizer, tmp_path, capsys):

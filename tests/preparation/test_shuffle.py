@@ -1,14 +1,16 @@
 """Shuffling changes the order of packed rows and nothing else, in any memory and through any kill."""
 
 import json
+import re
 import shutil
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.preparation.common import contents, killed, rows_of, run
+from tests.preparation.common import contents, killed, rows_of, run, without_room
 from torchtitan_rd.preparation import shuffle as shuffle_module
 from torchtitan_rd.preparation.manifest import Output
 from torchtitan_rd.preparation.rows import digest_of_rows
@@ -100,6 +102,24 @@ def test_other_memory_for_the_rest_of_a_killed_run_is_allowed(packed, shuffled, 
     assert killed((*line, "--memory", SMALL), Output, "save", 3, tmp_path / "store")
     assert run(*line, "--memory", 2 * SMALL) == 0
     assert contents(tmp_path / "s") == contents(shuffled)
+
+
+def test_a_full_disk_is_one_message_and_the_same_line_goes_on(packed, shuffled, tmp_path, capfd):
+    line = ("shuffle", packed, "--output", tmp_path / "s", "--files", 4, "--memory", SMALL)
+    error = without_room(line, 9000, tmp_path, capfd)
+    assert "no room to write" in error and "Traceback" not in error
+    assert run(*line) == 0
+    assert contents(tmp_path / "s") == contents(shuffled)
+
+
+def test_a_terminal_is_shown_how_long_it_takes(packed, tmp_path, capsys, monkeypatch):
+    assert run("shuffle", packed, "--output", tmp_path / "s") == 0
+    assert "deal train" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run("shuffle", packed, "--output", tmp_path / "t") == 0
+    shown = capsys.readouterr().err
+    for stage in ("deal train", "write train", "deal val", "write val"):
+        assert re.search(rf"{stage}: 100%.*<00:00", shown), shown
 
 
 def test_rows_that_are_lost_on_the_way_are_noticed(packed, tmp_path, capsys, monkeypatch):

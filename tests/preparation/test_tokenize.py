@@ -1,7 +1,6 @@
 """Documents become packed rows: none is lost or doubled, whatever the processes, tasks and kills."""
 
 import json
-import resource
 import signal
 import time
 from collections import Counter
@@ -12,10 +11,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.checkpoint.forked import run_forked
 from tests.data.helpers import build
 from tests.fork_server import start_python
-from tests.preparation.common import contents, documents_of, killed, rows_of, run, write_corpus
+from tests.preparation.common import (
+    contents,
+    documents_of,
+    killed,
+    rows_of,
+    run,
+    without_room,
+    write_corpus,
+)
 from torchtitan_rd.data import DatasetKeys, load_tokenizer
 from torchtitan_rd.preparation import inputs as inputs_module
 from torchtitan_rd.preparation.manifest import Output
@@ -233,13 +239,7 @@ def test_a_folder_with_other_things_is_left_alone(corpus, tokenizer, tmp_path, c
 
 def test_a_full_disk_is_one_message_and_the_same_line_goes_on(packed, corpus, tokenizer, tmp_path, capfd):
     line = arguments(corpus, tokenizer, tmp_path / "p")
-
-    def body(rank, world_size):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))
-        assert run(*line) == 1
-
-    assert run_forked(1, body, store=tmp_path / "store", timeout=120) == [0]
-    error = capfd.readouterr().err
+    error = without_room(line, 6000, tmp_path, capfd)
     assert "no room to write" in error and "Traceback" not in error
     assert run(*line) == 0
     assert contents(tmp_path / "p") == contents(packed)

@@ -67,9 +67,10 @@ class Output:
     def open(cls, folder: Path, recipe: Recipe) -> "Output":
         """Raises DataError if the folder holds something else, or was made of something else."""
         output = cls(folder, recipe)
+        # Listed first: another task that begins the same folder writes its manifest before anything else.
+        listed = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         if not (folder / MANIFEST).exists():
-            others = [p.name for p in folder.iterdir() if p.name != WORK] if folder.is_dir() else []
-            if others:
+            if others := [name for name in listed if name not in (WORK, MANIFEST)]:
                 raise DataError(
                     f"{folder}: is not empty ({', '.join(sorted(others)[:_SHOWN])}) and has no {MANIFEST}; "
                     "name another output folder"

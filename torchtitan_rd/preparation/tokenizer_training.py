@@ -4,6 +4,7 @@ Every string can be encoded and decodes to itself: the 256 bytes are tokens, and
 """
 
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -203,7 +204,7 @@ def _train(texts: Iterator[str], count: int, wanted: Wanted) -> "Backend":
         initial_alphabet=ByteLevel.alphabet(),
         # A character of the byte-level alphabet is a byte.
         max_token_length=wanted.max_token_length,
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(texts, trainer, length=count)
     learned = tokenizer.get_vocab_size()
