@@ -71,11 +71,11 @@ def test_two_processes_write_the_same_files_as_one(packed, corpus, tokenizer, tm
 @pytest.mark.parametrize(
     ("owner", "method", "call", "after"),
     [
-        (Output, "commit", 1, True),  # the first file has its name, and nothing is noted
-        (Output, "commit", 4, False),
-        (Output, "save", 1, True),
+        (Output, "commit", 2, True),  # the first file has its name, and nothing is noted
+        (Output, "commit", 5, False),
+        (Output, "save", 2, True),
         (Encoder, "__call__", 2, False),
-        (Output, "save", 3, True),
+        (Output, "save", 4, True),
         (Output, "finish", 1, False),
         (Output, "finish", 1, True),
     ],
@@ -92,7 +92,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
 
 def test_what_is_done_is_not_encoded_again(corpus, tokenizer, tmp_path, monkeypatch):
     line = arguments(corpus, tokenizer, tmp_path / "p")
-    assert killed(line, Output, "save", 2, tmp_path / "store", after=True)
+    assert killed(line, Output, "save", 3, tmp_path / "store", after=True)
     jobs, real = [], Encoder.__call__
     monkeypatch.setattr(Encoder, "__call__", lambda self, runs: jobs.append(runs) or real(self, runs))
     assert run(*line) == 0
