@@ -54,6 +54,7 @@ PLACES = {
     "huginn_keys": 4,
     "huginn_config": 4,
     "inference": 4,
+    "preparation": 4,
     "config": 4,
     "build_model": 5,
     "run_plan": 5,

@@ -37,9 +37,7 @@ COMMANDS = {
     "count-params": Command(
         "torchtitan_rd.commands.count_params", "parameters of a model, in all and by part"
     ),
-    "data": Command(
-        "torchtitan_rd.commands.data", "read every row of a run's data for what would stop the run"
-    ),
+    "data": Command("torchtitan_rd.commands.data", "prepare data, or look for what would stop a run on it"),
     "download-dataset": Command(
         "torchtitan_rd.commands.download_dataset", "fetch a data set from the Hugging Face hub"
     ),

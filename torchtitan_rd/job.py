@@ -187,6 +187,13 @@ def set_determinism(seed: int, deterministic: bool, device: torch.device) -> Non
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
+def keep_tokenizers_on_one_core() -> None:
+    """Lets the tokenizers library encode in the calling thread alone, here and in processes started from
+    here, unless the user wants it otherwise: work that is shared out to processes needs no threads.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
 def rng_state() -> dict[str, Any]:
     """The state of this rank's generators, as JSON."""
     version, words, gauss = random.getstate()

@@ -95,7 +95,7 @@ def test_held_out_data_is_checked_too_and_what_has_no_end_is_not(tmp_path, capsy
 
 
 def test_what_is_no_check_is_refused(tmp_path, capsys):
-    assert main(["data", "chekc"]) == 1 and "there is `check`" in capsys.readouterr().err
+    assert main(["data", "chekc"]) == 1 and "did you mean 'check'?" in capsys.readouterr().err
     (tmp_path / "a.txt").write_text("a")
     stream = ("--training.dataset=text", f"--training.dataset_path={tmp_path / 'a.txt'}", "--training.stream")
     assert check(tmp_path, *stream) == 1

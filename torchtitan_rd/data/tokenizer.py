@@ -8,6 +8,7 @@ import base64
 import binascii
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +45,9 @@ class Tokenizer(Protocol):
         """1-D integer ids of the text, without bos and eos.
         Names of special tokens in the text are plain text.
         """
+
+    def encode_batch(self, texts: Sequence[str]) -> Sequence[Sequence[int] | np.ndarray]:
+        """The same of many texts, which is faster than one after another."""
 
     def decode(self, ids: Any) -> str: ...
 
@@ -107,6 +111,9 @@ class ByteTokenizer:
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8)
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Any) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
@@ -134,6 +141,11 @@ class JsonTokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        # Fast: without the places of the tokens in the text.
+        found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in found]
 
     def decode(self, ids: Any) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
@@ -192,6 +204,9 @@ class TiktokenTokenizer:
             for piece in _split_long_runs(text[start : start + _MAX_CHARACTERS]):
                 ids += self._backend.encode_ordinary(piece)
         return np.array(ids, np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: Any) -> str:
         return self._backend.decode([int(i) for i in ids if i < self.bos_id])

@@ -1,0 +1,53 @@
+"""An output folder belongs to one recipe, however many tasks begin it together."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from torchtitan_rd.errors import DataError
+from torchtitan_rd.preparation.manifest import Output, Recipe, read_manifest
+
+RECIPE = Recipe("tokenize", {"seed": 0}, {"a": {"size": 1, "sha256": "00"}}, "digest", {"pyarrow": "1"})
+
+
+def test_tasks_that_begin_a_folder_together_agree(tmp_path):
+    with ThreadPoolExecutor(16) as pool:
+        for number in range(20):
+            folder = tmp_path / str(number)
+            opened = list(pool.map(lambda _, folder=folder: Output.open(folder, RECIPE), range(16)))
+            assert len(opened) == 16 and not list((folder / ".work").iterdir())
+            assert not read_manifest(folder)["complete"]
+
+
+def test_one_part_of_the_work_has_one_process(tmp_path):
+    output = Output.open(tmp_path / "o", RECIPE)
+    refused = pytest.raises(DataError, match="another process is making task 0")
+    with output.locked("task 0"), output.locked("task 1"), refused, output.locked("task 0"):
+        pass
+    with output.locked("task 0"):
+        pass
+
+
+def test_only_a_half_done_folder_needs_the_same_versions(tmp_path):
+    other = Recipe(**{**vars(RECIPE), "libraries": {"pyarrow": "2"}})
+    output = Output.open(tmp_path / "o", RECIPE)
+    with pytest.raises(DataError, match="pyarrow was 1 and is 2"):
+        Output.open(tmp_path / "o", other)
+    output.finish({"rows": 5})
+    assert Output.open(tmp_path / "o", other).result["rows"] == 5
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"complete": true}'])
+def test_a_manifest_that_is_none_is_refused(content, tmp_path):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        Output.open(tmp_path, RECIPE)
+
+
+def test_a_manifest_holds_no_time_and_no_machine(tmp_path):
+    texts = []
+    for name in ("a", "b"):
+        Output.open(tmp_path / name, RECIPE).finish({"rows": 5})
+        texts.append((tmp_path / name / "manifest.json").read_text())
+    assert texts[0] == texts[1] and json.loads(texts[0])["inputs"] == RECIPE.inputs

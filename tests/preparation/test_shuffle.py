@@ -1,0 +1,198 @@
+"""Shuffling changes the order of packed rows and nothing else, in any memory and through any kill."""
+
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.preparation.common import contents, killed, rows_of, run, without_room
+from torchtitan_rd.preparation import shuffle as shuffle_module
+from torchtitan_rd.preparation.manifest import Output
+from torchtitan_rd.preparation.rows import digest_of_rows
+from torchtitan_rd.preparation.shuffle import _Buckets, keys_of
+
+SMALL = 1e-5  # GiB: some buckets, each of some rows
+
+
+@pytest.fixture(scope="module")
+def packed(corpus, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("packed") / "packed"
+    small = ("--block-size", 64, "--files", 3, "--val-share", 0.2)
+    assert run("tokenize", corpus, "--tokenizer", tokenizer, "--output", folder, *small) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shuffled(packed, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shuffled") / "shuffled"
+    assert run("shuffle", packed, "--output", folder, "--files", 4, "--memory", SMALL) == 0
+    return folder
+
+
+def sorted_rows(folder, split):
+    return sorted(map(tuple, rows_of(folder, split).tolist()))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_the_rows_are_the_same_and_their_order_is_another(split, packed, shuffled):
+    assert sorted_rows(shuffled, split) == sorted_rows(packed, split)
+    before, after = rows_of(packed, split), rows_of(shuffled, split)
+    unmoved = (before == after).all(axis=1).mean()
+    assert unmoved < 0.1
+
+
+def test_the_files_are_of_nearly_equal_size_and_the_manifest_counts_them(packed, shuffled):
+    noted, source = (json.loads((f / "manifest.json").read_text()) for f in (shuffled, packed))
+    sizes = [entry["rows"] for name, entry in noted["files"].items() if name.startswith("train")]
+    assert len(sizes) == 4 and max(sizes) - min(sizes) <= 1 and sum(sizes) == noted["rows"]["train"]
+    assert noted["rows_digest"] == source["rows_digest"] and noted["tokenizer"] == source["tokenizer"]
+    found = {split: f"{digest_of_rows(rows_of(shuffled, split)):016x}" for split in ("train", "val")}
+    assert found == noted["rows_digest"]
+
+
+def test_the_order_depends_on_the_seed_and_not_on_the_memory(packed, shuffled, tmp_path):
+    assert run("shuffle", packed, "--output", tmp_path / "large", "--files", 4) == 0
+    assert contents(tmp_path / "large") == contents(shuffled)
+    assert run("shuffle", packed, "--output", tmp_path / "other", "--files", 4, "--seed", 1) == 0
+    assert not np.array_equal(rows_of(tmp_path / "other", "train"), rows_of(shuffled, "train"))
+
+
+def test_rows_go_everywhere():
+    """Of 100 000 rows, those of each tenth of the old order are spread evenly over the new one."""
+    order = np.argsort(keys_of(0, 100_000, seed=3, split="train"))
+    old = order.reshape(10, -1) // 10_000
+    counts = np.array([np.bincount(part, minlength=10) for part in old])
+    # 100 cells of 1000 expected: a chi-square of 81 degrees of freedom is below 140 but for 1 case in 10 000.
+    assert ((counts - 1000) ** 2 / 1000).sum() < 140
+    assert len(np.unique(keys_of(0, 100_000, 3, "train"))) == 100_000
+    assert np.array_equal(keys_of(500, 10, 3, "val"), keys_of(0, 1000, 3, "val")[500:510])
+
+
+@pytest.mark.parametrize(
+    ("owner", "method", "call", "after"),
+    [
+        (_Buckets, "_deal", 2, False),
+        (_Buckets, "_deal", 2, True),  # rows are in buckets, and nothing is noted
+        (_Buckets, "_keep", 2, True),
+        (Output, "commit", 5, False),
+        (Output, "commit", 5, True),
+        (Output, "save", 4, True),
+        (_Buckets, "deal", 2, False),  # training rows are done
+        (Output, "finish", 1, False),
+    ],
+    ids=str,
+)
+def test_a_run_that_is_killed_goes_on_to_the_same_bytes(
+    owner, method, call, after, packed, shuffled, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shuffle_module, "_NOTED_SECONDS", 0.0)
+    line = ("shuffle", packed, "--output", tmp_path / "s", "--files", 4, "--memory", SMALL)
+    assert killed(line, owner, method, call, tmp_path / "store", after)
+    assert run(*line) == 0
+    assert contents(tmp_path / "s") == contents(shuffled)
+
+
+def test_other_memory_for_the_rest_of_a_killed_run_is_allowed(packed, shuffled, tmp_path):
+    line = ("shuffle", packed, "--output", tmp_path / "s", "--files", 4)
+    assert killed((*line, "--memory", SMALL), Output, "save", 3, tmp_path / "store")
+    assert run(*line, "--memory", 2 * SMALL) == 0
+    assert contents(tmp_path / "s") == contents(shuffled)
+
+
+def test_a_full_disk_is_one_message_and_the_same_line_goes_on(packed, shuffled, tmp_path, capfd):
+    line = ("shuffle", packed, "--output", tmp_path / "s", "--files", 4, "--memory", SMALL)
+    error = without_room(line, 9000, tmp_path, capfd)
+    assert "no room to write" in error and "Traceback" not in error
+    assert run(*line) == 0
+    assert contents(tmp_path / "s") == contents(shuffled)
+
+
+def test_a_terminal_is_shown_how_long_it_takes(packed, tmp_path, capsys, monkeypatch):
+    assert run("shuffle", packed, "--output", tmp_path / "s") == 0
+    assert "deal train" not in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert run("shuffle", packed, "--output", tmp_path / "t") == 0
+    shown = capsys.readouterr().err
+    for stage in ("deal train", "write train", "deal val", "write val"):
+        assert re.search(rf"{stage}: 100%.*<00:00", shown), shown
+
+
+def test_rows_that_are_lost_on_the_way_are_noticed(packed, tmp_path, capsys, monkeypatch):
+    real = _Buckets.deal
+
+    def damaged(self):
+        real(self)
+        path = next(path for path in self._output.work.glob("bucket-train-*") if path.stat().st_size)
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+
+    monkeypatch.setattr(_Buckets, "deal", damaged)
+    assert run("shuffle", packed, "--output", tmp_path / "s") == 1
+    assert "are not those that were read" in capsys.readouterr().err
+    assert not json.loads((tmp_path / "s" / "manifest.json").read_text())["complete"]
+
+
+def without_manifest(packed, folder):
+    shutil.copytree(packed, folder)
+    (folder / "manifest.json").unlink()
+    return folder
+
+
+def write(path, rows, column="input_ids"):
+    pq.write_table(pa.table({column: rows}), path)
+
+
+BAD = {
+    "other length": (lambda f: write(f, [[1] * 65, [2] * 64]), "row 1: has 64 ids"),
+    "other width": (lambda f: write(f, [[1] * 64]), "has rows of 64 ids"),
+    "other column": (lambda f: write(f, [[1] * 65], "ids"), "has no column 'input_ids', only ids"),
+    "text": (lambda f: write(f, ["a"]), "holds string; expected lists of integers"),
+    "null": (lambda f: write(f, [None, [1] * 65]), "holds nulls"),
+    "too large": (lambda f: write(f, [[2**40] * 65]), "does not fit into 32 bits"),
+    "no parquet": (lambda f: f.write_bytes(b"x" * 100), "is no readable parquet file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_file_is_named(name, packed, tmp_path, capsys):
+    folder = without_manifest(packed, tmp_path / "p")
+    make, message = BAD[name]
+    make(folder / "train" / "000_00001.parquet")
+    assert run("shuffle", folder, "--output", tmp_path / "s") == 1
+    error = capsys.readouterr().err
+    assert message in error and "000_00001.parquet" in error and "Traceback" not in error
+
+
+def test_a_folder_without_a_manifest_is_read_too(packed, shuffled, tmp_path):
+    folder = without_manifest(packed, tmp_path / "p")
+    assert run("shuffle", folder, "--output", tmp_path / "s", "--files", 4) == 0
+    assert sorted_rows(tmp_path / "s", "train") == sorted_rows(shuffled, "train")
+
+
+def test_a_file_that_is_not_the_one_of_the_manifest_is_refused(packed, tmp_path, capsys):
+    shutil.copytree(packed, tmp_path / "p")
+    path = tmp_path / "p" / "train" / "000_00000.parquet"
+    content = bytearray(path.read_bytes())
+    content[40] ^= 1
+    path.write_bytes(content)
+    assert run("shuffle", tmp_path / "p", "--output", tmp_path / "s") == 1
+    assert "is not the file that manifest.json describes" in capsys.readouterr().err
+    path.unlink()
+    assert run("shuffle", tmp_path / "p", "--output", tmp_path / "s") == 1
+    assert "is missing" in capsys.readouterr().err
+
+
+def test_what_cannot_be_is_refused(packed, shuffled, corpus, tokenizer, tmp_path, capsys):
+    assert run("shuffle", packed, "--output", tmp_path / "s", "--files", 100_000) == 1
+    assert "--files 100000" in capsys.readouterr().err
+    assert run("shuffle", packed, "--output", shuffled, "--files", 4, "--seed", 5) == 1
+    assert "--seed was 0 and is 5" in capsys.readouterr().err
+    line = ("tokenize", corpus, "--tokenizer", tokenizer, "--block-size", 64, "--output", tmp_path / "half")
+    assert killed(line, Output, "finish", 1, tmp_path / "store")
+    assert run("shuffle", tmp_path / "half", "--output", tmp_path / "s") == 1
+    assert "is not complete; run `torchtitan-rd data tokenize` to its end" in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()

@@ -1,0 +1,141 @@
+"""The documents of one or several sources, in a seeded order that is computed and never stored.
+
+A source is an arrow table that is mapped from disk (data/arrow.py). Its documents are entries: floor(weight)
+copies of every row, and for the fraction that remains a random part of the rows. The entries of all sources
+stand one after another, are cut into runs of neighbours, and the runs are drawn in a random order: reading
+stays nearly sequential, and what a share of the runs holds is a mixture of the sources.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from torchtitan_rd.data.cursor import permuted
+from torchtitan_rd.data.text import TextEncoder
+from torchtitan_rd.data.tokenizer import ByteTokenizer
+from torchtitan_rd.errors import ConfigError, DataError
+
+RUN = 64  # documents that are read together
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One document: the number of its source, its row there, and which copy of the row it is."""
+
+    source: int
+    row: int
+    copy: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """name: for messages and counts. table: a `datasets.Dataset`, of which `column` holds the texts."""
+
+    name: str
+    table: Any
+    column: str = "text"
+    weight: float = 1.0
+
+    def __post_init__(self):
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ConfigError(f"the weight of {self.name} is {self.weight}: expected 0 or more")
+        if self.column not in self.table.column_names:
+            columns = ", ".join(self.table.column_names)
+            raise DataError(f"{self.name}: has no column {self.column!r}, only {columns}; set --column")
+        TextEncoder(ByteTokenizer(), 258, self.column).check_type(
+            self.table.data.column(self.column), self.name
+        )
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def copies(self) -> int:
+        """How often every row occurs."""
+        return math.floor(self.weight)
+
+    @property
+    def sampled(self) -> int:
+        """How many rows occur once more."""
+        return round((self.weight - self.copies) * len(self))
+
+    @cached_property
+    def cells(self) -> Any:
+        """The table as arrow, the column alone."""
+        return self.table.with_format("arrow", columns=[self.column])
+
+    def texts(self, rows: Sequence[int]) -> list[str]:
+        """Raises DataError, naming the row, for one that is no text."""
+        # Neighbours are a slice, which is not copied.
+        is_slice = list(rows) == list(range(rows[0], rows[-1] + 1))
+        table = self.cells[rows[0] : rows[-1] + 1] if is_slice else self.cells[list(rows)]
+        column = table.column(self.column)
+        try:
+            texts = column.to_pylist()
+        except UnicodeDecodeError:
+            texts = [self._one(column[i], row) for i, row in enumerate(rows)]
+        for row, text in zip(rows, texts, strict=True):
+            if text is None:
+                raise DataError(f"{self.name}: row {row}: column {self.column!r} is null; expected text")
+        return texts
+
+    def _one(self, cell: Any, row: int) -> str:
+        try:
+            return cell.as_py()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.name}: row {row}: column {self.column!r} is not UTF-8: {error}") from None
+
+
+class Documents:
+    """All entries of some sources. Raises DataError if there is none."""
+
+    def __init__(self, sources: Sequence[Source], seed: int = 0, parts: int = 1):
+        """parts: among how many the documents will be shared, which makes runs shorter where they are few."""
+        self.sources = list(sources)
+        self.seed = seed
+        self._ends = np.cumsum([len(s) * s.copies + s.sampled for s in self.sources]).tolist()
+        if not self._ends or not self._ends[-1]:
+            weights = ", ".join(f"{s.name} (weight {s.weight:g}, {len(s)} rows)" for s in self.sources)
+            raise DataError(f"no document is left: {weights}; all weights are 0, or the data is empty")
+        self.run = max(1, min(RUN, len(self) // (parts * RUN)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @property
+    def runs(self) -> int:
+        return -(-len(self) // self.run)
+
+    def entries(self, position: int) -> list[Entry]:
+        """Those of the run at `position` in the order of runs."""
+        run = permuted(position, self.runs, self.seed, epoch=0)
+        return [self._entry(i) for i in range(run * self.run, min((run + 1) * self.run, len(self)))]
+
+    def read(self, entries: Sequence[Entry]) -> list[str]:
+        """Their texts, in this order."""
+        texts: list[str] = []
+        start = 0
+        for end in range(1, len(entries) + 1):
+            if end == len(entries) or entries[end].source != entries[start].source:
+                source = self.sources[entries[start].source]
+                texts += source.texts([entry.row for entry in entries[start:end]])
+                start = end
+        return texts
+
+    def texts(self, max_characters: int | None = None) -> Iterator[str]:
+        """All of them, in order, each cut off after so many characters."""
+        for position in range(self.runs):
+            for text in self.read(self.entries(position)):
+                yield text[:max_characters]
+
+    def _entry(self, index: int) -> Entry:
+        source = int(np.searchsorted(self._ends, index, side="right"))
+        index -= self._ends[source - 1] if source else 0
+        rows, copies = len(self.sources[source]), self.sources[source].copies
+        if index < copies * rows:
+            return Entry(source, index % rows, index // rows)
+        return Entry(source, permuted(index - copies * rows, rows, self.seed, epoch=source + 1), copies)

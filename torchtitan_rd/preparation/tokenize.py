@@ -1,0 +1,311 @@
+"""Documents -> packed rows of `block_size + 1` ids, for training and held out, in files of parquet.
+
+The order of the documents is cut into tasks, a task into files, a file into jobs. Jobs are encoded in any
+number of processes and come back in order; one process packs what they give, so the result does not depend
+on their number. What does not fill a row at a file's end begins the next file of the task. After each file
+the task's progress is noted, and a task that was killed goes on behind its last whole file.
+"""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from torchtitan_rd.data import load_tokenizer
+from torchtitan_rd.data.text import check_ids
+from torchtitan_rd.errors import ConfigError, DataError
+from torchtitan_rd.log import logger
+from torchtitan_rd.preparation.documents import RUN, Documents
+from torchtitan_rd.preparation.manifest import Output, disk_errors, progress_bar
+from torchtitan_rd.preparation.processes import ordered_results
+from torchtitan_rd.preparation.rows import RowWriter
+
+SPLITS = ("train", "val")
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What is made of the documents.
+
+    tokenizer: as `load_tokenizer` takes it. val_share: of the documents, which are held out. files: of each
+    split that all tasks make together, about. tail: what becomes of a task's last ids that fill no row:
+    `drop`, or `pad` with the tokenizer's pad token.
+    """
+
+    tokenizer: str
+    block_size: int = 4096
+    val_share: float = 0.05
+    seed: int = 0
+    tasks: int = 1
+    files: int = 1
+    tail: str = "drop"
+
+    def __post_init__(self):
+        if self.block_size < 1:
+            raise ConfigError(f"--block-size {self.block_size}: must be at least 1")
+        if not 0.0 <= self.val_share < 1.0:
+            raise ConfigError(f"--val-share {self.val_share:g}: expected 0 or more, and less than 1")
+        if self.tasks < 1 or self.files < 1:
+            raise ConfigError(f"--tasks {self.tasks} --files {self.files}: must be at least 1")
+        if self.tail not in ("drop", "pad"):
+            raise ConfigError(f"--tail {self.tail!r}: expected drop or pad")
+
+    @property
+    def files_per_task(self) -> int:
+        return -(-self.files // self.tasks)
+
+    def runs_of(self, documents: Documents, task: int, file: int) -> range:
+        """The places, in the order of the documents' runs, of those in one file of a task."""
+        share = _part(range(documents.runs), task, self.tasks)
+        return _part(share, file, self.files_per_task)
+
+
+@dataclass
+class Counts:
+    """Of one source: documents (each copy counts), those without text, and tokens of both splits."""
+
+    documents: int = 0
+    empty: int = 0
+    held_out: int = 0
+    train_tokens: int = 0
+    val_tokens: int = 0
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
+
+
+@dataclass
+class Encoded:
+    """What a job gives: split -> ids one after another (int32), and the counts of each source."""
+
+    ids: dict[str, np.ndarray]
+    counts: list[Counts]
+
+
+class Encoder:
+    """Encodes the documents of some runs. A process of a pool has one."""
+
+    def __init__(self, documents: Documents, packing: Packing):
+        self.documents = documents
+        self.packing = packing
+        self.tokenizer = load_tokenizer(packing.tokenizer)
+        self._border = math.ceil(packing.val_share * 2**64)
+
+    def __call__(self, runs: range) -> Encoded:
+        """Raises DataError, naming source and row, for a document that is no text."""
+        entries = [entry for position in runs for entry in self.documents.entries(position)]
+        texts = self.documents.read(entries)
+        counts = [Counts() for _ in self.documents.sources]
+        parts: dict[str, list[Any]] = {split: [] for split in SPLITS}
+        bos, eos = ([] if i is None else [i] for i in (self.tokenizer.bos_id, self.tokenizer.eos_id))
+
+        kept = []
+        for entry, text in zip(entries, texts, strict=True):
+            count = counts[entry.source]
+            held_out = self._is_held_out(text)
+            # Copies are to be learned from; a measure wants each document once.
+            if held_out and entry.copy:
+                continue
+            count.documents += 1
+            count.held_out += held_out
+            count.empty += not text
+            if text:
+                kept.append((entry, text, SPLITS[held_out]))
+
+        encoded = self.tokenizer.encode_batch([text for _, text, _ in kept])
+        for (entry, _, split), ids in zip(kept, encoded, strict=True):
+            for part in (bos, ids, eos):
+                parts[split].append(np.asarray(part, np.int32))
+            field = f"{split}_tokens"
+            tokens = getattr(counts[entry.source], field) + len(bos) + len(ids) + len(eos)
+            setattr(counts[entry.source], field, tokens)
+
+        joined = {split: _joined(parts[split]) for split in SPLITS}
+        for ids in joined.values():
+            check_ids(ids, self.tokenizer.vocab_size, f"runs {runs}")
+        return Encoded(joined, counts)
+
+    def _is_held_out(self, text: str) -> bool:
+        """Decided by the text, so that no copy of a document, wherever it stands, is on the other side."""
+        import xxhash
+
+        return xxhash.xxh3_64_intdigest(text.encode(), seed=self.packing.seed & _MASK) < self._border
+
+
+def tokenize(
+    documents: Documents, packing: Packing, output: Output, task: int = 0, processes: int = 1
+) -> dict[str, Any] | None:
+    """Does one task. Returns the finished folder's manifest, None while other tasks are not done.
+
+    Raises ConfigError for a task or tail that cannot be, DataError for documents that cannot be read, for too
+    few of them, and where there is no room.
+    """
+    if not 0 <= task < packing.tasks:
+        raise ConfigError(f"--task {task}: tasks are 0..{packing.tasks - 1} (--tasks {packing.tasks})")
+    if processes < 1:
+        raise ConfigError(f"--processes {processes}: must be at least 1")
+    if done := output.result:
+        return done
+
+    with output.locked(f"task {task}"), disk_errors(output.folder):
+        # Another task may have finished the folder between the two.
+        if done := output.result:
+            return done
+        progress = output.load(_note_of(task)) or _start(documents)
+        files = range(progress["files_done"], packing.files_per_task)
+        if files:
+            _make_files(documents, packing, output, task, files, progress, processes)
+        return _finish(documents, packing, output)
+
+
+def _start(documents: Documents) -> dict[str, Any]:
+    return {
+        "files_done": 0,
+        "files": {},
+        "carried": {split: [] for split in SPLITS},
+        "digests": dict.fromkeys(SPLITS, 0),
+        "counts": [asdict(Counts()) for _ in documents.sources],
+    }
+
+
+def _make_files(
+    documents: Documents,
+    packing: Packing,
+    output: Output,
+    task: int,
+    files: range,
+    progress: dict[str, Any],
+    processes: int,
+) -> None:
+    """The files of a task that are not there yet. `progress` is that of those before them, and is noted."""
+    jobs = [_jobs(packing.runs_of(documents, task, file), documents.run) for file in files]
+    results = ordered_results(Encoder, (documents, packing), [job for of in jobs for job in of], processes)
+    began, tokens = time.monotonic(), 0
+
+    share = _part(range(documents.runs), task, packing.tasks)
+    before = packing.runs_of(documents, task, files.start).start - share.start
+    with progress_bar(len(share), before, "run", f"tokenize task {task}") as bar, results as encoded:
+        for file, of_file in zip(files, jobs, strict=True):
+            last = file == packing.files_per_task - 1
+            packers = {split: _Packer(packing, output, task, file, split, progress) for split in SPLITS}
+            counts = [Counts(**count) for count in progress["counts"]]
+
+            for job in of_file:
+                result = next(encoded)
+                for split in SPLITS:
+                    packers[split].add(result.ids[split])
+                    tokens += len(result.ids[split])
+                counts = [a + b for a, b in zip(counts, result.counts, strict=True)]
+                bar.update(len(job))
+
+            for packer in packers.values():
+                packer.close(progress, pads=last and packing.tail == "pad")
+            progress |= {"files_done": file + 1, "counts": [asdict(count) for count in counts]}
+            output.save(_note_of(task), progress)
+            rate = tokens / (time.monotonic() - began)
+            logger.info(
+                "tokenize: task %d, file %d of %d, %.3g tokens/s",
+                task,
+                file + 1,
+                packing.files_per_task,
+                rate,
+            )
+
+
+class _Packer:
+    """The rows of one split of one file."""
+
+    def __init__(
+        self, packing: Packing, output: Output, task: int, file: int, split: str, progress: dict[str, Any]
+    ):
+        self.split, self.name = split, f"{split}/{task:03d}_{file:05d}.parquet"
+        self._packing = packing
+        self._width = packing.block_size + 1
+        self._rest = np.array(progress["carried"][split], np.int32)
+        self._writer = RowWriter(output, output.folder / self.name)
+
+    def add(self, ids: np.ndarray) -> None:
+        ids = np.concatenate([self._rest, ids])
+        whole = len(ids) // self._width * self._width
+        self._writer.write(ids[:whole].reshape(-1, self._width))
+        self._rest = ids[whole:]
+
+    def close(self, progress: dict[str, Any], pads: bool) -> None:
+        """Notes the finished file and what is carried on. pads: fill up the last row."""
+        if pads and len(self._rest):
+            missing = self._width - len(self._rest)
+            self.add(np.full(missing, pad_id_of(self._packing.tokenizer), np.int32))
+        if facts := self._writer.commit():
+            progress["files"][self.name] = facts
+        progress["carried"][self.split] = self._rest.tolist()
+        progress["digests"][self.split] = (progress["digests"][self.split] + self._writer.digest) & _MASK
+
+
+def pad_id_of(tokenizer: str) -> int:
+    """Raises ConfigError for a tokenizer without a pad token."""
+    loaded = load_tokenizer(tokenizer)
+    special_id = getattr(loaded, "special_id", None)
+    id_ = special_id(loaded.folder, "pad_token") if special_id and loaded.folder else None
+    if id_ is None:
+        raise ConfigError(f"--tail pad: the tokenizer {tokenizer} names no pad_token; use --tail drop")
+    return id_
+
+
+def _finish(documents: Documents, packing: Packing, output: Output) -> dict[str, Any] | None:
+    """Commits the folder if all tasks are done."""
+    notes = [output.load(_note_of(task)) for task in range(packing.tasks)]
+    done = [note for note in notes if note and note["files_done"] == packing.files_per_task]
+    if len(done) < packing.tasks:
+        # They are gone once another task, which ended at the same time, has committed.
+        return output.result
+    files = {name: facts for note in done for name, facts in note["files"].items()}
+    rows = {s: sum(facts["rows"] for name, facts in files.items() if name.startswith(s)) for s in SPLITS}
+    if not rows["train"]:
+        raise DataError(
+            f"{output.folder}: the documents of a task do not fill one row of {packing.block_size + 1} ids; "
+            "lower --block-size or --tasks, give more text, or use --tail pad"
+        )
+    if packing.val_share and not rows["val"]:
+        logger.warning("tokenize: --val-share %g holds out too little for one row", packing.val_share)
+
+    counts = [sum((Counts(**n["counts"][i]) for n in done), Counts()) for i in range(len(documents.sources))]
+    sources = {
+        source.name: {"weight": source.weight, "rows": len(source), **asdict(count)}
+        for source, count in zip(documents.sources, counts, strict=True)
+    }
+    tokenizer = load_tokenizer(packing.tokenizer)
+    return output.finish(
+        {
+            "files": dict(sorted(files.items())),
+            "rows": rows,
+            "tokens": {split: count * (packing.block_size + 1) for split, count in rows.items()},
+            "left_over": {split: sum(len(note["carried"][split]) for note in done) for split in SPLITS},
+            "rows_digest": {s: f"{sum(note['digests'][s] for note in done) & _MASK:016x}" for s in SPLITS},
+            "sources": sources,
+            "block_size": packing.block_size,
+            "vocab_size": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_id": tokenizer.eos_id,
+        }
+    )
+
+
+def _note_of(task: int) -> str:
+    return f"task-{task:03d}.json"
+
+
+def _jobs(runs: range, run: int) -> list[range]:
+    """About `RUN` documents each."""
+    step = max(1, RUN // run)
+    return [runs[i : i + step] for i in range(0, len(runs), step)]
+
+
+def _part(of: range, part: int, parts: int) -> range:
+    return of[len(of) * part // parts : len(of) * (part + 1) // parts]
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts) if parts else np.empty(0, np.int32)
