@@ -1,8 +1,11 @@
 """`torchtitan-rd data prepare-spikes`: recordings as files -> rows of the Neural Pile."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,6 +14,7 @@ import pytest
 from tests.data.helpers import Ranks
 from tests.preparation.common import contents
 from tests.preparation.recordings import TRAINS, prepare, rows_of, sessions_of
+from torchtitan_rd.__main__ import main
 from torchtitan_rd.config import load
 from torchtitan_rd.data import DatasetKeys
 from torchtitan_rd.errors import DataError
@@ -19,6 +23,8 @@ from torchtitan_rd.preparation import spike_folder
 from torchtitan_rd.preparation.recordings import nanoseconds
 from torchtitan_rd.preparation.spikes import count, cut, shuffled, split
 from torchtitan_rd.train import Trainer
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_counts_of_real_spikes_are_those_of_numpys_histogram(tmp_path):
@@ -184,7 +190,7 @@ import os, signal, sys
 import pandas, pyarrow.parquet  # pyarrow imports pandas where it first converts, in each child anew
 import torchtitan_rd.commands.data_prepare_spikes as command, torchtitan_rd.preparation.spike_folder
 
-arguments, out = sys.argv[1:-1], sys.argv[-1]
+first, step, arguments, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:-1], sys.argv[-1]
 EVENTS = ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "open")
 
 def run(events_left, out):
@@ -208,7 +214,7 @@ def run(events_left, out):
     os._exit(command.main([*arguments, "--output", out]))
 
 assert run(0, f"{out}-whole") == 0
-for number in range(1, 1000):
+for number in range(first, 1000, step):
     status = run(number, f"{out}-{number:03d}")
     if status == 0:
         break
@@ -218,10 +224,13 @@ print(number)
 """
 
 
-def test_after_a_kill_at_any_moment_the_same_line_makes_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("first, step", [(2, 6), pytest.param(1, 1, marks=pytest.mark.slow)])
+def test_after_a_kill_at_any_moment_the_same_line_makes_the_same_bytes(first, step, tmp_path):
     arguments = [*map(str, TRAINS), "--unit", "us", "--max-tokens", "500"]
     found = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments, str(tmp_path / "out")], capture_output=True, text=True
+        [sys.executable, "-c", KILLED, str(first), str(step), *arguments, str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
     )
     assert found.returncode == 0, found.stderr
     whole = contents(tmp_path / "out-whole")
@@ -231,7 +240,8 @@ def test_after_a_kill_at_any_moment_the_same_line_makes_the_same_bytes(tmp_path)
         "train-00000.parquet",
     ]
     others = sorted(tmp_path.glob("out-[0-9]*"))
-    assert len(others) == int(found.stdout) > 15
+    assert [int(path.name[4:]) for path in others] == list(range(first, int(found.stdout) + 1, step))
+    assert int(found.stdout) > 15
     assert all(contents(other) == whole for other in others)
 
 
@@ -430,3 +440,39 @@ def test_nanoseconds_of_integers_are_exact():
     assert nanoseconds(np.array([7], np.uint8), 10**9, "here").tolist() == [7 * 10**9]
     with pytest.raises(DataError, match="too large"):
         nanoseconds(np.array([10**10]), 10**9, "here")
+
+
+def test_large_results_are_several_files_of_bounded_groups_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(spike_folder, "_TOKENS_PER_FILE", 700)
+    monkeypatch.setattr(spike_folder, "_TOKENS_PER_GROUP", 250)
+    out = tmp_path / "out"
+    prepare(out, *TRAINS, "--unit", "us", "--max-tokens", 100, "--test-share", 0.4)
+    files = sorted(path.name for path in out.glob("*.parquet"))
+    assert files == [f"test-0000{n}.parquet" for n in range(2)] + [f"train-0000{n}.parquet" for n in range(2)]
+
+    groups = [pq.ParquetFile(out / name).metadata for name in files]
+    sizes = [m.row_group(g).column(0).num_values * 2 for m in groups for g in range(m.num_row_groups)]
+    assert max(sizes) < 250 + 100 and sum(sizes) == 1998
+    counts = [m.num_rows for m in groups]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [manifest["files"][name]["rows"] for name in files] == counts and sum(counts) == 20
+    assert {name: split_["rows"] for name, split_ in manifest["splits"].items()} == {"train": 12, "test": 8}
+    assert sum(counts_.sum() for counts_ in sessions_of(out).values()) == 929 + 868
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_page_run_as_they_are_printed(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    for folder in ("tests", "train_configs"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "spikes.md").read_text().replace("\\\n", " ")
+    lines = re.findall("^    (torchtitan-rd .*)$", page, re.MULTILINE)
+    assert [line.split()[1] for line in lines] == ["data", "data", "train", "eval", "generate-spikes"]
+    for line in lines:
+        assert main(shlex.split(line)[1:]) == 0, line
+
+    records = [json.loads(line) for line in Path("outputs/spikes/metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if "loss" in record]
+    assert losses[0] > 5 and losses[-1] < 0.4
+    assert len(list(Path("outputs").rglob("*.png"))) == 2

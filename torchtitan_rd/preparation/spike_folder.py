@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
     }
 )
 _TOKENS_PER_FILE = 500_000_000
-_TOKENS_PER_GROUP, _ROWS_PER_GROUP = 32_000_000, 1000  # what is in memory of a file, and what a reader reads
+_TOKENS_PER_GROUP, _ROWS_PER_GROUP = 5_000_000, 1000  # what is in memory of a file, and what a reader reads
 
 
 @dataclass(frozen=True)
