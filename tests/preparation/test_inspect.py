@@ -131,7 +131,7 @@ def test_a_raster_is_dark_where_neurons_spike(tmp_path, capsys):
 
     # The panel is about 3/4 of the picture; letters and the scale are the rest of what is dark.
     assert dark(1) - dark(0) == pytest.approx(0.75 * (4 * 20 + 8 * 10) / (8 * 40), abs=0.07)
-    assert dark(1, "--bins", 20) - dark(0) == pytest.approx(0.75 * 1 / 2, abs=0.07)
+    assert dark(1, "--bins", 30) - dark(0) == pytest.approx(0.75 * (4 * 20) / (8 * 30), abs=0.07)
 
 
 def test_rows_that_cannot_be_read_are_counted_and_named(tmp_path, capsys):

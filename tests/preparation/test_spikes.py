@@ -20,7 +20,7 @@ from torchtitan_rd.data import DatasetKeys
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.job import Environment
 from torchtitan_rd.preparation import spike_folder
-from torchtitan_rd.preparation.recordings import nanoseconds
+from torchtitan_rd.preparation.spike_times import nanoseconds
 from torchtitan_rd.preparation.spikes import count, cut, shuffled, split
 from torchtitan_rd.train import Trainer
 

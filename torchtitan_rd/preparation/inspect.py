@@ -69,7 +69,10 @@ def look_at_tokens(source: Source, tokenizer: Tokenizer | None, *, shown: int, m
     """
     vocab_size = source.encoder.vocab_size or 0
     counts = np.zeros(vocab_size, np.int64)
-    outside, lengths, rows, problems = 0, [], [], []
+    outside = 0
+    lengths: list[int] = []
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
 
     for index, read in islice(each_row(source), most_rows):
         try:
@@ -107,7 +110,11 @@ def look_at_spikes(source: Source, *, bin_ms: float, shown: int, most_rows: int 
     Rates are of each neuron of each row, in spikes per second. collisions: counts of 255 or more, which would
     be taken for the separator of time bins; negative: counts below 0. Neither can be trained on.
     """
-    neurons, bins, rates, rows, problems = [], [], [], [], []
+    neurons: list[int] = []
+    bins: list[int] = []
+    rates: list[np.ndarray] = []
+    rows: list[dict[str, Any]] = []
+    problems: list[str] = []
     spikes = collisions = negative = largest = 0
 
     for index, read in islice(each_row(source), most_rows):

@@ -7,7 +7,7 @@ import numpy as np
 
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.errors import ConfigError, DataError
-from torchtitan_rd.preparation.recordings import NANOSECONDS, SpikeTimes, nanoseconds
+from torchtitan_rd.preparation.spike_times import NANOSECONDS, SpikeTimes, nanoseconds
 
 
 def read_nwb(file: Path, where: dict[str, list[str]], intervals: str | None) -> SpikeTimes:

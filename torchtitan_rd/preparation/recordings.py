@@ -1,12 +1,6 @@
-"""Recordings of neurons as files: which there are, and their spike times or counts.
-
-Times are kept as whole nanoseconds, since bins that are counted in binary fractions of a second put spikes
-that lie on an edge now on one side of it and now on the other. Integers are converted exactly, all others are
-rounded to the nearest nanosecond; recorders sample thousands of times more slowly.
-"""
+"""Recordings of neurons as files: which there are, and what each format holds."""
 
 import csv
-import math
 import re
 from array import array
 from collections.abc import Iterable, Sequence
@@ -18,11 +12,17 @@ import numpy as np
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.log import logger
 from torchtitan_rd.preparation.npz import read_arrays
+from torchtitan_rd.preparation.nwb import read_nwb
+from torchtitan_rd.preparation.spike_times import (
+    NANOSECONDS,
+    SpikeCounts,
+    SpikeTimes,
+    nanoseconds,
+    time_of,
+)
 
-NANOSECONDS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
 SUFFIXES = (".nwb", ".npz", ".csv", ".txt")
 COUNTS, TIMES = "spike_counts", "spike_times"  # arrays of an .npz file that are more than one unit
-_END = 9 * 10**18  # less than int64 holds: 285 years
 
 
 @dataclass(frozen=True)
@@ -37,25 +37,6 @@ class RecordingFiles:
     def name(self) -> str:
         """What messages call it."""
         return str(self.files[0] if len(self.files) == 1 else self.files[0].parent)
-
-
-@dataclass(frozen=True)
-class SpikeTimes:
-    """units: names; trains: the spikes of each, (spikes,) int64 in nanoseconds, ascending.
-    windows: what of the session is wanted, as pairs of nanoseconds; None: all of it.
-    """
-
-    units: list[str]
-    trains: list[np.ndarray]
-    windows: list[tuple[int, int]] | None = None
-
-
-@dataclass(frozen=True)
-class SpikeCounts:
-    """units: names; counts: (units, bins), of any integer type."""
-
-    units: list[str]
-    counts: np.ndarray
 
 
 def find_recordings(inputs: Sequence[str]) -> list[RecordingFiles]:
@@ -136,8 +117,6 @@ def read_recording(
 
     found: SpikeTimes | SpikeCounts
     if suffix == ".nwb":
-        from torchtitan_rd.preparation.nwb import read_nwb
-
         found = read_nwb(recording.files[0], where, intervals)
     elif suffix == ".npz":
         found = read_npz(recording.files[0], NANOSECONDS[unit])
@@ -163,7 +142,7 @@ def read_train(file: Path, scale: int) -> np.ndarray:
             for number, line in enumerate(stream, 1):
                 lines += bool(line.strip())
                 if line.strip() and not line.lstrip().startswith("#"):
-                    times.append(_time_of(line, scale, f"{file}: line {number}"))
+                    times.append(time_of(line, scale, f"{file}: line {number}"))
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not UTF-8 text: {error}") from None
     if not lines:
@@ -189,7 +168,7 @@ def read_csv(file: Path, scale: int) -> SpikeTimes:
                 unit = (row["unit"] or "").strip()
                 if not unit:
                     raise DataError(f"{where}: names no unit")
-                times.setdefault(unit, array("q")).append(_time_of(row["time"] or "", scale, where))
+                times.setdefault(unit, array("q")).append(time_of(row["time"] or "", scale, where))
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not UTF-8 text: {error}") from None
     except csv.Error as error:
@@ -218,43 +197,3 @@ def read_npz(file: Path, scale: int) -> SpikeTimes | SpikeCounts:
         arrays = {str(number): entry for number, entry in enumerate(entries)}
     trains = [nanoseconds(times, scale, f"{file}: unit {name}") for name, times in arrays.items()]
     return SpikeTimes(list(arrays), trains)
-
-
-def nanoseconds(times: np.ndarray, scale: int, where: str) -> np.ndarray:
-    """Times (spikes,) in multiples of `scale` nanoseconds -> int64, ascending.
-
-    Raises DataError for what is no time: not a number, negative, not finite, or later than in 285 years.
-    """
-    if times.ndim != 1 or (times.dtype.kind not in "iuf" and len(times)):
-        raise DataError(
-            f"{where}: holds {times.dtype} of shape {times.shape}; expected one list of spike times"
-        )
-    bad = ~((times >= 0) & (times < _END / scale)) if len(times) else np.zeros(0, bool)
-    if bad.any():
-        spike = int(np.argmax(bad))
-        raise DataError(f"{where}, spike {spike}: {_complaint(times[spike].item())}")
-    if times.dtype.kind in "iu":
-        return np.sort(times.astype(np.int64) * scale)
-    return np.sort(np.rint(times.astype(np.float64) * scale).astype(np.int64))
-
-
-def _time_of(text: str, scale: int, where: str) -> int:
-    """The same of one number that is written out."""
-    try:
-        time: int | float = int(text)
-    except ValueError:
-        try:
-            time = float(text)
-        except ValueError:
-            raise DataError(f"{where}: {text.strip()!r:.60} is no time") from None
-    if not 0 <= time < _END / scale:
-        raise DataError(f"{where}: {_complaint(time)}")
-    return time * scale if isinstance(time, int) else round(time * scale)
-
-
-def _complaint(time: int | float) -> str:
-    if not math.isfinite(time):
-        return f"the time {time} is not finite"
-    if time < 0:
-        return f"the time {time} is negative: times count from the beginning of the session, shift them"
-    return f"the time {time} is too large: is it in another --unit?"

@@ -71,7 +71,7 @@ def prepare(inputs: Sequence[str], folder: Path, settings: Settings) -> dict[str
 
 def _recipe(recordings: Sequence[RecordingFiles], settings: Settings) -> Recipe:
     """All that the rows depend on."""
-    contents = {}
+    contents: dict[str, dict[str, Any]] = {}
     for recording in recordings:
         name = f"{recording.source}/{recording.session}"
         several = len(recording.files) > 1

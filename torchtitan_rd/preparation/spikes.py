@@ -14,7 +14,7 @@ import numpy as np
 
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE
 from torchtitan_rd.errors import ConfigError, DataError
-from torchtitan_rd.preparation.recordings import NANOSECONDS, SpikeCounts, SpikeTimes
+from torchtitan_rd.preparation.spike_times import NANOSECONDS, SpikeCounts, SpikeTimes
 
 LARGEST_COUNT = SPIKE_VOCAB_SIZE - 2  # the last id separates the time bins
 # A thousand rows of the usual size: a session that is longer has most likely times in another unit.
