@@ -37,6 +37,7 @@ def main(arguments: list[str]) -> int:
         test_share=chosen.test_share,
         seed=chosen.seed,
     )
+
     manifest = prepare(chosen.inputs, chosen.output, settings)
     print(_summary(manifest))
     print(f"training.dataset_path = {str(chosen.output)!r}")
@@ -79,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("inputs", nargs="+", metavar="[SOURCE=]PATH", help="files, or folders that are searched through")
     add("--output", type=Path, required=True, metavar="FOLDER", help="where the result is written")
+
     add = parser.add_argument_group("recordings").add_argument
     add(
         "--unit",
@@ -97,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         help=".nwb: only units with such a value, such as location=V1 or quality=good; may be repeated",
     )
     add("--intervals", metavar="TABLE", help=".nwb: a row for each interval of a table, such as trials")
+
     add = parser.add_argument_group("rows").add_argument
     add("--max-tokens", type=int, default=10_000_000, help="longer sessions are cut equally (default 10 M)")
     add(

@@ -163,6 +163,7 @@ def read_csv(file: Path, scale: int) -> SpikeTimes:
                         f"{file}: has no column {column!r}, only {', '.join(columns)}; "
                         "its first line must name the columns unit and time"
                     )
+
             for row in reader:
                 where = f"{file}: line {reader.line_num}"
                 unit = (row["unit"] or "").strip()
@@ -173,6 +174,7 @@ def read_csv(file: Path, scale: int) -> SpikeTimes:
         raise DataError(f"{file}: is not UTF-8 text: {error}") from None
     except csv.Error as error:
         raise DataError(f"{file}: line {reader.line_num}: {error}") from None
+
     units = sorted(times, key=natural_order)
     return SpikeTimes(units, [np.sort(np.asarray(times[unit], np.int64)) for unit in units])
 
