@@ -11,6 +11,11 @@ ACTIONS = {
     "download": ("torchtitan_rd.commands.data_download", "the sources of a file -> a folder of parquet"),
     "tokenize": ("torchtitan_rd.commands.data_tokenize", "documents -> packed rows of token ids"),
     "shuffle": ("torchtitan_rd.commands.data_shuffle", "the same packed rows in a random order"),
+    "inspect": ("torchtitan_rd.commands.data_inspect", "rows, histograms, rates and rasters of any data"),
+    "prepare-spikes": (
+        "torchtitan_rd.commands.data_prepare_spikes",
+        "recordings of neurons -> a folder of spike counts",
+    ),
 }
 
 

@@ -59,11 +59,11 @@ def scan(keys: DatasetKeys, *, tokenizer: Tokenizer | None, vocab_size: int, see
         raise ConfigError("a stream has no row numbers: check it with --training.stream=false")
     encoder = build_encoder(keys, row.kind, tokenizer, vocab_size)
     source, found = open_source(keys, row, encoder, seed, split)
-    report = Report(_count(source), _UNITS[row.kind], ranges=keys.skip_ranges)
+    report = Report(count_of(source), _UNITS[row.kind], ranges=keys.skip_ranges)
     found.log(keys.dataset, len(source))
 
     reported = time.monotonic()
-    for index, read in _rows(source):
+    for index, read in each_row(source):
         if any(first <= index <= last for first, last in keys.skip_ranges):
             report.skipped += 1
             continue
@@ -82,16 +82,17 @@ def scan(keys: DatasetKeys, *, tokenizer: Tokenizer | None, vocab_size: int, see
     return report
 
 
-def _count(source: TableSource | SampleSource) -> int:
+def count_of(source: TableSource | SampleSource) -> int:
+    """The number of rows to look at."""
     return len(source) if isinstance(source, TableSource) else min(len(source), _MADE_ON_DEMAND)
 
 
-def _rows(source: TableSource | SampleSource) -> Iterator[tuple[int, Callable[[], Any]]]:
+def each_row(source: TableSource | SampleSource) -> Iterator[tuple[int, Callable[[], Any]]]:
     """The number of each row, and what reads its value.
     Rows of a table are taken many at a time, without a copy.
     """
     if isinstance(source, SampleSource):
-        yield from ((index, partial(source.samples.__getitem__, index)) for index in range(_count(source)))
+        yield from ((index, partial(source.samples.__getitem__, index)) for index in range(count_of(source)))
         return
     encoder, index = source.encoder, 0
     for begin in range(0, len(source), _ROWS_AT_ONCE):

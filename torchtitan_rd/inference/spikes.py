@@ -13,6 +13,7 @@ import torch
 
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data import DATASETS, DatasetKeys
+from torchtitan_rd.data.raster import draw
 from torchtitan_rd.data.sources import build_encoder, open_source
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.generation import Constraint
@@ -126,24 +127,10 @@ def raster(path: Path, prompt: SpikePrompt, generated: np.ndarray) -> None:
     """A PNG of the counts (neurons by time bins): prompt and generated (n, T),
     and below it what was recorded.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("--raster needs matplotlib: pip install 'torchtitan_rd[plots]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     shown = {"prompt and generated": np.concatenate((prompt.counts, generated), axis=1)}
     if prompt.truth is not None:
         shown["recorded"] = prompt.truth
     # A recording says what counts are usual; a poor model's largest would leave nothing of it to be seen.
-    most = int(shown.get("recorded", shown["prompt and generated"]).max()) or 1
-    figure, axes = pyplot.subplots(len(shown), sharex=True, squeeze=False, figsize=(9, 3.2 * len(shown)))
-    for axis, (title, counts) in zip(axes[:, 0], shown.items(), strict=True):
-        image = axis.imshow(counts, aspect="auto", interpolation="nearest", cmap="Greys", vmin=0, vmax=most)
-        axis.axvline(prompt.counts.shape[1] - 0.5, color="tab:red", linewidth=1)
-        axis.set(title=title, ylabel="neuron")
-    axes[-1, 0].set_xlabel("time bin (right of the line: to be predicted)")
-    figure.colorbar(image, ax=axes[:, 0].tolist(), label="spikes")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    most = int(shown.get("recorded", shown["prompt and generated"]).max())
+    axis = "time bin (right of the line: to be predicted)"
+    draw(path, shown, most=most, label=axis, line=prompt.counts.shape[1] - 0.5)

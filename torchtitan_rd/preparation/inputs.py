@@ -118,7 +118,7 @@ def _open_path(
     if not found.files and not found.saved and not HUB_NAME.fullmatch(path):
         raise DataError(f"{path}: no such file or folder, and nothing matches it as a pattern")
     table = open_table(
-        path, path, keys.subset, False, keys.split, found, keys.revision, text_column=keys.column
+        path, path, keys.subset, False, keys.split, found, keys.revision, {keys.column: "text"}
     )
     source = Source(path, table, keys.column, weight)
     if not len(source):
