@@ -21,6 +21,7 @@ from torchtitan_rd.data import (
     DatasetKeys,
     Tokenizer,
     build_encoder,
+    check_file_lanes,
     dataset_vocab_size,
     get_dataset,
     is_hub_name,
@@ -130,6 +131,8 @@ def resolve(
     batch = problems.found_by(BatchDims.resolve, training, environment.rank, data_degree)
 
     dataset = problems.found_by(get_dataset, training)
+    if dataset and batch:
+        problems.found_by(check_file_lanes, training, batch)
     read: list[tuple[DatasetKeys, Dataset]] = [(training, dataset)] if dataset else []
     if config.validation.enable:
         keys = problems.found_by(validation_keys, config.validation, training, data_degree)

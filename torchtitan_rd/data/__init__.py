@@ -6,15 +6,19 @@ loader = build_dataloader(config.training, dims, tokenizer=load_tokenizer("bytes
 for batch in loader.next_step(): ...        # the microbatches of this rank's share of one global batch
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torchtitan_rd.batch import Batch
 from torchtitan_rd.config_loader import nearest
-from torchtitan_rd.data.arrow import check_path
+from torchtitan_rd.data.arrow import Encoder, check_path
 from torchtitan_rd.data.batch_dims import BatchDims, BatchKeys
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.cursor import Cursor, LaneReader
+from torchtitan_rd.data.file_lanes import check_file_lanes, file_order
+from torchtitan_rd.data.files import FileList
 from torchtitan_rd.data.hub import repository, tokenizer_revision
 from torchtitan_rd.data.loader import BatchLoader, merge_states
 from torchtitan_rd.data.ranks import DataRanks
@@ -47,6 +51,7 @@ __all__ = [
     "Tokenizer",
     "build_dataloader",
     "build_encoder",
+    "check_file_lanes",
     "dataset_vocab_size",
     "get_dataset",
     "is_hub_name",
@@ -102,6 +107,12 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
             config.stream and config.source_dataset,
             "is streamed whole: unset training.source_dataset or training.stream",
         ),
+        (config.lane_per_file and row.kind != "packed", "is not packed: unset training.lane_per_file"),
+        (
+            config.lane_per_file and (config.stream or shuffled or config.source_dataset),
+            "is read in the order of its files with training.lane_per_file: unset training.stream, "
+            "shuffle_seed and source_dataset",
+        ),
         (needs_eos and config.eos_id is None, "needs training.eos_id for training.pad_id or document_mask"),
     )
     if problems := [f"{section}.dataset = {name!r} {problem}" for wrong, problem in remarks if wrong]:
@@ -134,6 +145,49 @@ def dataset_vocab_size(config: DatasetKeys, tokenizer: Tokenizer | None) -> int:
     return tokenizer.vocab_size
 
 
+@dataclass(frozen=True)
+class _OpenSet:
+    """An indexable data set as this rank reads it: one reader a lane, what its rows are, and its files."""
+
+    readers: list[LaneReader]
+    fingerprint: dict[str, Any]
+    found: FileList
+
+
+def _open_lanes(
+    config: DatasetKeys,
+    row: Dataset,
+    encoder: Encoder,
+    dims: BatchDims,
+    seed: int,
+    split: str,
+    ranks: DataRanks | None,
+) -> _OpenSet:
+    """Opens a data set and reads the first window of each lane of this rank. Raises DataError."""
+    prepared = [] if ranks is None else ranks.prepared(config, row, split)
+    source, found = open_source(config, row, encoder, seed, split, prepared)
+    order = file_order(config, found, len(source), dims.rows_per_stage)
+    cutting = Cutting(config, row.kind, len(source), dims.rows_per_stage, order)
+    fingerprint = source_fingerprint(config, source, found, cutting)
+    samples = prepare(config, source, cutting, fingerprint)
+    readers = cutting.readers(samples, dims.lanes)
+    for reader in readers:
+        reader.read(Cursor())
+    return _OpenSet(readers, fingerprint, found)
+
+
+def _settings(config: DatasetKeys, dims: BatchDims) -> dict[str, Any]:
+    """The part of a fingerprint that is not about data."""
+    return {
+        "dataset": config.dataset,
+        "stream": config.stream,
+        "seq_len": config.seq_len,
+        "global_batch_size": config.global_batch_size if config.stream else dims.global_batch_size,
+        "shuffle_seed": config.shuffle_seed,
+        **({"batch_ramp_stages": dims.stages} if dims.stages > 1 else {}),
+    }
+
+
 def build_dataloader(
     config: DatasetKeys,
     dims: BatchDims,
@@ -153,38 +207,26 @@ def build_dataloader(
     rank stands alone. Raises ConfigError or DataError.
     """
     row = get_dataset(config, split=split)
-    prepared: list[str] = []
+    check_file_lanes(config, dims, split)
     if ranks is not None:
         config = ranks.pinned(config, row, split)
-        prepared = ranks.prepared(config, row, split)
-    encoder = build_encoder(config, row.kind, tokenizer, vocab_size)
-    fingerprint: dict[str, Any] = {
-        "dataset": config.dataset,
-        "stream": config.stream,
-        "seq_len": config.seq_len,
-        "global_batch_size": config.global_batch_size if config.stream else dims.global_batch_size,
-        "shuffle_seed": config.shuffle_seed,
-        **({"batch_ramp_stages": dims.stages} if dims.stages > 1 else {}),
-    }
+    fingerprint = _settings(config, dims)
 
-    readers: list[LaneReader] | list[StreamReader]
+    readers: Sequence[LaneReader] | Sequence[StreamReader]
+    start: list[Any]
+    encoder = build_encoder(config, row.kind, tokenizer, vocab_size)
     if config.stream:
         table, found = open_rows(config, row, encoder, split)
         fingerprint |= stream_fingerprint(encoder, found)
         share = (dims.data_rank, dims.data_degree)
         readers = [StreamReader(config.dataset, table, encoder, config.seq_len, *share, config.document_mask)]
-        start: list[Any] = [STREAM_START]
+        start = [STREAM_START]
         logger.info("data: streaming; the position can be continued on %d data ranks only", dims.data_degree)
-
     else:
-        source, found = open_source(config, row, encoder, seed, split, prepared)
-        cutting = Cutting(config, row.kind, len(source), num_lanes=dims.rows_per_stage)
-        fingerprint |= source_fingerprint(config, source, found, cutting)
-        samples = prepare(config, source, cutting, fingerprint)
-        readers = cutting.readers(samples, dims.lanes)
+        opened = _open_lanes(config, row, encoder, dims, seed, split, ranks)
+        readers, found = opened.readers, opened.found
+        fingerprint |= opened.fingerprint
         start = [Cursor()] * len(readers)
-        for reader in readers:
-            reader.read(Cursor())
 
     if row.kind == "text" and tokenizer is not None:
         fingerprint |= tokenizer_revision(tokenizer)

@@ -57,6 +57,12 @@ class DatasetKeys(BatchKeys):
     eos_id: int | None = Field(None, ge=0, json_schema_extra=MUST_MATCH)
     """Packed rows only: the id that ends a document. Needed by `pad_id` and by `document_mask`."""
 
+    lane_per_file: bool = False
+    """Packed rows in parquet or arrow files only: each row of the global batch is read from files of its own,
+    in their order, so that with as many files as global_batch_size step s holds row s of every file. Their
+    number must be a multiple of global_batch_size. Cannot change at a resume.
+    """
+
     skip_ranges: list[list[int]] = Field(default_factory=list)
     """Rows that are known to be bad, as pairs of the first and the last one: `[[41, 41], [100, 120]]`. The
     numbers are those of error messages and of `torchtitan-rd data check`: from 0, over all files in order

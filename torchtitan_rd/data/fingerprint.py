@@ -13,7 +13,9 @@ from torchtitan_rd.errors import DataError
 from torchtitan_rd.log import logger
 
 _EXPLAINING = ("files", "skip_ranges", "tokenizer_revision")
-_OF_DATA = ("num_samples", "rows", "content", "tokenizer")
+_OF_DATA = ("num_samples", "rows", "content", "tokenizer", "file_borders")
+# Settings that only some runs note, with what all others have.
+_DEFAULTS = {"lane_per_file": False}
 
 
 def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
@@ -52,7 +54,7 @@ def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
 
 def _remedy(key: str, saved: dict[str, Any]) -> str:
     """How to go on where `key` of a fingerprint changed."""
-    was = saved.get(key)
+    was = _value(saved, key)
     if key == "global_batch_size":
         which = "which any number of ranks that divides it can continue"
         return f"set training.global_batch_size = {was}, {which}"
@@ -86,9 +88,14 @@ def check_same_data(fingerprints: Sequence[dict[str, Any]]) -> None:
 
 def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """The keys that refuse a position, in the order of the fingerprint."""
+    keys = [*present, *(key for key in _DEFAULTS if key not in present)]
     return [
-        key for key, value in present.items() if _refuses(key, saved, present) and saved.get(key) != value
+        key for key in keys if _refuses(key, saved, present) and _value(saved, key) != _value(present, key)
     ]
+
+
+def _value(fingerprint: dict[str, Any], key: str) -> Any:
+    return fingerprint.get(key, _DEFAULTS.get(key))
 
 
 def _refuses(key: str, saved: dict[str, Any], present: dict[str, Any]) -> bool:
@@ -100,7 +107,7 @@ def _refuses(key: str, saved: dict[str, Any], present: dict[str, Any]) -> bool:
 
 def describe(key: str, saved: dict[str, Any], present: dict[str, Any]) -> str:
     """What changed, in words."""
-    was, now = saved.get(key), present[key]
+    was, now = _value(saved, key), _value(present, key)
     files = changed_files(saved["files"], present["files"]) if "files" in saved and "files" in present else []
     named = (
         f" ({', '.join(files[:4])}{f' and {len(files) - 4} more' if len(files) > 4 else ''})" if files else ""
@@ -113,6 +120,8 @@ def describe(key: str, saved: dict[str, Any], present: dict[str, Any]) -> str:
         return f"the content of the files{named}"
     if key == "tokenizer":
         return f"the tokenizer's content (digest was {was}, is now {now})"
+    if key == "file_borders":
+        return f"how many rows lie in which file{named}"
     if key == "cut":
         return f"where small samples are cut into pieces (was {was!r}, now {now!r})"
     return f"{key} (was {was!r}, now {now!r})"
