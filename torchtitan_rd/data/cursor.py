@@ -11,7 +11,7 @@ lanes (`merge_states`).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,6 +28,14 @@ class Cursor(NamedTuple):
     epoch: int = 0
     unit: int = 0
     offset: int = 0
+
+
+class Reader(Protocol):
+    """Reads the window at a position (JSON-able); it holds the position after it."""
+
+    def read(self, position: Any) -> Window: ...
+
+    def close(self) -> None: ...
 
 
 class Source(Protocol):
@@ -217,7 +225,7 @@ def permuted(position: int, size: int, seed: int, epoch: int) -> int:
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
-    keys = [_mix(_mix(_mix(seed) ^ epoch) ^ round_) for round_ in range(6)]
+    keys = [mixed(seed, epoch, round_) for round_ in range(6)]
     while True:
         left, right = position >> half, position & mask
         for key in keys:
@@ -225,6 +233,14 @@ def permuted(position: int, size: int, seed: int, epoch: int) -> int:
         position = left << half | right
         if position < size:
             return position
+
+
+def mixed(*numbers: int) -> int:
+    """A pseudo-random number of 64 bits that a few whole numbers decide."""
+    state = _mix(numbers[0])
+    for number in numbers[1:]:
+        state = _mix(state ^ number)
+    return state
 
 
 def _mix(value: int) -> int:
