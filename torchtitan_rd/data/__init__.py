@@ -6,6 +6,7 @@ loader = build_dataloader(config.training, dims, tokenizer=load_tokenizer("bytes
 for batch in loader.next_step(): ...        # the microbatches of this rank's share of one global batch
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -45,6 +46,7 @@ __all__ = [
     "is_hub_name",
     "load_tokenizer",
     "merge_states",
+    "trained_kind",
     "training_sets",
 ]
 
@@ -142,6 +144,16 @@ def training_sets(config: DatasetKeys, split: str = "train", steps: int = 1) -> 
     if problems:
         raise ConfigError("\n".join(problems))
     return sets
+
+
+def trained_kind(training: Mapping[str, Any]) -> str | None:
+    """The kind of data, and so of ids, that a stored [training] table names; None if it is not known here.
+
+    Of a mixture the kind that says what ids mean: packed rows beside text hold the tokenizer's.
+    """
+    names = [source.get("dataset") for source in training.get("mixture", [])] or [training.get("dataset")]
+    kinds = {DATASETS[name].kind for name in names if name in DATASETS}
+    return next((kind for kind in ("spikes", "text", "packed") if kind in kinds), None)
 
 
 def dataset_vocab_size(config: DatasetKeys, tokenizer: Tokenizer | None) -> int:

@@ -34,7 +34,8 @@ def source_keys(config: DatasetKeys, source: MixtureSource, kind: str) -> Datase
     """[training] as it would be if it read this source alone. kind: of the source."""
     others = {key: None for of, keys in _OF_KINDS.items() if of != kind for key in keys}
     own = {key: getattr(source, key) for key in _OF_ONE_SET}
-    return config.model_copy(update={**others, **own, "mixture": []})
+    # What is set of these is refused once, by `check_mixture`.
+    return config.model_copy(update={**others, **own, "mixture": [], "stream": False, "lane_per_file": False})
 
 
 def check_mixture(config: DatasetKeys, kinds: Sequence[str], steps: int = 1) -> None:

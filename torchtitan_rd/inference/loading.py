@@ -12,7 +12,7 @@ from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.huggingface import CONFIG_JSON, require_complete
 from torchtitan_rd.conversion.pipeline import TOKENIZERS, open_released
 from torchtitan_rd.conversion.weights import Weights, model_tensors
-from torchtitan_rd.data import DATASETS, Tokenizer, load_tokenizer
+from torchtitan_rd.data import Tokenizer, load_tokenizer, trained_kind
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.log import logger
 from torchtitan_rd.model_spec import ModelSpec
@@ -97,13 +97,13 @@ def open_weights(path: Path, *, model: str | None = None, flavor: str | None = N
 def source_of(weights: Weights) -> Source:
     """What the weights say about where they came from."""
     config = weights.job_config or {}
-    row = DATASETS.get(config.get("training", {}).get("dataset"))
+    kind = trained_kind(config.get("training", {}))
     ids = config.get("model", {}).get("vocab_size") or weights.shape.vocab_size
     eos = weights.token_ids.get("eos_token_id")
-    if eos is None and row is not None and row.kind == "packed":
+    if eos is None and kind == "packed":
         eos = config["training"].get("eos_id")
     eos_ids = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
-    return Source(Path(weights.origin), None if row is None else row.kind, ids, eos_ids)
+    return Source(Path(weights.origin), kind, ids, eos_ids)
 
 
 def _tokenizer_of(weights: Weights, source: Source, tokenizer_path: str | None) -> Tokenizer | None:
