@@ -160,26 +160,23 @@ def _launch(folder: Path, files: int, ranks: int, again: bool) -> float:
     command += ["-m", "torchtitan_rd.train", f"--job.dump_folder={dump}", "--training.dataset=packed"]
     command += [f"--training.dataset_path={folder / 'rows'}", "--training.lane_per_file"]
     command += [f"--training.local_batch_size={files // ranks}", f"--training.global_batch_size={files}"]
-    command += [
-        "--training.seq_len=3",
-        "--training.steps=3",
-        "--model.vocab_size=512",
-        "--model.overrides.n_layers=1",
-    ]
-    command += ["--model.overrides.dim=32", "--metrics.log_freq=1", "--metrics.log_data_hash"]
+    command += ["--training.seq_len=3", "--training.steps=3", "--model.vocab_size=512"]
+    command += ["--model.overrides.n_layers=1", "--model.overrides.dim=32"]
+    command += ["--metrics.log_freq=1", "--metrics.log_data_hash"]
     environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / f"cache{ranks}")}
-    began = time.monotonic()
+
+    began, seconds, lines = time.monotonic(), 0.0, []
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        lines = []
         for line in process.stderr or ():
             lines.append(line)
             if "step: 1 " in line:
                 seconds = time.monotonic() - began
+
     if process.returncode:
         raise SystemExit("".join(lines))
     rows = [json.loads(line) for line in (dump / "metrics.jsonl").read_text().splitlines()]
     if [row["data_hash"] for row in rows] != hashes_of_rows(files):
-        raise SystemExit("a step does not hold one row of every file")
+        raise SystemExit("a step does not hold row s of every file")
     return seconds
 
 

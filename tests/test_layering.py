@@ -13,7 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "torchtitan_rd"
 # The first name of a module below torchtitan_rd -> its place.
 # Rooms of equal place may import each other, if allowed.
 PLACES = {
-    **dict.fromkeys(("", "errors", "masking", "log", "config_loader", "model_spec", "batch"), 0),
+    **dict.fromkeys(
+        ("", "errors", "masking", "log", "config_loader", "config_values", "model_spec", "batch"), 0
+    ),
     "parallelism": 1,
     **dict.fromkeys(
         (

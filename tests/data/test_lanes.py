@@ -10,6 +10,7 @@ import pytest
 from tests.data.helpers import Ranks, build, equal
 from torchtitan_rd.data import BatchDims, DatasetKeys, check_file_lanes
 from torchtitan_rd.data.cursor import FileOrder
+from torchtitan_rd.data.file_lanes import file_order
 from torchtitan_rd.data.files import find_files
 from torchtitan_rd.errors import ConfigError, DataError
 
@@ -174,6 +175,20 @@ def test_finding_thousands_of_files_takes_time_in_proportion(tmp_path):
     began = time.process_time()
     assert len(find_files(str(tmp_path)).files) == 4096
     assert time.process_time() - began < 3.0
+
+
+def test_counting_the_rows_of_a_thousand_files_takes_time_in_proportion(tmp_path):
+    """4 s of CPU time where each file asks all others of what kind they are."""
+    pq.write_table(pa.table({"input_ids": [[1, 2, 3]]}), tmp_path / "one.parquet")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for file in range(1024):
+        (folder / f"{file:05d}.parquet").symlink_to(tmp_path / "one.parquet")
+    found = find_files(str(folder))
+    began = time.process_time()
+    order = file_order(keys(folder, 1024), found, 1024, 1024)
+    assert time.process_time() - began < 1.5
+    assert [order.row(share, 0) for share in (0, 7, 1023)] == [0, 7, 1023]
 
 
 def test_a_hundred_files_are_opened_on_two_ranks_in_seconds(tmp_path):

@@ -42,7 +42,8 @@ def file_order(config: DatasetKeys, found: FileList, num_rows: int, num_lanes: i
     """
     if not config.lane_per_file:
         return None
-    rows = [_rows_in(file, found.builder()) for file in found.files]
+    builder = found.builder()  # looks at all files
+    rows = [_rows_in(file, builder) for file in found.files]
     if 0 in rows:
         raise DataError(f"training.lane_per_file: {found.files[rows.index(0)]} holds no rows; remove it")
     if sum(rows) != num_rows:

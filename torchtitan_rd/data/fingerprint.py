@@ -96,13 +96,13 @@ def check_same_data(fingerprints: Sequence[dict[str, Any]]) -> None:
     """
     lines = []
     for rank, fingerprint in enumerate(fingerprints):
-        changed = [
+        found = [
             name + describe(key, there, here)
             for name, there, here in _pairs(fingerprints[0], fingerprint)
             for key in differences(there, here)
         ]
-        if changed:
-            lines.append(f"rank {rank}: {'; '.join(changed)}")
+        if found:
+            lines.append(f"rank {rank}: {'; '.join(found)}")
     if lines:
         more = f"\n  and {len(lines) - 8} more ranks" if len(lines) > 8 else ""
         raise DataError(

@@ -104,7 +104,8 @@ class Mixture:
     """
 
     def __init__(self, sources: Sequence[MixtureSource], seed: int, dims: BatchDims, seq_len: int):
-        self.sources, self.seed, self.dims, self.seq_len = list(sources), seed, dims, seq_len
+        self.sources, self.seed = list(sources), seed
+        self.dims, self.seq_len = dims, seq_len
 
     def weights(self, step: int, cursors: Mapping[str, Sequence[int]]) -> list[float]:
         """Of each source in a lane with these cursors: 0 where it has had its epochs."""
@@ -171,7 +172,8 @@ class MixtureReader:
     """Reads the windows of one lane from the readers of its sources, by their names."""
 
     def __init__(self, mixture: Mixture, lane: int, readers: Mapping[str, Reader]):
-        self.mixture, self.lane, self.readers = mixture, lane, readers
+        self.mixture, self.lane = mixture, lane
+        self.readers = readers
 
     def read(self, position: Mapping[str, Any]) -> Window:
         """The window at `position`. Raises DataError, naming the source."""
