@@ -3,6 +3,7 @@ same run; and what one large document costs, beside the same text in short rows.
 
     python benchmarks/data.py [--seconds 2]
     python benchmarks/data.py --document [--megabytes 5] [--batches 8 32] [--steps 20]
+    python benchmarks/data.py --files 4096 [--ranks 2 4]
 
 Writes a made-up table (as the Neural Pile: `spike_counts`, lists of lists of uint8) with `save_to_disk` into
 a temporary folder, then times, in CPU seconds (the best of several rounds, one thread):
@@ -13,11 +14,19 @@ a temporary folder, then times, in CPU seconds (the best of several rounds, one 
 With --document, a .txt of English words and a .jsonl of the same text in rows of about 1 kB, a BPE tokenizer
 of 4096 ids trained on it, windows of 512 + 1 ids: CPU seconds of one encode and of building the loader (from
 an empty cache, and again), and tokens per CPU second of the first steps that follow.
+
+With --files, so many packed parquet files of 3 rows, a global batch with one row of each
+(training.lane_per_file), and a whole run of 3 steps of a tiny model: seconds from the command to the first
+logged step, with an empty cache and again. That the run holds row s of every file in step s is checked.
 """
 
 import argparse
+import hashlib
 import json
+import os
 import random
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +34,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from datasets import Dataset, Features, Sequence, Value
 
 from torchtitan_rd.data import BatchDims, DatasetKeys, build_dataloader, load_tokenizer
@@ -118,6 +129,57 @@ def measure_document(megabytes: float, batches: list[int], steps: int) -> None:
                 print(f"{file:11s} {batch:5d} {times[0]:9.1f} {times[1]:8.1f} {rate_:9.0f}", flush=True)
 
 
+def write_files(folder: Path, files: int) -> None:
+    """Row r of file f holds the ids (f // 500, f % 500, r) and, as its last label, 0."""
+    folder.mkdir()
+    for file in range(files):
+        rows = pa.array([[file // 500, file % 500, row, 0] for row in range(3)], pa.list_(pa.int32()))
+        pq.write_table(pa.table({"input_ids": rows}), folder / f"{file // 512:03d}_{file % 512:05d}.parquet")
+
+
+def hashes_of_rows(files: int) -> list[str]:
+    """What metrics.log_data_hash must tell of the three steps of an epoch: row s of every file in step s."""
+    steps = [np.array([[file // 500, file % 500, row] for file in range(files)], "<i8") for row in range(3)]
+    return [hashlib.sha256(step.tobytes()).hexdigest() for step in steps]
+
+
+def measure_files(files: int, ranks: list[int]) -> None:
+    print("files  ranks  s to step 1  s again")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_files(folder / "rows", files)
+        for degree in ranks:
+            seconds = [_launch(folder, files, degree, again) for again in (False, True)]
+            print(f"{files:5d} {degree:6d} {seconds[0]:12.1f} {seconds[1]:8.1f}", flush=True)
+
+
+def _launch(folder: Path, files: int, ranks: int, again: bool) -> float:
+    """Seconds until the first step of a run is logged."""
+    dump = folder / f"dump{ranks}{again}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += ["-m", "torchtitan_rd.train", f"--job.dump_folder={dump}", "--training.dataset=packed"]
+    command += [f"--training.dataset_path={folder / 'rows'}", "--training.lane_per_file"]
+    command += [f"--training.local_batch_size={files // ranks}", f"--training.global_batch_size={files}"]
+    command += ["--training.seq_len=3", "--training.steps=3", "--model.vocab_size=512"]
+    command += ["--model.overrides.n_layers=1", "--model.overrides.dim=32"]
+    command += ["--metrics.log_freq=1", "--metrics.log_data_hash"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / f"cache{ranks}")}
+
+    began, seconds, lines = time.monotonic(), 0.0, []
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr or ():
+            lines.append(line)
+            if "step: 1 " in line:
+                seconds = time.monotonic() - began
+
+    if process.returncode:
+        raise SystemExit("".join(lines))
+    rows = [json.loads(line) for line in (dump / "metrics.jsonl").read_text().splitlines()]
+    if [row["data_hash"] for row in rows] != hashes_of_rows(files):
+        raise SystemExit("a step does not hold row s of every file")
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -127,7 +189,12 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=5.0, help="of the document")
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--files", type=int, default=0, help="start-up with so many packed files")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     arguments = parser.parse_args()
+    if arguments.files:
+        measure_files(arguments.files, arguments.ranks)
+        return
     if arguments.document:
         measure_document(arguments.megabytes, arguments.batches, arguments.steps)
         return

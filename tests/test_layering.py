@@ -21,6 +21,7 @@ PLACES = {
             "log",
             "config_file",
             "config_loader",
+            "config_values",
             "model_spec",
             "model_steps",
             "batch",

@@ -8,6 +8,7 @@ import tomli_w
 
 from torchtitan_rd.checkpoint import CheckpointConfig
 from torchtitan_rd.config_loader import Loaded, Section, load_config, section_type
+from torchtitan_rd.config_values import without_none
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.huginn_config import translate
 from torchtitan_rd.job import CommConfig, Environment, JobKeys
@@ -63,8 +64,7 @@ class JobConfig(Section):
         """Writes a TOML file that loads to this same config,
         but for credentials (keys that are None are left out).
         """
-        sections = {s: {k: v for k, v in keys.items() if v is not None} for s, keys in self.as_dict().items()}
-        path.write_text(tomli_w.dumps(sections), encoding="utf-8")
+        path.write_text(tomli_w.dumps(without_none(self.as_dict())), encoding="utf-8")
 
     @classmethod
     def must_match_keys(cls) -> frozenset[str]:

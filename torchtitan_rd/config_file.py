@@ -138,7 +138,7 @@ def _line_of(text: str, section: str, key: str) -> int:
         stripped = line.strip()
         if re.match(rf"(\[\s*{re.escape(section)}\s*\]|{re.escape(section)}\s*:)", stripped):
             inside, header = True, number
-        elif re.match(rf"\[\s*{re.escape(section)}\.{re.escape(key)}\s*\]", stripped):
+        elif re.match(rf"\[{{1,2}}\s*{re.escape(section)}\.{re.escape(key)}\s*\]", stripped):
             return number
         elif stripped.startswith("[") or (stripped.endswith(":") and not line[:1].isspace()):
             inside = False

@@ -4,22 +4,19 @@ A section is a subclass of `Section` that stands in the room that uses it; `conf
 Every problem found is gathered, and all are raised as one ConfigError before anything expensive starts.
 """
 
-import ast
 import inspect
 import re
-import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Annotated, Any, Generic, TypeVar
 
-import tomli
-from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from pydantic.config import JsonDict
 from pydantic.fields import FieldInfo
 
 from torchtitan_rd.config_file import Translator, Value, present_section, read_file
+from torchtitan_rd.config_values import entry_type, guess, is_table, nest, parse, place, with_field
 from torchtitan_rd.errors import ConfigError, nearest
 from torchtitan_rd.masking import is_masked
 
@@ -113,6 +110,7 @@ class _Reader(Generic[C]):
     schema: type[C]
     renamed: Mapping[str, RenamedKey]
     values: dict[str, Value] = field(default_factory=dict)
+    field_origins: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -123,7 +121,7 @@ class _Reader(Generic[C]):
         if key in self.renamed:
             old, where = self.renamed[key], f"{value.origin}: {key}"
             if value.origin == "command line" and isinstance(value.raw, str):
-                value = Value(_guess(value.raw), value.origin)  # the old key's type is not declared anywhere
+                value = Value(guess(value.raw), value.origin)  # the old key's type is not declared anywhere
             if old.new is None:
                 if not any(type(value.raw) is type(one) and value.raw == one for one in old.harmless):
                     self.problems.append(f"{where} = {value.raw!r} is no longer supported: {old.remedy}")
@@ -139,8 +137,24 @@ class _Reader(Generic[C]):
         problem = self.unknown(key)
         if problem:
             self.problems.append(f"{value.origin}: {problem}")
+            return
+        section, name, *below = key.split(".")
+        annotation = section_type(self.schema.model_fields[section]).model_fields[name].annotation
+        if below and entry_type(annotation):
+            self._take_field(f"{section}.{name}", annotation, below, value)
         else:
             self.values[key] = value
+
+    def _take_field(self, key: str, annotation: Any, path: list[str], value: Value) -> None:
+        """Sets a field (`path`: entry, field) in the list of tables that the file gave."""
+        base = self.values.get(key, Value([], value.origin))
+        try:
+            entries, entry = with_field(base.raw, annotation, path, value.raw)
+        except ConfigError as error:
+            self.problems.append(f"{value.origin}: {'.'.join([key, *path])}: {error}")
+            return
+        self.values[key] = Value(entries, base.origin)
+        self.field_origins[f"{key}.{entry}.{path[1]}"] = value.origin
 
     def unknown(self, key: str) -> str | None:
         """What is wrong with the name `section.key` (or `section.key.entry` of a table), or None."""
@@ -149,10 +163,16 @@ class _Reader(Generic[C]):
         if section not in sections:
             return f"unknown section [{section}]{nearest(section, sections)}"
         fields = section_type(sections[section]).model_fields
-        if name in fields or (
-            name.partition(".")[0] in fields and is_table(fields[name.partition(".")[0]].annotation)
-        ):
+        if name in fields:
             return None
+        key, *path = name.split(".")
+        if key in fields and is_table(fields[key].annotation):
+            return None
+        if len(path) == 2 and key in fields and (entries := entry_type(fields[key].annotation)):
+            known = entries.model_fields
+            if path[1] in known:
+                return None
+            return f"unknown key {path[1]!r} in [[{section}.{key}]]{nearest(path[1], known)}"
         elsewhere = [f"{s}.{name}" for s, f in sections.items() if name in section_type(f).model_fields]
         hint = f"; did you mean {elsewhere[0]}?" if elsewhere else nearest(name, fields)
         return f"unknown key {name!r} in section [{section}]{hint}"
@@ -166,7 +186,7 @@ class _Reader(Generic[C]):
             for key, value in self.values.items():
                 if not key.startswith(name + "."):
                     continue
-                if not _nest(raw, key.split(".")[1:], self._typed(section, key, value)):
+                if not nest(raw, key.split(".")[1:], self._typed(section, key, value)):
                     parent = key.rpartition(".")[0]
                     self.problems.append(
                         f"{value.origin}: {key}: {parent} has a value already and cannot hold entries"
@@ -185,10 +205,10 @@ class _Reader(Generic[C]):
             return value.raw
         name, _, entry = key.partition(".")[2].partition(".")
         annotation = section.model_fields[name].annotation
-        return _guess(value.raw) if entry else _parse(value.raw, annotation)
+        return guess(value.raw) if entry else parse(value.raw, annotation)
 
     def _explain(self, section: str, entry: Mapping[str, Any]) -> str:
-        name = str(entry["loc"][0]) if entry["loc"] else ""
+        name = key = str(entry["loc"][0]) if entry["loc"] else ""
         found = [
             v
             for k, v in self.values.items()
@@ -196,6 +216,11 @@ class _Reader(Generic[C]):
         ]
         origin = found[0].origin if found else "default"
         message = entry["msg"].removeprefix("Value error, ")
+        if len(entry["loc"]) > 1 and found:
+            name = place(found[0].raw, entry["loc"])
+            entries = entry_type(section_type(self.schema.model_fields[section]).model_fields[key].annotation)
+            if entry["type"] == "extra_forbidden" and entries:
+                message = f"is no key of it{nearest(str(entry['loc'][-1]), entries.model_fields)}"
         return (
             f"{origin}: [{section}] {name} = {entry['input']!r}: {message}"
             if name
@@ -238,7 +263,7 @@ def load_config(
     if config is None or reader.problems:
         raise ConfigError("\n".join(reader.problems))
 
-    origins = {key: value.origin for key, value in reader.values.items()}
+    origins = {key: value.origin for key, value in reader.values.items()} | reader.field_origins
     masked = [
         f"{value.origin}: {key} had credentials, which were hidden (***) when this was written: "
         "give them again"
@@ -276,49 +301,3 @@ def parse_overrides(arguments: Sequence[str], problems: list[str]) -> list[tuple
 def _present_key(key: str) -> str:
     section, dot, name = key.partition(".")
     return present_section(section) + dot + name
-
-
-def is_table(annotation: Any) -> bool:
-    """Whether a key holds a table of its own (`[model.overrides]`)."""
-    return typing.get_origin(annotation) is dict
-
-
-def _nest(table: dict[str, Any], path: list[str], value: Any) -> bool:
-    """Sets the entry at `path`; False, with nothing set, if a part of the path is a value and no table."""
-    for name in path[:-1]:
-        table = table.setdefault(name, {})
-        if not isinstance(table, dict):
-            return False
-    last, present = path[-1], table.get(path[-1])
-    table[last] = {**present, **value} if isinstance(value, dict) and isinstance(present, dict) else value
-    return True
-
-
-def _parse(text: str, annotation: Any) -> Any:
-    """A command-line string as `annotation`; unchanged where it does not fit,
-    so that validation can complain.
-    """
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if type(None) in options and text.lower() in ("none", "null"):
-        return None
-    if typing.get_origin(annotation) in (list, tuple, dict):
-        return _guess(text if text[:1] in "[{(" else f"[{text}]")
-    for option in options:
-        if option is type(None):
-            continue
-        try:
-            return TypeAdapter(option).validate_strings(text)
-        except ValidationError:
-            continue
-    return text
-
-
-def _guess(text: str) -> Any:
-    """A value whose type no key declares, read as TOML would: true, 3, 0.5, [1, 2], else a string."""
-    try:
-        return tomli.loads(f"value = {text}")["value"]
-    except tomli.TOMLDecodeError:
-        try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            return text.strip("[]").split(",") if text.startswith("[") else text

@@ -36,6 +36,10 @@ def mask_values(value: Any, name: str = "") -> Any:
 
 def is_masked(value: Any) -> bool:
     """Whether a value that was read back had something hidden in it when it was written."""
+    if isinstance(value, Mapping):
+        return any(is_masked(entry) for entry in value.values())
+    if isinstance(value, list | tuple):
+        return any(is_masked(entry) for entry in value)
     return isinstance(value, str) and (value == MASK or ("://" in value and MASK in value))
 
 

@@ -17,14 +17,17 @@ from torchtitan_rd.config import JobConfig
 from torchtitan_rd.data import (
     DATASETS,
     BatchDims,
+    DataSet,
     Dataset,
     DatasetKeys,
     Tokenizer,
     build_encoder,
+    check_file_lanes,
     dataset_vocab_size,
     get_dataset,
     is_hub_name,
     load_tokenizer,
+    training_sets,
 )
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError, DataError
@@ -45,7 +48,7 @@ _SOME_VOCABULARY = 256
 
 @dataclass(frozen=True)
 class RunPlan:
-    """dims: of the ranks. batch: of the rows. dataset: what is trained on.
+    """dims: of the ranks. batch: of the rows. sets: what is trained on.
 
     tokenizer: None where no data set is text or chat. vocab_size: ids that the data may hold;
         the model may have more rows.
@@ -55,7 +58,7 @@ class RunPlan:
 
     dims: ParallelDims
     batch: BatchDims
-    dataset: Dataset
+    sets: list[DataSet]
     tokenizer: Tokenizer | None
     vocab_size: int
     spec: ModelSpec
@@ -79,6 +82,8 @@ class RunPlan:
             f"batch: {batch.global_batch_size} sequences, {self.tokens_per_step:,} tokens a step; "
             f"{per_rank} x {batch.local_batch_size} sequences of {self.seq_len} tokens on each rank",
         ]
+        if names := [f"{one.name} ({one.keys.dataset})" for one in self.sets if one.name is not None]:
+            lines.append(f"mixture of {', '.join(names)}")
         if batch.ramp_steps:
             lines.append(f"batch: grows in {batch.stages} stages over the first {batch.ramp_steps} steps")
         if self.shape.vocab_size > self.vocab_size:
@@ -130,8 +135,10 @@ def resolve(
     data_degree = dims.data_degree if dims else environment.world_size
     batch = problems.found_by(BatchDims.resolve, training, environment.rank, data_degree)
 
-    dataset = problems.found_by(get_dataset, training)
-    read: list[tuple[DatasetKeys, Dataset]] = [(training, dataset)] if dataset else []
+    sets = problems.found_by(training_sets, training, steps=training.steps)
+    if sets and batch:
+        problems.found_by(check_file_lanes, training, batch)
+    read: list[tuple[DatasetKeys, Dataset]] = [(one.keys, one.row) for one in sets or []]
     if config.validation.enable:
         keys = problems.found_by(validation_keys, config.validation, training, data_degree)
         held_out = (
@@ -141,7 +148,7 @@ def resolve(
 
     if any(row.needs_tokenizer for _, row in read) and tokenizer is None:
         tokenizer = problems.found_by(load_tokenizer, config.model.tokenizer_path)
-    vocab_size = _vocab_size(config, dataset, tokenizer, problems)
+    vocab_size = _vocab_size(config, sets, tokenizer, problems)
     for keys, row in read if vocab_size else []:
         if not row.needs_tokenizer or tokenizer is not None:
             problems.found_by(build_encoder, keys, row.kind, tokenizer, vocab_size)
@@ -166,15 +173,17 @@ def resolve(
             dtype=getattr(torch, training.mixed_precision_param),
         )
 
-    if problems.lines or not (dims and batch and dataset and vocab_size and spec and shape and draws):
+    if problems.lines or not (dims and batch and sets and vocab_size and spec and shape and draws):
         raise ConfigError("\n".join(problems.lines))  # whatever is missing has said why
-    data = (batch, dataset, tokenizer, vocab_size)
+    data = (batch, sets, tokenizer, vocab_size)
     return RunPlan(dims, *data, spec, shape, draws, training.seq_len, token_weights)
 
 
 def reads_hub_tokenizer(config: JobConfig) -> bool:
     """Whether a data set of the run is text or chat and its tokenizer a repository on the hub."""
-    names = [config.training.dataset, config.validation.dataset if config.validation.enable else None]
+    training = config.training
+    names = [source.dataset for source in training.mixture] or [training.dataset]
+    names += [config.validation.dataset] if config.validation.enable and config.validation.dataset else []
     tokenized = any(DATASETS[name].needs_tokenizer for name in names if name in DATASETS)
     return tokenized and is_hub_name(config.model.tokenizer_path)
 
@@ -218,12 +227,12 @@ def _check_device(config: JobConfig, device: torch.device, problems: _Problems) 
 
 
 def _vocab_size(
-    config: JobConfig, dataset: Dataset | None, tokenizer: Tokenizer | None, problems: _Problems
+    config: JobConfig, sets: list[DataSet] | None, tokenizer: Tokenizer | None, problems: _Problems
 ) -> int | None:
     """None where a mistake that is noted already hides it."""
     if config.model.vocab_size is not None:
         return config.model.vocab_size
-    if dataset is None or (dataset.needs_tokenizer and tokenizer is None):
+    if sets is None or (tokenizer is None and any(one.row.needs_tokenizer for one in sets)):
         return None
     return problems.found_by(dataset_vocab_size, config.training, tokenizer)
 

@@ -263,7 +263,8 @@ class Trainer:
         state = self.parts.checkpointer.load(tensors)
         if state is None:
             loaded = self.parts.checkpointer.load_initial(tensors["model"])
-            tokenizer = self.plan.tokenizer if self.plan.dataset.needs_tokenizer else None
+            tokenized = any(one.row.needs_tokenizer for one in self.plan.sets)
+            tokenizer = self.plan.tokenizer if tokenized else None
             if loaded is not None and tokenizer is not None and self.environment.rank == 0:
                 warn_of_another_tokenizer(loaded, self.config.model.tokenizer_path, tokenizer)
             logger.info("starting at step 1")
@@ -355,6 +356,7 @@ class Trainer:
         extra = self.plan.draws.describe(telemetry, result.depths)
         if self.config.validation.is_due(self.step, self.config.training.steps):
             extra |= self._validate()
+        extra |= self.parts.loader.describe(job.gather_numbers)
         data_hash = hash_ids(batches) if self.config.metrics.log_data_hash else None
         self.parts.metrics.log(
             self.step, lr=lr, tokens_seen=self.tokens_seen, data_hash=data_hash, extra=extra

@@ -69,6 +69,8 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
             f"{training.local_batch_size} times the {data_degree} data ranks = {at_once}"
         )
 
+    if training.mixture and config.dataset is None:
+        raise ConfigError("validation.dataset must be given beside [[training.mixture]], which is several")
     name = config.dataset or training.dataset
     same = name == training.dataset
     kind = DATASETS[name].kind if name in DATASETS else None

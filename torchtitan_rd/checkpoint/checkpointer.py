@@ -26,6 +26,7 @@ from torchtitan_rd.checkpoint.manifest import Unreadable, tensor_table, verify
 from torchtitan_rd.checkpoint.rank_group import RankGroup
 from torchtitan_rd.checkpoint.safe_reader import METADATA, MODEL_SHAPE, SafeReader
 from torchtitan_rd.checkpoint.writer import Snapshot, Writer, find_aliases
+from torchtitan_rd.config_values import without_none
 from torchtitan_rd.errors import CheckpointError, ConfigError
 from torchtitan_rd.log import logger
 
@@ -66,7 +67,7 @@ class Checkpointer:
         self._excluded = [n for n in config.exclude_from_loading if not contract.is_excluded(n, ["model"])]
         self.must_match = must_match
         self._open_released = open_released
-        self._config_text = tomli_w.dumps(_without_none(job_config))
+        self._config_text = tomli_w.dumps(without_none(job_config))
         self._arithmetic = arithmetic
         self._model_text = json.dumps(model_shape, indent=1, sort_keys=True)
 
@@ -385,9 +386,3 @@ def _is_damage(problems: Iterable[str]) -> bool:
 
 def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-
-
-def _without_none(table: Mapping[str, Any]) -> dict[str, Any]:
-    """TOML has no null: a key without a value is left out."""
-    kept = {key: value for key, value in table.items() if value is not None}
-    return {key: _without_none(value) if isinstance(value, Mapping) else value for key, value in kept.items()}

@@ -16,11 +16,14 @@ import sys
 import types
 import typing
 from dataclasses import replace
+from typing import Any
 
+from pydantic.fields import FieldInfo
 from tabulate import tabulate
 
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import section_type
+from torchtitan_rd.config_values import entry_type
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
 from torchtitan_rd.log import logger
@@ -42,7 +45,7 @@ def main(arguments: list[str]) -> int:
 
     environment = _on(ranks, Environment.read())  # a file of Huginn's means something else on other ranks
     loaded = load(arguments, environment)
-    rows = {f"{s}.{k}": value for s, keys in loaded.config.as_dict().items() for k, value in keys.items()}
+    rows = _rows(loaded.config.as_dict())
     if key is not None:
         if key not in rows:
             raise ConfigError(f"--print-key: unknown key {key!r}")
@@ -88,11 +91,26 @@ def _plan(config: JobConfig, environment: Environment, ranks: str | None) -> Run
     return resolve(config, environment)
 
 
+def _rows(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """`section.key` -> value; of a list of tables `section.key.name.field`, those that are set."""
+    rows: dict[str, Any] = {}
+    for section, keys in sections.items():
+        for key, value in keys.items():
+            if not (isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value)):
+                rows[f"{section}.{key}"] = value
+                continue
+            for number, entry in enumerate(value):
+                prefix = f"{section}.{key}.{entry.get('name', number)}"
+                rows |= {f"{prefix}.{field}": set_ for field, set_ in entry.items() if set_ is not None}
+    return rows
+
+
 def _origin(name: str, origins: dict[str, str]) -> str:
     """Where a value came from; a table's entries (model.overrides.dim) may each have an origin
-    of their own.
+    of their own, and fields that stand in a list of tables have that of the list.
     """
     found = [origin for key, origin in origins.items() if key == name or key.startswith(name + ".")]
+    found = found or [origin for key, origin in origins.items() if name.startswith(key + ".")]
     return ", ".join(dict.fromkeys(found)) or "default"
 
 
@@ -119,24 +137,39 @@ def schema_page() -> str:
     fixed = JobConfig.must_match_keys()
     parts = [_PAGE_HEAD]
     for section, info in JobConfig.model_fields.items():
-        rows = [
-            (
-                f"`{key}`" + ("*" if f"{section}.{key}" in fixed else ""),
-                _type_name(field.annotation),
-                f"`{json.dumps(field.get_default(call_default_factory=True))}`",
-                " ".join((field.description or "").split()).replace("|", "\\|"),
-            )
-            for key, field in section_type(info).fields_in_order()
-        ]
-        table = tabulate(
-            rows, headers=("key", "type", "default", "meaning"), tablefmt="github", disable_numparse=True
-        )
-        parts.append(f"## [{section}]\n\n{table}\n")
+        fields = section_type(info).fields_in_order()
+        parts.append(f"## [{section}]\n\n{_table(fields, section, fixed)}\n")
+        for key, field in fields:
+            if entries := entry_type(field.annotation):
+                name = f"{section}.{key}"
+                parts.append(f"## [[{name}]]\n\n{_table(list(entries.model_fields.items()), name, fixed)}\n")
     return "\n".join(parts).removesuffix("\n")
+
+
+def _table(fields: list[tuple[str, FieldInfo]], section: str, fixed: frozenset[str]) -> str:
+    rows = [
+        (
+            f"`{key}`" + ("*" if f"{section}.{key}" in fixed else ""),
+            _type_name(field.annotation),
+            _default(field),
+            " ".join((field.description or "").split()).replace("|", "\\|"),
+        )
+        for key, field in fields
+    ]
+    headers = ("key", "type", "default", "meaning")
+    return tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return f"`{json.dumps(field.get_default(call_default_factory=True))}`"
 
 
 def _type_name(annotation: object) -> str:
     """`int`, `str or none`, `"a" or "b"` for choices."""
+    if entry_type(annotation):
+        return "list of tables"
     if typing.get_origin(annotation) is typing.Literal:
         return " or ".join(json.dumps(choice) for choice in typing.get_args(annotation))
     if isinstance(annotation, types.UnionType):

@@ -11,7 +11,14 @@ from pathlib import Path
 
 from torchtitan_rd.checkpoint import saved_states
 from torchtitan_rd.config import load
-from torchtitan_rd.data import DataRanks, DatasetKeys, dataset_vocab_size, get_dataset, load_tokenizer
+from torchtitan_rd.data import (
+    DataRanks,
+    DataSet,
+    dataset_vocab_size,
+    get_dataset,
+    load_tokenizer,
+    training_sets,
+)
 from torchtitan_rd.data.check import Report, scan
 from torchtitan_rd.job import Environment
 from torchtitan_rd.log import logger
@@ -31,37 +38,38 @@ def main(arguments: list[str]) -> int:
     for warning in loaded.warnings:
         logger.warning("%s", warning)
     config = loaded.config
-    parts: list[tuple[str, DatasetKeys, str]] = [("training", config.training, "train")]
+    parts = [(one, "train") for one in training_sets(config.training, steps=config.training.steps)]
     if config.validation.enable:
         held_out = validation_keys(config.validation, config.training, data_degree=1)
-        parts.append(("validation", held_out, config.validation.split))
+        row = get_dataset(held_out, "validation", config.validation.split)
+        parts.append((DataSet(held_out, row, section="validation"), config.validation.split))
 
     # What the run in this dump folder reads of the hub is checked, not what is newest there.
     states = saved_states(config.checkpoint, Path(config.job.dump_folder))
     alone = DataRanks(lambda value: [value], 0, 0, states)
-    datasets = [get_dataset(keys, section, split) for section, keys, split in parts]
-    tokenized = any(dataset.needs_tokenizer for dataset in datasets)
+    tokenized = any(one.row.needs_tokenizer for one, _ in parts)
     tokenizer = load_tokenizer(alone.tokenizer(config.model.tokenizer_path)) if tokenized else None
     vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, tokenizer)
     bad = 0
-    for dataset, (section, keys, split) in zip(datasets, parts, strict=True):
-        keys = alone.pinned(keys, dataset, split)
+    for one, split in parts:
+        keys = alone.pinned(one.keys, one.row, split, one.name)
         report = scan(
             keys, tokenizer=tokenizer, vocab_size=vocab_size, seed=config.training.seed, split=split
         )
         bad += len(report.problems)
-        _print(section, report)
+        _print(one.section, report)
     return int(bad > 0)
 
 
 def _print(section: str, report: Report) -> None:
+    own = "training" if section == "validation" else section
     for problem in list(report.problems.values())[:_SHOWN]:
-        print(problem)
+        print(problem if section in ("training", "validation") else f"{section}: {problem}")
     if len(report.problems) > _SHOWN:
         print(f"... and {len(report.problems) - _SHOWN} more")
     sys.stdout.write(
         f"{section}: {report.rows:,} rows, {report.size:,} {report.unit}; "
-        f"{report.empty:,} empty, {report.skipped:,} skipped by training.skip_ranges, "
+        f"{report.empty:,} empty, {report.skipped:,} skipped by {own}.skip_ranges, "
         f"{len(report.problems):,} that would stop a run\n"
     )
     if report.problems:

@@ -26,7 +26,7 @@ from torchtitan_rd.conversion.tokenizer_files import (
     tokenizer_files,
 )
 from torchtitan_rd.conversion.weights import GENERATION_CONFIG, Weights, select_tensors, total_bytes
-from torchtitan_rd.data import DATASETS, TOKENIZED, Tokenizer, load_tokenizer
+from torchtitan_rd.data import TOKENIZED, Tokenizer, load_tokenizer, trained_kind
 from torchtitan_rd.data.hub import hub_tokenizer
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
@@ -73,7 +73,7 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
     config = weights.job_config or {}
     training, kept = config.get("training", {}), weights.files
     states: list[Path] = []
-    kind = DATASETS[training["dataset"]].kind if training.get("dataset") in DATASETS else None
+    kind = trained_kind(training)
     if tokenizer_path == "none":
         return replace(weights, files={name: kept[name] for name in kept if name == GENERATION_CONFIG})
     if tokenizer_path is None and not any(name in kept for name in TOKENIZERS):
@@ -116,7 +116,7 @@ def warn_of_another_tokenizer(folder: Path, tokenizer_path: str, tokenizer: Toke
     training = config.get("training", {})
     if places:
         theirs = str(places[0])
-    elif training.get("dataset") in DATASETS and DATASETS[training["dataset"]].needs_tokenizer:
+    elif trained_kind(training) in TOKENIZED:
         theirs = config.get("model", {}).get("tokenizer_path", "bytes")
     else:
         return

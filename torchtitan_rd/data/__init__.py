@@ -6,6 +6,7 @@ loader = build_dataloader(config.training, dims, tokenizer=load_tokenizer("bytes
 for batch in loader.next_step(): ...        # the microbatches of this rank's share of one global batch
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -15,27 +16,17 @@ from torchtitan_rd.data.arrow import check_path
 from torchtitan_rd.data.batch_dims import BatchDims, BatchKeys
 from torchtitan_rd.data.chat_template import ChatTemplate
 from torchtitan_rd.data.config import DatasetKeys
-from torchtitan_rd.data.cursor import Cursor, LaneReader
+from torchtitan_rd.data.file_lanes import check_file_lanes
 from torchtitan_rd.data.hub import repository, tokenizer_revision
 from torchtitan_rd.data.loader import BatchLoader, merge_states
+from torchtitan_rd.data.mixture import MIXTURE, Mixture, check_mixture, source_keys
+from torchtitan_rd.data.opening import DataSet, Opening
 from torchtitan_rd.data.ranks import DataRanks
-from torchtitan_rd.data.sources import (
-    TOKENIZED,
-    Cutting,
-    Dataset,
-    build_encoder,
-    open_rows,
-    open_source,
-    prepare,
-    source_fingerprint,
-    stream_fingerprint,
-)
+from torchtitan_rd.data.sources import TOKENIZED, Dataset, build_encoder
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE, SyntheticRecordings
-from torchtitan_rd.data.stream import STREAM_START, StreamReader
 from torchtitan_rd.data.text import pydoc_topics
 from torchtitan_rd.data.tokenizer import Tokenizer, is_hub_name, load_tokenizer
-from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.log import logger
+from torchtitan_rd.errors import ConfigError, DataError
 
 __all__ = [
     "DATASETS",
@@ -46,16 +37,20 @@ __all__ = [
     "BatchLoader",
     "ChatTemplate",
     "DataRanks",
+    "DataSet",
     "Dataset",
     "DatasetKeys",
     "Tokenizer",
     "build_dataloader",
     "build_encoder",
+    "check_file_lanes",
     "dataset_vocab_size",
     "get_dataset",
     "is_hub_name",
     "load_tokenizer",
     "merge_states",
+    "trained_kind",
+    "training_sets",
 ]
 
 DATASETS: dict[str, Dataset] = {
@@ -87,6 +82,7 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
 
     row = DATASETS[name]
     shuffled = config.shuffle_seed is not None
+    own = "training" if section == "validation" else section  # these keys are not given twice
     remarks = (
         (row.samples and config.dataset_path, f"is made here: {section}.dataset_path has no effect on it"),
         (row.samples and config.stream, "is made here: set training.stream (STREAM_HF_DATA) = false"),
@@ -99,7 +95,7 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
         # A made data set has no such column, and a stream is not searched for rows.
         (
             row.samples and config.source_dataset,
-            "is made here and has one source: unset training.source_dataset",
+            f"is made here and has one source: unset {own}.source_dataset",
         ),
         (
             config.stream and config.source_dataset,
@@ -120,6 +116,12 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
         (any(pair) and None in pair, "needs both training.question_column and training.answer_column"),
         (any(pair) and config.column, "has no column beside question_column: unset training.column"),
         (row.kind != "spikes" and config.n_neurons, "holds no spikes: unset training.n_neurons"),
+        (config.lane_per_file and row.kind != "packed", "is not packed: unset training.lane_per_file"),
+        (
+            config.lane_per_file and (config.stream or shuffled or config.source_dataset),
+            "is read in the order of its files with training.lane_per_file: unset training.stream, "
+            "shuffle_seed and source_dataset",
+        ),
         (needs_eos and config.eos_id is None, "needs training.eos_id for training.pad_id or document_mask"),
     )
 
@@ -131,27 +133,78 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
         check_path(config.dataset_path, split, section)
     if config.dataset_revision and repository(config, row.hub, split) is None:
         raise ConfigError(
-            f"{section}.dataset = {name!r} is not read from the hub here: unset training.dataset_revision"
+            f"{section}.dataset = {name!r} is not read from the hub here: unset {own}.dataset_revision"
         )
     return row
 
 
+def training_sets(config: DatasetKeys, split: str = "train", steps: int = 1) -> list[DataSet]:
+    """The one data set of [training], or the sources of its mixture. Touches no data.
+
+    steps: of the run, at all of which some source must have a weight. Raises ConfigError with all that is
+    wrong; DataError if a dataset_path does not exist.
+    """
+    if not config.mixture:
+        return [DataSet(config, get_dataset(config, split=split))]
+    kinds = [DATASETS[source.dataset].kind for source in config.mixture if source.dataset in DATASETS]
+    sets, problems = [], []
+    try:
+        check_mixture(config, kinds, steps)
+    except ConfigError as error:
+        problems.append(str(error))
+    for source in config.mixture:
+        kind = DATASETS[source.dataset].kind if source.dataset in DATASETS else ""
+        keys, section = source_keys(config, source, kind), f"training.mixture.{source.name}"
+        try:
+            row = get_dataset(keys, section, split)
+            sets.append(DataSet(keys, row, source.name, section))
+        except (ConfigError, DataError) as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return sets
+
+
+def trained_kind(training: Mapping[str, Any]) -> str | None:
+    """The kind of data, and so of ids, that a stored [training] table names; None if it is not known here.
+
+    Of a mixture the kind that says what ids mean: packed rows beside text hold the tokenizer's.
+    """
+    names = [source.get("dataset") for source in training.get("mixture", [])] or [training.get("dataset")]
+    kinds = {DATASETS[name].kind for name in names if name in DATASETS}
+    return next((kind for kind in ("spikes", "text", "chat", "packed") if kind in kinds), None)
+
+
 def dataset_vocab_size(config: DatasetKeys, tokenizer: Tokenizer | None) -> int:
-    """What `model.vocab_size` is where it is left open: 256 for spikes, the tokenizer's size for text.
+    """What `model.vocab_size` is where it is left open: 256 for spikes, the tokenizer's size for text, which
+    packed rows beside them in a mixture must keep to.
 
     tokenizer: that of the run; None where no data set is text.
     """
-    kind = DATASETS[config.dataset].kind
-    if kind == "packed":
+    names = [source.dataset for source in config.mixture] or [config.dataset]
+    kinds = {DATASETS[name].kind for name in names}
+    if kinds == {"packed"}:
         raise ConfigError(
-            f"model.vocab_size must be given for training.dataset = {config.dataset!r}: "
+            f"model.vocab_size must be given for training.dataset = {names[0]!r}: "
             "packed ids say nothing about it"
         )
-    if kind == "spikes":
+    if "spikes" in kinds:
         return SPIKE_VOCAB_SIZE
     if tokenizer is None:
         raise ValueError("text is read with a tokenizer, and none was given")
     return tokenizer.vocab_size
+
+
+def _settings(config: DatasetKeys, dims: BatchDims) -> dict[str, Any]:
+    """The part of a fingerprint that is not about data."""
+    return {
+        "dataset": MIXTURE if config.mixture else config.dataset,
+        "stream": config.stream,
+        "seq_len": config.seq_len,
+        "global_batch_size": config.global_batch_size if config.stream else dims.global_batch_size,
+        "shuffle_seed": config.shuffle_seed,
+        **({"batch_ramp_stages": dims.stages} if dims.stages > 1 else {}),
+    }
 
 
 def build_dataloader(
@@ -172,52 +225,33 @@ def build_dataloader(
     that build this loader together, of which one asks the hub, and which must read the same; without it this
     rank stands alone. Raises ConfigError or DataError.
     """
-    row = get_dataset(config, split=split)
-    prepared: list[str] = []
-    if ranks is not None:
-        config = ranks.pinned(config, row, split)
-        prepared = ranks.prepared(config, row, split)
-    encoder = build_encoder(config, row.kind, tokenizer, vocab_size)
-    fingerprint: dict[str, Any] = {
-        "dataset": config.dataset,
-        "stream": config.stream,
-        "seq_len": config.seq_len,
-        "global_batch_size": config.global_batch_size if config.stream else dims.global_batch_size,
-        "shuffle_seed": config.shuffle_seed,
-        **({"batch_ramp_stages": dims.stages} if dims.stages > 1 else {}),
-    }
+    check_file_lanes(config, dims, split)
+    sets = training_sets(config, split)
+    opening = Opening(dims, tokenizer, vocab_size, seed, split, ranks)
+    fingerprint = _settings(config, dims)
 
-    readers: list[LaneReader] | list[StreamReader]
-    if config.stream:
-        table, found = open_rows(config, row, encoder, split)
-        fingerprint |= stream_fingerprint(config, encoder, found)
-        share = (dims.data_rank, dims.data_degree)
-        readers = [StreamReader(config.dataset, table, encoder, config.seq_len, *share, config.document_mask)]
-        start: list[Any] = [STREAM_START]
-        logger.info("data: streaming; the position can be continued on %d data ranks only", dims.data_degree)
-
+    mixture = None
+    if config.mixture:
+        mixture = Mixture(config.mixture, seed, dims, config.seq_len)
+        opened = opening.mixture(mixture, sets)
+    elif config.stream:
+        opened = opening.stream(sets[0])
     else:
-        source, found = open_source(config, row, encoder, seed, split, prepared)
-        cutting = Cutting(config, row.kind, len(source), num_lanes=dims.rows_per_stage)
-        fingerprint |= source_fingerprint(config, source, found, cutting)
-        samples = prepare(config, source, cutting, fingerprint)
-        readers = cutting.readers(samples, dims.lanes)
-        start = [Cursor()] * len(readers)
-        for reader in readers:
-            reader.read(Cursor())
+        opened = opening.lanes(sets[0])
+    fingerprint |= opened.fingerprint
 
-    if row.needs_tokenizer and tokenizer is not None:
+    if tokenizer is not None and any(one.row.needs_tokenizer for one in sets):
         fingerprint |= tokenizer_revision(tokenizer)
     if ranks is not None:
         ranks.compare(fingerprint)
-    found.log(config.dataset, fingerprint.get("num_samples"))
     return BatchLoader(
-        readers,
-        start,
+        opened.readers,
+        [opened.start] * len(opened.readers),
         dims,
         fingerprint=fingerprint,
         num_workers=config.num_workers,
         pin_memory=pin_memory,
         restart_on_rank_change=config.on_rank_change == "restart",
-        record={"dataset": config.dataset, **found.record(fingerprint.get("num_samples"))},
+        record={"dataset": fingerprint["dataset"], **opened.record},
+        mixture=mixture,
     )

@@ -5,6 +5,7 @@ The sister of `parallelism.ParallelDims`. All that counts rows,
 microbatches or the tokens of a step asks BatchDims.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -120,6 +121,17 @@ class BatchDims:
     def rows_at(self, step: int) -> int:
         """Rows of all ranks that update `step` trains on."""
         return self.stages_at(step) * self.rows_per_stage
+
+    def stage_of(self, number: int) -> tuple[int, int]:
+        """The update (the first is 1), and which of its stages (from 0), that reads stage `number` of the
+        run, counted from 0 over all updates.
+        """
+        ramped = self._ramped_stages
+        if number < ramped[-1]:
+            step = bisect_right(ramped, number)
+            return step, number - ramped[step - 1]
+        steps, stage = divmod(number - ramped[-1], self.stages)
+        return self.ramp_steps + 1 + steps, stage
 
     def microbatches_before(self, step: int) -> int:
         """Of this rank, in all updates before `step`."""

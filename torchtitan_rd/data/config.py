@@ -1,11 +1,116 @@
 """The keys of [training] that the data room reads; `train_step.TrainingConfig` inherits them."""
 
+import re
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from torchtitan_rd.config_loader import MUST_MATCH, OptionalUserPath
+from torchtitan_rd.config_loader import MUST_MATCH, OptionalUserPath, Section
 from torchtitan_rd.data.batch_dims import BatchKeys
+
+# `tokens_<name>` of a source must be no other number of a row of metrics.
+_TAKEN_NAMES = re.compile(r"seen|per_second.*")
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+_OF_SCHEDULES = {
+    "constant": (),
+    "linear": ("end_weight", "end_step"),
+    "cosine": ("end_weight", "end_step"),
+    "step": ("period", "factor"),
+}
+
+
+class MixtureSource(Section):
+    name: str
+    """What the source is called in metrics, messages and checkpoints; a name of its own."""
+
+    dataset: str
+    """As training.dataset."""
+
+    dataset_path: OptionalUserPath = None
+    """As training.dataset_path."""
+
+    dataset_revision: str | None = None
+    """As training.dataset_revision."""
+
+    column: str | None = None
+    """As training.column."""
+
+    source_dataset: str | None = None
+    """As training.source_dataset."""
+
+    skip_ranges: list[list[int]] = Field(default_factory=list)
+    """As training.skip_ranges, in the rows of this source."""
+
+    weight: float = Field(ge=0.0)
+    """The share of the source in each global batch is its weight over the sum of all weights.
+    With a schedule, the weight at the beginning."""
+
+    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
+    """How the weight changes. linear, cosine: from `weight`, which it has up to `start_step`, to
+    `end_weight`, which it has from `end_step` on. step: after every `period` steps since `start_step` it is
+    multiplied by `factor`."""
+
+    start_step: int = Field(0, ge=0)
+    """The last step with the full `weight`, before the schedule sets in."""
+
+    end_weight: float | None = Field(None, ge=0.0)
+    """linear, cosine: the weight in the end."""
+
+    end_step: int | None = Field(None, ge=1)
+    """linear, cosine: the first step with `end_weight`."""
+
+    period: int | None = Field(None, ge=1)
+    """step: steps from one change to the next."""
+
+    factor: float | None = Field(None, ge=0.0)
+    """step: what the weight is multiplied by at each change."""
+
+    max_epochs: int | None = Field(None, ge=1)
+    """Each row of the global batch passes over the source once it has read its share of it so many times:
+    its weight is 0 there. Unset: the source is read over and over."""
+
+    @field_validator("name")
+    @classmethod
+    def _can_name_numbers(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError("must begin with a letter and hold letters, digits, _ and - alone")
+        if _TAKEN_NAMES.fullmatch(name):
+            raise ValueError(f"tokens_{name} is another number in metrics.jsonl; choose another name")
+        return name
+
+    @field_validator("source_dataset")
+    @classmethod
+    def _all_is_unset(cls, value: str | None) -> str | None:
+        return None if value == "all" else value
+
+    @field_validator("skip_ranges")
+    @classmethod
+    def _pairs(cls, ranges: list[list[int]]) -> list[list[int]]:
+        return check_ranges(ranges)
+
+    @model_validator(mode="after")
+    def _schedule_is_complete(self) -> "MixtureSource":
+        needed = _OF_SCHEDULES[self.schedule]
+        absent = [key for key in needed if getattr(self, key) is None]
+        if absent:
+            raise ValueError(f'{self.name}: schedule = "{self.schedule}" needs {" and ".join(absent)}')
+        others = {key for keys in _OF_SCHEDULES.values() for key in keys} - {*needed}
+        if surplus := sorted(key for key in others if getattr(self, key) is not None):
+            raise ValueError(f'{self.name}: schedule = "{self.schedule}" has no {" and ".join(surplus)}')
+        if self.end_step is not None and self.end_step <= self.start_step:
+            raise ValueError(
+                f"{self.name}: end_step = {self.end_step} must come after start_step = {self.start_step}"
+            )
+        return self
+
+
+def check_ranges(ranges: list[list[int]]) -> list[list[int]]:
+    """The value of skip_ranges. Raises ValueError."""
+    for pair in ranges:
+        if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
+            raise ValueError(f"{pair} is not a pair of the first and the last row to skip")
+    return ranges
 
 
 class DatasetKeys(BatchKeys):
@@ -83,11 +188,23 @@ class DatasetKeys(BatchKeys):
     eos_id: int | None = Field(None, ge=0, json_schema_extra=MUST_MATCH)
     """Packed rows only: the id that ends a document. Needed by `pad_id` and by `document_mask`."""
 
+    lane_per_file: bool = False
+    """Packed rows in parquet or arrow files only: each row of the global batch is read from files of its own,
+    in their order, so that with as many files as global_batch_size step s holds row s of every file. Their
+    number must be a multiple of global_batch_size. Cannot change at a resume.
+    """
+
     skip_ranges: list[list[int]] = Field(default_factory=list)
     """Rows that are known to be bad, as pairs of the first and the last one: `[[41, 41], [100, 120]]`. The
     numbers are those of error messages and of `torchtitan-rd data check`: from 0, over all files in order
     (the rows of `source_dataset` alone where it is set), before shuffling. Such a row is never read and
     counts as empty, so all others keep their place, and a resumed run may change this key.
+    """
+
+    mixture: list[MixtureSource] = Field(default_factory=list)
+    """Several data sets in one run, a table `[[training.mixture]]` each (docs/data.md). `dataset`,
+    `dataset_path` and the like are then keys of each source, and must be left out here. At a resume weights
+    and schedules may change and sources may be added, but none may be taken away: set its weight to 0.
     """
 
     cache_folder: OptionalUserPath = None
@@ -106,7 +223,12 @@ class DatasetKeys(BatchKeys):
     @field_validator("skip_ranges")
     @classmethod
     def _pairs(cls, ranges: list[list[int]]) -> list[list[int]]:
-        for pair in ranges:
-            if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
-                raise ValueError(f"{pair} is not a pair of the first and the last row to skip")
-        return ranges
+        return check_ranges(ranges)
+
+    @field_validator("mixture")
+    @classmethod
+    def _each_name_once(cls, sources: list[MixtureSource]) -> list[MixtureSource]:
+        names = [source.name for source in sources]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sources are called {', '.join(twice)}; give each a name of its own")
+        return sources

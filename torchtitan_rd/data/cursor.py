@@ -10,7 +10,8 @@ lanes, as of the last step that it handed out; a checkpoint holds those of all l
 lanes (`merge_states`).
 """
 
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -27,6 +28,14 @@ class Cursor(NamedTuple):
     epoch: int = 0
     unit: int = 0
     offset: int = 0
+
+
+class Reader(Protocol):
+    """Reads the window at a position (JSON-able); it holds the position after it."""
+
+    def read(self, position: Any) -> Window: ...
+
+    def close(self) -> None: ...
 
 
 class Source(Protocol):
@@ -46,6 +55,39 @@ class Source(Protocol):
         ...
 
 
+class FileOrder:
+    """The order of rows in which a lane owns whole files (`training.lane_per_file`).
+
+    Share g of `shares` owns the files g, g + shares, ... It reads row 0 of each of them in turn, then row 1
+    of each, and so on; a file that has ended is passed over. With as many files as shares, all lanes together
+    read row s of every file at their s-th reading.
+    """
+
+    def __init__(self, rows_in_files: Sequence[int], shares: int):
+        """rows_in_files: of every file, at least 1, in the order in which their rows are numbered."""
+        self.shares = shares
+        self.rows_in_files = list(rows_in_files)
+        self._rows = np.asarray(rows_in_files, np.int64)
+        self._first_row = np.cumsum(self._rows) - self._rows
+
+    def rows_in(self, share: int) -> int:
+        """How many rows the files of a share hold together."""
+        return int(self._rows[share :: self.shares].sum())
+
+    def row(self, share: int, index: int) -> int:
+        """The number, among all rows, of the row that `share` reads after `index` others."""
+        rows, first_row = self._rows[share :: self.shares], self._first_row[share :: self.shares]
+        begin = 0  # of the rounds in which the same files still have a row
+        for end in np.unique(rows):
+            going_on = first_row[rows > begin]
+            in_rounds = (end - begin) * len(going_on)
+            if index < in_rounds:
+                round_, file = divmod(index, len(going_on))
+                return int(going_on[file]) + begin + round_
+            index, begin = index - int(in_rounds), int(end)
+        raise IndexError(f"share {share} has only {self.rows_in(share)} rows")
+
+
 class LaneReader:
     """Reads the windows of one lane; a pure function of the cursor but for the cached last unit.
 
@@ -54,7 +96,8 @@ class LaneReader:
     of like length, so that no short document is repeated in one lane while another has not yet seen its
     own. In epoch e lane g reads the units at the positions g + e, g + e + num_lanes, ... of that epoch's
     order: the lanes together read every unit once, and the shift lets every lane see all the data in
-    time even in file order.
+    time even in file order. With `files` the units are rows, and in epoch e lane g reads the share g + e of
+    the files, in their order.
     """
 
     def __init__(
@@ -66,7 +109,9 @@ class LaneReader:
         shuffle_seed: int | None = None,
         document_mask: bool = False,
         units_per_lane: int = 1,
+        files: FileOrder | None = None,
     ):
+        self.files = files
         self.source = source
         self.lane = lane
         self.num_lanes = num_lanes
@@ -114,19 +159,27 @@ class LaneReader:
         return (self.lane + epoch) % self.num_lanes
 
     def _units_in(self, epoch: int) -> int:
+        if self.files is not None:
+            return self.files.rows_in(self._first(epoch))
         return -(-(self.num_units - self._first(epoch)) // self.num_lanes)
 
     def _unit(self, epoch: int, index: int) -> np.ndarray:
         key, unit = self._cached
         if key != (epoch, index):
-            at = self._first(epoch) + index * self.num_lanes
-            if self.shuffle_seed is not None:
-                at = permuted(at, self.num_units, self.shuffle_seed, epoch)
-            sample, piece = divmod(at, self.pieces)
+            sample, piece = divmod(self._at(epoch, index), self.pieces)
             whole = self.pieces == 1
             unit = self.source.tokens(sample) if whole else self.source.piece(sample, piece, self.pieces)
             self._cached = ((epoch, index), unit)
         return unit
+
+    def _at(self, epoch: int, index: int) -> int:
+        """The number of a unit among all units."""
+        if self.files is not None:
+            return self.files.row(self._first(epoch), index)
+        position = self._first(epoch) + index * self.num_lanes
+        if self.shuffle_seed is None:
+            return position
+        return permuted(position, self.num_units, self.shuffle_seed, epoch)
 
 
 def pieces_per_sample(samples: int, num_lanes: int, units_per_lane: int) -> int:
@@ -172,7 +225,7 @@ def permuted(position: int, size: int, seed: int, epoch: int) -> int:
     """
     half = max(1, ((size - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
-    keys = [_mix(_mix(_mix(seed) ^ epoch) ^ round_) for round_ in range(6)]
+    keys = [mixed(seed, epoch, round_) for round_ in range(6)]
     while True:
         left, right = position >> half, position & mask
         for key in keys:
@@ -180,6 +233,14 @@ def permuted(position: int, size: int, seed: int, epoch: int) -> int:
         position = left << half | right
         if position < size:
             return position
+
+
+def mixed(*numbers: int) -> int:
+    """A pseudo-random number of 64 bits that a few whole numbers decide."""
+    state = _mix(numbers[0])
+    for number in numbers[1:]:
+        state = _mix(state ^ number)
+    return state
 
 
 def _mix(value: int) -> int:

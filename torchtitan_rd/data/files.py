@@ -196,8 +196,9 @@ def _keep_split(found: FileList) -> None:
         )
 
     kept = kept or found.files
+    kept_set = set(kept)  # thousands of files are usual, and each is looked up
     for file in found.files:
-        if file not in set(kept):
+        if file not in kept_set:
             reason = (
                 "named after another split" if owner[file] else f"not named {found.split!r} as others are"
             )

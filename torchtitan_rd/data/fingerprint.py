@@ -2,31 +2,54 @@
 
 A fingerprint is a dict of plain values: the settings that choose the windows, and digests of the rows (or,
 for a stream of local files, of the files) and of the tokenizer. `files`, `skip_ranges` and
-`tokenizer_revision` explain; they refuse nothing.
+`tokenizer_revision` explain; they refuse nothing. That of a mixture holds under `sources` one of each source,
+by name.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from torchtitan_rd.data.content import changed_files, changed_rows
+from torchtitan_rd.data.mixture import MIXTURE
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.log import logger
 
-_EXPLAINING = ("files", "skip_ranges", "tokenizer_revision")
-_OF_DATA = ("num_samples", "rows", "content", "tokenizer")
+_EXPLAINING = ("files", "skip_ranges", "tokenizer_revision", "sources")
+_OF_DATA = ("num_samples", "rows", "content", "tokenizer", "file_borders")
+# Settings that only some runs note, with what all others have.
+_DEFAULTS = {"lane_per_file": False}
 
 
 def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
     """Raises DataError, naming what changed and the remedy,
     unless a position in the one is a position in the other.
     """
+    _check_settings(saved, present)
+    there, here = saved.get("sources", {}), present.get("sources", {})
+    if gone := sorted({*there} - {*here}):
+        raise DataError(
+            "the position in the data cannot be continued: training.mixture has no source "
+            f"{', '.join(gone)}, which the checkpoint holds; to read no more of it, keep it with weight = 0"
+        )
+    for name, fingerprint in here.items():
+        if name not in there:
+            logger.warning("data: training.mixture.%s is new and begins at its start", name)
+            continue
+        try:
+            _check_settings(there[name], fingerprint)
+        except DataError as error:
+            raise DataError(f"training.mixture.{name}: {error}") from error
+
+
+def _check_settings(saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """The same of one data set, or of what the sources of a mixture share."""
     saved = _completed(_of_full_batches(saved, present), present)
     changed = differences(saved, present)
     if changed:
         key = changed[0]
         raise DataError(
             f"the position in the data cannot be continued: what changed is {describe(key, saved, present)}; "
-            f"{_remedy(key, saved)}"
+            f"{_remedy(key, saved, present)}"
         )
 
     # What follows moves no row, and is only told.
@@ -50,9 +73,11 @@ def check_fingerprint(saved: dict[str, Any], present: dict[str, Any]) -> None:
         )
 
 
-def _remedy(key: str, saved: dict[str, Any]) -> str:
+def _remedy(key: str, saved: dict[str, Any], present: dict[str, Any]) -> str:
     """How to go on where `key` of a fingerprint changed."""
-    was = saved.get(key)
+    was = _value(saved, key)
+    if key == "dataset" and MIXTURE in (was, present[key]):
+        return "a run that began with [[training.mixture]] goes on with it, and one without goes on without"
     if key == "global_batch_size":
         which = "which any number of ranks that divides it can continue"
         return f"set training.global_batch_size = {was}, {which}"
@@ -71,10 +96,13 @@ def check_same_data(fingerprints: Sequence[dict[str, Any]]) -> None:
     """
     lines = []
     for rank, fingerprint in enumerate(fingerprints):
-        if changed := differences(fingerprints[0], fingerprint):
-            lines.append(
-                f"rank {rank}: {'; '.join(describe(key, fingerprints[0], fingerprint) for key in changed)}"
-            )
+        found = [
+            name + describe(key, there, here)
+            for name, there, here in _pairs(fingerprints[0], fingerprint)
+            for key in differences(there, here)
+        ]
+        if found:
+            lines.append(f"rank {rank}: {'; '.join(found)}")
     if lines:
         more = f"\n  and {len(lines) - 8} more ranks" if len(lines) > 8 else ""
         raise DataError(
@@ -84,11 +112,27 @@ def check_same_data(fingerprints: Sequence[dict[str, Any]]) -> None:
         )
 
 
+def _pairs(first: dict[str, Any], other: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Of two ranks of one run: what is to be compared with what, and what it is called."""
+    sources = first.get("sources", {})
+    return [
+        ("", first, other),
+        *((f"{name}: ", sources[name], own) for name, own in other.get("sources", {}).items()),
+    ]
+
+
 def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """The keys that refuse a position, in the order of the fingerprint."""
-    return [
-        key for key, value in present.items() if _refuses(key, saved, present) and saved.get(key) != value
+    keys = [*present, *(key for key in _DEFAULTS if key not in present)]
+    changed = [
+        key for key in keys if _refuses(key, saved, present) and _value(saved, key) != _value(present, key)
     ]
+    # Digests are of ranges of rows, which are others where there are more or fewer rows.
+    return [key for key in changed if not (key == "rows" and "num_samples" in changed)]
+
+
+def _value(fingerprint: dict[str, Any], key: str) -> Any:
+    return fingerprint.get(key, _DEFAULTS.get(key))
 
 
 def _refuses(key: str, saved: dict[str, Any], present: dict[str, Any]) -> bool:
@@ -100,7 +144,7 @@ def _refuses(key: str, saved: dict[str, Any], present: dict[str, Any]) -> bool:
 
 def describe(key: str, saved: dict[str, Any], present: dict[str, Any]) -> str:
     """What changed, in words."""
-    was, now = saved.get(key), present[key]
+    was, now = _value(saved, key), _value(present, key)
     files = changed_files(saved["files"], present["files"]) if "files" in saved and "files" in present else []
     named = (
         f" ({', '.join(files[:4])}{f' and {len(files) - 4} more' if len(files) > 4 else ''})" if files else ""
@@ -113,6 +157,8 @@ def describe(key: str, saved: dict[str, Any], present: dict[str, Any]) -> str:
         return f"the content of the files{named}"
     if key == "tokenizer":
         return f"the tokenizer's content (digest was {was}, is now {now})"
+    if key == "file_borders":
+        return f"how many rows lie in which file{named}"
     if key == "cut":
         return f"where small samples are cut into pieces (was {was!r}, now {now!r})"
     return f"{key} (was {was!r}, now {now!r})"
@@ -133,7 +179,7 @@ def _completed(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, Any]
 
     Only what it noted can be compared. Recordings were cut anywhere, which is another position.
     """
-    if "cut" in saved:
+    if "cut" in saved or "cut" not in present:
         return saved
     logger.warning(
         "data: this checkpoint is of a version that did not note all rows: "

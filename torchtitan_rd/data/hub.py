@@ -16,20 +16,25 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def pin_revision(
-    config: DatasetKeys, hub: str | None, states: Iterable[Path], split: str = "train"
+    config: DatasetKeys,
+    hub: str | None,
+    states: Iterable[Path],
+    split: str = "train",
+    source: str | None = None,
 ) -> str | None:
     """The commit to read on all ranks; None for data that is not on the hub.
     For one rank, which alone asks the hub.
 
-    hub: the repository of the data set's row. states: the `state.json` of the run's checkpoints, newest
-    first, of which the first that can be read decides, so that a resumed run reads what it has read. Without
-    one, a hub that cannot be reached leaves None too: then the copy in its cache is read, and that one's
-    commit noted. Raises DataError if training.dataset_revision names what the hub does not have.
+    hub: the repository of the data set's row. source: its name in a mixture. states: the `state.json` of the
+    run's checkpoints, newest first, of which the first that can be read decides, so that a resumed run reads
+    what it has read. Without one, a hub that cannot be reached leaves None too: then the copy in its cache is
+    read, and that one's commit noted. Raises DataError if training.dataset_revision names what the hub does
+    not have.
     """
     name = repository(config, hub, split)
     if name is None or _COMMIT.fullmatch(config.dataset_revision or ""):
         return config.dataset_revision
-    if config.dataset_revision is None and (noted := _noted(name, states)):
+    if config.dataset_revision is None and (noted := _noted(name, states, source=source)):
         logger.info("data: %s is read at commit %s, which the checkpoint notes", name, noted)
         return noted
     import huggingface_hub
@@ -116,11 +121,16 @@ def cached_commit(name: str, subset: str | None) -> str | None:
     return commit if _COMMIT.fullmatch(commit) else None
 
 
-def _noted(name: str, states: Iterable[Path], key: str = "revision") -> str | None:
-    """What the first state that can be read notes; the checkpoints of one run agree."""
+def _noted(name: str, states: Iterable[Path], key: str = "revision", source: str | None = None) -> str | None:
+    """What the first state that can be read notes, of a mixture's `source`; the checkpoints of one run
+    agree.
+    """
     for path in states:
         try:
-            noted = json.loads(path.read_text())["data"]["fingerprint"].get(key)
+            fingerprint = json.loads(path.read_text())["data"]["fingerprint"]
+            if source is not None:
+                fingerprint = fingerprint["sources"][source]
+            noted = fingerprint.get(key)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         return noted["commit"] if noted and noted["repository"] == name else None

@@ -7,9 +7,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.utils.data
@@ -17,7 +17,9 @@ from torchdata.nodes import Batcher, IterableWrapper, Mapper, PinMemory, Prefetc
 
 from torchtitan_rd.batch import Batch
 from torchtitan_rd.data.batch_dims import BatchDims
+from torchtitan_rd.data.cursor import Reader
 from torchtitan_rd.data.fingerprint import check_fingerprint, check_same_data
+from torchtitan_rd.data.mixture import Mixture, describe
 from torchtitan_rd.data.windows import Window, to_batch
 from torchtitan_rd.errors import DataError, TorchtitanRDError
 from torchtitan_rd.log import logger
@@ -35,14 +37,6 @@ class _Stage:
         return replace(self, batches=[batch.pin_memory() for batch in self.batches])
 
 
-class Reader(Protocol):
-    """Reads the window at a position (JSON-able); it holds the position after it."""
-
-    def read(self, position: Any) -> Window: ...
-
-    def close(self) -> None: ...
-
-
 class BatchLoader:
     """Endless steps of one rank, as many microbatches each as its share of the global batch has (`dims`).
 
@@ -50,6 +44,7 @@ class BatchLoader:
     start: the position at which each reader begins.
     fingerprint: what the position depends on; compared on resume.
     record: what is read and what is not, for the folder of the run.
+    mixture: whose readers these are.
     """
 
     def __init__(
@@ -63,7 +58,9 @@ class BatchLoader:
         pin_memory: bool = False,
         restart_on_rank_change: bool = False,
         record: dict[str, Any] | None = None,
+        mixture: Mixture | None = None,
     ):
+        self._mixture = mixture
         self.record = record or {}
         self.fingerprint = fingerprint
         self.dims = dims
@@ -73,7 +70,7 @@ class BatchLoader:
         self._positions = list(start)
         self._pin_memory = pin_memory
         self._restart_on_rank_change = restart_on_rank_change
-        self._epoch = 0
+        self._epochs = self._latest_epochs()
         self._stages: Iterator[_Stage | TorchtitanRDError] | None = None
         self._workers: set[multiprocessing.process.BaseProcess] = set()
         self._source: _Feed | None = None
@@ -104,6 +101,12 @@ class BatchLoader:
             "positions": [p if isinstance(p, dict) else list(p) for p in self._positions],
         }
 
+    def describe(self, gather: Callable[[list[float]], list[list[float]] | None]) -> dict[str, float]:
+        """For a row of metrics: what each source of a mixture has given (`Mixture.row`), on the rank to which
+        `gather` brings the numbers of all; elsewhere, and without a mixture, nothing. Collective.
+        """
+        return describe(self._mixture, self._positions, gather)
+
     def load_state_dict(self, merged: dict[str, Any]) -> None:
         """Continues from what `merge_states` made of the states of all ranks, of any number of them.
 
@@ -128,7 +131,7 @@ class BatchLoader:
                 f"use {len(positions)}, or set training.on_rank_change = 'restart' to begin the data anew, "
                 f"or prepare it on disk (training.stream = false) in a new run"
             )
-        self._epoch = _latest_epoch(self._positions)
+        self._epochs = self._latest_epochs()
 
     def close(self) -> None:
         """Ends reader processes and threads; a later `next_step` starts them again where this one stood."""
@@ -189,10 +192,19 @@ class BatchLoader:
         return _Stage(batches, [window.position for window in good[-len(self._readers) :]])
 
     def _report_epoch(self) -> None:
-        epoch = _latest_epoch(self._positions)
-        if epoch > self._epoch:
-            logger.info("data: epoch %d of %s begins (the first is 0)", epoch, self.fingerprint["dataset"])
-        self._epoch = epoch
+        epochs = self._latest_epochs()
+        for name, epoch in epochs.items():
+            if epoch > self._epochs.get(name, 0):
+                logger.info("data: epoch %d of %s begins (the first is 0)", epoch, name)
+        self._epochs = epochs
+
+    def _latest_epochs(self) -> dict[str, int]:
+        """Of each data set, the epoch of the lane that is furthest."""
+        latest: dict[str, int] = {}
+        for position in self._positions:
+            for name, epoch in _epochs_at(position, self.fingerprint["dataset"]).items():
+                latest[name] = max(epoch, latest.get(name, 0))
+        return latest
 
 
 class _Feed:
@@ -260,8 +272,13 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _latest_epoch(positions: Sequence[Any]) -> int:
-    return max(p["epoch"] if isinstance(p, dict) else p[0] for p in positions)
+def _epochs_at(position: Any, name: str) -> dict[str, int]:
+    """By data set: of a lane's cursor, of a stream's position (both of data set `name`), of a mixture's."""
+    if not isinstance(position, dict):
+        return {name: position[0]}
+    if "sources" in position:
+        return {source: cursor[0] for source, cursor in position["sources"].items()}
+    return {name: position["epoch"]}
 
 
 def _workers_for(readers: int, wanted: int) -> int:

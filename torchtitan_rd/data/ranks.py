@@ -34,15 +34,17 @@ class DataRanks:
     states: Sequence[Path] = ()
     _commits: dict[Any, str | None] = field(default_factory=dict)
 
-    def pinned(self, config: DatasetKeys, row: Dataset, split: str = "train") -> DatasetKeys:
+    def pinned(
+        self, config: DatasetKeys, row: Dataset, split: str = "train", source: str | None = None
+    ) -> DatasetKeys:
         """The keys with the commit to read, for data on the hub, which rank 0 alone asks,
-        and once for a repository.
+        and once for a repository. source: its name in a mixture.
         """
 
         def pin() -> str | None:
-            asked = (config.dataset_path or row.hub, config.dataset_revision)
+            asked = (config.dataset_path or row.hub, config.dataset_revision, source)
             if asked not in self._commits:
-                self._commits[asked] = pin_revision(config, row.hub, self.states, split)
+                self._commits[asked] = pin_revision(config, row.hub, self.states, split, source)
             return self._commits[asked]
 
         return config.model_copy(update={"dataset_revision": self._once(pin, self.rank == 0)[0]})

@@ -12,7 +12,7 @@ from torchtitan_rd.data.chat import ChatEncoder
 from torchtitan_rd.data.chat_template import ChatTemplate
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.content import digest_of, digest_of_samples, digest_of_table
-from torchtitan_rd.data.cursor import LaneReader, SkippingSource, Source, pieces_per_sample
+from torchtitan_rd.data.cursor import FileOrder, LaneReader, SkippingSource, Source, pieces_per_sample
 from torchtitan_rd.data.files import FileList
 from torchtitan_rd.data.hub import cached_commit, check_revision, repository
 from torchtitan_rd.data.ids import encode_in_memory, encode_once
@@ -165,12 +165,15 @@ def open_source(
 class Cutting:
     """How the samples of a data set are shared out to lanes. Raises DataError for too few of those that
     are a row each.
+
+    files: where each lane owns files (`training.lane_per_file`).
     """
 
     config: DatasetKeys
     kind: Kind
     num_samples: int
     num_lanes: int
+    files: FileOrder | None = None
 
     def __post_init__(self):
         if self.is_row and self.num_samples < self.num_lanes:
@@ -199,7 +202,7 @@ class Cutting:
         """One reader a lane."""
         c = self.config
         common = (self.num_lanes, c.seq_len, c.shuffle_seed, c.document_mask, self.units_per_lane)
-        return [LaneReader(source, lane, *common) for lane in lanes]
+        return [LaneReader(source, lane, *common, files=self.files) for lane in lanes]
 
 
 def source_fingerprint(
@@ -213,7 +216,11 @@ def source_fingerprint(
         rows = digest_of_table(source.table, *source.encoder.columns)
         converted = found.files and not found.saved and found.builder() != "arrow"
         files = found.contents if converted else found.sizes(times=not rows["whole"])
+    lanes: dict[str, Any] = {}
+    if cutting.files is not None:
+        lanes = {"lane_per_file": True, "file_borders": digest_of(cutting.files.rows_in_files)}
     return {
+        **lanes,
         "num_samples": len(source),
         "rows": rows,
         **_tokenizer(config, source.encoder),

@@ -13,7 +13,7 @@ from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.huggingface import CONFIG_JSON, require_complete
 from torchtitan_rd.conversion.pipeline import TOKENIZERS, open_released, with_tokenizer
 from torchtitan_rd.conversion.weights import Weights, model_tensors
-from torchtitan_rd.data import DATASETS, TOKENIZED, Tokenizer, load_tokenizer
+from torchtitan_rd.data import TOKENIZED, Tokenizer, load_tokenizer, trained_kind
 from torchtitan_rd.data.hub import hub_tokenizer
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
@@ -106,8 +106,7 @@ def latest_step(path: Path) -> Path:
 def source_of(weights: Weights) -> Source:
     """What the weights say about where they came from."""
     config = weights.job_config or {}
-    row = DATASETS.get(config.get("training", {}).get("dataset"))
-    kind = None if row is None else row.kind
+    kind = trained_kind(config.get("training", {}))
     ids = config.get("model", {}).get("vocab_size")
     if ids is None:
         ids = SPIKE_VOCAB_SIZE if kind == "spikes" else _ids_of_export(weights)
