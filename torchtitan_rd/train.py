@@ -269,6 +269,7 @@ class Trainer:
                 warn_of_another_tokenizer(loaded, self.config.model.tokenizer_path, tokenizer)
             logger.info("starting at step 1")
             return
+
         self.step, self.tokens_seen = state["step"], state["tokens_seen"]
         if "data" in state:
             self.parts.loader.load_state_dict(state["data"])

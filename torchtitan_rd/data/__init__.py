@@ -116,6 +116,7 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
         (any(pair) and None in pair, "needs both training.question_column and training.answer_column"),
         (any(pair) and config.column, "has no column beside question_column: unset training.column"),
         (row.kind != "spikes" and config.n_neurons, "holds no spikes: unset training.n_neurons"),
+        # Files in their order, or none.
         (config.lane_per_file and row.kind != "packed", "is not packed: unset training.lane_per_file"),
         (
             config.lane_per_file and (config.stream or shuffled or config.source_dataset),
