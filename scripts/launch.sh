@@ -46,12 +46,13 @@ PY
 # second one would end it and leave them alone, so further ones go straight to the ranks, which know what they mean
 # (torchtitan_rd/signals.py).
 _torchrun() {
-    local torchrun code was_told=
+    local torchrun= code was_told=
+    trap '_pass_on' TERM INT USR1 HUP QUIT  # before there is anything that this shell's death would leave alone
     set -m  # a process group of its own: a terminal's Ctrl-C comes to this shell alone, and from here once
     python -m torch.distributed.run "$@" &
     torchrun=$!
     set +m
-    trap '_pass_on' TERM INT USR1 HUP QUIT
+    [ -z "$was_told" ] || kill -TERM "$torchrun" 2>/dev/null
     _wait_for "$torchrun"; code=$?
     trap - TERM INT USR1 HUP QUIT
     return "$code"
@@ -59,7 +60,9 @@ _torchrun() {
 
 _pass_on() {
     was_signalled=1
-    if [ -z "$was_told" ]; then
+    if [ -z "$torchrun" ]; then
+        was_told=1  # it is told when it is there
+    elif [ -z "$was_told" ]; then
         was_told=1
         kill -TERM "$torchrun" 2>/dev/null
     else

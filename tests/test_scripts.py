@@ -169,6 +169,21 @@ def test_torchrun_hears_one_signal_and_its_ranks_hear_all(number, tmp_path):
     assert process.returncode == 130 and "stopped by a signal before the run began" in error
 
 
+def test_a_signal_while_torchrun_is_being_started_ends_it_too():
+    """The shell would otherwise die of it and leave torchrun alone."""
+    script = """
+        source scripts/launch.sh
+        set() { builtin set "$@"; [ "$1" != -m ] || kill -USR1 $$; }  # just before torchrun
+        python() { [ "$2" != torch.distributed.run ] || exec sleep 20; }
+        _ranks_per_node() { echo 1; }
+        launch x.toml
+    """
+    started = time.monotonic()
+    done = subprocess.run(["bash", "-c", script], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 130 and "stopped by a signal before the run began" in done.stderr
+    assert time.monotonic() - started < 15, "torchrun was told"
+
+
 def test_a_terminal_s_ctrl_c_comes_to_torchrun_once(tmp_path):
     """Through the script alone: a second one, from the terminal itself, would end torchrun
     before its ranks.
