@@ -1,12 +1,12 @@
 """Whole runs on a mixture: killed and resumed, on other ranks, with other weights; pinned and checked."""
 
 import json
-import random
 import signal
 
 import datasets
 import pytest
 
+from tests.data.helpers import documents_of_letters
 from tests.data.test_hub import NEW, OLD, FakeHub
 from tests.launch import launch, rows
 from tests.test_resume import compare_across_ranks, history
@@ -66,11 +66,7 @@ max_epochs = 1
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
     """About 400 bytes: every lane passes its end within the run."""
-    path = tmp_path_factory.mktemp("data") / "documents.jsonl"
-    letters = random.Random(0)
-    texts = ["".join(letters.choices("abcdefgh ", k=letters.randint(20, 60))) for _ in range(10)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+    return documents_of_letters(tmp_path_factory.mktemp("data"), 10, 60)
 
 
 def arguments_for(folder, documents, stages=2):

@@ -1,7 +1,6 @@
 """Whole runs, killed and resumed: the same command again continues as if nothing had happened."""
 
 import json
-import random
 import re
 import shutil
 import signal
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.helpers import documents_of_letters
 from tests.launch import Run, launch, rows, wait_for_step
 
 STEPS = 24
@@ -49,11 +49,7 @@ heartbeat_seconds = 0
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
     """About 1,800 bytes: at 128 ids a step every lane passes an epoch's end near step 14."""
-    path = tmp_path_factory.mktemp("data") / "documents.jsonl"
-    letters = random.Random(0)
-    texts = ["".join(letters.choices("abcdefgh ", k=letters.randint(20, 130))) for _ in range(24)]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+    return documents_of_letters(tmp_path_factory.mktemp("data"), 24, 130)
 
 
 def arguments_for(folder: Path, documents: Path, workers: int = 0) -> list[str]:

@@ -1,6 +1,8 @@
 """Loaders of several data ranks in one process, and what they read."""
 
 import json
+import random
+from pathlib import Path
 
 import torch
 
@@ -16,6 +18,15 @@ def build(config: DatasetKeys, rank=0, degree=1, vocab_size=258, tokenizer_path=
         seed=seed,
         pin_memory=False,
     )
+
+
+def documents_of_letters(folder: Path, number: int, longest: int) -> Path:
+    """A file of documents of 20 to `longest` letters and blanks, always the same."""
+    path = folder / "documents.jsonl"
+    letters = random.Random(0)
+    texts = ["".join(letters.choices("abcdefgh ", k=letters.randint(20, longest))) for _ in range(number)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
 
 
 class Ranks:

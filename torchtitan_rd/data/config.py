@@ -1,9 +1,9 @@
 """The keys of [training] that the data room reads; `train_step.TrainingConfig` inherits them."""
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from torchtitan_rd.config_loader import MUST_MATCH, OptionalUserPath, Section
 from torchtitan_rd.data.batch_dims import BatchKeys
@@ -18,6 +18,22 @@ _OF_SCHEDULES = {
     "cosine": ("end_weight", "end_step"),
     "step": ("period", "factor"),
 }
+
+
+def check_ranges(ranges: list[list[int]]) -> list[list[int]]:
+    """The value of skip_ranges. Raises ValueError."""
+    for pair in ranges:
+        if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
+            raise ValueError(f"{pair} is not a pair of the first and the last row to skip")
+    return ranges
+
+
+def _all_is_unset(source: str | None) -> str | None:
+    return None if source == "all" else source
+
+
+OptionalSource = Annotated[str | None, AfterValidator(_all_is_unset)]
+RowRanges = Annotated[list[list[int]], AfterValidator(check_ranges)]
 
 
 class MixtureSource(Section):
@@ -36,10 +52,10 @@ class MixtureSource(Section):
     column: str | None = None
     """As training.column."""
 
-    source_dataset: str | None = None
+    source_dataset: OptionalSource = None
     """As training.source_dataset."""
 
-    skip_ranges: list[list[int]] = Field(default_factory=list)
+    skip_ranges: RowRanges = Field(default_factory=list)
     """As training.skip_ranges, in the rows of this source."""
 
     weight: float = Field(ge=0.0)
@@ -79,16 +95,6 @@ class MixtureSource(Section):
             raise ValueError(f"tokens_{name} is another number in metrics.jsonl; choose another name")
         return name
 
-    @field_validator("source_dataset")
-    @classmethod
-    def _all_is_unset(cls, value: str | None) -> str | None:
-        return None if value == "all" else value
-
-    @field_validator("skip_ranges")
-    @classmethod
-    def _pairs(cls, ranges: list[list[int]]) -> list[list[int]]:
-        return check_ranges(ranges)
-
     @model_validator(mode="after")
     def _schedule_is_complete(self) -> "MixtureSource":
         needed = _OF_SCHEDULES[self.schedule]
@@ -103,14 +109,6 @@ class MixtureSource(Section):
                 f"{self.name}: end_step = {self.end_step} must come after start_step = {self.start_step}"
             )
         return self
-
-
-def check_ranges(ranges: list[list[int]]) -> list[list[int]]:
-    """The value of skip_ranges. Raises ValueError."""
-    for pair in ranges:
-        if len(pair) != 2 or not 0 <= pair[0] <= pair[1]:
-            raise ValueError(f"{pair} is not a pair of the first and the last row to skip")
-    return ranges
 
 
 class DatasetKeys(BatchKeys):
@@ -133,7 +131,7 @@ class DatasetKeys(BatchKeys):
     `messages` for conversations.
     """
 
-    source_dataset: str | None = None
+    source_dataset: OptionalSource = None
     """Only the rows whose column `source_dataset` holds this, in data gathered from several sources
     (the Neural Pile). Unset, or `all`: all rows.
     """
@@ -194,7 +192,7 @@ class DatasetKeys(BatchKeys):
     number must be a multiple of global_batch_size. Cannot change at a resume.
     """
 
-    skip_ranges: list[list[int]] = Field(default_factory=list)
+    skip_ranges: RowRanges = Field(default_factory=list)
     """Rows that are known to be bad, as pairs of the first and the last one: `[[41, 41], [100, 120]]`. The
     numbers are those of error messages and of `torchtitan-rd data check`: from 0, over all files in order
     (the rows of `source_dataset` alone where it is set), before shuffling. Such a row is never read and
@@ -214,16 +212,6 @@ class DatasetKeys(BatchKeys):
     on_rank_change: Literal["refuse", "restart"] = "refuse"
     """What to do when a stream resumes on another number of ranks, where its position has no meaning:
     stop with an error, or begin the data anew."""
-
-    @field_validator("source_dataset")
-    @classmethod
-    def _all_is_unset(cls, value: str | None) -> str | None:
-        return None if value == "all" else value
-
-    @field_validator("skip_ranges")
-    @classmethod
-    def _pairs(cls, ranges: list[list[int]]) -> list[list[int]]:
-        return check_ranges(ranges)
 
     @field_validator("mixture")
     @classmethod
