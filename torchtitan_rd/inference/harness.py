@@ -10,18 +10,16 @@ Texts are encoded as lm_eval's own `hf` model encodes them with the tokenizer th
 continuation come from one forward of the whole text.
 """
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torchtitan_rd.conversion.pipeline import with_tokenizer
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.exits import ExitPolicy
 from torchtitan_rd.inference.generation import Settings, generate, padded_left
-from torchtitan_rd.inference.loading import Loaded, load_model, open_weights
+from torchtitan_rd.inference.loading import Loaded, load_model, transformers_tokenizer
 from torchtitan_rd.inference.policy_file import read_policy
 from torchtitan_rd.inference.sampling import Sampling
 from torchtitan_rd.inference.stepper import Stepper, think
@@ -111,7 +109,7 @@ class TorchtitanRD(TemplateLM):
         # `auto` would try sizes until memory is exhausted: one text at a time is what always fits.
         self.batch_size = int(batch_size) if batch_size and not str(batch_size).startswith("auto") else 1
         self._settings(1).check(self.loaded, [])
-        self.tokenizer = _tokenizer_of_export(pretrained, tokenizer)
+        self.tokenizer = transformers_tokenizer(pretrained, tokenizer)
 
     @property
     def eot_token_id(self) -> int:
@@ -293,17 +291,3 @@ class TorchtitanRD(TemplateLM):
             "model_source": str(self.loaded.source.folder),
             "depth": self.depth,
         }
-
-
-def _tokenizer_of_export(pretrained: str, tokenizer: str | None) -> Any:
-    """The tokenizer of the transformers library that an export of the model has."""
-    from transformers import AutoTokenizer
-
-    weights = with_tokenizer(open_weights(Path(pretrained)), tokenizer)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in weights.files.items():
-            (Path(folder) / name).write_bytes(content)
-        try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{pretrained} has no tokenizer that transformers can read: {error}") from None
