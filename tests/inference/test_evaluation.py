@@ -163,6 +163,8 @@ def test_the_held_out_set_of_a_source_has_no_other_rows(spike_run, source, low, 
         (["--depths", "0-3"], "--depths 0-3: 0-3: depths must be at least 1"),
         (["--depths", "5-3,7"], "--depths 5-3,7: 5-3: depths must be at least 1, and ranges ascend"),
         (["--split", "dev", "--validation.dataset_path", "{folder}"], "named after the split 'dev'"),
+        (["--depths", "1-100000000000"], "--depths 1-100000000000: 1024 at most"),
+        (["--output", "{folder}"], "is a folder: name a file in it"),
         (["--output", "/nowhere/result.json"], "--output /nowhere/result.json: there is no such folder"),
     ],
 )

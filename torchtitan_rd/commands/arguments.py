@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,13 +51,18 @@ def narrowed(validation: ValidationConfig, chosen: argparse.Namespace) -> Valida
 
 
 def check_outputs(chosen: argparse.Namespace, *flags: str) -> None:
-    """Raises ConfigError if the folder of a file that is to be written is not there: before the work, not
-    after it.
-    """
+    """Raises ConfigError for a file that cannot be written: before the work, not after it."""
     for flag in flags:
-        path = getattr(chosen, flag)
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise ConfigError(f"--{flag} {path}: there is no such folder")
+        given = getattr(chosen, flag)
+        if given is None:
+            continue
+        path = Path(given).resolve()
+        if path.is_dir():
+            raise ConfigError(f"--{flag} {given} is a folder: name a file in it")
+        if not path.parent.is_dir():
+            raise ConfigError(f"--{flag} {given}: there is no such folder")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"--{flag} {given} may not be written: its permissions forbid it")
 
 
 def check_plots(chosen: argparse.Namespace, flag: str) -> None:
