@@ -187,6 +187,7 @@ def _prompts(loaded: Loaded, chosen: argparse.Namespace) -> list[list[int]]:
             raise ConfigError(
                 f"--prompts-file {chosen.prompts_file} is no UTF-8 (byte {error.start}): convert it"
             ) from None
+
     try:
         ids = [[int(id_) for id_ in text.replace(",", " ").split()] for text in chosen.prompt_ids]
     except ValueError:
