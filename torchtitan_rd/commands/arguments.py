@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from torchtitan_rd.data import DATASETS
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference import Drafting, ExitPolicy, Sampling, Settings
 from torchtitan_rd.inference.policy_file import read_policy
@@ -44,8 +45,13 @@ def device_of(chosen: argparse.Namespace, environment: Environment) -> torch.dev
     return environment.device() if device.type == "cuda" and device.index is None else device
 
 
-def narrowed(validation: ValidationConfig, chosen: argparse.Namespace) -> ValidationConfig:
-    """The section [validation] with --split and --sequences in place of its own."""
+def narrowed(validation: ValidationConfig, chosen: argparse.Namespace, dataset: str) -> ValidationConfig:
+    """The section [validation] with --split and --sequences in place of its own. dataset: of training. Raises
+    ConfigError for a split of data that is made here: the result would bear its name and be of all of it.
+    """
+    dataset = validation.dataset or dataset
+    if chosen.split is not None and dataset in DATASETS and DATASETS[dataset].samples:
+        raise ConfigError(f"--split {chosen.split} has no effect: {dataset} is made here and has no splits")
     given = {name: getattr(chosen, name) for name in ("split", "sequences")}
     return validation.model_copy(update={name: value for name, value in given.items() if value is not None})
 

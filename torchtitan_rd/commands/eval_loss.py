@@ -51,7 +51,8 @@ def measure(
     kind: str, chosen: argparse.Namespace, overrides: list[str], environment: Environment
 ) -> dict[str, Any]:
     config = load(["--job.config_file", chosen.config, *overrides], environment).config
-    training, validation = config.training, narrowed(config.validation, chosen)
+    training = config.training
+    validation = narrowed(config.validation, chosen, training.dataset)
     depths = parse_depths(chosen.depths) if chosen.depths else []
     if kind == "depth" and not depths:
         depths = parse_depths(DEPTHS)

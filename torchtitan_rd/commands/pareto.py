@@ -164,7 +164,7 @@ def _open(
 
     with process_group(environment, device):
         held_out = open_validation(
-            narrowed(config.validation, chosen),
+            narrowed(config.validation, chosen, config.training.dataset),
             config.training,
             environment,
             tokenizer_path=config.model.tokenizer_path,
