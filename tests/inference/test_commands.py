@@ -238,7 +238,7 @@ def test_a_policy_and_the_command_line_may_not_name_two_strategies(models, capsy
         ("missing", [], "does not exist: name a step-N folder"),
         ("llama", ["--model", "raven"], "holds a llama3; use --model llama3"),
         ("bare", [], "has no tokenizer: name one with --tokenizer, or give ids with --prompt-ids"),
-        ("llama", ["--temperature", "-1"], "temperature = -1.0 must be at least 0"),
+        ("llama", ["--temperature", "-1"], "temperature = -1.0 must be 0 (the most likely token)"),
         ("bare", ["--prompt-ids", "3 99"], "prompt 0 has the id 99, but the model's vocabulary is 0..60"),
         ("bare", ["--prompt-ids", "3 x"], "ids are whole numbers"),
         ("llama", ["--depth", "4"], "depth = 4: a llama3 has no recurrence"),
@@ -267,6 +267,12 @@ def test_a_mistake_is_one_line(models, capsys, model, arguments, message, tmp_pa
     prompt = [] if "--prompt-ids" in arguments else ["--prompt", "ab"]
     status, out, err = call(capsys, "generate", place, *prompt, *arguments)
     assert status == 1 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_prompts_that_are_no_utf_8_are_one_line(models, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"abc\xff")
+    status, out, err = call(capsys, "generate", models["llama"], "--prompts-file", tmp_path / "prompts.txt")
+    assert status == 1 and out == "" and "is no UTF-8 (byte 3): convert it" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -335,11 +341,25 @@ def test_recordings_from_nothing_begin_with_a_tenth_of_the_neurons(models, capsy
         (["--unconditional", "--gen-t", "500"], "more than the model's context of 8192"),
         (["--unconditional", "--ctx-t", "3"], "--ctx-t has no effect with --unconditional"),
         (["--dataset", "synthetic", "--n-neurons", "3"], "--n-neurons has no effect without --unconditional"),
+        (["--unconditional", "--seed", "-1"], "--seed -1 must be at least 0"),
+        (["--unconditional", "--out", __file__], "is no folder to write to: File exists"),
     ],
 )
 def test_a_mistake_about_recordings_is_one_line(models, capsys, arguments, message):
     status, _, err = call(capsys, "generate-spikes", models["spikes"], *arguments)
     assert status == 1 and message in err and err.count("\n") == 1
+
+
+def test_a_full_disk_leaves_no_part_of_a_recording(models, capsys, tmp_path, monkeypatch):
+    def full(part, **arrays):
+        part.write_bytes(b"PK")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    arguments = ["--unconditional", "--n-neurons", "4", "--gen-t", "1", "--out", tmp_path]
+    status, _, err = call(capsys, "generate-spikes", models["spikes"], *arguments)
+    assert status == 1 and "cannot be written: No space left on device" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_wrong_with_the_arguments_is_told_before_the_model_is_read(capsys, monkeypatch):

@@ -215,6 +215,9 @@ def test_a_picture_that_nothing_can_draw_is_refused_before_the_model_is_read(cap
         (["--criterion", "kl"], "--criterion has no effect without --target"),
         (["--replay"], "--replay has no effect without --target"),
         (["--target", "0.5"], "cannot reach a mean depth of 0.5"),
+        (["--split", "train"], "--split train has no effect: pydoc-validation is made here"),
+        (["--target", "nan"], "cannot reach a mean depth of nan"),
+        (["--target", "3", "--png", "."], "--png . is a folder: name a file in it"),
         (["--training.seq_len", "300000"], "is more than the model's context"),
         (
             ["--target", "3", "--policy", "/nowhere/p.toml"],

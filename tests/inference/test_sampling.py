@@ -7,8 +7,8 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from tests.inference.common import loaded, prompts
-from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.inference import Sampling, Settings, generate
+from torchtitan_rd.errors import CheckpointError, ConfigError
+from torchtitan_rd.inference import Drafting, ExitPolicy, Sampling, Settings, generate
 from torchtitan_rd.inference.sampling import choose, penalise, restrict, uniforms
 
 FILTERS = {
@@ -101,3 +101,35 @@ def test_the_smallest_top_p_leaves_the_most_likely_token():
     logits = torch.randn(4, 61, generator=torch.Generator().manual_seed(0))
     left = ~restrict(logits, Sampling(1.0, top_p=1e-12)).isinf()
     assert left.sum(-1).tolist() == [1] * 4 and torch.equal(left.float().argmax(-1), logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": 1e-40}, {"temperature": 1e-320}, {"repetition_penalty": float("inf")}],
+    ids=["overflows", "is no float32", "infinite penalty"],
+)
+def test_settings_that_would_draw_from_nan_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+def test_the_least_temperature_draws_the_most_likely_token():
+    logits = 1e4 * torch.randn(3, 61, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(choose(logits, Sampling(1e-6), torch.rand(3).double()), logits.argmax(-1))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(max_new_tokens=4),
+        Settings(max_new_tokens=4, sampling=Sampling(0.7)),
+        Settings(max_new_tokens=4, depth=4, exits=ExitPolicy("kl")),
+        Settings(max_new_tokens=4, depth=4, drafting=Drafting(2)),
+    ],
+    ids=["greedy", "sampled", "adaptive", "speculative"],
+)
+def test_a_model_whose_logits_are_nan_writes_no_text(settings):
+    model = loaded("raven")
+    next(model.model.parameters()).fill_(torch.nan)
+    with pytest.raises(CheckpointError, match="logits of new token 0 are NaN"):
+        generate(model, prompts(3, 2), settings)

@@ -1,5 +1,7 @@
 """Strategies of the cache against a dictionary of every key ever made, and exits of single sequences."""
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from tests.inference.common import loaded, prompts
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference import CRITERIA, ExitPolicy, Settings, Sharing, Stepper, generate, think
 from torchtitan_rd.inference.cache import KVCache
+from torchtitan_rd.inference.sharing import NAMES
 from torchtitan_rd.models.attention import KeyValues
 
 CORE = 2  # layers in the recurrence of the tiny model
@@ -280,6 +283,22 @@ def test_default_thresholds():
 def test_a_wrong_strategy_is_refused_with_the_nearest_name(name, message):
     with pytest.raises(ConfigError, match=message):
         Sharing(name, core=4, depth=8)
+
+
+def test_the_slots_that_are_counted_are_those_that_are_written():
+    for name in (*NAMES, "compress-s6", "compress-r1", "compress-r6", "latest-m4-compress-r8"):
+        for core in (1, 2):
+            sharing = Sharing(name, core, 12)
+            for steps in range(13):
+                written = {sharing.slot(step, layer) for step in range(steps) for layer in range(core)}
+                assert written == set(range(sharing.written(steps))), (name, core, steps)
+
+
+def test_a_depth_beyond_the_memory_is_refused_at_once():
+    begun = time.perf_counter()
+    with pytest.raises(ConfigError, match=r"the cache needs .*a smaller depth"):
+        generate(loaded("raven"), prompts(3), Settings(max_new_tokens=3, depth=10**10))
+    assert time.perf_counter() - begun < 5  # it took minutes to count the slots of 1e8 iterations one by one
 
 
 def test_a_cache_beyond_the_memory_is_refused_with_its_size():

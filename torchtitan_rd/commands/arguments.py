@@ -2,11 +2,13 @@
 
 import argparse
 import importlib.util
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from torchtitan_rd.data import DATASETS
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference import Drafting, ExitPolicy, Sampling, Settings
 from torchtitan_rd.inference.policy_file import read_policy
@@ -43,20 +45,30 @@ def device_of(chosen: argparse.Namespace, environment: Environment) -> torch.dev
     return environment.device() if device.type == "cuda" and device.index is None else device
 
 
-def narrowed(validation: ValidationConfig, chosen: argparse.Namespace) -> ValidationConfig:
-    """The section [validation] with --split and --sequences in place of its own."""
+def narrowed(validation: ValidationConfig, chosen: argparse.Namespace, dataset: str) -> ValidationConfig:
+    """The section [validation] with --split and --sequences in place of its own. dataset: of training. Raises
+    ConfigError for a split of data that is made here: the result would bear its name and be of all of it.
+    """
+    dataset = validation.dataset or dataset
+    if chosen.split is not None and dataset in DATASETS and DATASETS[dataset].samples:
+        raise ConfigError(f"--split {chosen.split} has no effect: {dataset} is made here and has no splits")
     given = {name: getattr(chosen, name) for name in ("split", "sequences")}
     return validation.model_copy(update={name: value for name, value in given.items() if value is not None})
 
 
 def check_outputs(chosen: argparse.Namespace, *flags: str) -> None:
-    """Raises ConfigError if the folder of a file that is to be written is not there: before the work, not
-    after it.
-    """
+    """Raises ConfigError for a file that cannot be written: before the work, not after it."""
     for flag in flags:
-        path = getattr(chosen, flag)
-        if path is not None and not Path(path).resolve().parent.is_dir():
-            raise ConfigError(f"--{flag} {path}: there is no such folder")
+        given = getattr(chosen, flag)
+        if given is None:
+            continue
+        path = Path(given).resolve()
+        if path.is_dir():
+            raise ConfigError(f"--{flag} {given} is a folder: name a file in it")
+        if not path.parent.is_dir():
+            raise ConfigError(f"--{flag} {given}: there is no such folder")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ConfigError(f"--{flag} {given} may not be written: its permissions forbid it")
 
 
 def check_plots(chosen: argparse.Namespace, flag: str) -> None:

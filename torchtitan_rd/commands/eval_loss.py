@@ -34,6 +34,7 @@ from torchtitan_rd.inference.ranks import process_group
 from torchtitan_rd.job import Environment
 
 DEPTHS = "1-64"
+MOST_DEPTHS = 1024
 
 
 def main(kind: str, arguments: list[str]) -> int:
@@ -50,7 +51,8 @@ def measure(
     kind: str, chosen: argparse.Namespace, overrides: list[str], environment: Environment
 ) -> dict[str, Any]:
     config = load(["--job.config_file", chosen.config, *overrides], environment).config
-    training, validation = config.training, narrowed(config.validation, chosen)
+    training = config.training
+    validation = narrowed(config.validation, chosen, training.dataset)
     depths = parse_depths(chosen.depths) if chosen.depths else []
     if kind == "depth" and not depths:
         depths = parse_depths(DEPTHS)
@@ -103,6 +105,8 @@ def parse_depths(text: str) -> list[int]:
             found = range(int(first), int(last or first) + 1)
             if not found or found[0] < 1:
                 raise ConfigError(f"--depths {text}: {part}: depths must be at least 1, and ranges ascend")
+            if len(depths) + found[-1] - found[0] >= MOST_DEPTHS:
+                raise ConfigError(f"--depths {text}: {MOST_DEPTHS} at most, whose states are held at once")
             depths += found
     except ValueError:
         raise ConfigError(f"--depths {text}: whole numbers and ranges, as in 1-8,16,32") from None

@@ -183,6 +183,11 @@ def _prompts(loaded: Loaded, chosen: argparse.Namespace) -> list[list[int]]:
             texts += Path(chosen.prompts_file).read_text(encoding="utf-8").splitlines()
         except OSError as error:
             raise ConfigError(f"--prompts-file {chosen.prompts_file}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"--prompts-file {chosen.prompts_file} is no UTF-8 (byte {error.start}): convert it"
+            ) from None
+
     try:
         ids = [[int(id_) for id_ in text.replace(",", " ").split()] for text in chosen.prompt_ids]
     except ValueError:

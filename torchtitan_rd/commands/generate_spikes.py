@@ -35,6 +35,7 @@ from torchtitan_rd.inference.spikes import (
     conditional,
     counts_of,
     ids_of,
+    make_folder,
     raster,
     save,
     unconditional,
@@ -52,6 +53,9 @@ def main(arguments: list[str]) -> int:
     else:
         refuse(chosen, ("n_neurons",), "without --unconditional")
     check_plots(chosen, "raster")
+    if chosen.seed < 0:
+        raise ConfigError(f"--seed {chosen.seed} must be at least 0")
+    make_folder(Path(chosen.out))
     settings, _ = settings_of(chosen)
     environment = Environment.read()
     device = device_of(chosen, environment)

@@ -79,6 +79,11 @@ def main(arguments: list[str]) -> int:
     if chosen.target is None:
         refuse(chosen, ("policy", "criterion", "replay"), "without --target, the mean depth to aim at")
 
+    elif not 1 <= chosen.target < float("inf"):
+        raise ConfigError(
+            f"--target: a policy cannot reach a mean depth of {chosen.target}: name one from 1 on"
+        )
+
     strategies = list(dict.fromkeys(chosen.kv.split(",")))
     device = device_of(chosen, environment)
     loaded, windows = _open(chosen, overrides, environment, device, strategies)
@@ -159,7 +164,7 @@ def _open(
 
     with process_group(environment, device):
         held_out = open_validation(
-            narrowed(config.validation, chosen),
+            narrowed(config.validation, chosen, config.training.dataset),
             config.training,
             environment,
             tokenizer_path=config.model.tokenizer_path,

@@ -10,6 +10,7 @@ and what differs in their configs is listed.
 import argparse
 from pathlib import Path
 
+from torchtitan_rd.commands.arguments import check_outputs
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.metrics.read import read_run
 from torchtitan_rd.metrics.report import page
@@ -25,6 +26,7 @@ def main(arguments: list[str]) -> int:
         "--picture", type=Path, action="append", default=[], help="a PNG to show, such as a raster"
     )
     chosen = parser.parse_args(arguments)
+    check_outputs(chosen, "output")
     text = page([read_run(folder) for folder in chosen.runs], chosen.picture)
     try:
         chosen.output.write_text(text, encoding="utf-8")

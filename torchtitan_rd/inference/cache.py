@@ -50,7 +50,8 @@ class KVCache:
         self._held = torch.full((batch, positions), sharing.slots, device=device)
         possible = range(sharing.depth + 1)
         self._written = torch.tensor([sharing.written(steps) for steps in possible], device=device)
-        self._shown = torch.tensor([sharing.shown(steps) for steps in possible], device=device)
+        shown = [sharing.shown(steps) for steps in possible] if sharing.fills else []
+        self._shown = torch.tensor(shown, device=device)
         self._padded = self._ragged = False
         self._mask: torch.Tensor | None = None
         self._causal = False

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.errors import CheckpointError, ConfigError
 from torchtitan_rd.inference.exits import ExitPolicy
 from torchtitan_rd.inference.loading import Loaded
 from torchtitan_rd.inference.sampling import Sampling, choose, penalise, uniforms
@@ -150,6 +150,7 @@ def generate(
     begun = time.perf_counter()
     settings.check(loaded, prompts)
     rows = _Rows(loaded, prompts, settings, on_text)
+    constraint = _of_numbers(rows, constraint)
     if not prompts:
         return Report([], 0, 0.0)
 
@@ -184,12 +185,29 @@ def generate(
     return Report(rows.answers(), stepper.cache.nbytes, time.perf_counter() - begun)
 
 
+def _of_numbers(rows: "_Rows", constraint: Constraint | None) -> Constraint:
+    """`constraint` of logits that are numbers. NaN would have a token all the same: the first one or the
+    last, depending on how it is chosen. Raises CheckpointError if a row that goes on has any.
+    """
+
+    def checked(number: int, logits: torch.Tensor) -> torch.Tensor:
+        broken = logits.isnan().any(-1).tolist()
+        if any(nan and not ended for nan, ended in zip(broken, rows.ended, strict=True)):
+            raise CheckpointError(
+                f"the model's logits of new token {number} are NaN: its weights are none of a run that went "
+                f"well, or a number overflowed; take an earlier checkpoint, or --dtype float32"
+            )
+        return logits if constraint is None else constraint(number, logits)
+
+    return checked
+
+
 def _chooser(
     tokens: torch.Tensor,
     real: torch.Tensor,
     settings: Settings,
     numbers: Sequence[int],
-    constraint: Constraint | None,
+    constraint: Constraint,
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
     """-> (number of the new token, logits (B, V)) -> ids (B,), to be asked once for each token."""
     sampling, drawn = settings.sampling, None
@@ -204,8 +222,7 @@ def _chooser(
                 counts = torch.zeros_like(logits).scatter_add_(1, tokens, real.float())
                 seen = counts > 0
             logits = penalise(logits, seen, sampling.repetition_penalty)
-        if constraint is not None:
-            logits = constraint(number, logits)
+        logits = constraint(number, logits)
         new = choose(logits, sampling, None if drawn is None else drawn[:, number])
         if seen is not None:
             seen.scatter_(1, new[:, None], True)

@@ -8,6 +8,8 @@ import torch
 
 from torchtitan_rd.errors import ConfigError
 
+_COLDEST = 1e-6  # logits over less than this may overflow, and the draw would be of NaN
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -30,13 +32,18 @@ class Sampling:
             (
                 "temperature",
                 self.temperature,
-                0 <= self.temperature < float("inf"),
-                "at least 0 (0: the most likely token)",
+                self.temperature == 0 or _COLDEST <= self.temperature < float("inf"),
+                f"0 (the most likely token) or at least {_COLDEST}",
             ),
             ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1"),
             ("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", self.min_p, self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+            (
+                "repetition_penalty",
+                self.repetition_penalty,
+                0 < self.repetition_penalty < float("inf"),
+                "above 0",
+            ),
         ):
             if not allowed:
                 raise ConfigError(f"{name} = {value} must be {range_}")

@@ -87,7 +87,7 @@ class Sharing:
     @property
     def slots(self) -> int:
         """Slots of the core that `depth` iterations need."""
-        return max((self.slot(t, j) + 1 for t in range(self.depth) for j in range(self.core)), default=0)
+        return self.written(self.depth)
 
     @property
     def is_exact(self) -> bool:
@@ -104,7 +104,16 @@ class Sharing:
 
     def written(self, steps: int) -> int:
         """How many slots, which are the first ones, a position holds after `steps` iterations."""
-        return max((self.slot(t, j) + 1 for t in range(steps) for j in range(self.core)), default=0)
+        applications = steps * self.core
+        if self.lookup == "always-last-m4":
+            return min(applications, self.core)
+        if self.compression == "s":
+            return min(applications, self.group)
+        if self.compression == "r":
+            return -(-applications // self.group)  # rounded up
+        if self.compression == "anchor":
+            return min(applications, (_ANCHORED + 1) * self.core)
+        return applications
 
     def shown(self, steps: int) -> list[int]:
         """For each slot, the slot whose content a position shows there that was left after `steps`

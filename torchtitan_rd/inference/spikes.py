@@ -4,6 +4,7 @@ A time bin is the separator and one count a neuron. So every (n + 1)-th token is
 and no other may be one. Names: n neurons, T time bins.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,22 +105,38 @@ def bins_of(neurons: int, separator: int, vocab_size: int) -> Constraint:
     return constrain
 
 
+def make_folder(folder: Path) -> None:
+    """For `save`. Raises ConfigError if nothing can be written there: before anything is computed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder} is no folder to write to: {error.strerror}") from None
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out {folder} may not be written: its permissions forbid it")
+
+
 def save(
     folder: Path, prompt: SpikePrompt, generated: Sequence[int], gen_t: int, separator: int, suffix: str = ""
 ) -> Path:
     """Writes ids as the ancestor of this program does: prompt, gen,
-    gt (all in token order; gt without recording: empty) and n_neurons, to <name>-<gen_t>.npz.
+    gt (all in token order; gt without recording: empty) and n_neurons, to <name>-<gen_t>.npz. Raises
+    ConfigError if it cannot be written, and leaves no part of it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{prompt.name}-{gen_t}{suffix}.npz"
     truth = [] if prompt.truth is None else ids_of(prompt.truth, separator)
-    np.savez(
-        path,
-        prompt=np.array(ids_of(prompt.counts, separator)),
-        gen=np.array(generated),
-        gt=np.array(truth, dtype=np.int64),
-        n_neurons=prompt.neurons,
-    )
+    part = path.with_name(f".part-{path.name}")
+    try:
+        np.savez(
+            part,
+            prompt=np.array(ids_of(prompt.counts, separator)),
+            gen=np.array(generated),
+            gt=np.array(truth, dtype=np.int64),
+            n_neurons=prompt.neurons,
+        )
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
     return path
 
 

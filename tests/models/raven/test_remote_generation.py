@@ -229,6 +229,8 @@ def test_a_model_in_training_mode_and_one_in_bfloat16_generate_too(tmp_path):
 
 
 BAD = {
+    "scale below 0": ({"criterion": "kl", "init_scale": -1.0}, "init_scale = -1.0 must be at least 0"),
+    "no scale": ({"criterion": "kl", "init_scale": float("nan")}, "init_scale = nan must be at least 0"),
     "unknown criterion": ({"criterion": "kll"}, "exit criterion 'kll' is unknown; did you mean 'kl'?"),
     "no strategy": (
         {"cache_lookup_strategy": "lates-m4"},

@@ -160,6 +160,9 @@ class AdaptiveGenerationMixin(GenerationMixin):
         if thinking is not None:
             if given := [name for name in REFUSED if model_kwargs.get(name) is not None]:
                 raise ValueError(f"{given[0]} cannot be given together with {_named(model_kwargs)}")
+            scale = model_kwargs.get("init_scale")
+            if scale is not None and not 0 <= float(scale) < float("inf"):
+                raise ValueError(f"init_scale = {scale} must be at least 0")
             depth = self._depth(model_kwargs.get("num_steps"))
             thinking.check(self.config.n_layers_in_recurrent_block, depth)
         super()._validate_model_kwargs(_others(model_kwargs))
