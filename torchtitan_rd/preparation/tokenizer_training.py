@@ -44,6 +44,7 @@ HUGINN_SPECIALS = tuple(
 )
 LAYOUTS = {"huginn": HUGINN_SPECIALS, "none": ()}
 _ROLES = {"bos": "<|begin_text|>", "eos": "<|end_text|>", "pad": "<|pad|>"}
+_MOST_TOKENS = 1 << 24  # more than any tokenizer has
 _CHECKED = 500  # documents that must survive encoding and decoding
 # Cut differently by different patterns, composed, foreign, not printable, and names of special tokens.
 _PROBES = (
@@ -77,8 +78,14 @@ class Wanted:
         for flag, value, known in (("regex", self.regex, REGEXES), ("layout", self.layout, LAYOUTS)):
             if value not in known:
                 raise ConfigError(f"--{flag} {value!r} is unknown{nearest(value, known)}")
-        if self.max_token_length < 1:
-            raise ConfigError(f"--max-token-length {self.max_token_length}: must be at least 1 byte")
+        # The trainer takes memory for as many tokens as it is told, and ends the process where there is none.
+        for flag, number, least, most in (
+            ("vocab-size", self.vocab_size, 256, _MOST_TOKENS),
+            ("max-token-length", self.max_token_length, 1, 2**31),
+            ("min-frequency", self.min_frequency, 0, 2**31),
+        ):
+            if not least <= number <= most:
+                raise ConfigError(f"--{flag} {number}: expected {least} to {most}")
         learned = self.vocab_size - len(self.specials())
         if learned < 256:
             raise ConfigError(
