@@ -154,3 +154,15 @@ def test_too_little_text_for_the_vocabulary_says_how_many_there_can_be(corpus, t
 def test_a_negative_number_of_characters_is_refused(corpus, tmp_path, capsys):
     assert train(corpus, tmp_path / "t", "--vocab-size", 600, "--max-characters", -5) == 1
     assert "--max-characters -5: must be at least 1" in capsys.readouterr().err
+
+
+def test_a_special_token_that_text_has_too_is_refused(corpus, tmp_path, capsys):
+    assert train(corpus, tmp_path / "t", "--vocab-size", 600, "--special", "e=20") == 1
+    assert "--special e=20: ordinary text has this as a token" in capsys.readouterr().err
+
+
+def test_a_chat_template_that_is_not_utf_8_is_named(corpus, tmp_path, capsys):
+    (tmp_path / "chat.jinja").write_bytes(b"caf\xe9")
+    template = tmp_path / "chat.jinja"
+    assert train(corpus, tmp_path / "t", "--vocab-size", 600, "--chat-template", template) == 1
+    assert "chat.jinja: cannot be read: 'utf-8' codec" in capsys.readouterr().err

@@ -228,6 +228,7 @@ def _with_specials(learned: "Backend", wanted: Wanted, roles: dict[str, str]) ->
     """The same with the special tokens at their ids; the learned tokens keep their order on the others.
 
     The library numbers added tokens itself unless the model's own vocabulary has them, so it gets them.
+    Raises ConfigError for a special token that was learned too: it would take that token's place.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers.processors import TemplateProcessing
@@ -236,6 +237,8 @@ def _with_specials(learned: "Backend", wanted: Wanted, roles: dict[str, str]) ->
     free = (i for i in range(wanted.vocab_size) if i not in set(specials.values()))
     content = json.loads(learned.to_str())
     vocabulary = content["model"]["vocab"]
+    if taken := sorted(set(vocabulary) & set(specials)):
+        raise ConfigError(f"--special {taken[0]}={specials[taken[0]]}: ordinary text has this as a token")
     by_id = sorted(vocabulary, key=vocabulary.__getitem__)
     content["model"]["vocab"] = {**dict(zip(by_id, free, strict=True)), **specials}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
