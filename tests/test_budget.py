@@ -258,6 +258,8 @@ def test_the_written_config_trains_on_two_ranks_of_which_each_has_its_part(tmp_p
         (["--dataset", "packed"], "training.dataset_path"),
         (["--tokenizer_path", "/nowhere/at/all"], "/nowhere/at/all"),
         (["--keep_last_k_ckpts", "1"], "keep_latest_k = 1"),
+        (["--tokenizer_path", "bytes", "--vocab_size", "5"], "model.vocab_size = 5: set it to 258 or more"),
+        (["--dataset", "gsm8k", "--tokenizer_path", "bytes"], "conversations need the folder of a tokenizer"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(arguments, message, tmp_path, monkeypatch, capsys):

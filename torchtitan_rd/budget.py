@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from torchtitan_rd.config import JobConfig
-from torchtitan_rd.data import dataset_vocab_size, get_dataset, load_tokenizer
+from torchtitan_rd.data import build_encoder, dataset_vocab_size, get_dataset, load_tokenizer
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.models import get_spec
 from torchtitan_rd.models.counting import ParameterCount, count_parameters
 from torchtitan_rd.parallelism import ParallelDims
-from torchtitan_rd.run_plan import fewest_ranks, resolve_shape
+from torchtitan_rd.run_plan import fewest_ranks, reads_hub_tokenizer, resolve_shape
 
 CLM_TOKENIZER, CLM_VOCAB_SIZE = "HuggingFaceTB/cosmo2-tokenizer", 49152
 WARMUP_SHARE = 0.2
@@ -121,11 +121,13 @@ def _dims(config: JobConfig, num_gpus: int | None) -> ParallelDims:
 
 
 def _vocab_size(config: JobConfig) -> int:
-    """Of the data, or as it is given."""
-    dataset = get_dataset(config.training)
-    if config.model.vocab_size is not None:
-        return config.model.vocab_size
-    if dataset.kind == "text" and config.model.tokenizer_path == CLM_TOKENIZER:
-        return CLM_VOCAB_SIZE
-    tokenizer = load_tokenizer(config.model.tokenizer_path) if dataset.kind == "text" else None
-    return dataset_vocab_size(config.training, tokenizer)
+    """Of the data, or as it is given. Raises ConfigError if it does not fit a tokenizer that lies here."""
+    dataset, path, given = get_dataset(config.training), config.model.tokenizer_path, config.model.vocab_size
+    if dataset.needs_tokenizer and path == CLM_TOKENIZER:
+        return given or CLM_VOCAB_SIZE
+    if given is not None and reads_hub_tokenizer(config):
+        return given
+    tokenizer = load_tokenizer(path) if dataset.needs_tokenizer else None
+    vocab_size = dataset_vocab_size(config.training, tokenizer) if given is None else given
+    build_encoder(config.training, dataset.kind, tokenizer, vocab_size)
+    return vocab_size

@@ -181,6 +181,8 @@ WRONG = {
     ),
     "weights": ({"address": "a.jsonl", "weight": 0}, "every weight is 0"),
     "empty": ({"address": "empty.jsonl"}, "can be used: it has none"),
+    "cut off": ({"address": "cut.jsonl.gz"}, "cut.jsonl.gz: cannot be read: Truncated compressed stream"),
+    "deep": ({"address": "deep.jsonl"}, "can be used: not JSON (1)"),
 }
 
 
@@ -188,6 +190,8 @@ WRONG = {
 def test_a_source_that_cannot_be_is_named(name, tmp_path, capsys):
     write_corpus(tmp_path / "a.jsonl", ["text"])
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "zipped"}\n')[:-8])
+    (tmp_path / "deep.jsonl").write_text('{"text": "a", "more": ' + "[" * 99_999 + "]" * 99_999 + "}\n")
     pq.write_table(pa.table({"text": ["text"]}), tmp_path / "a.parquet")
     keys, message = WRONG[name]
     assert run("download", sources_file(tmp_path, src=keys), "--output", tmp_path / "s") == 1
@@ -199,3 +203,10 @@ def test_a_file_without_sources_is_refused(tmp_path, capsys):
     (tmp_path / "s.yaml").write_text("- a\n- b\n")
     assert run("download", tmp_path / "s.yaml", "--output", tmp_path / "s") == 1
     assert "expected `sources:`" in capsys.readouterr().err
+
+
+def test_a_source_is_not_named_as_the_manifest(tmp_path, capsys):
+    file = tmp_path / "s.yaml"
+    file.write_text("sources: {manifest.json: {address: a.jsonl}}")
+    assert run("download", file, "--output", tmp_path / "s") == 1
+    assert "manifest.json: is the name of the file that describes the folder" in capsys.readouterr().err

@@ -51,3 +51,10 @@ def test_a_manifest_holds_no_time_and_no_machine(tmp_path):
         Output.open(tmp_path / name, RECIPE).finish({"rows": 5})
         texts.append((tmp_path / name / "manifest.json").read_text())
     assert texts[0] == texts[1] and json.loads(texts[0])["inputs"] == RECIPE.inputs
+
+
+@pytest.mark.parametrize("below", ["", "/folder"])
+def test_a_folder_that_cannot_be_written_is_one_message(below, tmp_path):
+    (tmp_path / "a").touch()
+    with pytest.raises(DataError, match="cannot be written: Not a directory; name another output folder"):
+        Output.open(tmp_path / f"a{below}", RECIPE)

@@ -196,3 +196,11 @@ def test_what_cannot_be_is_refused(packed, shuffled, corpus, tokenizer, tmp_path
     assert run("shuffle", tmp_path / "half", "--output", tmp_path / "s") == 1
     assert "is not complete; run `torchtitan-rd data tokenize` to its end" in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--memory", "nan"), ("--memory", "inf"), ("--memory", 0), ("--files", 0)]
+)
+def test_a_number_that_is_none_is_refused(flag, value, packed, tmp_path, capsys):
+    assert run("shuffle", packed, "--output", tmp_path / "s", flag, value) == 1
+    assert f"ConfigError: {flag} {value}: " in capsys.readouterr().err

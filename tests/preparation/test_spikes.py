@@ -270,6 +270,15 @@ def test_a_bad_file_can_be_mended_where_nothing_was_done(tmp_path):
     assert prepare(tmp_path / "out", tmp_path / "b.txt") == 0
 
 
+def test_a_bad_file_leaves_nothing_in_a_folder_that_is_a_link(tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "b.txt").write_text("1\n-2\n")
+    assert prepare(tmp_path / "out", tmp_path / "b.txt") == 1
+    assert "the time -2 is negative" in capsys.readouterr().err
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_session_that_was_read_is_not_read_again(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("1\n2\n")
     (tmp_path / "b.txt").write_text("1\n-2\n")
@@ -315,6 +324,8 @@ BAD = {
     "none.csv": ("unit,time\n", "none.csv: holds no units"),
     "row.csv": ("unit,time\n1,2\n1\n", "row.csv: line 3: '' is no time"),
     "nobody.csv": ("unit,time\n,2\n", "nobody.csv: line 2: names no unit"),
+    "comma.csv": ("unit,time\n1,0,25\n", "comma.csv: line 2: has more cells than the 2"),
+    "twice.csv": ("unit,time,time\n1,2,3\n", "twice.csv: its first line names the column 'time' twice"),
     "quote.csv": ('unit,time\n"1,2\n', "quote.csv: line 1: unexpected end"),
     "a.npz": (b"PK not a zip", "a.npz: is no .npz file of plain arrays"),
     "a.nwb": (b"not HDF5", "a.nwb: "),

@@ -206,6 +206,7 @@ def test_text_in_parquet_that_is_not_utf_8_is_named(tokenizer, tmp_path, capsys)
         (("--val-share", 1), "less than 1"),
         (("--block-size", 100000, "--tail", "drop"), "do not fill one row of 100001 ids"),
         (("--tokenizer", "bytes"), "names no pad_token"),
+        (("--files", 0), "--files 0: must be at least 1"),
     ],
     ids=str,
 )
@@ -285,3 +286,29 @@ def wait_until(condition, seconds):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_an_output_folder_within_the_input_is_refused(tokenizer, tmp_path, capsys):
+    (tmp_path / "texts").mkdir()
+    corpus = write_corpus(tmp_path / "texts" / "a.jsonl")
+    assert run(*arguments(corpus.parent, tokenizer, corpus.parent / "packed")) == 1
+    assert "lies in the input" in capsys.readouterr().err
+    assert list(corpus.parent.iterdir()) == [corpus]
+
+
+def test_a_byte_order_mark_and_the_kind_of_line_ends_are_no_text(tokenizer, tmp_path):
+    (tmp_path / "plain.txt").write_bytes(b"one line\nand another\n")
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfone line\r\nand another\r\n")
+    rows = {}
+    for name in ("plain", "marked"):
+        path = tmp_path / f"{name}.txt"
+        sources = tmp_path / f"{name}.yaml"
+        sources.write_text(f"sources: {{src: {{address: {path}}}}}")
+        assert run("download", sources, "--output", tmp_path / f"{name}-staged") == 0
+        for source in (path, tmp_path / f"{name}-staged"):
+            folder = tmp_path / f"{source.name}-packed"
+            line = ("tokenize", source, "--tokenizer", tokenizer, "--block-size", 8, "--val-share", 0)
+            assert run(*line, "--tail", "pad", "--output", folder) == 0
+            table = pq.read_table(folder / "train" / "000_00000.parquet")
+            rows[source.name] = table["input_ids"].to_pylist()
+    assert all(found == rows["plain.txt"] for found in rows.values())

@@ -130,6 +130,10 @@ def test_a_text_that_is_not_given_back_is_an_error():
         ({"special": {"<|a|>": 600}}, r"ids are 0..599"),
         ({"special": {"<|a|>": 570}}, r"this is the id of <\|begin_header\|>"),
         ({"vocab_size": 280}, "leaves 248 ids"),
+        ({"vocab_size": -1}, "--vocab-size -1: expected 256"),
+        ({"vocab_size": 10**12}, "--vocab-size 1000000000000: expected 256"),
+        ({"max_token_length": 0}, "--max-token-length 0: expected 1"),
+        ({"min_frequency": -1}, "--min-frequency -1: expected 0"),
         ({"regex": "gtp2"}, "did you mean 'gpt2'"),
         ({"layout": "none", "chat_template": "huginn"}, r"<\|begin_header\|>.* are no special tokens"),
         ({"chat_template": "missing.jinja"}, "or a file with a template"),
@@ -145,3 +149,20 @@ def test_too_little_text_for_the_vocabulary_says_how_many_there_can_be(corpus, t
     assert train(corpus, tmp_path / "t", "--vocab-size", 50000) == 1
     assert "tokens can be learned from this text" in capsys.readouterr().err
     assert not (tmp_path / "t" / "tokenizer.json").exists()
+
+
+def test_a_negative_number_of_characters_is_refused(corpus, tmp_path, capsys):
+    assert train(corpus, tmp_path / "t", "--vocab-size", 600, "--max-characters", -5) == 1
+    assert "--max-characters -5: must be at least 1" in capsys.readouterr().err
+
+
+def test_a_special_token_that_text_has_too_is_refused(corpus, tmp_path, capsys):
+    assert train(corpus, tmp_path / "t", "--vocab-size", 600, "--special", "e=20") == 1
+    assert "--special e=20: ordinary text has this as a token" in capsys.readouterr().err
+
+
+def test_a_chat_template_that_is_not_utf_8_is_named(corpus, tmp_path, capsys):
+    (tmp_path / "chat.jinja").write_bytes(b"caf\xe9")
+    template = tmp_path / "chat.jinja"
+    assert train(corpus, tmp_path / "t", "--vocab-size", 600, "--chat-template", template) == 1
+    assert "chat.jinja: cannot be read: 'utf-8' codec" in capsys.readouterr().err

@@ -54,6 +54,8 @@ def main(arguments: list[str]) -> int:
         value = getattr(chosen, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    if chosen.png and chosen.png.suffix.lower() != ".png":
+        raise ConfigError(f"--png {chosen.png}: the name must end in .png")
     if chosen.bin_ms is not None and not 0 < chosen.bin_ms < math.inf:
         raise ConfigError(f"--bin-ms {chosen.bin_ms}: must be above 0")
 
@@ -76,7 +78,10 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"--png: {opened.source.name} holds no recordings")
     # First: reading all rows takes longer than finding that there is no such row.
     if chosen.png:
-        draw_row(opened.source, chosen.png, row=chosen.row, most_bins=chosen.bins)
+        try:
+            draw_row(opened.source, chosen.png, row=chosen.row, most_bins=chosen.bins)
+        except OSError as error:
+            raise ConfigError(f"--png {chosen.png}: cannot be written: {error.strerror or error}") from None
         logger.info("%s: row %d", chosen.png, chosen.row)
     common = {"shown": chosen.rows, "most_rows": chosen.max_rows}
     if on_spikes:

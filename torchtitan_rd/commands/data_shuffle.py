@@ -8,10 +8,12 @@ an interruption: it goes on. docs/preparation.md describes it.
 """
 
 import argparse
+import math
 from pathlib import Path
 
 import pyarrow
 
+from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.preparation.manifest import Output, Recipe
 from torchtitan_rd.preparation.shuffle import Order, Packed, shuffle
 
@@ -19,6 +21,8 @@ from torchtitan_rd.preparation.shuffle import Order, Packed, shuffle
 def main(arguments: list[str]) -> int:
     """Runs the command; returns the exit status."""
     chosen = _parser().parse_args(arguments)
+    if not 0 < chosen.memory < math.inf:
+        raise ConfigError(f"--memory {chosen.memory:g}: expected a number of GiB above 0")
     packed = Packed.open(Path(chosen.input))
     memory = int(chosen.memory * 2**30)
     order = Order.of(packed, chosen.seed, chosen.files, chosen.val_files, memory)

@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> int:
         val_share=chosen.val_share,
         seed=chosen.seed,
         tasks=chosen.tasks,
-        files=chosen.files or chosen.tasks,
+        files=chosen.tasks if chosen.files is None else chosen.files,
         tail=chosen.tail,
     )
     tokenizer = load_tokenizer(chosen.tokenizer)

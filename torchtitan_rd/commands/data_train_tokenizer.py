@@ -35,6 +35,8 @@ def main(arguments: list[str]) -> int:
         pad=chosen.pad,
         chat_template=chosen.chat_template,
     )
+    if chosen.max_characters is not None and chosen.max_characters < 1:
+        raise ConfigError(f"--max-characters {chosen.max_characters}: must be at least 1")
     decided = wanted.arguments()  # a mistake in them is found before the text is read
 
     inputs = open_inputs(input_keys(chosen), Path(chosen.output))

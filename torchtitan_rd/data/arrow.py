@@ -269,7 +269,9 @@ def _open_files(
         raise DataError(f"{found.path}: holds nothing but empty files ({found.name(found.files[0])}, ...)")
     if builder == "arrow" and not stream:  # mapped where they lie; load_dataset would copy them first
         return datasets.concatenate_datasets([_mapped(p) for p in found.files])
-    options: dict[str, Any] = {"sample_by": "document"} if builder == "text" else {}
+    options: dict[str, Any] = {}
+    if builder == "text":  # a byte order mark is no text
+        options = {"sample_by": "document", "encoding": "utf-8-sig"}
     options["data_files"] = [glob.escape(str(p)) for p in found.files]  # the library takes names for patterns
     if stream:
         if builder == "json" and expected and _refuses_mixed_types():

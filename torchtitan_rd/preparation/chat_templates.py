@@ -49,7 +49,10 @@ def load_template(name: str, specials: dict[str, int]) -> str | None:
     if name in TEMPLATES:
         template = TEMPLATES[name]
     elif Path(name).is_file():
-        template = Path(name).read_text(encoding="utf-8")
+        try:
+            template = Path(name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--chat-template {name}: cannot be read: {error}") from None
     else:
         raise ConfigError(
             f"--chat-template {name!r}: expected {', '.join(TEMPLATES)}, none, or a file with a template"

@@ -19,7 +19,7 @@ from torchtitan_rd.data.files import HUB_NAME, FileList, find_files
 from torchtitan_rd.data.hub import check_revision
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.log import logger
-from torchtitan_rd.preparation.manifest import Output, describe, disk_errors, progress_bar
+from torchtitan_rd.preparation.manifest import MANIFEST, Output, describe, disk_errors, progress_bar
 from torchtitan_rd.preparation.raw import RawRow, as_text, check_columns, read_raw
 
 ROWS_A_FILE = 100_000
@@ -80,6 +80,8 @@ def read_sources(file: Path) -> dict[str, SourceKeys]:
     for name, keys in listed.items():
         if not HUB_NAME.fullmatch(f"a/{name}"):
             problems.append(f"{name}: a name may hold letters, digits, _, . and -")
+        elif name == MANIFEST:
+            problems.append(f"{name}: is the name of the file that describes the folder")
         try:
             found[str(name)] = SourceKeys.model_validate(keys)
         except ValidationError as error:

@@ -55,6 +55,7 @@ def open_inputs(keys: InputKeys, output: Path) -> Inputs:
     hashes: dict[str, list[Any]] = {}
 
     for number, path in enumerate(keys.paths):
+        _check_apart(Path(path), output)
         mark = f"{number + 1}:" if len(keys.paths) > 1 else ""
         if _is_staging(Path(path)):
             found, facts = _open_staging(Path(path), weights)
@@ -75,6 +76,12 @@ def open_inputs(keys: InputKeys, output: Path) -> Inputs:
 def keep_hashes(inputs: Inputs, output: Output) -> None:
     """For the next run, should this one be killed, and for other tasks of the same folder."""
     output.save(_HASHES, inputs.hashes)
+
+
+def _check_apart(path: Path, output: Path) -> None:
+    """Else a run that goes on would read what it has written itself."""
+    if path.is_dir() and output.resolve().is_relative_to(path.resolve()):
+        raise ConfigError(f"--output {output}: lies in the input {path}; name a folder outside of it")
 
 
 def _read_hashes(output: Path) -> dict[str, list[Any]]:

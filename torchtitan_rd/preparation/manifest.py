@@ -65,8 +65,25 @@ class Output:
 
     @classmethod
     def open(cls, folder: Path, recipe: Recipe) -> "Output":
-        """Raises DataError if the folder holds something else, or was made of something else."""
+        """Raises DataError if the folder holds something else, was made of something else, or cannot be."""
         output = cls(folder, recipe)
+        with disk_errors(folder):
+            try:
+                output._begin()
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    raise
+                raise DataError(
+                    f"{folder}: cannot be written: {error.strerror or error}; name another output folder"
+                ) from None
+        output.require_same()
+        if output.result:
+            shutil.rmtree(output.work, ignore_errors=True)  # of a run that was killed between the two
+        return output
+
+    def _begin(self) -> None:
+        """Writes the manifest of a folder that has none yet."""
+        folder = self.folder
         # Listed first: another task that begins the same folder writes its manifest before anything else.
         listed = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         if not (folder / MANIFEST).exists():
@@ -75,13 +92,9 @@ class Output:
                     f"{folder}: is not empty ({', '.join(sorted(others)[:_SHOWN])}) and has no {MANIFEST}; "
                     "name another output folder"
                 )
-            output.work.mkdir(parents=True, exist_ok=True)
-            begun = json.dumps({**recipe.as_dict(), "complete": False}, indent=1, sort_keys=True)
-            output.write_first(folder / MANIFEST, begun + "\n")
-        output.require_same()
-        if output.result:
-            shutil.rmtree(output.work, ignore_errors=True)  # of a run that was killed between the two
-        return output
+            self.work.mkdir(parents=True, exist_ok=True)
+            begun = json.dumps({**self._recipe.as_dict(), "complete": False}, indent=1, sort_keys=True)
+            self.write_first(folder / MANIFEST, begun + "\n")
 
     @property
     def result(self) -> dict[str, Any] | None:

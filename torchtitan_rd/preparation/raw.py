@@ -32,12 +32,15 @@ def read_raw(file: Path, columns: Sequence[str], start: int = 0) -> Iterator[Raw
     """
     compression = _COMPRESSIONS.get(file.suffix.lower())
     kind = BUILDERS[(Path(file.stem) if compression else file).suffix.lower()]
-    if kind == "text":
-        yield from list(_document(file))[start:]
-    elif kind == "json":
-        yield from _json_rows(file, columns, start, compressed=compression is not None)
-    else:
-        yield from _arrow_rows(file, columns, start, kind)
+    try:
+        if kind == "text":
+            yield from list(_document(file))[start:]
+        elif kind == "json":
+            yield from _json_rows(file, columns, start, compressed=compression is not None)
+        else:
+            yield from _arrow_rows(file, columns, start, kind)
+    except OSError as error:  # of the disk, or of a compressed file that is damaged
+        raise DataError(f"{file}: cannot be read: {error}") from None
 
 
 def _opened(file: Path) -> Any:
@@ -50,9 +53,12 @@ def _document(file: Path) -> Iterator[RawRow]:
     with _opened(file) as stream:
         content = stream.read()
     try:
-        yield RawRow([content.decode("utf-8-sig")], size=file.stat().st_size)
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         yield RawRow(None, "not UTF-8", file.stat().st_size)
+        return
+    # As `open` reads text, and so training and `tokenize` do.
+    yield RawRow([text.replace("\r\n", "\n").replace("\r", "\n")], size=file.stat().st_size)
 
 
 def _json_rows(file: Path, columns: Sequence[str], start: int, compressed: bool) -> Iterator[RawRow]:
@@ -86,7 +92,7 @@ def _json_array(file: Path) -> list[Any]:
     with _opened(file) as stream:
         try:
             return json.loads(stream.read().decode("utf-8-sig"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{file}: is no JSON list: {error}") from None
 
 
@@ -95,7 +101,7 @@ def _parsed(line: bytes, columns: Sequence[str], size: float) -> RawRow:
         return _fields(json.loads(line.decode("utf-8-sig")), columns, size)
     except UnicodeDecodeError:
         return RawRow(None, "not UTF-8", size)
-    except ValueError:
+    except (ValueError, RecursionError):  # of lists that are nested thousands deep
         return RawRow(None, "not JSON", size)
 
 

@@ -163,9 +163,16 @@ def read_csv(file: Path, scale: int) -> SpikeTimes:
                         f"{file}: has no column {column!r}, only {', '.join(columns)}; "
                         "its first line must name the columns unit and time"
                     )
+                if columns.count(column) > 1:
+                    raise DataError(f"{file}: its first line names the column {column!r} twice")
 
             for row in reader:
                 where = f"{file}: line {reader.line_num}"
+                if None in row:  # such as 0,25 for 0.25
+                    raise DataError(
+                        f"{where}: has more cells than the {len(columns)} that the first line names; "
+                        "times are written with a point"
+                    )
                 unit = (row["unit"] or "").strip()
                 if not unit:
                     raise DataError(f"{where}: names no unit")

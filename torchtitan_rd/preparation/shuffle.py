@@ -87,10 +87,11 @@ class Order:
         """By default as many files as there are. Raises ConfigError for more than rows."""
         wanted = {"train": files, "val": val_files}
         rows_of = {split: sum(packed.rows[split].values()) for split in SPLITS}
-        numbers = {s: wanted[s] or min(len(packed.rows[s]), rows_of[s]) for s in SPLITS}
-        for split, number in numbers.items():
-            rows = rows_of[split]
-            if number < 0 or number > rows:
+        numbers = {}
+        for split in SPLITS:
+            rows, number = rows_of[split], wanted[split]
+            numbers[split] = min(len(packed.rows[split]), rows) if number is None else number
+            if number is not None and not 1 <= number <= rows:
                 flag = "--files" if split == "train" else "--val-files"
                 raise ConfigError(f"{flag} {number}: {packed.folder} has {rows} rows in {split}")
         if memory < 1:

@@ -8,6 +8,7 @@ Each file has its name when it is complete, so a run that follows one that was k
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ import pyarrow.parquet as pq
 
 from torchtitan_rd.data.arrow import SOURCE_COLUMN
 from torchtitan_rd.errors import TorchtitanRDError
-from torchtitan_rd.preparation.manifest import Output, Recipe, describe, disk_errors, progress_bar
+from torchtitan_rd.preparation.manifest import MANIFEST, Output, Recipe, describe, disk_errors, progress_bar
 from torchtitan_rd.preparation.recordings import (
     COUNTS,
     RecordingFiles,
@@ -96,7 +97,10 @@ def _write_parts(output: Output, recordings: list[RecordingFiles], settings: Set
     except TorchtitanRDError:
         # What is wrong with the first session need not be removed by hand when it is mended.
         if not any(part.with_suffix(".json").exists() for part in parts):
-            shutil.rmtree(output.folder)
+            shutil.rmtree(output.work)
+            (output.folder / MANIFEST).unlink()
+            with suppress(OSError):  # it stays where it is a link
+                output.folder.rmdir()
         raise
     return parts
 

@@ -44,6 +44,7 @@ HUGINN_SPECIALS = tuple(
 )
 LAYOUTS = {"huginn": HUGINN_SPECIALS, "none": ()}
 _ROLES = {"bos": "<|begin_text|>", "eos": "<|end_text|>", "pad": "<|pad|>"}
+_MOST_TOKENS = 1 << 24  # more than any tokenizer has
 _CHECKED = 500  # documents that must survive encoding and decoding
 # Cut differently by different patterns, composed, foreign, not printable, and names of special tokens.
 _PROBES = (
@@ -77,8 +78,14 @@ class Wanted:
         for flag, value, known in (("regex", self.regex, REGEXES), ("layout", self.layout, LAYOUTS)):
             if value not in known:
                 raise ConfigError(f"--{flag} {value!r} is unknown{nearest(value, known)}")
-        if self.max_token_length < 1:
-            raise ConfigError(f"--max-token-length {self.max_token_length}: must be at least 1 byte")
+        # The trainer takes memory for as many tokens as it is told, and ends the process where there is none.
+        for flag, number, least, most in (
+            ("vocab-size", self.vocab_size, 256, _MOST_TOKENS),
+            ("max-token-length", self.max_token_length, 1, 2**31),
+            ("min-frequency", self.min_frequency, 0, 2**31),
+        ):
+            if not least <= number <= most:
+                raise ConfigError(f"--{flag} {number}: expected {least} to {most}")
         learned = self.vocab_size - len(self.specials())
         if learned < 256:
             raise ConfigError(
@@ -221,6 +228,7 @@ def _with_specials(learned: "Backend", wanted: Wanted, roles: dict[str, str]) ->
     """The same with the special tokens at their ids; the learned tokens keep their order on the others.
 
     The library numbers added tokens itself unless the model's own vocabulary has them, so it gets them.
+    Raises ConfigError for a special token that was learned too: it would take that token's place.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers.processors import TemplateProcessing
@@ -229,6 +237,8 @@ def _with_specials(learned: "Backend", wanted: Wanted, roles: dict[str, str]) ->
     free = (i for i in range(wanted.vocab_size) if i not in set(specials.values()))
     content = json.loads(learned.to_str())
     vocabulary = content["model"]["vocab"]
+    if taken := sorted(set(vocabulary) & set(specials)):
+        raise ConfigError(f"--special {taken[0]}={specials[taken[0]]}: ordinary text has this as a token")
     by_id = sorted(vocabulary, key=vocabulary.__getitem__)
     content["model"]["vocab"] = {**dict(zip(by_id, free, strict=True)), **specials}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
