@@ -173,6 +173,16 @@ def test_without_markers_a_turn_is_what_its_message_adds_to_the_prompt_for_an_an
         assert spoken.tolist() == [label != -100 for label in labels]
 
 
+def test_a_conversation_that_the_assistant_begins_needs_markers(folder_with):
+    messages = [{"role": "assistant", "content": "Hi."}, *CONVERSATIONS[1][1:3]]
+    with pytest.raises(DataError, match=r"here, message 0: is the assistant's, .* put {% generation %}"):
+        ChatTemplate.of_folder(folder_with(PLAIN)).encode_turns(messages, "here")
+    folder = folder_with(MARKED)
+    ids, labels = by_transformers(folder, messages)
+    found, spoken = ChatTemplate.of_folder(folder).encode_turns(messages, "here")
+    assert found.tolist() == ids and spoken.tolist() == [label != -100 for label in labels]
+
+
 JOINED = "{{ message['content'] + '\n' }}"
 
 

@@ -97,6 +97,12 @@ class ChatTemplate:
         for number, message in enumerate(messages):
             if message["role"] not in ASSISTANTS:
                 continue
+            if number == 0:
+                raise DataError(
+                    f"{where}, message 0: is the assistant's, and no prompt comes before it, so what the "
+                    "assistant said cannot be told: put {% generation %} and {% endgeneration %} around it "
+                    "in the template"
+                )
             before = self._text(messages[:number], where, answer_follows=True)
             after = self._text(messages[: number + 1], where)
             common = _common(after, whole)
