@@ -50,6 +50,7 @@ def test_loss_and_gradients_are_those_of_all_logits(chunk_tokens, z_loss_weight,
     chunked = ChunkedLoss(labels, chunk_tokens, z_loss_weight, token_weights)(hidden, weight)
     found = torch.autograd.grad(chunked.objective / 7, (hidden, weight))
     torch.testing.assert_close(chunked, plain, atol=1e-5, rtol=1e-6)
+    assert not chunked.cross_entropy.requires_grad
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -64,6 +65,14 @@ def test_gradients_of_a_bfloat16_head_are_summed_in_float32():
     ]
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, torch.stack(shares).float().sum(0).bfloat16())
+
+
+def test_a_second_backward_is_refused():
+    hidden, weight, labels = example()
+    loss = ChunkedLoss(labels, 5)(hidden, weight).objective
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="the loss in chunks has one backward"):
+        loss.backward()
 
 
 def test_without_gradients_none_are_made():
