@@ -11,12 +11,15 @@ from tests.ranks import run_on_ranks
 from tests.small_run import Setup, batches_of, make, train
 from tests.test_precision import build, sections
 from tests.test_precision import train as train_raven
+from tests.test_token_weights import ALONE, arguments
 from tests.watching import Watch
 from torchtitan_rd.chunked_loss import ChunkedLoss
+from torchtitan_rd.config import load
 from torchtitan_rd.data import BatchDims
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.loss import cross_entropy_sums
 from torchtitan_rd.model_spec import SINGLE_READ_OUT
+from torchtitan_rd.train import Trainer
 from torchtitan_rd.validation import validate
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -47,6 +50,7 @@ def test_loss_and_gradients_are_those_of_all_logits(chunk_tokens, z_loss_weight,
     chunked = ChunkedLoss(labels, chunk_tokens, z_loss_weight, token_weights)(hidden, weight)
     found = torch.autograd.grad(chunked.objective / 7, (hidden, weight))
     torch.testing.assert_close(chunked, plain, atol=1e-5, rtol=1e-6)
+    assert not chunked.cross_entropy.requires_grad
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
@@ -61,6 +65,14 @@ def test_gradients_of_a_bfloat16_head_are_summed_in_float32():
     ]
     assert found.dtype == torch.bfloat16
     assert torch.equal(found, torch.stack(shares).float().sum(0).bfloat16())
+
+
+def test_a_second_backward_is_refused():
+    hidden, weight, labels = example()
+    loss = ChunkedLoss(labels, 5)(hidden, weight).objective
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="the loss in chunks has one backward"):
+        loss.backward()
 
 
 def test_without_gradients_none_are_made():
@@ -129,6 +141,19 @@ def operations(rank, world_size, chunk):
     with Watch(model) as validation:
         validate(model, batches, torch.device("cpu"), SINGLE_READ_OUT, chunk_tokens=chunk)
     return training.operations["logsumexp"], validation.operations["logsumexp"]
+
+
+def test_a_run_takes_so_many_tokens_at_a_time_in_training_and_in_validation(tmp_path, monkeypatch):
+    seen, call = set(), ChunkedLoss.__call__
+
+    def noting(self, hidden, weight):
+        seen.add((torch.is_grad_enabled(), self.chunk_tokens))
+        return call(self, hidden, weight)
+
+    monkeypatch.setattr(ChunkedLoss, "__call__", noting)
+    keys = arguments(tmp_path / "run", **{"training.loss_chunk_tokens": 5})
+    Trainer(load(keys, ALONE), ALONE).run()
+    assert seen == {(True, 5), (False, 5)}
 
 
 def test_validation_of_several_depths_is_the_same():

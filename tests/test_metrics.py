@@ -51,7 +51,7 @@ def make(
 
 
 def known(step: int, loss: float, loss_max: float, grad_norm: float, skips: int = 0, depths=()) -> StepResult:
-    numbers = StepNumbers(loss, loss_max, 3, grad_norm, skips > 0, skips, False, False, False)
+    numbers = StepNumbers(loss, loss_max, 3, grad_norm, skips > 0, skips, False, False, False, True)
     return StepResult(step, lambda: numbers, depths=depths)
 
 

@@ -2,6 +2,8 @@
 and without any trace.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -135,6 +137,32 @@ def stopped(rank, world_size, optimizer, late):
         assert late and hash_of(run.model) == expected
         run.do(3)  # a good one: it must not be taken
     return hash_of(run.model), expected, str(raised.value)
+
+
+@pytest.mark.parametrize("chunk", [None, 5])
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_batch_without_a_label_is_said_to_be_one(policy, chunk):
+    for message, same in run_on_ranks(2, unlabelled, policy, chunk):
+        assert message.startswith("step 2: no label in its batch counts toward the loss")
+        assert "update skipped (1 in a row)" in message if policy == "skip" else "stopped before" in message
+        assert same
+
+
+def unlabelled(rank, world_size, policy, chunk):
+    """-> what is said of such a step, and whether it left no trace."""
+    run = Run(rank, world_size, OPTIMIZERS["AdamW"], False, on_nonfinite=policy, loss_chunk_tokens=chunk)
+    run.do(1)
+    expected = run.state()[0]
+    batches = batches_of(2, rank, world_size, run.config, False)
+    batches = [replace(batch, labels=torch.full_like(batch.labels, -100)) for batch in batches]
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_step.logger, "warning", lambda text, *values: said.append(text % values))
+        try:
+            run.step(2, batches)
+        except TrainingError as error:
+            said.append(str(error))
+    return said[0], run.state()[0] == expected
 
 
 def test_the_error_surfaces_before_a_checkpoint_or_a_validation_is_made():

@@ -59,7 +59,7 @@ class NothingToRead:
 
     def post(self, vector):
         assert vector.device == META and vector.shape == (self.size,)
-        return lambda: [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+        return lambda: [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0]
 
 
 @pytest.fixture

@@ -123,6 +123,26 @@ def test_a_raven_trains_on_the_same_losses_and_gradients(core_grad_dtype, world_
         assert_same(result, expected)
 
 
+def test_a_raven_in_bfloat16_trains_with_every_key_of_memory_as_without():
+    """Its residual stream is of another type than its matrices. A bfloat16 has 8 bits."""
+    memory = {"mode": "full", "keep": "attention", "keep_every": 2, "offload": True}
+
+    def setup(activation_checkpoint, **training):
+        others = {
+            "training": {"local_batch_size": 2, **training},
+            "activation_checkpoint": activation_checkpoint,
+        }
+        return Setup(sections("bfloat16", **others), steps=2)
+
+    expected = run_on_ranks(2, train_raven, setup({"mode": "none"}))[0]
+    keys = {"mlp_tile_tokens": 6, "loss_chunk_tokens": 7}
+    for result in run_on_ranks(2, train_raven, setup(memory, **keys)):
+        assert result["losses"] == pytest.approx(expected["losses"], abs=2e-3)
+        assert result["gradients"].keys() == expected["gradients"].keys()
+        for name, gradient in expected["gradients"].items():
+            assert (result["gradients"][name] - gradient).norm() < 0.02 * gradient.norm(), name
+
+
 @pytest.mark.parametrize(("tile", "seen"), [(None, set()), (6, {6, 2})])
 def test_every_block_of_a_step_computes_so_many_tokens_at_a_time(tile, seen):
     assert run_on_ranks(1, tiles_of_a_step, tile)[0] == seen

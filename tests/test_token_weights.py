@@ -12,7 +12,7 @@ from tests.small_run import VOCAB, Setup, batches_of, make
 from torchtitan_rd import job
 from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.loss import load_token_weights
+from torchtitan_rd.loss import load_token_weights, sum_of_weights
 from torchtitan_rd.train import Trainer
 from torchtitan_rd.train_step import TrainStep
 
@@ -62,6 +62,11 @@ def by_the_step(rank, world_size, training):
     result = step(1, batches_of(1, rank, world_size, config, padded=True))
     gradients = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
     return result.loss, result.numbers.loss_max, gradients
+
+
+def test_the_sum_of_weights_is_exact_where_float32_is_not():
+    total = sum_of_weights(torch.tensor([0, 1, -100]), torch.tensor([2.0**24, 1.0]))
+    assert total.item() == 2**24 + 1
 
 
 def test_the_largest_mean_loss_is_the_weighted_mean_of_that_rank_s_own_labels():

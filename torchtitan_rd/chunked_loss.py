@@ -124,8 +124,10 @@ class _ChunkedLossSums(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dsum: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the loss in chunks has one backward: its gradients are scaled in place")
         dhidden_NE, dweight_VE = ctx.gradients
-        ctx.gradients = (None, None)  # they are scaled in place: a second backward would find them wrong
+        ctx.gradients = None
         if dhidden_NE is not None:
             dhidden_NE.mul_(dsum)
         if dweight_VE is not None:

@@ -221,7 +221,7 @@ class TrainStep:
         skip = self.verdict(loss, totals.grad_norm, tokens_seen)
 
         self.settle()  # the step before
-        read = self.readback.post(self._numbers(loss, totals, skip))
+        read = self.readback.post(self._numbers(loss, totals, skip, valid.weight()))
         result = StepResult(step, lambda: _parse(read()), depths=tuple(depths), tokens_seen=tokens_seen)
         self._unread = result
         if self.late:
@@ -250,6 +250,12 @@ class TrainStep:
             take_back_counts(self.optimizer)
 
         what = f"step {result.step}: loss {numbers.loss}, gradient norm {numbers.grad_norm}"
+        if not numbers.has_labels:
+            what = (
+                f"step {result.step}: no label in its batch counts toward the loss, as within a long prompt "
+                "of a conversation or in padding (set training.on_nonfinite = 'skip' to pass over such a "
+                "step, or raise training.global_batch_size)"
+            )
         if not numbers.must_stop:
             logger.warning("%s: update skipped (%d in a row)", what, numbers.consecutive_skips)
         elif numbers.consecutive_skips == 0:
@@ -288,7 +294,9 @@ class TrainStep:
         (sums.objective / scale).backward()
         return sums.cross_entropy
 
-    def _numbers(self, loss: torch.Tensor, totals: StepTotals, skip: torch.Tensor) -> torch.Tensor:
+    def _numbers(
+        self, loss: torch.Tensor, totals: StepTotals, skip: torch.Tensor, weight: torch.Tensor
+    ) -> torch.Tensor:
         """The fields of StepNumbers, as float32 on the device."""
         loss_max, rank = totals.rank_losses.max(dim=0)
         return torch.stack(
@@ -302,6 +310,7 @@ class TrainStep:
                 self.verdict.must_stop.float(),
                 totals.stops,
                 (totals.saved == len(totals.rank_losses)).float(),
+                (weight > 0).float(),
             ]
         )
 

@@ -5,7 +5,7 @@ import json
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from tests.data.helpers import Ranks
@@ -171,6 +171,61 @@ def test_without_markers_a_turn_is_what_its_message_adds_to_the_prompt_for_an_an
         found, spoken = template.encode_turns(messages, "here")
         assert found.tolist() == ids and not template.marks_turns
         assert spoken.tolist() == [label != -100 for label in labels]
+
+
+def test_a_conversation_that_the_assistant_begins_needs_markers(folder_with):
+    messages = [{"role": "assistant", "content": "Hi."}, *CONVERSATIONS[1][1:3]]
+    with pytest.raises(DataError, match=r"here, message 0: is the assistant's, .* put {% generation %}"):
+        ChatTemplate.of_folder(folder_with(PLAIN)).encode_turns(messages, "here")
+    folder = folder_with(MARKED)
+    ids, labels = by_transformers(folder, messages)
+    found, spoken = ChatTemplate.of_folder(folder).encode_turns(messages, "here")
+    assert found.tolist() == ids and spoken.tolist() == [label != -100 for label in labels]
+
+
+JOINED = "{{ message['content'] + '\n' }}"
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_token_that_joins_the_end_of_a_turn_with_what_follows_is_of_the_turn(marked, folder_with):
+    """As transformers has it: the end of an answer would else be learned in the last turn alone."""
+    pieces = [*pre_tokenizers.ByteLevel.alphabet(), "\u010a\u010a"]  # two line feeds in one token
+    merges = [("\u010a", "\u010a")]
+    tokenizer = Tokenizer(models.BPE({piece: at for at, piece in enumerate(pieces)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    header = "{{ '\n' + message['role'] + '\n' }}"
+    messages = [{"role": role, "content": "a"} for role in ("user", "assistant", "user", "assistant")]
+
+    def folder(begin, end):
+        answers = begin + JOINED + end
+        path = folder_with(
+            f"{{% for message in messages %}}{header}{{% if message['role'] == 'user' %}}{JOINED}"
+            f"{{% else %}}{answers}{{% endif %}}{{% endfor %}}"
+            "{% if add_generation_prompt %}{{ '\nassistant\n' }}{% endif %}"
+        )
+        tokenizer.save(f"{path}/tokenizer.json")
+        return path
+
+    ids, labels = by_transformers(folder("{% generation %}", "{% endgeneration %}"), messages)
+    assert labels.count(len(pieces) - 1) == 1, "no token joins a turn with the next one"
+    path = folder("{% generation %}", "{% endgeneration %}") if marked else folder("", "")
+    found, spoken = ChatTemplate.of_folder(path).encode_turns(messages, "here")
+    assert found.tolist() == ids
+    assert spoken.tolist() == [label != -100 for label in labels]
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_labels_do_not_depend_on_how_a_tokenizer_says_where_tokens_lie(marked, folder_with):
+    """GPT-NeoX's leave spaces out of that, and transformers' mask loses all turns from such a one on."""
+    folder = folder_with(template_of(marked=marked, said="{{ ' ' + message['content'] + '\n' }}"))
+    expected = [ChatTemplate.of_folder(folder).encode_turns(messages, "") for messages in CONVERSATIONS[:4]]
+    tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.save(f"{folder}/tokenizer.json")
+    for messages, (ids, spoken) in zip(CONVERSATIONS, expected, strict=False):
+        found, said = ChatTemplate.of_folder(folder).encode_turns(messages, "")
+        assert found.tolist() == ids.tolist() and said.tolist() == spoken.tolist()
+        assert said.sum() > 2
 
 
 @pytest.mark.parametrize("kept", [0, -1])

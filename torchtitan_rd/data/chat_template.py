@@ -38,6 +38,9 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, what: str):
         """what: the tokenizer in words, for the ConfigError that says that it has no template."""
         self._tokenizer = tokenizer
+        # Of a text that the template has written, it would only change where tokens are said to begin and
+        # end: some leave out spaces, and transformers then finds no token where a turn begins or ends.
+        tokenizer.backend_tokenizer.post_processor = None
         template = tokenizer.chat_template
         if not template:
             raise ConfigError(
@@ -86,12 +89,20 @@ class ChatTemplate:
 
     def _turns_by_prefixes(self, messages: Sequence[Message], where: str) -> tuple[np.ndarray, np.ndarray]:
         whole = self._text(messages, where)
-        ids = self._ids(whole)
-        spoken = np.zeros(len(ids), bool)
+        encoded = self._tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        # Of each token, its first character in the text and the one behind its last.
+        begins, ends = np.array(encoded["offset_mapping"], int).reshape(-1, 2).T
+        spoken = np.zeros(len(begins), bool)
 
         for number, message in enumerate(messages):
             if message["role"] not in ASSISTANTS:
                 continue
+            if number == 0:
+                raise DataError(
+                    f"{where}, message 0: is the assistant's, and no prompt comes before it, so what the "
+                    "assistant said cannot be told: put {% generation %} and {% endgeneration %} around it "
+                    "in the template"
+                )
             before = self._text(messages[:number], where, answer_follows=True)
             after = self._text(messages[: number + 1], where)
             common = _common(after, whole)
@@ -102,8 +113,11 @@ class ChatTemplate:
                     "otherwise than within the whole one, so what the assistant said cannot be told: put "
                     "{% generation %} and {% endgeneration %} around it in the template"
                 )
-            spoken[_common(self._ids(before), ids) : _common(self._ids(after), ids)] = True
-        return np.array(ids, np.int32), spoken
+            # A token that is partly of the turn is of it, as transformers has it. But where the end of all
+            # conversations is missing in the middle, `common` may lie within what is there in its place.
+            until = begins < common if common == len(after) else ends <= common
+            spoken |= until & (ends > len(before))
+        return np.array(encoded["input_ids"], np.int32), spoken
 
     def _text(self, messages: Sequence[Message], where: str, *, answer_follows: bool = False) -> str:
         return self._render(messages, where, tokenize=False, add_generation_prompt=answer_follows)
@@ -120,8 +134,8 @@ class ChatTemplate:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _common(some: Sequence[Any], others: Sequence[Any]) -> int:
-    """How many ids, or characters, at their beginning are the same."""
+def _common(some: str, others: str) -> int:
+    """How many characters at their beginning are the same."""
     for number, (one, other) in enumerate(zip(some, others, strict=False)):
         if one != other:
             return number

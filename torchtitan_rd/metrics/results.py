@@ -18,6 +18,7 @@ class StepNumbers:
     must_stop: whether no update may happen any more (training.on_nonfinite, training.loss_guard).
     stop_requested: whether any rank was asked by a signal to save and stop.
     saved: whether every rank has written its share of the checkpoint that is written in the background.
+    has_labels: whether any label of the global batch counts; of none there is no loss.
     """
 
     loss: float
@@ -29,6 +30,7 @@ class StepNumbers:
     must_stop: bool
     stop_requested: bool
     saved: bool
+    has_labels: bool
 
 
 class StepResult:
