@@ -10,12 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# A shell starts what it puts in the background with Ctrl-C and Ctrl-\ ignored, and children inherit that:
-# the tests of signals would see programs that nobody can interrupt.
+# A shell starts what it puts in the background with Ctrl-C and Ctrl-\ ignored, nohup with SIGHUP, and children
+# inherit that: the tests of signals would see programs that nobody can interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-if signal.getsignal(signal.SIGQUIT) is signal.SIG_IGN:
-    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+for number in (signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 # What a file says that starts processes, compiles, or imports a library which takes seconds.
 NOT_QUICK = re.compile(
