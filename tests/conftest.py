@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# A shell starts what it puts in the background with Ctrl-C and Ctrl-\ ignored, nohup with SIGHUP, and children
-# inherit that: the tests of signals would see programs that nobody can interrupt.
+# A shell starts what it puts in the background with Ctrl-C and Ctrl-\ ignored, nohup with SIGHUP, and
+# children inherit that: the tests of signals would see programs that nobody can interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 for number in (signal.SIGQUIT, signal.SIGHUP):

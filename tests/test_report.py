@@ -156,7 +156,7 @@ def test_torn_lines_are_left_out_and_bad_input_is_one_line(tmp_path, capsys):
         ([str(tmp_path / "empty")], "holds no run: it has no metrics.jsonl"),
         ([str(tmp_path / "new")], "has no rows yet"),
         ([str(run), "--picture", str(run / "config.toml")], "is no PNG"),
-        ([str(run), "--output", "/nowhere/page.html"], "--output /nowhere/page.html: there is no such folder"),
+        ([str(run), "--output", "/nowhere/page.html"], "/nowhere/page.html: there is no such folder"),
     ):
         assert main(["report", *arguments]) == 1
         assert message in capsys.readouterr().err.strip().splitlines()[-1]
