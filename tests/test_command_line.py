@@ -15,6 +15,7 @@ from torchtitan_rd.__main__ import COMMANDS, main
 from torchtitan_rd.commands import generate, hf_gen
 from torchtitan_rd.commands.evaluate import KINDS
 from torchtitan_rd.config import load
+from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
 
 ROOT = Path(__file__).parent.parent
@@ -160,6 +161,14 @@ def test_a_number_with_an_exponent_is_one_in_yaml_too(tmp_path):
     config = load(["--job.config_file", str(path)], ENVIRONMENT).config
     assert (config.optimizer.lr, config.optimizer.eps) == (3e-4, 1e-6)
     assert config.training.dataset_path == "1e"
+
+
+@pytest.mark.parametrize("nested", ["steps: 3\n  seq_len: 8\n  steps: 7", "{steps: 3, steps: 7}"])
+def test_a_key_that_stands_twice_in_yaml_is_refused_as_in_toml(nested, tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(f"training:\n  {nested}\n")
+    with pytest.raises(ConfigError, match="steps stands here again"):
+        load(["--job.config_file", str(path)], ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")

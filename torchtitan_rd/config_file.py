@@ -51,7 +51,22 @@ Translator: TypeAlias = Callable[[Path, Mapping[str, Any]], Foreign | None]
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 4e-5 is one here too, where YAML 1.1 wants 4.0e-5 and reads a text otherwise."""
+    """YAML 1.2's numbers: 4e-5 is one here too, where YAML 1.1 wants 4.0e-5 and reads a text otherwise.
+    And its unique keys, as in TOML: of two the first would be lost without a word.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value} stands here again", problem_mark=key.start_mark
+                )
+            seen.add((key.tag, key.value))
+        return node
 
 
 _YamlLoader.add_implicit_resolver(
@@ -59,6 +74,13 @@ _YamlLoader.add_implicit_resolver(
     re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+|[-+]?\.\d+[eE][-+]?\d+"),
     list("-+0123456789."),
 )
+
+
+def load_yaml(text: str) -> Any:
+    """What YAML text holds: plain values alone. Raises yaml.YAMLError, for a key that a table has twice too;
+    RecursionError.
+    """
+    return yaml.load(text, Loader=_YamlLoader)  # a SafeLoader
 
 
 def read_file(path: Path, translate: Translator | None = None) -> tuple[list[tuple[str, Value]], list[str]]:
@@ -115,8 +137,7 @@ def _read_table(path: Path) -> tuple[Path, str, dict[Any, Any]]:
                     f"{path}: begins with a byte order mark ({encoding}); save it as UTF-8 without one"
                 )
         text = content.decode()
-        is_yaml = path.suffix in YAML_SUFFIXES
-        table = yaml.load(text, Loader=_YamlLoader) if is_yaml else tomli.loads(text)  # a SafeLoader
+        table = load_yaml(text) if path.suffix in YAML_SUFFIXES else tomli.loads(text)
     except OSError as error:
         raise ConfigError(f"--job.config_file {path}: {error.strerror or error}") from None
     except (tomli.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -205,6 +205,14 @@ def test_a_file_without_sources_is_refused(tmp_path, capsys):
     assert "expected `sources:`" in capsys.readouterr().err
 
 
+def test_a_source_that_stands_twice_is_refused(tmp_path, capsys):
+    file = tmp_path / "s.yaml"
+    file.write_text("sources:\n  a: {address: a.jsonl}\n  a: {address: b.jsonl}\n")
+    assert run("download", file, "--output", tmp_path / "s") == 1
+    error = capsys.readouterr().err
+    assert "a stands here again" in error and "line 3" in error
+
+
 def test_a_source_is_not_named_as_the_manifest(tmp_path, capsys):
     file = tmp_path / "s.yaml"
     file.write_text("sources: {manifest.json: {address: a.jsonl}}")

@@ -13,11 +13,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from torchtitan_rd.config_loader import nearest
+from torchtitan_rd.config_file import load_yaml
 from torchtitan_rd.data.arrow import open_table
 from torchtitan_rd.data.files import HUB_NAME, FileList, find_files
 from torchtitan_rd.data.hub import check_revision
-from torchtitan_rd.errors import ConfigError, DataError
+from torchtitan_rd.errors import ConfigError, DataError, nearest
 from torchtitan_rd.log import logger
 from torchtitan_rd.preparation.manifest import MANIFEST, Output, describe, disk_errors, progress_bar
 from torchtitan_rd.preparation.raw import RawRow, as_text, check_columns, read_raw
@@ -68,8 +68,8 @@ def read_sources(file: Path) -> dict[str, SourceKeys]:
     Raises ConfigError with all that is wrong in it.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = load_yaml(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from None
     listed = content.get("sources") if isinstance(content, dict) else None
     if not isinstance(listed, dict) or not listed:
