@@ -20,7 +20,8 @@ from torchtitan_rd.data import DatasetKeys
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.job import Environment
 from torchtitan_rd.preparation import spike_folder
-from torchtitan_rd.preparation.spike_times import nanoseconds
+from torchtitan_rd.preparation.recordings import read_npz
+from torchtitan_rd.preparation.spike_times import NANOSECONDS, nanoseconds
 from torchtitan_rd.preparation.spikes import count, cut, shuffled, split
 from torchtitan_rd.train import Trainer
 
@@ -352,6 +353,11 @@ BAD_ARRAYS = {
     "below": ({"spike_counts": np.array([[0, -1]])}, "unit 0, time bin 1: the count -1 is not in 0..254"),
     "nothing": ({}, "holds no arrays"),
     "no units": ({"spike_counts": np.zeros((0, 4), int)}, "holds no units"),
+    "lists": (
+        {"spike_times": np.array([[[1], [1, 2]], [3]], dtype=object)},
+        "unit 0: holds lists in a list; expected one list of times",
+    ),
+    "one object": ({"spike_times": np.array(None, dtype=object)}, "spike_times is one object"),
     "no bins": ({"spike_counts": np.zeros((4, 0), int)}, "nothing of it is as long as one bin"),
 }
 
@@ -363,6 +369,23 @@ def test_bad_arrays_are_one_line_that_names_unit_and_place(name, tmp_path, capsy
     assert prepare(tmp_path / "out", tmp_path / "a.npz", "--clip") == 1
     error = capsys.readouterr().err
     assert "a.npz: " in error and message in error and error.count("\n") == 1
+
+
+def test_damage_anywhere_in_an_npz_file_is_one_line_or_harmless(tmp_path):
+    trains = np.empty(2, object)
+    trains[:] = [np.arange(200) / 3, np.arange(100) / 7]
+    np.savez_compressed(tmp_path / "a.npz", spike_times=trains)
+    content = (tmp_path / "a.npz").read_bytes()
+
+    refused = 0
+    for place in range(0, len(content), 7):
+        (tmp_path / "a.npz").write_bytes(content[:place] + b"\xa5" + content[place + 1 :])
+        try:
+            read_npz(tmp_path / "a.npz", NANOSECONDS["s"])
+        except DataError as error:
+            assert "a.npz: " in str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused > len(content) // 14
 
 
 def test_more_than_254_spikes_in_a_bin_are_an_error_that_says_how_to_go_on(tmp_path, capsys):
@@ -377,6 +400,11 @@ def test_more_than_254_spikes_in_a_bin_are_an_error_that_says_how_to_go_on(tmp_p
     [
         (["--bin-ms", "0"], "--bin-ms must be a time above 0"),
         (["--bin-ms", "nan"], "--bin-ms must be a time above 0"),
+        (["--bin-ms", "1e14"], "--bin-ms must be a time above 0, and at most 100000000000"),
+        (["--bin-ms", "1e305"], "--bin-ms must be a time above 0, and at most 100000000000"),
+        (["--start", "1e305"], "--start must be a number of seconds from 0 to 9000000000"),
+        (["--start", "1e12"], "--start must be a number of seconds from 0 to 9000000000"),
+        (["--stop", "1e12"], "--stop must be later than --start, and at most 9000000000"),
         (["--unit", "h"], "--unit must be one of s, ms, us, ns"),
         (["--test-share", "1"], "--test-share must be at least 0 and below 1"),
         (["--start", "2", "--stop", "1"], "--stop must be later than --start"),

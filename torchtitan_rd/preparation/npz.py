@@ -44,9 +44,9 @@ def read_arrays(file: Path) -> dict[str, np.ndarray]:
             for member in archive.namelist():
                 with archive.open(member) as stream:
                     arrays[member.removesuffix(".npy")] = _read(stream)
-    # What zipfile, numpy and pickle say of damaged or foreign bytes.
-    except (zipfile.BadZipFile, ValueError, EOFError, pickle.UnpicklingError, TypeError, KeyError) as error:
-        raise DataError(f"{file}: is no .npz file of plain arrays: {error}") from None
+    except Exception as error:  # of zipfile, zlib, numpy and pickle, of any bytes: a library boundary
+        reason = ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
+        raise DataError(f"{file}: is no .npz file of plain arrays: {reason}") from None
     if not arrays:
         raise DataError(f"{file}: holds no arrays")
     return arrays

@@ -202,7 +202,16 @@ def read_npz(file: Path, scale: int) -> SpikeTimes | SpikeCounts:
 
     single = TIMES if TIMES in arrays else next(iter(arrays), "")
     if (TIMES in arrays or len(arrays) == 1) and arrays[single].dtype == object:
-        entries = [np.asarray(entry.tolist()) for entry in map(np.asarray, arrays[single])]
-        arrays = {str(number): entry for number, entry in enumerate(entries)}
+        if not arrays[single].ndim:
+            raise DataError(f"{file}: {single} is one object; expected an array with a train for each unit")
+        arrays = {str(n): _train_of(entry, file, n) for n, entry in enumerate(arrays[single])}
     trains = [nanoseconds(times, scale, f"{file}: unit {name}") for name, times in arrays.items()]
     return SpikeTimes(list(arrays), trains)
+
+
+def _train_of(entry: object, file: Path, number: int) -> np.ndarray:
+    """An entry of an array of objects, as the numbers that it holds."""
+    try:
+        return np.asarray(np.asarray(entry).tolist())
+    except ValueError:  # of lists of unequal lengths
+        raise DataError(f"{file}: unit {number}: holds lists in a list; expected one list of times") from None

@@ -13,7 +13,7 @@ import numpy as np
 from torchtitan_rd.errors import DataError
 
 NANOSECONDS = {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}
-_END = 9 * 10**18  # less than int64 holds: 285 years
+END = 9 * 10**18  # less than int64 holds: 285 years
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def nanoseconds(times: np.ndarray, scale: int, where: str) -> np.ndarray:
         raise DataError(
             f"{where}: holds {times.dtype} of shape {times.shape}; expected one list of spike times"
         )
-    bad = ~((times >= 0) & (times < _END / scale)) if len(times) else np.zeros(0, bool)
+    bad = ~((times >= 0) & (times < END / scale)) if len(times) else np.zeros(0, bool)
     if bad.any():
         spike = int(np.argmax(bad))
         raise DataError(f"{where}, spike {spike}: {_complaint(times[spike].item())}")
@@ -62,7 +62,7 @@ def time_of(text: str, scale: int, where: str) -> int:
             time = float(text)
         except ValueError:
             raise DataError(f"{where}: {text.strip()!r:.60} is no time") from None
-    if not 0 <= time < _END / scale:
+    if not 0 <= time < END / scale:
         raise DataError(f"{where}: {_complaint(time)}")
     return time * scale if isinstance(time, int) else round(time * scale)
 

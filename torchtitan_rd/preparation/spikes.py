@@ -14,11 +14,13 @@ import numpy as np
 
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE
 from torchtitan_rd.errors import ConfigError, DataError
-from torchtitan_rd.preparation.spike_times import NANOSECONDS, SpikeCounts, SpikeTimes
+from torchtitan_rd.preparation.spike_times import END, NANOSECONDS, SpikeCounts, SpikeTimes
 
 LARGEST_COUNT = SPIKE_VOCAB_SIZE - 2  # the last id separates the time bins
 # A thousand rows of the usual size: a session that is longer has most likely times in another unit.
 MOST_TOKENS = 10**10
+# Behind the last time that there can be, the bin that holds it still ends within int64.
+_LONGEST_BIN = 10**17
 
 
 @dataclass(frozen=True)
@@ -42,18 +44,22 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
+        latest = END // NANOSECONDS["s"]
         remarks = (
-            (not (math.isfinite(self.bin_ms) and self.bin_ns >= 1), "--bin-ms must be a time above 0"),
+            (
+                not 1 <= self.bin_ns <= _LONGEST_BIN,
+                f"--bin-ms must be a time above 0, and at most {_LONGEST_BIN // NANOSECONDS['ms']}",
+            ),
             (self.unit not in NANOSECONDS, f"--unit must be one of {', '.join(NANOSECONDS)}"),
             (not 0 <= self.test_share < 1, "--test-share must be at least 0 and below 1"),
             (self.max_tokens < 2, "--max-tokens must be at least 2"),
             (
-                self.start is not None and not 0 <= self.start < math.inf,
-                "--start must be a number of seconds from 0",
+                self.start is not None and not 0 <= self.start <= latest,
+                f"--start must be a number of seconds from 0 to {latest}",
             ),
             (
-                self.stop is not None and not (self.start or 0) < self.stop < math.inf,
-                "--stop must be later than --start",
+                self.stop is not None and not (self.start or 0) < self.stop <= latest,
+                f"--stop must be later than --start, and at most {latest}",
             ),
             (
                 self.intervals is not None and (self.start is not None or self.stop is not None),
@@ -65,7 +71,8 @@ class Settings:
 
     @property
     def bin_ns(self) -> int:
-        return round(self.bin_ms * NANOSECONDS["ms"]) if math.isfinite(self.bin_ms) else 0
+        length = self.bin_ms * NANOSECONDS["ms"]
+        return round(length) if math.isfinite(length) else 0
 
 
 @dataclass
