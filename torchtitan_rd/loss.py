@@ -167,8 +167,6 @@ class _CrossEntropySum(torch.autograd.Function):
         ctx: Any, logits: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor | None
     ) -> torch.Tensor:
         log_probabilities = F.log_softmax(logits, dim=-1)
-        if token_weights is not None:
-            token_weights = token_weights.to(log_probabilities.dtype)
         ctx.save_for_backward(log_probabilities, labels, token_weights)
         return F.nll_loss(
             log_probabilities, labels, weight=token_weights, ignore_index=IGNORE_INDEX, reduction="sum"

@@ -69,6 +69,7 @@ class FileOrder:
         self.rows_in_files = list(rows_in_files)
         self._rows = np.asarray(rows_in_files, np.int64)
         self._first_row = np.cumsum(self._rows) - self._rows
+        self._found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def rows_in(self, share: int) -> int:
         """How many rows the files of a share hold together."""
@@ -76,16 +77,27 @@ class FileOrder:
 
     def row(self, share: int, index: int) -> int:
         """The number, among all rows, of the row that `share` reads after `index` others."""
+        begins, read_before = self._stretches(share)
+        if index >= read_before[-1]:
+            raise IndexError(f"share {share} has only {self.rows_in(share)} rows")
+        stretch = np.searchsorted(read_before, index, side="right") - 1
+
         rows, first_row = self._rows[share :: self.shares], self._first_row[share :: self.shares]
-        begin = 0  # of the rounds in which the same files still have a row
-        for end in np.unique(rows):
-            going_on = first_row[rows > begin]
-            in_rounds = (end - begin) * len(going_on)
-            if index < in_rounds:
-                round_, file = divmod(index, len(going_on))
-                return int(going_on[file]) + begin + round_
-            index, begin = index - int(in_rounds), int(end)
-        raise IndexError(f"share {share} has only {self.rows_in(share)} rows")
+        going_on = first_row[rows > begins[stretch]]
+        round_, file = divmod(index - int(read_before[stretch]), len(going_on))
+        return int(going_on[file] + begins[stretch]) + round_
+
+    def _stretches(self, share: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rounds in which the same files of a share still have a row: the first round of each stretch, and
+        the rows that were read before it. The last one begins when all files have ended.
+        """
+        if share not in self._found:  # once: at every row it would sort the lengths of all files
+            rows = np.sort(self._rows[share :: self.shares])
+            begins = np.unique(np.append(rows, 0))
+            files_left = len(rows) - np.searchsorted(rows, begins, side="right")
+            read_before = np.append(0, np.cumsum(np.diff(begins) * files_left[:-1]))
+            self._found[share] = (begins, read_before)
+        return self._found[share]
 
 
 class LaneReader:

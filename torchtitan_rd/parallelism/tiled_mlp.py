@@ -141,7 +141,7 @@ def _keep_inputs(ctx: Any, inputs: tuple, output: torch.Tensor) -> None:
 
 def _backward(ctx: Any, dy_NE: torch.Tensor) -> tuple:
     x_NE, *gate_up, down_EI = ctx.saved_tensors
-    dx, dgate_up, ddown = swiglu_backward(dy_NE.contiguous(), x_NE, gate_up, down_EI, ctx.tile_tokens)
+    dx, dgate_up, ddown = swiglu_backward(dy_NE, x_NE, gate_up, down_EI, ctx.tile_tokens)
     return dx, dgate_up, ddown, None
 
 
