@@ -25,6 +25,7 @@ PLACES = {
             "model_spec",
             "model_steps",
             "batch",
+            "whole_file",
         ),
         0,
     ),

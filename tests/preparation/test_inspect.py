@@ -151,7 +151,7 @@ def test_rows_that_cannot_be_read_are_counted_and_named(tmp_path, capsys):
         ({"input_ids": [[1]]}, ["--png", "a.png"], "holds no recordings"),
         ({"spike_counts": [[[0.5]]]}, [], "expected lists (neurons) of lists (time bins) of integers"),
         ({"spike_counts": [[[1]]]}, ["--png", "a.png", "--row", "1"], "--row 1: "),
-        ({"spike_counts": [[[1]]]}, ["--png", "no/a.png"], "--png no/a.png: cannot be written: No such file"),
+        ({"spike_counts": [[[1]]]}, ["--png", "no/a.png"], "--png no/a.png: there is no such folder"),
         ({"spike_counts": [[[1]]]}, ["--png", "a.xyz"], "--png a.xyz: the name must end in .png"),
         ({"spike_counts": [[[1]]]}, ["--training.dataset", "x"], "overrides follow a TOML file alone"),
         ({"spike_counts": [[[1]]]}, ["--max-rows", "0"], "--max-rows 0: must be at least 1"),

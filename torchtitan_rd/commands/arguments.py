@@ -23,7 +23,10 @@ EXITS = ("exit_threshold", "min_steps", "check_every", "full_depth_prompt")
 
 def at_least_1(text: str) -> int:
     """For `type=` of argparse."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} must be at least 1")
     return value

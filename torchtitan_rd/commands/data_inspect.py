@@ -19,6 +19,7 @@ from typing import Any
 from tabulate import tabulate
 
 from torchtitan_rd.checkpoint import saved_states
+from torchtitan_rd.commands.arguments import check_outputs
 from torchtitan_rd.config import load
 from torchtitan_rd.data import DataRanks, build_encoder, dataset_vocab_size, get_dataset, load_tokenizer
 from torchtitan_rd.data.sources import open_source
@@ -54,6 +55,7 @@ def main(arguments: list[str]) -> int:
         value = getattr(chosen, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    check_outputs(chosen, "png")
     if chosen.png and chosen.png.suffix.lower() != ".png":
         raise ConfigError(f"--png {chosen.png}: the name must end in .png")
     if chosen.bin_ms is not None and not 0 < chosen.bin_ms < math.inf:
@@ -78,10 +80,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(f"--png: {opened.source.name} holds no recordings")
     # First: reading all rows takes longer than finding that there is no such row.
     if chosen.png:
-        try:
-            draw_row(opened.source, chosen.png, row=chosen.row, most_bins=chosen.bins)
-        except OSError as error:
-            raise ConfigError(f"--png {chosen.png}: cannot be written: {error.strerror or error}") from None
+        draw_row(opened.source, chosen.png, row=chosen.row, most_bins=chosen.bins)
         logger.info("%s: row %d", chosen.png, chosen.row)
     common = {"shown": chosen.rows, "most_rows": chosen.max_rows}
     if on_spikes:

@@ -20,6 +20,7 @@ import yaml
 
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.loading import open_weights
+from torchtitan_rd.whole_file import whole_file
 
 RESULTS = "results.yaml"
 
@@ -95,9 +96,10 @@ def _save(results: dict[str, Any], folder: Path) -> None:
     plain = json.loads(json.dumps(results, default=str))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RESULTS).write_text(yaml.safe_dump(plain), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--save_dir {folder}: {error.strerror}") from None
+    with whole_file(folder / RESULTS, "--save_dir") as part:
+        part.write_text(yaml.safe_dump(plain), encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -32,6 +32,7 @@ from torchtitan_rd.inference.evaluation import (
 from torchtitan_rd.inference.loading import load_model, open_weights
 from torchtitan_rd.inference.ranks import process_group
 from torchtitan_rd.job import Environment
+from torchtitan_rd.whole_file import whole_file
 
 DEPTHS = "1-64"
 MOST_DEPTHS = 1024
@@ -117,10 +118,8 @@ def write_json(result: dict[str, Any], path: str | None) -> None:
     """Raises ConfigError if it cannot be written."""
     if path is None:
         return
-    try:
-        Path(path).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--output {path}: {error.strerror}") from None
+    with whole_file(Path(path), "--output") as part:
+        part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _print(result: dict[str, Any]) -> None:

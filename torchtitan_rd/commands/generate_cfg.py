@@ -11,8 +11,6 @@ docs/commands.md describes it.
 """
 
 import argparse
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from torchtitan_rd.config_file import config_text
 from torchtitan_rd.config_loader import load_config
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.models import get_flavor, get_spec
+from torchtitan_rd.whole_file import whole_file
 
 PRECISIONS = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp32": "float32", "float32": "float32"}
 
@@ -122,15 +121,12 @@ def _sections(config: JobConfig) -> dict[str, dict[str, Any]]:
 
 def _write(path: Path, text: str) -> None:
     """The whole file or none."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(path)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink()
         raise ConfigError(f"--save_path {path}: {error.strerror}") from None
+    with whole_file(path, "--save_path") as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def _switch(text: str) -> bool:

@@ -11,9 +11,9 @@ import argparse
 from pathlib import Path
 
 from torchtitan_rd.commands.arguments import check_outputs
-from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.metrics.read import read_run
 from torchtitan_rd.metrics.report import page
+from torchtitan_rd.whole_file import whole_file
 
 
 def main(arguments: list[str]) -> int:
@@ -28,9 +28,7 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     check_outputs(chosen, "output")
     text = page([read_run(folder) for folder in chosen.runs], chosen.picture)
-    try:
-        chosen.output.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"--output {chosen.output}: {error.strerror}") from None
+    with whole_file(chosen.output, "--output") as part:
+        part.write_text(text, encoding="utf-8")
     print(f"{chosen.output} ({len(text) / 1024:.0f} KiB)")
     return 0

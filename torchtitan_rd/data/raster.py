@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.whole_file import whole_file
 
 _HEIGHT, _NEURONS_PER_INCH, _TALLEST = 3.2, 60, 20.0  # of a panel, in inches
 
@@ -16,7 +17,7 @@ def draw(
     """Writes a PNG: for each title the counts (neurons, time bins), below each other.
 
     most: the count that is black. label: of the axis of time. line: a time bin that is marked.
-    Raises ConfigError without matplotlib.
+    Raises ConfigError without matplotlib, and if the file cannot be written.
     """
     try:
         import matplotlib
@@ -45,5 +46,8 @@ def draw(
 
     axes[-1, 0].set_xlabel(label)
     figure.colorbar(image, ax=axes[:, 0].tolist(), label="spikes", ticks=MaxNLocator(integer=True), aspect=40)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    try:
+        with whole_file(path, "the raster") as part:
+            figure.savefig(part, dpi=110)
+    finally:
+        pyplot.close(figure)

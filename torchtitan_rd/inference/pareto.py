@@ -32,6 +32,7 @@ from torchtitan_rd.inference.sharing import Sharing
 from torchtitan_rd.inference.stepper import Stepper, steps_of, think
 from torchtitan_rd.model_spec import ModelSpec
 from torchtitan_rd.model_steps import KeyValues
+from torchtitan_rd.whole_file import whole_file
 
 Windows = Iterable[tuple[torch.Tensor, torch.Tensor]]
 """Inputs and labels (B, S) int64; labels of -100 do not count."""
@@ -279,10 +280,8 @@ def write_policy(path: Path, policy: ExitPolicy, kv: str) -> None:
         "in_prefill": policy.in_prefill,
         "kv": kv,
     }
-    try:
-        path.write_text(tomli_w.dumps(table), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
+    with whole_file(path, "--policy") as part:
+        part.write_text(tomli_w.dumps(table), encoding="utf-8")
 
 
 class _Part:

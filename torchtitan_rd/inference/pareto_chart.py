@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.whole_file import whole_file
 
 EQUAL = 0.01
 """Nats a token, within which losses are called equal here: shaded, and linear."""
@@ -45,8 +46,9 @@ def draw(path: Path, points: Sequence[Point]) -> None:
     figure, axes = pyplot.subplots(1, 2, sharey=True, figsize=(12, 5), layout="constrained")
     plot(axes, points)
     try:
-        figure.savefig(path, dpi=110)
-    except (OSError, ValueError) as error:
+        with whole_file(path, "--png") as part:
+            figure.savefig(part, dpi=110)
+    except ValueError as error:  # of an unknown suffix
         raise ConfigError(f"--png {path}: {error}") from None
     finally:
         pyplot.close(figure)

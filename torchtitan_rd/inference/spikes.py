@@ -18,6 +18,7 @@ from torchtitan_rd.data.raster import draw
 from torchtitan_rd.data.sources import build_encoder, open_source
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.generation import Constraint
+from torchtitan_rd.whole_file import whole_file
 
 _SPIKING = 0.1  # of the neurons, in bin 0 of a recording from nothing
 
@@ -124,8 +125,7 @@ def save(
     """
     path = folder / f"{prompt.name}-{gen_t}{suffix}.npz"
     truth = [] if prompt.truth is None else ids_of(prompt.truth, separator)
-    part = path.with_name(f".part-{path.name}")
-    try:
+    with whole_file(path, "the generated ids") as part:
         np.savez(
             part,
             prompt=np.array(ids_of(prompt.counts, separator)),
@@ -133,10 +133,6 @@ def save(
             gt=np.array(truth, dtype=np.int64),
             n_neurons=prompt.neurons,
         )
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise ConfigError(f"{path} cannot be written: {error.strerror}") from None
     return path
 
 

@@ -45,14 +45,18 @@ class Settings:
 
     def __post_init__(self):
         latest = END // NANOSECONDS["s"]
+        longest = _LONGEST_BIN // NANOSECONDS["ms"]
+
+        # What is wrong -> how it is told.
         remarks = (
             (
                 not 1 <= self.bin_ns <= _LONGEST_BIN,
-                f"--bin-ms must be a time above 0, and at most {_LONGEST_BIN // NANOSECONDS['ms']}",
+                f"--bin-ms must be a time above 0, and at most {longest}",
             ),
             (self.unit not in NANOSECONDS, f"--unit must be one of {', '.join(NANOSECONDS)}"),
             (not 0 <= self.test_share < 1, "--test-share must be at least 0 and below 1"),
             (self.max_tokens < 2, "--max-tokens must be at least 2"),
+            # The part of each session.
             (
                 self.start is not None and not 0 <= self.start <= latest,
                 f"--start must be a number of seconds from 0 to {latest}",

@@ -1,0 +1,35 @@
+"""Files that are there whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from torchtitan_rd.errors import ConfigError
+
+
+@contextmanager
+def whole_file(path: Path, what: str) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` when the block ends. Until then, and for good if
+    the block raises or the disk is full, `path` is what it was.
+
+    what: whose value the path is, such as "--output", for the message. What is no regular file (/dev/stdout)
+    is written to directly. Raises ConfigError if the file cannot be written.
+    """
+    target = path.resolve()  # a link stays one
+    if target.exists() and not target.is_file():
+        part = target
+    else:
+        # The suffix stays: by it matplotlib and numpy know the format.
+        part = target.with_name(f".part-{os.getpid()}-{target.name}")
+
+    try:
+        yield part
+        if part != target:
+            part.replace(target)
+    except OSError as error:
+        raise ConfigError(f"{what} {path} cannot be written: {error.strerror or error}") from None
+    finally:
+        if part != target:
+            with suppress(OSError):
+                part.unlink()  # there only if it did not take its place
