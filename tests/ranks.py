@@ -79,6 +79,8 @@ EACH_DEVICE = pytest.mark.parametrize(
         pytest.param("cuda", 2, id="2 gpus", marks=pytest.mark.gpu),
     ],
 )
+# For a body that two ranks put to a harder test than one does, and that is long: one rank is tried at night.
+TWO_FIRST = [pytest.param(1, marks=pytest.mark.slow), 2]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

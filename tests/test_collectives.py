@@ -49,8 +49,11 @@ def test_a_llama_has_a_unit_a_layer_and_two_more_or_its_root_where_the_head_is_t
         )
 
 
+FIRST, *BETWEEN, LAST = collectives.DRAWS
+
+
 @pytest.mark.parametrize("layout", collectives.LAYOUTS)
-@pytest.mark.parametrize("draw", collectives.DRAWS)
+@pytest.mark.parametrize("draw", [FIRST, *(pytest.param(d, marks=pytest.mark.slow) for d in BETWEEN), LAST])
 def test_a_raven_s_collectives_do_not_depend_on_the_draw(layout, draw):
     config, model = collectives.build("raven", collectives.RAVEN, layout)
     # Root (ln_f, tied embedding and head) and loop are gathered once, 2 prelude and 2 coda blocks twice.

@@ -194,12 +194,16 @@ def test_the_configuration_page_is_generated_from_the_schema():
 LIGHT = """
 import sys
 import torchtitan_rd, torchtitan_rd.train, torchtitan_rd.__main__
-heavy = {"transformers", "datasets", "wandb", "triton", "tensorboard", "pandas", "pyarrow"} & set(sys.modules)
+import torchtitan_rd.conversion.card, torchtitan_rd.conversion.hub
+import torchtitan_rd.conversion.tokenizer_files, torchtitan_rd.conversion.verification
+heavy = {"transformers", "datasets", "wandb", "triton", "tensorboard", "pandas", "pyarrow"}
+heavy |= {"tokenizers", "tiktoken", "blobfile", "huggingface_hub"}
+heavy &= set(sys.modules)
 sys.exit(f"imported {sorted(heavy)}" if heavy else 0)
 """
 
 
-def test_importing_the_trainer_loads_no_heavy_library():
+def test_importing_the_trainer_and_the_converters_loads_no_heavy_library():
     found = subprocess.run([sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
 

@@ -5,8 +5,6 @@ See test_metrics_outputs.py for the other outputs.
 import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -374,19 +372,6 @@ def test_a_line_elsewhere_than_on_a_terminal_is_plain_and_ends_with_percent_and_
 def test_values_out_of_range_are_refused(keys):
     with pytest.raises(ValidationError):
         MetricsConfig(**keys)
-
-
-def test_importing_metrics_loads_no_optional_library():
-    heavy = "tensorboard wandb tqdm transformers datasets triton"
-    code = (
-        f"import sys, torchtitan_rd.metrics as m; print([n for n in '{heavy}'.split() if n in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    torch_alone = code.replace("torchtitan_rd.metrics as m", "torch")
-    assert (
-        done.stdout
-        == subprocess.run([sys.executable, "-c", torch_alone], capture_output=True, text=True).stdout
-    )
 
 
 @pytest.mark.gpu

@@ -117,6 +117,7 @@ def test_kills_leave_no_trace_in_losses_batches_and_counts(uninterrupted, docume
     assert of_sources(tmp_path) == uninterrupted[2]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_alike_on_one_rank(uninterrupted, documents, tmp_path):
     arguments = arguments_for(tmp_path, documents)
     assert launch(2, arguments, ("--die-at", "0", "8", "0")).codes[0] == -signal.SIGKILL

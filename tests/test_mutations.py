@@ -116,7 +116,12 @@ OF_ONE_FILE = [
 OF_A_TEST_THAT_FAILS_ANYWAY = [(edit("x / 2", "0", tests="test_code.py -k wrong"), NO_VERDICT)]
 
 
-@pytest.mark.parametrize("cases", [OF_ONE_SELECTION, OF_ONE_FILE, OF_A_TEST_THAT_FAILS_ANYWAY])
+NIGHTLY = [
+    pytest.param(cases, marks=pytest.mark.slow) for cases in (OF_ONE_FILE, OF_A_TEST_THAT_FAILS_ANYWAY)
+]
+
+
+@pytest.mark.parametrize("cases", [OF_ONE_SELECTION, *NIGHTLY])
 def test_an_edit_is_killed_by_a_failing_test_alone_and_taken_back(cases, copy):
     mutations, outcomes = zip(*cases, strict=True)
     verdicts = list(judge_all_of(mutations, copy, limit=60.0))
@@ -126,6 +131,7 @@ def test_an_edit_is_killed_by_a_failing_test_alone_and_taken_back(cases, copy):
     assert (copy / "code_of.py").read_text() == CODE
 
 
+@pytest.mark.slow
 def test_tests_that_do_not_end_give_no_verdict(copy):
     slow = edit("2 * x", "2 * x * (__import__('time').sleep(60) is None)")
     (verdict,) = judge_all_of([slow], copy, limit=5.0)

@@ -121,7 +121,7 @@ def compare_across_ranks(found: list[tuple], expected: list[tuple]) -> None:
     assert losses == pytest.approx([float.fromhex(row[1]) for row in expected], abs=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint_of_that_step(
     number, uninterrupted, documents, tmp_path
 ):

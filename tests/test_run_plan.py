@@ -217,7 +217,10 @@ def test_the_tokenizer_is_read_once_and_not_at_all_where_it_is_handed_in(monkeyp
     assert plan("--training.dataset=synthetic", "--model.tokenizer_path=nowhere").tokenizer is None
 
 
-@pytest.mark.parametrize("program", [["-m", "torchtitan_rd", "train"], ["-m", "torchtitan_rd.train"]])
+@pytest.mark.parametrize(
+    "program",
+    [["-m", "torchtitan_rd", "train"], pytest.param(["-m", "torchtitan_rd.train"], marks=pytest.mark.slow)],
+)
 def test_asked_for_help_the_trainer_shows_an_example_that_can_be_typed(program):
     found = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 0 and not found.stderr

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.models.tiny import tiny_llama
-from tests.ranks import run_on_ranks
+from tests.ranks import TWO_FIRST, run_on_ranks
 from tests.small_run import Setup, all_equal, batches_of, hash_of, make
 from torchtitan_rd import train_step
 from torchtitan_rd.errors import TrainingError
@@ -69,7 +69,7 @@ class Run:
 
 
 @pytest.mark.parametrize(("name", "late"), CASES)
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", TWO_FIRST)
 def test_a_skipped_update_leaves_no_trace_in_parameters_moments_or_counts(world_size, name, late):
     assert all(run_on_ranks(world_size, no_trace, OPTIMIZERS[name], late))
 
@@ -92,7 +92,7 @@ def no_trace(rank, world_size, optimizer, late):
 
 
 @pytest.mark.parametrize("name", [name for name, late in CASES if late])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", TWO_FIRST)
 def test_an_update_that_awaits_its_flag_is_bit_for_bit_the_one_that_does_not(world_size, name):
     for (weights, state), (expected, expected_state) in run_on_ranks(world_size, with_and_without_flag, name):
         assert weights == expected and state.keys() == expected_state.keys()

@@ -93,6 +93,7 @@ def test_a_sharded_checkpoint_with_optimizer_state_is_exported_tensor_by_tensor(
     assert MODEL < found["read"] < 1.3 * MODEL, found
 
 
+@pytest.mark.slow
 def test_the_other_ways_stream_too(checkpoint, tmp_path):
     assert script("dcp_to_hf")("--input_dir", checkpoint, "--output_dir", tmp_path / "hf", "--no-verify") == 0
     for name, source, *arguments in (

@@ -77,9 +77,16 @@ def documents(number: int) -> torch.Tensor:
     return (torch.arange(LENGTH) >= borders).to(torch.int32)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("ac", CHECKPOINTING)
-@pytest.mark.parametrize("kind", ["llama", "raven"])
+WAYS = [
+    (kind, ac, compiled) for kind in ("llama", "raven") for ac in CHECKPOINTING for compiled in (False, True)
+]
+BY_DAY = {("llama", "none", True), ("llama", "op", False), ("raven", "full", True), ("raven", "op", False)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "ac", "compiled"),
+    [pytest.param(*way, marks=[] if way in BY_DAY else pytest.mark.slow) for way in WAYS],
+)
 def test_flex_attention_has_the_gradients_of_the_dense_mask(kind, ac, compiled, request):
     expected = [gradients(kind, "none", documents(number)) for number in range(2)]
     calls = request.getfixturevalue("flex_on_cpu")

@@ -76,12 +76,12 @@ def test_rows_go_everywhere():
 @pytest.mark.parametrize(
     ("owner", "method", "call", "after"),
     [
-        (_Buckets, "_deal", 2, False),
+        pytest.param(_Buckets, "_deal", 2, False, marks=pytest.mark.slow),
         (_Buckets, "_deal", 2, True),  # rows are in buckets, and nothing is noted
         (_Buckets, "_keep", 2, True),
-        (Output, "commit", 5, False),
+        pytest.param(Output, "commit", 5, False, marks=pytest.mark.slow),
         (Output, "commit", 5, True),
-        (Output, "save", 4, True),
+        pytest.param(Output, "save", 4, True, marks=pytest.mark.slow),
         (_Buckets, "deal", 2, False),  # training rows are done
         (Output, "finish", 1, False),
     ],

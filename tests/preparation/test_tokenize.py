@@ -72,12 +72,12 @@ def test_two_processes_write_the_same_files_as_one(packed, corpus, tokenizer, tm
     ("owner", "method", "call", "after"),
     [
         (Output, "commit", 2, True),  # the first file has its name, and nothing is noted
-        (Output, "commit", 5, False),
+        pytest.param(Output, "commit", 5, False, marks=pytest.mark.slow),
         (Output, "save", 2, True),
         (Encoder, "__call__", 2, False),
-        (Output, "save", 4, True),
+        pytest.param(Output, "save", 4, True, marks=pytest.mark.slow),
         (Output, "finish", 1, False),
-        (Output, "finish", 1, True),
+        pytest.param(Output, "finish", 1, True, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.raven.tiny import some_state, some_tokens, tiny_config
-from tests.ranks import run_on_ranks
+from tests.ranks import TWO_FIRST, run_on_ranks
 from torchtitan_rd.models.raven.init import inits
 from torchtitan_rd.models.raven.model import Raven
 from torchtitan_rd.models.raven.plan import wrap_plan
@@ -129,7 +129,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", TWO_FIRST)
 @pytest.mark.parametrize("name", CASES)
 def test_sharded_gradients_equal_those_of_one_unsharded_process(name, world_size):
     case = CASES[name]
@@ -311,7 +311,7 @@ def order_of_a_forward(rank, world_size):
     return order.ops
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", TWO_FIRST)
 @pytest.mark.parametrize("name", ["checkpointing none", "checkpointing iteration", "never resharded"])
 def test_several_updates_equal_those_of_one_unsharded_process(name, world_size):
     """A unit that stays gathered too long would go on with the weights of an earlier step,
