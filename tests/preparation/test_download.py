@@ -177,7 +177,7 @@ WRONG = {
     "parquet column": ({"address": "a.parquet", "features": "body"}, "a.parquet: has no column 'body', only"),
     "chat": (
         {"address": "a.jsonl", "needs_chat_templating": True},
-        "conversations are trained on as they are",
+        "no row of a.jsonl can be used: no conversation (1)",
     ),
     "weights": ({"address": "a.jsonl", "weight": 0}, "every weight is 0"),
     "empty": ({"address": "empty.jsonl"}, "can be used: it has none"),
