@@ -366,3 +366,16 @@ def test_a_mistake_in_such_a_file_is_one_line(text, message, read):
         read(text)
     assert message in str(caught.value) and "run.yaml" in str(caught.value)
     assert str(caught.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("number", [".nan", ".inf", "1e400"])
+def test_a_number_that_is_none_or_has_no_end_is_one_error(number, read):
+    text = f"model_name: magpie-150m\nworld_batch_size: 4\nmax_steps: {number}\n"
+    with pytest.raises(ConfigError, match=r"max_steps = (nan|inf) must be a number of at least 1"):
+        read(text)
+
+
+def test_a_field_that_stands_twice_is_an_error_with_its_line(read):
+    text = "model_name: magpie-150m\nseed: 1\nworld_batch_size: 4\nseed: 2\nmax_steps: 3\n"
+    with pytest.raises(ConfigError, match=r"the key 'seed' stands here twice(.|\n)*line 4"):
+        read(text)

@@ -5,7 +5,7 @@ Knows no section by name. What a file holds is judged by config_loader.py.
 
 import codecs
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -51,7 +51,20 @@ Translator: TypeAlias = Callable[[Path, Mapping[str, Any]], Foreign | None]
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 4e-5 is one here too, where YAML 1.1 wants 4.0e-5 and reads a text otherwise."""
+    """YAML 1.2's numbers: 4e-5 is one here too, where YAML 1.1 wants 4.0e-5 and reads a text otherwise. And
+    its rule that a key stands once: PyYAML takes the last of several, and drops the others without a word.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) and key.value != "<<" else None
+            if name in seen:
+                problem = f"the key {name!r} stands here twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            if name is not None:
+                seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 _YamlLoader.add_implicit_resolver(
@@ -59,6 +72,11 @@ _YamlLoader.add_implicit_resolver(
     re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+|[-+]?\.\d+[eE][-+]?\d+"),
     list("-+0123456789."),
 )
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text holds, plain values alone. Raises yaml.YAMLError, for a key that stands twice too."""
+    return yaml.load(text, Loader=_YamlLoader)  # a SafeLoader
 
 
 def read_file(path: Path, translate: Translator | None = None) -> tuple[list[tuple[str, Value]], list[str]]:
@@ -116,7 +134,7 @@ def _read_table(path: Path) -> tuple[Path, str, dict[Any, Any]]:
                 )
         text = content.decode()
         is_yaml = path.suffix in YAML_SUFFIXES
-        table = yaml.load(text, Loader=_YamlLoader) if is_yaml else tomli.loads(text)  # a SafeLoader
+        table = load_yaml(text) if is_yaml else tomli.loads(text)
     except OSError as error:
         raise ConfigError(f"--job.config_file {path}: {error.strerror or error}") from None
     except (tomli.TOMLDecodeError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -5,6 +5,7 @@ what is not built is an error, all of them in one; those on which no result depe
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +71,8 @@ class _Reading:
     def number(self, name: str, default: float, least: float = 0) -> float:
         """A number, and `default` with a problem noted where it is none."""
         value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not least <= value < math.inf:
             self.problems.append(f"{name} = {value!r} must be a number of at least {least:g}")
             return default
         return value

@@ -91,7 +91,7 @@ def _source(entry: Any, clock: Clock) -> dict[str, Any]:
     weight, epochs = entry.get("weight", 1), entry.get("max_epoch")
     if not _is_number(weight):
         problems.append(f"weight = {weight!r} must be a number of at least 0")
-    if epochs is not None and not (isinstance(epochs, int) and epochs >= 1):
+    if epochs is not None and not (_is_count(epochs) and epochs >= 1):
         problems.append(f"max_epoch = {epochs!r} must be a whole number of at least 1")
     if problems:
         raise ConfigError("\n".join(problems))

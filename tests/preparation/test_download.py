@@ -210,3 +210,11 @@ def test_a_source_is_not_named_as_the_manifest(tmp_path, capsys):
     file.write_text("sources: {manifest.json: {address: a.jsonl}}")
     assert run("download", file, "--output", tmp_path / "s") == 1
     assert "manifest.json: is the name of the file that describes the folder" in capsys.readouterr().err
+
+
+def test_a_source_that_is_named_twice_is_an_error_and_not_the_last_alone(tmp_path, capsys):
+    lines = ("sources:", "  a: {address: a.txt}", "  a: {address: b.txt, weight: 3}")
+    (tmp_path / "sources.yaml").write_text("\n".join(lines))
+    assert run("download", tmp_path / "sources.yaml", "--output", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "the key 'a' stands here twice" in error and "line 3" in error and "Traceback" not in error

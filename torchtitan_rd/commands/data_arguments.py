@@ -34,6 +34,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         help="a file, folder or pattern of .txt, .jsonl, .parquet or .arrow, a folder of `data download`, "
         "or the name of a repository on the Hugging Face hub",
     )
+
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the result is written")
     parser.add_argument("--column", help="the column that holds the text (default: text) or the messages")
     parser.add_argument(
@@ -44,6 +45,7 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--question-column", help="of conversations of one question and its answer")
     parser.add_argument("--answer-column", help="the column of the answer")
+
     parser.add_argument("--subset", help="of a repository on the hub")
     parser.add_argument("--split", default="train", help="of the inputs (default: train)")
     parser.add_argument("--revision", help="commit, branch or tag of a repository on the hub")

@@ -25,6 +25,8 @@ from torchtitan_rd.errors import ConfigError, DataError
 
 RUN = 64  # documents that are read together
 
+_MOST_COPIES = 1 << 20  # of one document, more than anybody means
+
 Document = str | list[Message]
 
 
@@ -52,6 +54,10 @@ class Source:
     def __post_init__(self):
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise ConfigError(f"the weight of {self.name} is {self.weight}: expected 0 or more")
+        if self.weight > _MOST_COPIES:
+            raise ConfigError(
+                f"the weight of {self.name} is {self.weight:g}: at most {_MOST_COPIES} is possible"
+            )
         if missing := [column for column in self.columns if column not in self.table.column_names]:
             columns = ", ".join(self.table.column_names)
             raise DataError(f"{self.name}: has no column {missing[0]!r}, only {columns}; set --column")

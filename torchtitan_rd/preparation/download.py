@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from torchtitan_rd.config_file import load_yaml
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data.arrow import open_table
 from torchtitan_rd.data.files import HUB_NAME, FileList, find_files
@@ -78,7 +79,7 @@ def read_sources(file: Path) -> dict[str, SourceKeys]:
     Raises ConfigError with all that is wrong in it.
     """
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = load_yaml(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from None
     listed = content.get("sources") if isinstance(content, dict) else None
