@@ -55,6 +55,7 @@ def mixture_of(entries: Sequence[Any], clock: Clock) -> tuple[list[dict[str, Any
         except ConfigError as error:
             problems += [f"{where}: {line}" for line in str(error).splitlines()]
             continue
+
         taken = {one["name"] for one in sources}
         source["name"] = next(
             name
@@ -62,6 +63,7 @@ def mixture_of(entries: Sequence[Any], clock: Clock) -> tuple[list[dict[str, Any
             if name not in taken
         )
         sources.append(source)
+
     if sum("fills" in source for source in sources) > 1:
         problems.append("data_config.train_data: several entries are a base; there the last of them is")
     if problems:

@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> int:
     libraries = {"tokenizers": tokenizers.__version__, "pyarrow": pyarrow.__version__}
     if chat is not None:
         libraries["transformers"] = version("transformers")
+
     documents = Documents(inputs.sources, chosen.seed, parts=packing.files)
     names = ("block_size", "val_share", "seed", "tasks", "files", "tail")
     recipe = Recipe(
