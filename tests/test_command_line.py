@@ -167,7 +167,7 @@ def test_a_number_with_an_exponent_is_one_in_yaml_too(tmp_path):
 def test_a_key_that_stands_twice_in_yaml_is_refused_as_in_toml(nested, tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(f"training:\n  {nested}\n")
-    with pytest.raises(ConfigError, match="steps stands here again"):
+    with pytest.raises(ConfigError, match="the key 'steps' stands here twice"):
         load(["--job.config_file", str(path)], ENVIRONMENT)
 
 

@@ -15,6 +15,19 @@ from torchtitan_rd.run_plan import resolve
 
 ALONE = Environment(rank=0, local_rank=0, world_size=1, local_world_size=1, log_level="INFO")
 
+# What the shipped run configs have in common.
+COMMON = """  betas: [0.9, 0.95]
+  update_clipping: true
+  atan_adam: true
+  running_init: true
+  decouple_wd: true
+no_weight_decay_for_bias_and_norm_params: true
+lr_schedule: trapezoid
+warmup_steps: 4096
+cooldown_steps: 4096
+min_lr: 0.0
+"""
+
 HUGINN_V2 = """
 run_name: huginn-v2
 out_dir: {folder}/out
@@ -34,17 +47,7 @@ optimizer: ELLISAdam
 optim_config:
   lr: 4e-5
   weight_decay: 4e-5
-  betas: [0.9, 0.95]
-  update_clipping: true
-  atan_adam: true
-  running_init: true
-  decouple_wd: true
-no_weight_decay_for_bias_and_norm_params: true
-lr_schedule: trapezoid
-warmup_steps: 4096
-cooldown_steps: 4096
-min_lr: 0.0
-fabric_strategy: simple-ddp
+{common}fabric_strategy: simple-ddp
 fabric:
   optim_sharding: true
 compile_model: true
@@ -64,7 +67,7 @@ pad_to_block_size: true
 data_config:
   train_data: [{{type: pqds-pure, prefix: train, data_dir: "{folder}/data"}}]
   val_data: [{{type: pqds-pure, prefix: val, data_dir: "{folder}/data"}}]
-"""
+""".replace("{common}", COMMON)
 
 BASELINE = HUGINN_V2.replace("micro_batch_size: 1", "micro_batch_size: 2").replace(
     "model_overwrite:\n",
@@ -89,17 +92,7 @@ optimizer: ELLISAdam
 optim_config:
   lr: 4e-4
   weight_decay: 2e-5
-  betas: [0.9, 0.95]
-  update_clipping: true
-  atan_adam: true
-  running_init: true
-  decouple_wd: true
-no_weight_decay_for_bias_and_norm_params: true
-lr_schedule: trapezoid
-warmup_steps: 4096
-cooldown_steps: 4096
-min_lr: 0
-compile_model: true
+{common}compile_model: true
 loss_guardrail_active: true
 skip_nonfinite_grads: true
 log_step_interval: 256
@@ -110,7 +103,7 @@ partial_depth_eval: [1, 4, 8, 16, 64]
 data_config:
   train_data: [{{type: pkds, prefix: train, data_dir: "{folder}/data"}}]
   val_data: [{{type: pkds, prefix: val, data_dir: "{folder}/data"}}]
-"""
+""".replace("{common}", COMMON)
 
 
 @pytest.fixture
@@ -336,7 +329,8 @@ def test_all_that_cannot_be_carried_over_is_one_error(read):
         "embed_step = True",
         "n_embed = 3",
         "block_size = 2048",
-        "data_config.train_data",
+        "data_config.train_data[0]",
+        "data_config.train_data[1]",
     )
     assert len(lines) == len(named)
     for name in named:
@@ -372,3 +366,16 @@ def test_a_mistake_in_such_a_file_is_one_line(text, message, read):
         read(text)
     assert message in str(caught.value) and "run.yaml" in str(caught.value)
     assert str(caught.value).count("\n") == 0
+
+
+@pytest.mark.parametrize("number", [".nan", ".inf", "1e400"])
+def test_a_number_that_is_none_or_has_no_end_is_one_error(number, read):
+    text = f"model_name: magpie-150m\nworld_batch_size: 4\nmax_steps: {number}\n"
+    with pytest.raises(ConfigError, match=r"max_steps = (nan|inf) must be a number of at least 1"):
+        read(text)
+
+
+def test_a_field_that_stands_twice_is_an_error_with_its_line(read):
+    text = "model_name: magpie-150m\nseed: 1\nworld_batch_size: 4\nseed: 2\nmax_steps: 3\n"
+    with pytest.raises(ConfigError, match=r"the key 'seed' stands here twice(.|\n)*line 4"):
+        read(text)

@@ -54,6 +54,7 @@ PLACES = {
     "draws": 3,
     "old_keys": 4,
     "huginn_keys": 4,
+    "huginn_mixture": 4,
     "huginn_config": 4,
     "inference": 4,
     "preparation": 4,
@@ -71,6 +72,8 @@ ALLOWED_NEIGHBOURS = {
     ("config", "old_keys"),
     ("config", "huginn_config"),
     ("huginn_config", "huginn_keys"),
+    ("huginn_config", "huginn_mixture"),
+    ("huginn_mixture", "huginn_keys"),
 }
 
 

@@ -5,7 +5,7 @@ Knows no section by name. What a file holds is judged by config_loader.py.
 
 import codecs
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -51,22 +51,20 @@ Translator: TypeAlias = Callable[[Path, Mapping[str, Any]], Foreign | None]
 
 
 class _YamlLoader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 4e-5 is one here too, where YAML 1.1 wants 4.0e-5 and reads a text otherwise.
-    And its unique keys, as in TOML: of two the first would be lost without a word.
+    """YAML 1.2's numbers: 4e-5 is one here too, where YAML 1.1 wants 4.0e-5 and reads a text otherwise. And
+    its rule that a key stands once: PyYAML takes the last of several, and drops the others without a word.
     """
 
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen: set[tuple[str, str]] = set()
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen = set()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if (key.tag, key.value) in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"{key.value} stands here again", problem_mark=key.start_mark
-                )
-            seen.add((key.tag, key.value))
-        return node
+            name = key.value if isinstance(key, yaml.ScalarNode) and key.value != "<<" else None
+            if name in seen:
+                problem = f"the key {name!r} stands here twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            if name is not None:
+                seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 _YamlLoader.add_implicit_resolver(
@@ -77,7 +75,7 @@ _YamlLoader.add_implicit_resolver(
 
 
 def load_yaml(text: str) -> Any:
-    """What YAML text holds: plain values alone. Raises yaml.YAMLError, for a key that a table has twice too;
+    """What YAML text holds: plain values alone. Raises yaml.YAMLError, for a key that stands twice too;
     RecursionError.
     """
     return yaml.load(text, Loader=_YamlLoader)  # a SafeLoader

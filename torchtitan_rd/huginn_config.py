@@ -5,6 +5,7 @@ what is not built is an error, all of them in one; those on which no result depe
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from torchtitan_rd import huginn_keys as keys
 from torchtitan_rd.config_file import Foreign
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.huginn_mixture import Clock, mixture_of, path_of
 from torchtitan_rd.job import expand_variables
 from torchtitan_rd.models import get_spec
 from torchtitan_rd.models.raven.released import BLOCK_OF
@@ -45,7 +47,9 @@ def translate(path: Path, table: Mapping[str, Any], *, ranks: int) -> Foreign | 
 
 @dataclass
 class _Reading:
-    """One config on its way. ignored: fields as they were written, without effect here."""
+    """One config on its way. ignored: fields as they were written, without effect here.
+    clock: once the length of the run is known.
+    """
 
     table: dict[str, Any]
     ranks: int
@@ -53,6 +57,7 @@ class _Reading:
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
+    clock: Clock | None = None
 
     def set(self, key: str, value: Any, name: str) -> None:
         """None: ours keeps its default."""
@@ -66,7 +71,8 @@ class _Reading:
     def number(self, name: str, default: float, least: float = 0) -> float:
         """A number, and `default` with a problem noted where it is none."""
         value = self.take(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < least:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not least <= value < math.inf:
             self.problems.append(f"{name} = {value!r} must be a number of at least {least:g}")
             return default
         return value
@@ -200,6 +206,7 @@ class _Reading:
         tokens = self.number("max_tokens", 1e12, 1)
         length = int(self.number("max_steps", tokens // (self.ranks * micro * block), 1))
         updates = Updates(world // (micro * self.ranks), int(self.number("batch_size_ramp", 0)))
+        self.clock = Clock(updates.in_first, length)
 
         names = ("warmup_steps", "cooldown_steps")
         warmup, cooldown = (int(self.number(name, 0)) for name in names)
@@ -234,8 +241,12 @@ class _Reading:
         if not isinstance(config, dict):
             self.problems.append(f"data_config = {config!r} must be a table, or the path of one as JSON")
             config = {}
-        self.set("training.dataset", "packed", "data_config")
-        self.source(config.get("train_data"), "training", "data_config.train_data")
+        entries = config.get("train_data")
+        if isinstance(entries, list) and len(entries) > 1 and self.clock is not None:
+            self.mixture(entries, self.clock)
+        else:
+            self.set("training.dataset", "packed", "data_config")
+            self.source(config.get("train_data"), "training", "data_config.train_data")
         shuffled = self.take("shuffle_filenames", True) or self.take("shuffle_blocks", True)
         self.set("training.shuffle_seed", self.take("seed", 1337) if shuffled else None, "shuffle_blocks")
         if self.take("pad_to_block_size", False):
@@ -260,6 +271,16 @@ class _Reading:
             self.problems.append(f"data_config = {str(path)!r} cannot be read: {error}")
             return {}
 
+    def mixture(self, entries: list[Any], clock: Clock) -> None:
+        """Several sources with weights. Their order in each epoch is the shuffle seed's."""
+        try:
+            sources, remarks = mixture_of(entries, clock)
+        except ConfigError as error:
+            self.problems += str(error).splitlines()
+            return
+        self.set("training.mixture", sources, "data_config.train_data")
+        self.notes += remarks
+
     def source(self, entries: Any, section: str, name: str) -> None:
         """Parquet of packed rows goes to dataset_path; what has no reader there or here is told."""
         if not isinstance(entries, list) or not entries or not all(isinstance(e, dict) for e in entries):
@@ -277,9 +298,7 @@ class _Reading:
                 f"--{section}.dataset_path"
             )
             return
-        path = Path(expand_variables(str(folder))) / str(entries[0].get("prefix") or "")
-        # A pattern is read whole, whatever its files are named after.
-        self.set(f"{section}.dataset_path", str(path / "*.parquet"), name)
+        self.set(f"{section}.dataset_path", path_of(entries[0]), name)
 
     def fabric(self) -> None:
         """How ranks work together. Where the weights lie is ours to decide, and no result depends on it."""

@@ -378,6 +378,25 @@ def check(tmp_path, folder, path, *arguments) -> int:
     return main(["data", "check", str(file), *given, *arguments])
 
 
+def test_the_check_counts_rows_that_are_cut_off_before_what_is_learned(
+    folder_with, written, tmp_path, capsys
+):
+    """A long prompt fills such a row. With labels in the row, or where all is learned, it is not counted."""
+    long = {"messages": [{"role": "user", "content": "a " * 500}, {"role": "assistant", "content": "b"}]}
+    folder, path = folder_with(PLAIN), written([GOOD, long, GOOD])
+    rows = ("--training.pack_samples=false", "--training.seq_len=256")
+    for more, counted in ((rows, True), (rows[1:], False), ((*rows, "--training.chat_loss=all"), False)):
+        assert check(tmp_path, folder, path, *more) == 0
+        printed = capsys.readouterr().out
+        assert ("training: 1 conversations have no label within training.seq_len" in printed) is counted
+
+
+def test_another_chat_template_at_a_resume_is_named(folder_with, chats):
+    _, state = steps_of(keys_of(chats), folder_with(PLAIN), 1)
+    with pytest.raises(DataError, match="the tokenizer's content or its chat template"):
+        steps_of(keys_of(chats), folder_with("{# another #}" + PLAIN), 1, state=state)
+
+
 @pytest.mark.parametrize("problem", BAD)
 def test_a_bad_row_is_one_line_with_its_number_in_the_check_and_in_the_run(
     problem, folder_with, written, tmp_path, capsys

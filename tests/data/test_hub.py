@@ -284,6 +284,31 @@ def _hold_out(rank, world_size, folder):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_files_that_lie_here_are_converted_by_one_rank_of_a_node_and_mapped_by_all(size, tmp_path):
+    """The datasets library looks at each file every time: seconds of every rank where there are thousands."""
+    for number in range(4):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps({"input_ids": [number] * 4}) + "\n")
+    calls, windows = zip(*run_on_ranks(size, _read_files, tmp_path), strict=True)
+    assert list(calls) == [1, 0][:size]
+    assert [window for of_rank in windows for window in of_rank] == [[number] * 3 for number in range(4)]
+
+
+def _read_files(rank, world_size, folder):
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        load_dataset = datasets.load_dataset
+        patch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append(1) or load_dataset(*a, **k))
+        config = {"dataset": "packed", "dataset_path": str(folder), "seq_len": 3, "global_batch_size": 4}
+        keys = DatasetKeys(**config, local_batch_size=1)
+        dims = BatchDims.resolve(keys, rank, world_size)
+        read = {"tokenizer": None, "vocab_size": 4, "seed": 0, "pin_memory": False}
+        loader = build_dataloader(keys, dims, **read, ranks=DataRanks(gather, rank, rank))
+        windows = [row for batch in loader.next_step() for row in batch.inputs.tolist()]
+        loader.close()
+    return len(calls), windows
+
+
 def test_a_resumed_run_reads_the_tokenizer_at_the_commit_that_its_checkpoint_notes(tmp_path, monkeypatch):
     fetched = fake_tokenizers(monkeypatch, tmp_path)
     ranks = DataRanks(lambda value: [value], 0, 0)

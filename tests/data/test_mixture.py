@@ -297,6 +297,19 @@ def test_a_source_may_be_added_at_a_resume_and_none_taken_away_or_renamed(packed
             ranks.load(both)
 
 
+def test_what_the_others_leave_is_read_of_the_source_that_fills(packed):
+    falling = {"weight": 30.0, "schedule": "linear", "end_weight": 0.0, "start_step": 1, "end_step": 31}
+    rest = {"weight": 100.0, "fills": "rest"}
+    gaps = {"weight": 7.0, "fills": "gaps"}
+    for fills, at_start, at_end, after in ((rest, 60.0, 100.0, 70.0), (gaps, 0.0, 7.0, 0.0)):
+        sources = [packed.source(0, 20, max_epochs=1, weight=10.0), packed.source(1, 20, **falling)]
+        mixture = Mixture([*sources, packed.source(2, 20, **fills)], 0, BatchDims.resolve(keys([]), 0, 1), 2)
+        ended = {"s0": [1, 0, 0, 0]}  # a lane that has read its share of the first
+        assert mixture.weights(1, {}) == [10.0, 30.0, at_start]
+        assert mixture.weights(1, ended) == [0.0, 30.0, after]
+        assert mixture.weights(31, ended) == [0.0, 0.0, at_end]
+
+
 def test_a_resume_of_one_data_set_as_a_mixture_or_the_other_way_is_refused(packed):
     source = packed.source(0, 40, weight=1)
     alone = DatasetKeys(dataset="packed", dataset_path=source.dataset_path, seq_len=2, local_batch_size=4)
@@ -366,6 +379,15 @@ def test_what_cannot_be_mixed_is_refused_before_any_data_is_read(second, others,
         ({"schedule": "square"}, "'constant', 'linear', 'cosine' or 'step'"),
         ({"schedule": "linear", "end_step": 3}, 'schedule = "linear" needs end_weight'),
         ({"period": 3}, 'schedule = "constant" has no period'),
+        (
+            {"pieces": [{"weight": 1.0, "start_step": 4}, {"weight": 2.0, "start_step": 4}]},
+            r"steps \[4, 4\]: expected each to begin after the one before",
+        ),
+        (
+            {"pieces": [{"weight": 1.0}], "schedule": "step", "period": 1, "factor": 1.0},
+            'schedule = "step" has no effect',
+        ),
+        ({"pieces": [{"weight": 1.0, "name": "b"}]}, "Extra inputs"),
         (
             {"schedule": "cosine", "end_weight": 0.0, "start_step": 5, "end_step": 5},
             "must come after start_step",

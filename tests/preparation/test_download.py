@@ -177,7 +177,7 @@ WRONG = {
     "parquet column": ({"address": "a.parquet", "features": "body"}, "a.parquet: has no column 'body', only"),
     "chat": (
         {"address": "a.jsonl", "needs_chat_templating": True},
-        "conversations are trained on as they are",
+        "no row of a.jsonl can be used: no conversation (1)",
     ),
     "weights": ({"address": "a.jsonl", "weight": 0}, "every weight is 0"),
     "empty": ({"address": "empty.jsonl"}, "can be used: it has none"),
@@ -205,16 +205,16 @@ def test_a_file_without_sources_is_refused(tmp_path, capsys):
     assert "expected `sources:`" in capsys.readouterr().err
 
 
-def test_a_source_that_stands_twice_is_refused(tmp_path, capsys):
-    file = tmp_path / "s.yaml"
-    file.write_text("sources:\n  a: {address: a.jsonl}\n  a: {address: b.jsonl}\n")
-    assert run("download", file, "--output", tmp_path / "s") == 1
-    error = capsys.readouterr().err
-    assert "a stands here again" in error and "line 3" in error
-
-
 def test_a_source_is_not_named_as_the_manifest(tmp_path, capsys):
     file = tmp_path / "s.yaml"
     file.write_text("sources: {manifest.json: {address: a.jsonl}}")
     assert run("download", file, "--output", tmp_path / "s") == 1
     assert "manifest.json: is the name of the file that describes the folder" in capsys.readouterr().err
+
+
+def test_a_source_that_is_named_twice_is_an_error_and_not_the_last_alone(tmp_path, capsys):
+    lines = ("sources:", "  a: {address: a.txt}", "  a: {address: b.txt, weight: 3}")
+    (tmp_path / "sources.yaml").write_text("\n".join(lines))
+    assert run("download", tmp_path / "sources.yaml", "--output", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "the key 'a' stands here twice" in error and "line 3" in error and "Traceback" not in error

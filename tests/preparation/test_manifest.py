@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from tests.preparation.common import run, write_corpus
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.preparation.manifest import Output, Recipe, read_manifest
 
@@ -58,3 +59,43 @@ def test_a_folder_that_cannot_be_written_is_one_message(below, tmp_path):
     (tmp_path / "a").touch()
     with pytest.raises(DataError, match="cannot be written: Not a directory; name another output folder"):
         Output.open(tmp_path / f"a{below}", RECIPE)
+
+
+def test_a_folder_that_another_process_finished_meanwhile_is_left_as_it_is(tmp_path):
+    """Between the first look at the folder and the lock; the lock itself makes `.work` anew."""
+    late, early = (Output.open(tmp_path / "out", RECIPE) for _ in range(2))
+    assert late.result is None
+    early.finish({"rows": 1})
+    with late.locked("rows"):
+        assert late.result == early.result
+    assert not late.work.exists()
+
+
+@pytest.mark.parametrize("step", ["train-tokenizer", "download", "tokenize", "shuffle", "prepare-spikes"])
+def test_a_step_that_another_process_ends_just_before_the_lock_does_nothing(step, tmp_path, monkeypatch):
+    corpus, spikes = write_corpus(tmp_path / "corpus.jsonl"), tmp_path / "spikes.txt"
+    spikes.write_text("0.1\n0.2\n0.5\n")
+    (tmp_path / "sources.yaml").write_text("sources: {a: {address: corpus.jsonl}}")
+    packing = ("--tokenizer", "bytes", "--block-size", 64)
+    lines = {
+        "train-tokenizer": (corpus, "--vocab-size", 300),
+        "download": (tmp_path / "sources.yaml",),
+        "tokenize": (corpus, *packing),
+        "shuffle": (tmp_path / "packed",),
+        "prepare-spikes": (spikes,),
+    }
+    if step == "shuffle":
+        assert run("tokenize", corpus, *packing, "--output", tmp_path / "packed") == 0
+    line = (step, *lines[step], "--output", tmp_path / "out")
+    assert run(*line) == 0
+
+    real_result, real_locked, is_locked = Output.result, Output.locked, []
+    monkeypatch.setattr(
+        Output, "result", property(lambda output: real_result.fget(output) if is_locked else None)
+    )
+    monkeypatch.setattr(Output, "locked", lambda *args: is_locked.append(1) or real_locked(*args))
+    monkeypatch.setattr(Output, "commit", lambda *args: pytest.fail("something was written"))
+    if step == "tokenize":  # what it keeps of its inputs comes before the lock
+        monkeypatch.setattr(Output, "save", lambda *args: None)
+    assert run(*line) == 0 and is_locked
+    assert not (tmp_path / "out" / ".work").exists()

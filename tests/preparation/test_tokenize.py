@@ -201,6 +201,7 @@ def test_text_in_parquet_that_is_not_utf_8_is_named(tokenizer, tmp_path, capsys)
     [
         (("--weight", "{corpus}=0"), "all weights are 0"),
         (("--weight", "{corpus}=-1"), "expected 0 or more"),
+        (("--weight", "{corpus}=1e30"), "at most 1048576 is possible"),
         (("--weight", "corpus=2"), "--weight corpus=2: is no source; known: "),
         (("--tasks", 2, "--task", 2), "tasks are 0..1"),
         (("--val-share", 1), "less than 1"),

@@ -15,6 +15,7 @@ import json
 import sys
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from pydantic.fields import FieldInfo
 from tabulate import tabulate
 
 from torchtitan_rd.config import JobConfig, load
-from torchtitan_rd.config_loader import section_type
+from torchtitan_rd.config_loader import Section, section_type
 from torchtitan_rd.config_values import entry_type
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
@@ -139,11 +140,20 @@ def schema_page() -> str:
     for section, info in JobConfig.model_fields.items():
         fields = section_type(info).fields_in_order()
         parts.append(f"## [{section}]\n\n{_table(fields, section, fixed)}\n")
-        for key, field in fields:
-            if entries := entry_type(field.annotation):
-                name = f"{section}.{key}"
-                parts.append(f"## [[{name}]]\n\n{_table(list(entries.model_fields.items()), name, fixed)}\n")
+        parts += _lists_of_tables(fields, section, fixed)
     return "\n".join(parts).removesuffix("\n")
+
+
+def _lists_of_tables(
+    fields: list[tuple[str, FieldInfo]], section: str, fixed: frozenset[str]
+) -> Iterator[str]:
+    """What the tables may hold that stand in lists in a section, and in such tables in their turn."""
+    for key, field in fields:
+        entries = entry_type(field.annotation)
+        if entries is not None and issubclass(entries, Section):
+            name, of_entry = f"{section}.{key}", entries.fields_in_order()
+            yield f"## [[{name}]]\n\n{_table(of_entry, name, fixed)}\n"
+            yield from _lists_of_tables(of_entry, name, fixed)
 
 
 def _table(fields: list[tuple[str, FieldInfo]], section: str, fixed: frozenset[str]) -> str:

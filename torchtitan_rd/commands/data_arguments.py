@@ -1,9 +1,28 @@
 """Arguments that several actions of `torchtitan-rd data` have in common."""
 
 import argparse
+from dataclasses import fields
+from typing import Any
 
+from torchtitan_rd.data.chat import ROLES
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.preparation.conversations import CHAT_COLUMN
 from torchtitan_rd.preparation.inputs import InputKeys
+
+
+def parser_of(action: str, description: str | None) -> argparse.ArgumentParser:
+    """That of `torchtitan-rd data ACTION`, which explains itself with its module's text."""
+    return argparse.ArgumentParser(
+        prog=f"torchtitan-rd data {action}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def given_for(settings: type, chosen: argparse.Namespace) -> dict[str, Any]:
+    """The flags that are called as the fields of a dataclass."""
+    return {field.name: getattr(chosen, field.name) for field in fields(settings) if field.name in chosen}
 
 
 def add_inputs(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +34,18 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
         help="a file, folder or pattern of .txt, .jsonl, .parquet or .arrow, a folder of `data download`, "
         "or the name of a repository on the Hugging Face hub",
     )
+
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the result is written")
-    parser.add_argument("--column", default="text", help="the column that holds the text (default: text)")
+    parser.add_argument("--column", help="the column that holds the text (default: text) or the messages")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help=f"rows are conversations: lists of messages of {', '.join(ROLES)} (default column: "
+        f"{CHAT_COLUMN})",
+    )
+    parser.add_argument("--question-column", help="of conversations of one question and its answer")
+    parser.add_argument("--answer-column", help="the column of the answer")
+
     parser.add_argument("--subset", help="of a repository on the hub")
     parser.add_argument("--split", default="train", help="of the inputs (default: train)")
     parser.add_argument("--revision", help="commit, branch or tag of a repository on the hub")
@@ -31,9 +60,33 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
 
 
 def input_keys(chosen: argparse.Namespace) -> InputKeys:
-    """Raises ConfigError for a weight that is none."""
+    """Raises ConfigError for a weight that is none, and for columns that do not fit together."""
     weights = {name: number(value, "--weight") for name, value in pairs(chosen.weight, "--weight").items()}
-    return InputKeys(chosen.inputs, chosen.column, chosen.subset, chosen.split, chosen.revision, weights)
+    return InputKeys(
+        chosen.inputs,
+        chosen.column or "text",
+        chosen.subset,
+        chosen.split,
+        chosen.revision,
+        weights,
+        _chat_columns(chosen),
+    )
+
+
+def columns_for_recipe(keys: InputKeys) -> dict[str, Any]:
+    """What of the inputs' columns decides the result."""
+    return {"column": list(keys.chat_columns) if keys.chat_columns else keys.column}
+
+
+def _chat_columns(chosen: argparse.Namespace) -> tuple[str, ...]:
+    of_answers = (chosen.question_column, chosen.answer_column)
+    if of_answers == (None, None):
+        return (chosen.column or CHAT_COLUMN,) if chosen.chat else ()
+    if None in of_answers or chosen.column or not chosen.chat:
+        raise ConfigError(
+            "--question-column and --answer-column belong together, with --chat and without --column"
+        )
+    return of_answers
 
 
 def pairs(given: list[str], flag: str) -> dict[str, str]:

@@ -72,5 +72,10 @@ def _print(section: str, report: Report) -> None:
         f"{report.empty:,} empty, {report.skipped:,} skipped by {own}.skip_ranges, "
         f"{len(report.problems):,} that would stop a run\n"
     )
+    if report.unlearned:
+        print(
+            f"{section}: {report.unlearned:,} conversations have no label within training.seq_len, where "
+            "pack_samples = false cuts them off: nothing of them is learned"
+        )
     if report.problems:
         print(f"to leave these out: skip_ranges = {report.skip_ranges}")

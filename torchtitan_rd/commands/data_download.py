@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pyarrow
 
+from torchtitan_rd.commands.data_arguments import parser_of
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.preparation.download import arguments_of, download, open_source, read_sources
 from torchtitan_rd.preparation.manifest import Output, Recipe
@@ -44,12 +45,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd data download",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("download", __doc__)
     parser.add_argument("sources", metavar="SOURCES.yaml", help="the list of sources")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the staging folder")
     return parser

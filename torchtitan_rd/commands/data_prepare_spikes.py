@@ -14,6 +14,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from torchtitan_rd.commands.data_arguments import given_for, parser_of
 from torchtitan_rd.errors import ConfigError
 
 _SHOWN = 40
@@ -25,19 +26,7 @@ def main(arguments: list[str]) -> int:
     from torchtitan_rd.preparation.spike_folder import prepare
     from torchtitan_rd.preparation.spikes import Settings
 
-    settings = Settings(
-        bin_ms=chosen.bin_ms,
-        unit=chosen.unit,
-        start=chosen.start,
-        stop=chosen.stop,
-        clip=chosen.clip,
-        where=_conditions(chosen.where),
-        intervals=chosen.intervals,
-        max_tokens=chosen.max_tokens,
-        test_share=chosen.test_share,
-        seed=chosen.seed,
-    )
-
+    settings = Settings(**given_for(Settings, chosen) | {"where": _conditions(chosen.where)})
     manifest = prepare(chosen.inputs, chosen.output, settings)
     print(_summary(manifest))
     print(f"training.dataset_path = {str(chosen.output)!r}")
@@ -72,11 +61,7 @@ def _summary(manifest: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd data prepare-spikes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("prepare-spikes", __doc__)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="[SOURCE=]PATH", help="files, or folders that are searched through")
     add("--output", type=Path, required=True, metavar="FOLDER", help="where the result is written")

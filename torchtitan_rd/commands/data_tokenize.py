@@ -9,18 +9,19 @@ interruption: it goes on. docs/preparation.md describes it.
 """
 
 import argparse
+from importlib.metadata import version
 from pathlib import Path
 
 import pyarrow
 import tokenizers
 
-from torchtitan_rd.commands.data_arguments import add_inputs, input_keys
+from torchtitan_rd.commands.data_arguments import add_inputs, columns_for_recipe, input_keys, parser_of
 from torchtitan_rd.data import load_tokenizer
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.preparation.documents import Documents
 from torchtitan_rd.preparation.inputs import keep_hashes, open_inputs
 from torchtitan_rd.preparation.manifest import Output, Recipe
-from torchtitan_rd.preparation.tokenize import Packing, pad_id_of, tokenize
+from torchtitan_rd.preparation.tokenize import Packing, chat_encoder, pad_id_of, tokenize
 
 
 def main(arguments: list[str]) -> int:
@@ -38,20 +39,27 @@ def main(arguments: list[str]) -> int:
     tokenizer = load_tokenizer(chosen.tokenizer)
     if packing.tail == "pad":
         pad_id_of(chosen.tokenizer)
-    if tokenizer.eos_id is None and tokenizer.bos_id is None:
-        raise ConfigError(f"--tokenizer {chosen.tokenizer}: has neither bos nor eos to tell documents apart")
 
-    folder = Path(chosen.output)
-    inputs = open_inputs(input_keys(chosen), folder)
+    folder, keys = Path(chosen.output), input_keys(chosen)
+    inputs = open_inputs(keys, folder)
+    is_text = any(not source.chat_columns for source in inputs.sources)
+    if is_text and tokenizer.eos_id is None and tokenizer.bos_id is None:
+        raise ConfigError(f"--tokenizer {chosen.tokenizer}: has neither bos nor eos to tell documents apart")
+    chat = chat_encoder(tokenizer, inputs.sources)
+    libraries = {"tokenizers": tokenizers.__version__, "pyarrow": pyarrow.__version__}
+    if chat is not None:
+        libraries["transformers"] = version("transformers")
+
     documents = Documents(inputs.sources, chosen.seed, parts=packing.files)
     names = ("block_size", "val_share", "seed", "tasks", "files", "tail")
     recipe = Recipe(
         "tokenize",
         {name.replace("_", "-"): getattr(packing, name) for name in names}
-        | {"column": chosen.column, "weight": [source.weight for source in inputs.sources]},
+        | columns_for_recipe(keys)
+        | {"weight": [source.weight for source in inputs.sources]},
         inputs.contents,
-        tokenizer.digest,
-        {"tokenizers": tokenizers.__version__, "pyarrow": pyarrow.__version__},
+        tokenizer.digest if chat is None else chat.digest,
+        libraries,
     )
     output = Output.open(folder, recipe)
     if not output.result:
@@ -62,12 +70,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd data tokenize",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("tokenize", __doc__)
     add_inputs(parser)
     parser.add_argument(
         "--tokenizer", required=True, help="a folder, file or `bytes`, as model.tokenizer_path"

@@ -12,7 +12,14 @@ from pathlib import Path
 
 import tokenizers
 
-from torchtitan_rd.commands.data_arguments import add_inputs, input_keys, pairs
+from torchtitan_rd.commands.data_arguments import (
+    add_inputs,
+    columns_for_recipe,
+    given_for,
+    input_keys,
+    pairs,
+    parser_of,
+)
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.preparation.documents import Documents
 from torchtitan_rd.preparation.inputs import open_inputs
@@ -23,30 +30,20 @@ from torchtitan_rd.preparation.tokenizer_training import LAYOUTS, REGEXES, Wante
 def main(arguments: list[str]) -> int:
     """Runs the command; returns the exit status."""
     chosen = _parser().parse_args(arguments)
-    wanted = Wanted(
-        vocab_size=chosen.vocab_size,
-        regex=chosen.regex,
-        max_token_length=chosen.max_token_length,
-        min_frequency=chosen.min_frequency,
-        layout=chosen.layout,
-        special=_specials(chosen.special),
-        bos=chosen.bos,
-        eos=chosen.eos,
-        pad=chosen.pad,
-        chat_template=chosen.chat_template,
-    )
+    wanted = Wanted(**given_for(Wanted, chosen) | {"special": _specials(chosen.special)})
     if chosen.max_characters is not None and chosen.max_characters < 1:
         raise ConfigError(f"--max-characters {chosen.max_characters}: must be at least 1")
     decided = wanted.arguments()  # a mistake in them is found before the text is read
 
-    inputs = open_inputs(input_keys(chosen), Path(chosen.output))
+    keys = input_keys(chosen)
+    inputs = open_inputs(keys, Path(chosen.output))
     documents = Documents(inputs.sources, chosen.seed)
     recipe = Recipe(
         "train-tokenizer",
         decided
+        | columns_for_recipe(keys)
         | {
             "seed": chosen.seed,
-            "column": chosen.column,
             "weight": [source.weight for source in inputs.sources],
             "max-characters": chosen.max_characters,
         },
@@ -60,12 +57,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd data train-tokenizer",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("train-tokenizer", __doc__)
     add_inputs(parser)
     parser.add_argument("--vocab-size", type=int, default=65536, help="of all tokens (default: 65536)")
     parser.add_argument("--regex", default="gpt4-digits", help=f"how words are cut: {', '.join(REGEXES)}")

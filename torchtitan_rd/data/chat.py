@@ -3,6 +3,7 @@ the tokenizer. What the assistant did not say is read and not learned.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -46,38 +47,14 @@ class ChatEncoder:
         return digest_of(self.tokenizer.digest, self.template.digest)
 
     def check_type(self, column: "pa.ChunkedArray", name: str) -> None:
-        """Raises DataError unless the column can hold conversations. Reads no row.
-
-        `datasets` gives messages that do not all have the same fields the type JSON.
-        """
-        kind = column.type
-        if len(self.columns) == 2:
-            if not all(is_text(kind.field(place).type) for place in range(2)):
-                raise DataError(f"{name}: the columns {self._named} hold {kind}; expected text in both")
-        elif not _is_json(kind) and not (is_list(kind) and _is_message(kind.value_type)):
-            raise DataError(
-                f"{name}: column {self._named} holds {kind}; expected lists of messages "
-                "{role, content}, or set training.question_column and training.answer_column"
-            )
+        """Raises DataError unless the column can hold conversations. Reads no row."""
+        check_conversations(column, self.columns, name)
 
     def read(self, cell: "pa.Array", where: str) -> list[Message]:
         """One row's messages from an arrow array of length 1.
         Raises DataError for what is no conversation.
         """
-        value = cell[0].as_py()
-        if len(self.columns) == 2:
-            question, answer = (value[column] for column in self.columns)
-            value = [_message("user", question), _message("assistant", answer)]
-        else:
-            value = _decoded(value, cell.type)
-
-        if not isinstance(value, list):
-            raise DataError(
-                f"{where}: column {self._named} holds {_shown(value)}; expected a list of messages"
-            )
-        if not value:
-            raise DataError(f"{where}: column {self._named} holds no message")
-        return [_checked(message, f"{where}, message {number}") for number, message in enumerate(value)]
+        return read_conversation(cell, self.columns, where)
 
     def check(self, messages: list[Message], where: str) -> int:
         """The number of ids. Raises DataError as `encode` does."""
@@ -118,9 +95,47 @@ class ChatEncoder:
         check_ids(ids, self.vocab_size, where)
         return np.where(spoken, ids, ~ids)
 
-    @property
-    def _named(self) -> str:
-        return " and ".join(map(repr, self.columns))
+
+def check_conversations(column: "pa.ChunkedArray", columns: Sequence[str], name: str) -> None:
+    """Raises DataError unless a column can hold conversations. Reads no row.
+
+    columns: one, or those of questions and of answers, which are then a struct. `datasets` gives messages
+    that do not all have the same fields the type JSON.
+    """
+    kind = column.type
+    if len(columns) == 2:
+        if not all(is_text(kind.field(place).type) for place in range(2)):
+            raise DataError(f"{name}: the columns {_named(columns)} hold {kind}; expected text in both")
+    elif not _is_json(kind) and not (is_list(kind) and _is_message(kind.value_type)):
+        raise DataError(
+            f"{name}: column {_named(columns)} holds {kind}; expected lists of messages "
+            "{role, content}, or set training.question_column and training.answer_column"
+        )
+
+
+def read_conversation(cell: "pa.Array", columns: Sequence[str], where: str) -> list[Message]:
+    """The messages of an arrow array of length 1. Raises DataError for what is no conversation."""
+    value = decoded(cell[0].as_py(), cell.type)
+    if len(columns) == 2:
+        question, answer = (value[column] for column in columns)
+        value = [_message("user", question), _message("assistant", answer)]
+    return checked_messages(value, f"{where}: column {_named(columns)}", where)
+
+
+def checked_messages(value: Any, what: str, where: str) -> list[Message]:
+    """A list of messages, each without fields that are null. Raises DataError for anything else.
+
+    what, where: what messages call the value, and the row.
+    """
+    if not isinstance(value, list):
+        raise DataError(f"{what} holds {_shown(value)}; expected a list of messages")
+    if not value:
+        raise DataError(f"{what} holds no message")
+    return [_checked(message, f"{where}, message {number}") for number, message in enumerate(value)]
+
+
+def _named(columns: Sequence[str]) -> str:
+    return " and ".join(map(repr, columns))
 
 
 def _message(role: str, text: Any) -> Message:
@@ -144,7 +159,7 @@ def _shown(value: Any) -> str:
     return shown if len(shown) <= 40 else f"{shown[:40]}..."
 
 
-def _decoded(value: Any, type_: "pa.DataType") -> Any:
+def decoded(value: Any, type_: "pa.DataType") -> Any:
     """`value` of an arrow type, of which any part may be JSON."""
     import pyarrow as pa
 
@@ -153,9 +168,9 @@ def _decoded(value: Any, type_: "pa.DataType") -> Any:
     if _is_json(type_):
         return json.loads(value)
     if is_list(type_):
-        return [_decoded(item, type_.value_type) for item in value]
+        return [decoded(item, type_.value_type) for item in value]
     if pa.types.is_struct(type_):
-        return {field.name: _decoded(value[field.name], field.type) for field in type_}
+        return {field.name: decoded(value[field.name], field.type) for field in type_}
     return value
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from torchtitan_rd.data import get_dataset
 from torchtitan_rd.data.arrow import SampleSource, TableSource, cells_of
+from torchtitan_rd.data.chat import ChatEncoder
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.sources import build_encoder, open_source
 from torchtitan_rd.data.tokenizer import Tokenizer
+from torchtitan_rd.data.windows import has_label
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.log import logger
 
@@ -23,6 +25,7 @@ _MADE_ON_DEMAND = 1000  # samples that are computed without end: a few stand for
 @dataclass
 class Report:
     """rows: in all; size: counts, characters or ids (`unit`) of the good ones;
+    unlearned: conversations, each a row of its own, of which no label is left once they are cut off;
     problems: row number -> the error.
     """
 
@@ -31,6 +34,7 @@ class Report:
     size: int = 0
     empty: int = 0
     skipped: int = 0
+    unlearned: int = 0
     problems: dict[int, str] = field(default_factory=dict)
     ranges: list[list[int]] = field(default_factory=list)
 
@@ -68,9 +72,12 @@ def scan(keys: DatasetKeys, *, tokenizer: Tokenizer | None, vocab_size: int, see
             report.skipped += 1
             continue
         try:
-            size = encoder.check(read(), source.where(index))
+            value, where = read(), source.where(index)
+            size = encoder.check(value, where)
             report.size += size
             report.empty += size == 0
+            if isinstance(encoder, ChatEncoder) and encoder.row_length is not None:
+                report.unlearned += not has_label(encoder.encode(value, where))
         except DataError as error:
             report.problems[index] = str(error)
 

@@ -36,28 +36,7 @@ OptionalSource = Annotated[str | None, AfterValidator(_all_is_unset)]
 RowRanges = Annotated[list[list[int]], AfterValidator(check_ranges)]
 
 
-class MixtureSource(Section):
-    name: str
-    """What the source is called in metrics, messages and checkpoints; a name of its own."""
-
-    dataset: str
-    """As training.dataset."""
-
-    dataset_path: OptionalUserPath = None
-    """As training.dataset_path."""
-
-    dataset_revision: str | None = None
-    """As training.dataset_revision."""
-
-    column: str | None = None
-    """As training.column."""
-
-    source_dataset: OptionalSource = None
-    """As training.source_dataset."""
-
-    skip_ranges: RowRanges = Field(default_factory=list)
-    """As training.skip_ranges, in the rows of this source."""
-
+class WeightSchedule(Section):
     weight: float = Field(ge=0.0)
     """The share of the source in each global batch is its weight over the sum of all weights.
     With a schedule, the weight at the beginning."""
@@ -82,6 +61,50 @@ class MixtureSource(Section):
     factor: float | None = Field(None, ge=0.0)
     """step: what the weight is multiplied by at each change."""
 
+    @model_validator(mode="after")
+    def _schedule_is_complete(self) -> "WeightSchedule":
+        needed = _OF_SCHEDULES[self.schedule]
+        absent = [key for key in needed if getattr(self, key) is None]
+        if absent:
+            raise ValueError(f'schedule = "{self.schedule}" needs {" and ".join(absent)}')
+        others = {key for keys in _OF_SCHEDULES.values() for key in keys} - {*needed}
+        if surplus := sorted(key for key in others if getattr(self, key) is not None):
+            raise ValueError(f'schedule = "{self.schedule}" has no {" and ".join(surplus)}')
+        if self.end_step is not None and self.end_step <= self.start_step:
+            raise ValueError(f"end_step = {self.end_step} must come after start_step = {self.start_step}")
+        return self
+
+
+class MixtureSource(WeightSchedule):
+    name: str
+    """What the source is called in metrics, messages and checkpoints; a name of its own."""
+
+    dataset: str
+    """As training.dataset."""
+
+    dataset_path: OptionalUserPath = None
+    """As training.dataset_path."""
+
+    dataset_revision: str | None = None
+    """As training.dataset_revision."""
+
+    column: str | None = None
+    """As training.column."""
+
+    source_dataset: OptionalSource = None
+    """As training.source_dataset."""
+
+    skip_ranges: RowRanges = Field(default_factory=list)
+    """As training.skip_ranges, in the rows of this source."""
+
+    pieces: list[WeightSchedule] = Field(default_factory=list)
+    """Weights one after another, each with a schedule of its own: from its start_step on, the last piece that
+    has begun decides. Before the first of them `weight` holds, which then has no schedule of its own."""
+
+    fills: Literal["nothing", "rest", "gaps"] = "nothing"
+    """rest: the weight is what the weights of all other sources leave of it, 0 where they leave nothing.
+    gaps: the weight holds only where all others are 0. One source alone can be either."""
+
     max_epochs: int | None = Field(None, ge=1)
     """Each row of the global batch passes over the source once it has read its share of it so many times:
     its weight is 0 there. Unset: the source is read over and over."""
@@ -96,17 +119,15 @@ class MixtureSource(Section):
         return name
 
     @model_validator(mode="after")
-    def _schedule_is_complete(self) -> "MixtureSource":
-        needed = _OF_SCHEDULES[self.schedule]
-        absent = [key for key in needed if getattr(self, key) is None]
-        if absent:
-            raise ValueError(f'{self.name}: schedule = "{self.schedule}" needs {" and ".join(absent)}')
-        others = {key for keys in _OF_SCHEDULES.values() for key in keys} - {*needed}
-        if surplus := sorted(key for key in others if getattr(self, key) is not None):
-            raise ValueError(f'{self.name}: schedule = "{self.schedule}" has no {" and ".join(surplus)}')
-        if self.end_step is not None and self.end_step <= self.start_step:
+    def _pieces_stand_alone_and_in_order(self) -> "MixtureSource":
+        if self.pieces and self.schedule != "constant":
             raise ValueError(
-                f"{self.name}: end_step = {self.end_step} must come after start_step = {self.start_step}"
+                f'pieces have schedules of their own: schedule = "{self.schedule}" has no effect'
+            )
+        steps = [piece.start_step for piece in self.pieces]
+        if steps != sorted({*steps}):
+            raise ValueError(
+                f"pieces begin at the steps {steps}: expected each to begin after the one before"
             )
         return self
 
@@ -219,4 +240,6 @@ class DatasetKeys(BatchKeys):
         names = [source.name for source in sources]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two sources are called {', '.join(twice)}; give each a name of its own")
+        if len(fill := [source.name for source in sources if source.fills != "nothing"]) > 1:
+            raise ValueError(f"{', '.join(fill)} fill what the others leave; one source alone can")
         return sources

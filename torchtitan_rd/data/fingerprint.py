@@ -156,7 +156,8 @@ def describe(key: str, saved: dict[str, Any], present: dict[str, Any]) -> str:
     if key == "content":
         return f"the content of the files{named}"
     if key == "tokenizer":
-        return f"the tokenizer's content (digest was {was}, is now {now})"
+        template = " or its chat template" if "chat_loss" in present else ""
+        return f"the tokenizer's content{template} (digest was {was}, is now {now})"
     if key == "file_borders":
         return f"how many rows lie in which file{named}"
     if key == "cut":

@@ -9,13 +9,13 @@ steps; see BatchDims) that it has read, and per source its cursor and the window
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from torchtitan_rd.data.batch_dims import BatchDims
-from torchtitan_rd.data.config import DatasetKeys, MixtureSource
+from torchtitan_rd.data.config import DatasetKeys, MixtureSource, WeightSchedule
 from torchtitan_rd.data.cursor import Cursor, Reader, mixed
 from torchtitan_rd.data.windows import Window
 from torchtitan_rd.errors import ConfigError, DataError
@@ -71,38 +71,54 @@ def check_mixture(config: DatasetKeys, kinds: Sequence[str], steps: int = 1) -> 
 
 
 def _weight_problems(sources: Sequence[MixtureSource], steps: int) -> list[str]:
-    for source in sources:
-        try:
-            is_finite = math.isfinite(weight_at(source, steps))  # those that grow are largest there
-        except OverflowError:
-            is_finite = False
-        if not is_finite:
-            return [f"training.mixture.{source.name}: its weight at step {steps} is beyond all numbers"]
-
-    # Between two such steps a weight is zero throughout or nowhere.
+    # Between two such steps a weight is zero throughout or nowhere, and largest at one of the two.
     turns = {1, steps} | {
         step + later
         for source in sources
-        for step in (source.start_step, source.end_step or 0, source.start_step + (source.period or 0))
-        for later in (0, 1)
+        for one in (source, *source.pieces)
+        for step in (one.start_step, one.end_step or 0, one.start_step + (one.period or 0))
+        for later in (-1, 0, 1)
     }
-    for step in sorted(turns):
-        if 1 <= step <= steps and not any(weight_at(source, step) for source in sources):
+    for step in sorted(turn for turn in turns if 1 <= turn <= steps):
+        for source in sources:
+            try:
+                is_finite = math.isfinite(weight_at(source, step))
+            except OverflowError:
+                is_finite = False
+            if not is_finite:
+                return [f"training.mixture.{source.name}: its weight at step {step} is beyond all numbers"]
+        if not any(weights_at(sources, step)):
             return [f"training.mixture: all weights are 0 at step {step}; give one source a weight"]
     return []
 
 
+def weights_at(sources: Sequence[MixtureSource], step: int, ended: Collection[str] = ()) -> list[float]:
+    """The weights of all sources at `step` (the first is 1). ended: those that are read no more."""
+    weights = [0.0 if source.name in ended else weight_at(source, step) for source in sources]
+    for number, source in enumerate(sources):
+        if source.fills != "nothing":
+            others = math.fsum(weights[:number] + weights[number + 1 :])
+            left = weights[number] - others if source.fills == "rest" else weights[number] * (others == 0.0)
+            weights[number] = max(left, 0.0)
+    return weights
+
+
 def weight_at(source: MixtureSource, step: int) -> float:
-    """The weight of a source at `step` (the first is 1), whatever its epoch."""
-    weight, since = source.weight, max(step - source.start_step, 0)
-    if source.period is not None and source.factor is not None:
-        return weight * source.factor ** (max(since - 1, 0) // source.period)
-    if source.end_step is None or source.end_weight is None:
+    """The weight of a source at `step`, whatever its epoch and the other sources."""
+    begun = [piece for piece in source.pieces if piece.start_step <= step]
+    return _scheduled(begun[-1] if begun else source, step)
+
+
+def _scheduled(one: WeightSchedule, step: int) -> float:
+    weight, since = one.weight, max(step - one.start_step, 0)
+    if one.period is not None and one.factor is not None:
+        return weight * one.factor ** (max(since - 1, 0) // one.period)
+    if one.end_step is None or one.end_weight is None:
         return weight
-    progress = min(since / (source.end_step - source.start_step), 1.0)
-    if source.schedule == "cosine":
+    progress = min(since / (one.end_step - one.start_step), 1.0)
+    if one.schedule == "cosine":
         progress = 0.5 * (1.0 - math.cos(math.pi * progress))
-    return (1.0 - progress) * weight + progress * source.end_weight
+    return (1.0 - progress) * weight + progress * one.end_weight
 
 
 class Mixture:
@@ -117,12 +133,12 @@ class Mixture:
 
     def weights(self, step: int, cursors: Mapping[str, Sequence[int]]) -> list[float]:
         """Of each source in a lane with these cursors: 0 where it has had its epochs."""
-        return [
-            0.0
-            if source.max_epochs is not None and _at(cursors, source.name)[0] >= source.max_epochs
-            else weight_at(source, step)
+        ended = [
+            source.name
             for source in self.sources
+            if source.max_epochs is not None and _at(cursors, source.name)[0] >= source.max_epochs
         ]
+        return weights_at(self.sources, step, ended)
 
     def draw(self, step: int, row: int, cursors: Mapping[str, Sequence[int]]) -> str:
         """The name of the source that a row of the global batch reads. Raises DataError if there is none."""

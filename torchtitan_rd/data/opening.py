@@ -75,7 +75,7 @@ class Opening:
     def lanes(self, data: DataSet) -> OpenData:
         """An indexable data set; the first window of each lane of this rank is read."""
         keys, encoder = self._pinned(data)
-        prepared = [] if self.ranks is None else self.ranks.prepared(keys, data.row, self.split)
+        prepared = [] if self.ranks is None else self.ranks.prepared(keys, data.row, self.split, encoder)
         source, found = open_source(keys, data.row, encoder, self.seed, self.split, prepared)
         order = file_order(keys, found, len(source), self.dims.rows_per_stage)
         cutting = Cutting(keys, data.row.kind, len(source), self.dims.rows_per_stage, order)

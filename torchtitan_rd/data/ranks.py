@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torchtitan_rd.data.arrow import Encoder
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.fingerprint import check_same_data
 from torchtitan_rd.data.hub import hub_tokenizer, pin_revision
@@ -57,12 +58,12 @@ class DataRanks:
             lambda: hub_tokenizer(path, self.states), lambda found: found == path or Path(found).is_dir()
         )
 
-    def prepared(self, config: DatasetKeys, row: Dataset, split: str) -> list[str]:
-        """The arrow files into which data of the hub is converted;
-        none for data that lies here and for streams.
+    def prepared(self, config: DatasetKeys, row: Dataset, split: str, encoder: Encoder) -> list[str]:
+        """The arrow files into which data is converted, which takes long even where it was done before:
+        the datasets library looks at every file. None for data that is mapped where it lies, and for streams.
         """
         return self.on_each_node(
-            lambda: prepared_files(config, row, split),
+            lambda: prepared_files(config, row, split, encoder),
             lambda files: all(Path(file).is_file() for file in files),
         )
 

@@ -14,7 +14,7 @@ from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.content import digest_of, digest_of_samples, digest_of_table
 from torchtitan_rd.data.cursor import FileOrder, LaneReader, SkippingSource, Source, pieces_per_sample
 from torchtitan_rd.data.files import FileList
-from torchtitan_rd.data.hub import cached_commit, check_revision, repository
+from torchtitan_rd.data.hub import cached_commit, check_revision
 from torchtitan_rd.data.ids import encode_in_memory, encode_once
 from torchtitan_rd.data.json_text import JsonKind
 from torchtitan_rd.data.prepacked import PackedEncoder
@@ -101,15 +101,20 @@ def _chat_encoder(config: DatasetKeys, tokenizer: Tokenizer, vocab_size: int) ->
     return ChatEncoder(template, tokenizer, vocab_size, columns, learn_all, row_length)
 
 
-def prepared_files(config: DatasetKeys, row: Dataset, split: str) -> list[str]:
-    """The arrow files of data on the hub, fetched and converted if need be. Raises DataError.
+def prepared_files(config: DatasetKeys, row: Dataset, split: str, encoder: Encoder) -> list[str]:
+    """The arrow files into which data is converted, after fetching it from the hub if need be. Raises
+    DataError.
 
-    None for data that lies here, that is made here, or that is streamed.
+    None for data that is mapped where it lies, that is made here, or that is streamed.
     """
-    if row.samples or config.stream or repository(config, row.hub, split) is None:
+    if row.samples or config.stream:
         return []
+    if config.dataset_path is not None:
+        here = check_path(config.dataset_path, split)
+        if here.saved or (here.files and here.builder() == "arrow"):
+            return []
     # Of all sources: the files are the same, and which rows count is asked when they are read.
-    table, _ = open_rows(config.model_copy(update={"source_dataset": None}), row, None, split)
+    table, _ = open_rows(config.model_copy(update={"source_dataset": None}), row, encoder, split)
     return [entry["filename"] for entry in table.cache_files]
 
 

@@ -68,3 +68,8 @@ def to_batch(windows: Sequence[Window]) -> Batch:
     # Of all or of none.
     documents = [window.document_ids for window in windows if window.document_ids is not None]
     return Batch(inputs, labels, torch.from_numpy(np.stack(documents)) if documents else None)
+
+
+def has_label(ids: np.ndarray) -> bool:
+    """Whether anything is learned of one window's ids, of which the first is no label."""
+    return bool((ids[1:] >= 0).any())

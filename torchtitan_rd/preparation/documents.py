@@ -1,4 +1,5 @@
-"""The documents of one or several sources, in a seeded order that is computed and never stored.
+"""The documents of one or several sources, in a seeded order that is computed and never stored: texts, and
+conversations, which are lists of messages.
 
 A source is an arrow table that is mapped from disk (data/arrow.py). Its documents are entries: floor(weight)
 copies of every row, and for the fraction that remains a random part of the rows. The entries of all sources
@@ -14,12 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from torchtitan_rd.data.arrow import cells_of
+from torchtitan_rd.data.chat import check_conversations, read_conversation
+from torchtitan_rd.data.chat_template import Message
 from torchtitan_rd.data.cursor import permuted
 from torchtitan_rd.data.text import TextEncoder
 from torchtitan_rd.data.tokenizer import ByteTokenizer
 from torchtitan_rd.errors import ConfigError, DataError
 
 RUN = 64  # documents that are read together
+
+_MOST_COPIES = 1 << 20  # of one document, more than anybody means
+
+Document = str | list[Message]
 
 
 @dataclass(frozen=True)
@@ -33,25 +41,39 @@ class Entry:
 
 @dataclass(frozen=True)
 class Source:
-    """name: for messages and counts. table: a `datasets.Dataset`, of which `column` holds the texts."""
+    """name: for messages and counts. table: a `datasets.Dataset`, of which `column` holds the texts.
+    chat_columns: where the rows are conversations, the columns of these in place of `column` (data/chat.py).
+    """
 
     name: str
     table: Any
     column: str = "text"
     weight: float = 1.0
+    chat_columns: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise ConfigError(f"the weight of {self.name} is {self.weight}: expected 0 or more")
-        if self.column not in self.table.column_names:
+        if self.weight > _MOST_COPIES:
+            raise ConfigError(
+                f"the weight of {self.name} is {self.weight:g}: at most {_MOST_COPIES} is possible"
+            )
+        if missing := [column for column in self.columns if column not in self.table.column_names]:
             columns = ", ".join(self.table.column_names)
-            raise DataError(f"{self.name}: has no column {self.column!r}, only {columns}; set --column")
+            raise DataError(f"{self.name}: has no column {missing[0]!r}, only {columns}; set --column")
+        if self.chat_columns:
+            check_conversations(cells_of(self.table.data.table, self.columns), self.columns, self.name)
+            return
         TextEncoder(ByteTokenizer(), 258, self.column).check_type(
             self.table.data.column(self.column), self.name
         )
 
     def __len__(self) -> int:
         return len(self.table)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self.chat_columns or (self.column,)
 
     @property
     def copies(self) -> int:
@@ -65,29 +87,41 @@ class Source:
 
     @cached_property
     def cells(self) -> Any:
-        """The table as arrow, the column alone."""
-        return self.table.with_format("arrow", columns=[self.column])
+        """The table as arrow, the columns alone."""
+        return self.table.with_format("arrow", columns=list(self.columns))
 
-    def texts(self, rows: Sequence[int]) -> list[str]:
-        """Raises DataError, naming the row, for one that is no text."""
+    def read(self, rows: Sequence[int]) -> Sequence[Document]:
+        """Raises DataError, naming the row, for one that is no text or no conversation."""
         # Neighbours are a slice, which is not copied.
         is_slice = list(rows) == list(range(rows[0], rows[-1] + 1))
         table = self.cells[rows[0] : rows[-1] + 1] if is_slice else self.cells[list(rows)]
-        column = table.column(self.column)
+        if not self.chat_columns:
+            return self._texts(rows, table.column(self.column))
+        cells = cells_of(table, self.columns)
+        return [
+            read_conversation(cells.slice(i, 1).combine_chunks(), self.columns, self.where(row))
+            for i, row in enumerate(rows)
+        ]
+
+    def where(self, row: int) -> str:
+        """What messages call a row."""
+        return f"{self.name}: row {row}"
+
+    def _texts(self, rows: Sequence[int], column: Any) -> list[str]:
         try:
             texts = column.to_pylist()
         except UnicodeDecodeError:
             texts = [self._one(column[i], row) for i, row in enumerate(rows)]
         for row, text in zip(rows, texts, strict=True):
             if text is None:
-                raise DataError(f"{self.name}: row {row}: column {self.column!r} is null; expected text")
+                raise DataError(f"{self.where(row)}: column {self.column!r} is null; expected text")
         return texts
 
     def _one(self, cell: Any, row: int) -> str:
         try:
             return cell.as_py()
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.name}: row {row}: column {self.column!r} is not UTF-8: {error}") from None
+            raise DataError(f"{self.where(row)}: column {self.column!r} is not UTF-8: {error}") from None
 
 
 class Documents:
@@ -115,22 +149,25 @@ class Documents:
         run = permuted(position, self.runs, self.seed, epoch=0)
         return [self._entry(i) for i in range(run * self.run, min((run + 1) * self.run, len(self)))]
 
-    def read(self, entries: Sequence[Entry]) -> list[str]:
-        """Their texts, in this order."""
-        texts: list[str] = []
+    def read(self, entries: Sequence[Entry]) -> list[Document]:
+        """Their texts and conversations, in this order."""
+        documents: list[Document] = []
         start = 0
         for end in range(1, len(entries) + 1):
             if end == len(entries) or entries[end].source != entries[start].source:
                 source = self.sources[entries[start].source]
-                texts += source.texts([entry.row for entry in entries[start:end]])
+                documents += source.read([entry.row for entry in entries[start:end]])
                 start = end
-        return texts
+        return documents
 
     def texts(self, max_characters: int | None = None) -> Iterator[str]:
-        """All of them, in order, each cut off after so many characters."""
+        """All of them, in order, each cut off after so many characters; of a conversation what is said, an
+        empty line between two messages.
+        """
         for position in range(self.runs):
-            for text in self.read(self.entries(position)):
-                yield text[:max_characters]
+            for document in self.read(self.entries(position)):
+                said = [document] if isinstance(document, str) else [one["content"] for one in document]
+                yield "\n\n".join(said)[:max_characters]
 
     def _entry(self, index: int) -> Entry:
         source = int(np.searchsorted(self._ends, index, side="right"))

@@ -1,4 +1,5 @@
-"""Sources of many kinds -> one staging folder of parquet, with the columns text and source.
+"""Sources of many kinds -> one staging folder of parquet, with the columns text (of conversations, messages)
+and source.
 
 A source is read row by row and written in parts of bounded size; after each part the source's progress is
 noted. Bad rows are left out, counted by reason, and the first of them named.
@@ -19,8 +20,9 @@ from torchtitan_rd.data.files import HUB_NAME, FileList, find_files
 from torchtitan_rd.data.hub import check_revision
 from torchtitan_rd.errors import ConfigError, DataError, nearest
 from torchtitan_rd.log import logger
+from torchtitan_rd.preparation.conversations import CHAT_COLUMN, as_conversation
 from torchtitan_rd.preparation.manifest import MANIFEST, Output, describe, disk_errors, progress_bar
-from torchtitan_rd.preparation.raw import RawRow, as_text, check_columns, read_raw
+from torchtitan_rd.preparation.raw import RawRow, as_text, cells_at, check_columns, read_raw
 
 ROWS_A_FILE = 100_000
 CHARACTERS_A_FILE = 256 << 20
@@ -53,13 +55,21 @@ class SourceKeys(BaseModel):
     every_token_is_sacred: bool = False
     """Kept in the manifest. Packing discards no token of any source, so it changes nothing."""
     needs_chat_templating: bool = False
-    """Conversations: refused here, since training reads them as they are."""
+    """Rows are conversations: `features` is the column of their messages, or names the columns of what the
+    user says and of what the assistant answers. They are staged as they are, and the chat template of the
+    tokenizer writes them when they are packed."""
     requires_software_heritage_aws_download: bool = False
     """Content that lies elsewhere: refused."""
 
     @property
     def columns(self) -> list[str]:
         return [self.features] if isinstance(self.features, str) else self.features
+
+    def usable(self, row: RawRow) -> tuple[str, str | None, str]:
+        """What is staged of a row; or "", why it is left out, and what exactly is wrong with it."""
+        if self.needs_chat_templating:
+            return as_conversation(row, self.columns)
+        return (*as_text(row, self.columns), "")
 
 
 def read_sources(file: Path) -> dict[str, SourceKeys]:
@@ -98,11 +108,6 @@ def read_sources(file: Path) -> dict[str, SourceKeys]:
 
 def _refused(name: str, keys: SourceKeys) -> list[str]:
     remarks = (
-        (
-            keys.needs_chat_templating,
-            "needs_chat_templating: conversations are trained on as they are, as a data set of their own "
-            "(docs/data.md); leave it out here",
-        ),
         (
             keys.requires_software_heritage_aws_download,
             "requires_software_heritage_aws_download: is not offered; fetch it, and give its local address",
@@ -175,7 +180,7 @@ def open_source(name: str, keys: SourceKeys, base: Path) -> OpenSource:
 
 def _cell(batch: Any, row: int, columns: list[str]) -> RawRow:
     try:
-        return RawRow([batch.column(name)[row].as_py() for name in columns], size=1)
+        return RawRow(cells_at(batch, row, columns), size=1)
     except UnicodeDecodeError:
         return RawRow(None, "not UTF-8", 1)
 
@@ -188,6 +193,9 @@ def download(sources: list[OpenSource], output: Output) -> dict[str, Any]:
     if done := output.result:
         return done
     with output.locked("staging"), disk_errors(output.folder):
+        # Another process may have finished the folder between the two.
+        if done := output.result:
+            return done
         files: dict[str, Any] = {}
         notes: dict[str, Any] = {}
         for source in sources:
@@ -206,12 +214,11 @@ def _stage(source: OpenSource, output: Output) -> dict[str, Any]:
     if note["done"]:
         return note
 
-    columns = source.keys.columns
     bad, texts, characters = Counter(note["bad"]), [], 0
     unit = "row" if source.table is not None else "B"
     with progress_bar(source.size(), 0, unit, source.name) as bar:
         for file, row, raw in source.rows(note["file"], note["row"]):
-            text, reason = as_text(raw, columns)
+            text, reason, exactly = source.keys.usable(raw)
             bar.update(raw.size)
             if reason is None:
                 texts.append(text)
@@ -219,7 +226,8 @@ def _stage(source: OpenSource, output: Output) -> dict[str, Any]:
             else:
                 bad[reason] += 1
                 if len(note["examples"]) < _EXAMPLES:
-                    note["examples"].append(f"{source.place(file, row)}: {reason}")
+                    shown = f"{reason}: {exactly}" if exactly else reason
+                    note["examples"].append(f"{source.place(file, row)}: {shown}")
             if len(texts) >= ROWS_A_FILE or characters >= CHARACTERS_A_FILE:
                 note |= {"file": file, "row": row + 1, "bad": dict(bad)}
                 _write_part(source, output, texts, note)
@@ -244,7 +252,12 @@ def _write_part(source: OpenSource, output: Output, texts: list[str], note: dict
 
     name = f"{source.name}/{len(note['files']):05d}.parquet"
     labels = pa.DictionaryArray.from_arrays(pa.array([0] * len(texts), pa.int32()), [source.name])
-    table = pa.table({"text": pa.array(texts, pa.large_string()), "source": labels.cast(pa.string())})
+    column, values = "text", pa.array(texts, pa.large_string())
+    if source.keys.needs_chat_templating:
+        # Messages of one source need not all have the same fields, so they have no type in common but JSON.
+        json_type = pa.json_(pa.large_string())
+        column, values = CHAT_COLUMN, pa.ExtensionArray.from_storage(json_type, values)
+    table = pa.table({column: values, "source": labels.cast(pa.string())})
     staged = output.stage(output.folder / name)
     with staged.open("wb") as file:
         pq.write_table(table, file, compression="zstd")

@@ -10,7 +10,9 @@ from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data.arrow import open_table
 from torchtitan_rd.data.files import HUB_NAME, FileList, find_files
 from torchtitan_rd.data.hub import check_revision
+from torchtitan_rd.data.json_text import JsonKind
 from torchtitan_rd.errors import ConfigError, DataError
+from torchtitan_rd.preparation.conversations import CHAT_COLUMN
 from torchtitan_rd.preparation.documents import Source
 from torchtitan_rd.preparation.manifest import MANIFEST, WORK, Output, describe, progress_bar, read_finished
 
@@ -19,8 +21,9 @@ _HASHES = "inputs.json"
 
 @dataclass(frozen=True)
 class InputKeys:
-    """How inputs are read. column, subset, split, revision: of each that is no staging folder.
-    weights: name of a source -> its weight, in place of 1 or of what its staging folder says.
+    """How inputs are read. column, chat_columns, subset, split, revision: of each that is no staging folder.
+    chat_columns: of conversations, in place of `column`. weights: name of a source -> its weight, in place of
+    1 or of what its staging folder says.
     """
 
     paths: Sequence[str]
@@ -29,6 +32,7 @@ class InputKeys:
     split: str = "train"
     revision: str | None = None
     weights: Mapping[str, float] | None = None
+    chat_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,8 @@ def _open_staging(
         if files:
             found = FileList(name, "train", folder, files)
             table = open_table(name, str(folder), None, False, found=found)
-            sources.append(Source(name, table, "text", weight))
+            is_chat = facts.get("needs_chat_templating", False)
+            sources.append(Source(name, table, "text", weight, (CHAT_COLUMN,) if is_chat else ()))
     return sources, manifest["files"]
 
 
@@ -124,10 +129,11 @@ def _open_path(
     found = find_files(path, keys.split)
     if not found.files and not found.saved and not HUB_NAME.fullmatch(path):
         raise DataError(f"{path}: no such file or folder, and nothing matches it as a pattern")
-    table = open_table(
-        path, path, keys.subset, False, keys.split, found, keys.revision, {keys.column: "text"}
-    )
-    source = Source(path, table, keys.column, weight)
+    expected: dict[str, JsonKind] = {keys.column: "text"}
+    if keys.chat_columns:
+        expected = dict.fromkeys(keys.chat_columns, "messages" if len(keys.chat_columns) == 1 else "text")
+    table = open_table(path, path, keys.subset, False, keys.split, found, keys.revision, expected)
+    source = Source(path, table, keys.column, weight, keys.chat_columns)
     if not len(source):
         raise DataError(f"{path}: holds no rows")
 

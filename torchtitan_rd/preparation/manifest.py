@@ -160,6 +160,8 @@ class Output:
                     f"{self.folder}: another process is making {name} of it; wait for it, or stop it"
                 ) from None
             yield
+        if self.result:  # and another process had finished the folder before this one made `.work` anew
+            shutil.rmtree(self.work, ignore_errors=True)
 
     def load(self, name: str) -> dict[str, Any] | None:
         """The progress kept as `name`, None if there is none."""

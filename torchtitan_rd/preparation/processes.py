@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -23,7 +23,7 @@ _worker: Callable[[Any], Any] | None = None
 
 @contextmanager
 def ordered_results(
-    make_worker: Callable[..., Callable[[Job], Any]], arguments: tuple, jobs: Sequence[Job], processes: int
+    make_worker: Callable[..., Callable[[Job], Any]], arguments: tuple, jobs: Iterable[Job], processes: int
 ) -> Iterator[Iterator[Any]]:
     """`make_worker(*arguments)(job)` of every job, in order, computed ahead in so many processes.
 
@@ -64,7 +64,7 @@ def _context(module: str) -> multiprocessing.context.BaseContext:
     return context
 
 
-def _in_order(pool: ProcessPoolExecutor, jobs: Sequence[Any], ahead: int) -> Iterator[Any]:
+def _in_order(pool: ProcessPoolExecutor, jobs: Iterable[Any], ahead: int) -> Iterator[Any]:
     waiting: deque[Future] = deque()
     left = iter(jobs)
     waiting.extend(pool.submit(_work, job) for job in islice(left, ahead))

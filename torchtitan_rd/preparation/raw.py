@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchtitan_rd.data.chat import decoded
 from torchtitan_rd.data.files import BUILDERS
 from torchtitan_rd.errors import DataError
 
@@ -143,9 +144,15 @@ def _from_batches(
         number += len(batch)
         for row in range(skipped, len(batch)):
             try:
-                yield RawRow([batch.column(name)[row].as_py() for name in columns], size=size)
+                yield RawRow(cells_at(batch, row, columns), size=size)
             except UnicodeDecodeError:
                 yield RawRow(None, "not UTF-8", size)
+
+
+def cells_at(batch: Any, row: int, columns: Sequence[str]) -> list[Any]:
+    """The values of a row of an arrow table or batch. Raises UnicodeDecodeError."""
+    cells = [batch.column(name)[row] for name in columns]
+    return [decoded(cell.as_py(), cell.type) for cell in cells]
 
 
 def check_columns(names: Sequence[str], columns: Sequence[str], where: Any) -> None:
@@ -155,7 +162,7 @@ def check_columns(names: Sequence[str], columns: Sequence[str], where: Any) -> N
 
 
 # Half of a pair of UTF-16, which JSON can hold and UTF-8 cannot.
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def as_text(row: RawRow, columns: Sequence[str]) -> tuple[str, str | None]:
@@ -168,4 +175,4 @@ def as_text(row: RawRow, columns: Sequence[str]) -> tuple[str, str | None]:
     text = "\n\n".join(row.value)
     if not text.strip():
         return "", "empty"
-    return (text, None) if not _SURROGATE.search(text) else ("", "not UTF-8")
+    return (text, None) if not SURROGATE.search(text) else ("", "not UTF-8")

@@ -107,6 +107,9 @@ def shuffle(packed: Packed, order: Order, output: Output) -> dict[str, Any]:
     if done := output.result:
         return done
     with output.locked("shuffle"), disk_errors(output.folder):
+        # Another process may have finished the folder between the two.
+        if done := output.result:
+            return done
         files: dict[str, Any] = {}
         digests = {}
         for split in SPLITS:

@@ -64,6 +64,9 @@ def prepare(inputs: Sequence[str], folder: Path, settings: Settings) -> dict[str
         if output.result:
             return output.result
         with output.locked("spikes"):
+            # Another process may have finished the folder between the two.
+            if done := output.result:
+                return done
             parts = _write_parts(output, recordings, settings)
             splits, files = _write_splits(output, parts, settings)
             facts = [_read_json(part.with_suffix(".json")) for part in parts]

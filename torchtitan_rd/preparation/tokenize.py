@@ -8,16 +8,21 @@ the task's progress is noted, and a task that was killed goes on behind its last
 
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from torchtitan_rd.data import load_tokenizer
+from torchtitan_rd.data.chat import ChatEncoder
+from torchtitan_rd.data.chat_template import ChatTemplate
 from torchtitan_rd.data.text import check_ids
+from torchtitan_rd.data.tokenizer import Tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.log import logger
-from torchtitan_rd.preparation.documents import RUN, Documents
+from torchtitan_rd.preparation.conversations import as_json
+from torchtitan_rd.preparation.documents import RUN, Document, Documents, Entry, Source
 from torchtitan_rd.preparation.manifest import Output, disk_errors, progress_bar
 from torchtitan_rd.preparation.processes import ordered_results
 from torchtitan_rd.preparation.rows import RowWriter
@@ -92,35 +97,35 @@ class Encoder:
         self.documents = documents
         self.packing = packing
         self.tokenizer = load_tokenizer(packing.tokenizer)
+        self._chat = chat_encoder(self.tokenizer, documents.sources)
         self._border = math.ceil(packing.val_share * 2**64)
 
     def __call__(self, runs: range) -> Encoded:
-        """Raises DataError, naming source and row, for a document that is no text."""
+        """Raises DataError, naming source and row, for a document that is no text, or that the chat template
+        does not take.
+        """
         entries = [entry for position in runs for entry in self.documents.entries(position)]
-        texts = self.documents.read(entries)
         counts = [Counts() for _ in self.documents.sources]
         parts: dict[str, list[Any]] = {split: [] for split in SPLITS}
-        bos, eos = ([] if i is None else [i] for i in (self.tokenizer.bos_id, self.tokenizer.eos_id))
 
         kept = []
-        for entry, text in zip(entries, texts, strict=True):
+        for entry, document in zip(entries, self.documents.read(entries), strict=True):
             count = counts[entry.source]
-            held_out = self._is_held_out(text)
+            held_out = self._is_held_out(document)
             # Copies are to be learned from; a measure wants each document once.
             if held_out and entry.copy:
                 continue
             count.documents += 1
             count.held_out += held_out
-            count.empty += not text
-            if text:
-                kept.append((entry, text, SPLITS[held_out]))
+            count.empty += not document
+            if document:
+                kept.append((entry, document, SPLITS[held_out]))
 
-        encoded = self.tokenizer.encode_batch([text for _, text, _ in kept])
-        for (entry, _, split), ids in zip(kept, encoded, strict=True):
-            for part in (bos, ids, eos):
-                parts[split].append(np.asarray(part, np.int32))
+        encoded = self._encoded([(entry, document) for entry, document, _ in kept])
+        for (entry, _, split), of_document in zip(kept, encoded, strict=True):
+            parts[split] += of_document
             field = f"{split}_tokens"
-            tokens = getattr(counts[entry.source], field) + len(bos) + len(ids) + len(eos)
+            tokens = getattr(counts[entry.source], field) + sum(map(len, of_document))
             setattr(counts[entry.source], field, tokens)
 
         joined = {split: _joined(parts[split]) for split in SPLITS}
@@ -128,11 +133,35 @@ class Encoder:
             check_ids(ids, self.tokenizer.vocab_size, f"runs {runs}")
         return Encoded(joined, counts)
 
-    def _is_held_out(self, text: str) -> bool:
+    def _encoded(self, documents: list[tuple[Entry, Document]]) -> Iterator[list[np.ndarray]]:
+        """The ids of each, in parts: bos, a text, eos. Of a conversation the template writes all."""
+        bos, eos = ([] if i is None else [i] for i in (self.tokenizer.bos_id, self.tokenizer.eos_id))
+        texts = iter(self.tokenizer.encode_batch([text for _, text in documents if isinstance(text, str)]))
+        for entry, document in documents:
+            if isinstance(document, str):
+                yield [np.asarray(part, np.int32) for part in (bos, next(texts), eos)]
+            elif self._chat is not None:
+                where = self.documents.sources[entry.source].where(entry.row)
+                yield [self._chat.encode(document, where)]
+
+    def _is_held_out(self, document: Document) -> bool:
         """Decided by the text, so that no copy of a document, wherever it stands, is on the other side."""
         import xxhash
 
+        text = document if isinstance(document, str) else as_json(document)
         return xxhash.xxh3_64_intdigest(text.encode(), seed=self.packing.seed & _MASK) < self._border
+
+
+def chat_encoder(tokenizer: Tokenizer, sources: Sequence[Source]) -> ChatEncoder | None:
+    """What encodes the conversations of the sources, every token of them to be learned; None if there are
+    none. Raises ConfigError for a tokenizer without a chat template.
+    """
+    if not any(source.chat_columns for source in sources):
+        return None
+    if tokenizer.folder is None:
+        raise ConfigError("--tokenizer: conversations need the folder of a tokenizer with a chat template")
+    template = ChatTemplate.of_folder(tokenizer.folder)
+    return ChatEncoder(template, tokenizer, tokenizer.vocab_size, learn_all=True)
 
 
 def tokenize(
@@ -181,19 +210,23 @@ def _make_files(
     processes: int,
 ) -> None:
     """The files of a task that are not there yet. `progress` is that of those before them, and is noted."""
-    jobs = [_jobs(packing.runs_of(documents, task, file), documents.run) for file in files]
-    results = ordered_results(Encoder, (documents, packing), [job for of in jobs for job in of], processes)
+
+    def jobs_of(file: int) -> Iterator[range]:
+        return _jobs(packing.runs_of(documents, task, file), documents.run)
+
+    jobs = (job for file in files for job in jobs_of(file))
+    results = ordered_results(Encoder, (documents, packing), jobs, processes)
     began, tokens = time.monotonic(), 0
 
     share = _part(range(documents.runs), task, packing.tasks)
     before = packing.runs_of(documents, task, files.start).start - share.start
     with progress_bar(len(share), before, "run", f"tokenize task {task}") as bar, results as encoded:
-        for file, of_file in zip(files, jobs, strict=True):
+        for file in files:
             last = file == packing.files_per_task - 1
             packers = {split: _Packer(packing, output, task, file, split, progress) for split in SPLITS}
             counts = [Counts(**count) for count in progress["counts"]]
 
-            for job in of_file:
+            for job in jobs_of(file):
                 result = next(encoded)
                 for split in SPLITS:
                     packers[split].add(result.ids[split])
@@ -297,10 +330,10 @@ def _note_of(task: int) -> str:
     return f"task-{task:03d}.json"
 
 
-def _jobs(runs: range, run: int) -> list[range]:
+def _jobs(runs: range, run: int) -> Iterator[range]:
     """About `RUN` documents each."""
     step = max(1, RUN // run)
-    return [runs[i : i + step] for i in range(0, len(runs), step)]
+    return (runs[i : i + step] for i in range(0, len(runs), step))
 
 
 def _part(of: range, part: int, parts: int) -> range:

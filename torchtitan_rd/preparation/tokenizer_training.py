@@ -145,6 +145,9 @@ def train_tokenizer(
         return done
 
     with output.locked("tokenizer"), disk_errors(output.folder):
+        # Another process may have finished the folder between the two.
+        if done := output.result:
+            return done
         learned = _train(documents.texts(max_characters), len(documents), wanted)
         backend = _with_specials(learned, wanted, roles)
         config = {
