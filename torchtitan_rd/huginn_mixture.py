@@ -118,7 +118,7 @@ def _schedule(scheduler: Any, weight: float, clock: Clock) -> dict[str, Any]:
     if isinstance(scheduler[0], str) and scheduler[0] in _FILLS:
         return {"weight": _ALL, "fills": _FILLS[scheduler[0]]}
 
-    phases = [[0, scheduler]] if isinstance(scheduler[0], str) else list(scheduler)
+    phases: list[Any] = [[0, scheduler]] if isinstance(scheduler[0], str) else list(scheduler)
     if not all(isinstance(p, list | tuple) and len(p) == 2 and _is_count(p[0]) for p in phases):
         raise ConfigError(f"scheduler = {scheduler!r}: expected pairs of a microbatch and a schedule")
     begins = [int(phase[0]) for phase in phases]
@@ -138,8 +138,8 @@ def _schedule(scheduler: Any, weight: float, clock: Clock) -> dict[str, Any]:
 
 def _pieces(phase: Any, begin: int, end: int, clock: Clock) -> list[dict[str, Any]]:
     """A schedule that is not made of others, from microbatch `begin` to `end`; it counts from `begin`."""
-    kind, *numbers = phase if isinstance(phase, list | tuple) and phase else [None]
-    kind = str(kind)
+    given: list[Any] = list(phase) if isinstance(phase, list | tuple) and phase else [None]
+    kind, numbers = str(given[0]), given[1:]
     if kind in _FILLS:  # within pieces there, a base weighs nothing
         return [{"weight": 0.0, "start_step": clock.step_at(begin)}]
     if kind == "linear" and len(numbers) == 2:
