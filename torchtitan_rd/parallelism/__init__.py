@@ -11,7 +11,7 @@ from torchtitan_rd.parallelism.activation_checkpoint import (
     checkpoint_regions,
 )
 from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
-from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig
+from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig, groups_of, sharding_mesh
 from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp, prepare_microbatch
 from torchtitan_rd.parallelism.init import init_weights
 from torchtitan_rd.parallelism.offload import apply_offload
@@ -28,6 +28,7 @@ __all__ = [
     "StepTotals",
     "TilingKeys",
     "allocate",
+    "groups_of",
     "init_weights",
     "parallelize",
     "prepare_microbatch",
@@ -59,4 +60,11 @@ def parallelize(
     apply_activation_checkpointing(regions, activation_checkpoint)
     apply_compile(blocks, compile)
     apply_offload(regions, activation_checkpoint.offload)
-    apply_fsdp(model, plan, mesh, sharding, parallelism.fsdp_reshard_after_forward, loop_grad_dtype)
+    apply_fsdp(
+        model,
+        plan,
+        sharding_mesh(mesh),
+        sharding,
+        parallelism.fsdp_reshard_after_forward,
+        loop_grad_dtype,
+    )
