@@ -88,6 +88,7 @@ class Builder:
             asked_to_stop=self.stop.received,
             has_saved=checkpointer.has_saved,
             token_weights=plan.token_weights,
+            positions=plan.positions,
         )
         return Parts(mesh, loader, held_out, model, optimizer, heartbeat, metrics, checkpointer, train_step)
 
