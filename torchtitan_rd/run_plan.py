@@ -167,6 +167,7 @@ def resolve(
         problems.found_by(dims.check, shape.attention_shape, seq_len)
     if spec and spec.inputs is None:
         _refuse_recurrence(config, spec, problems)
+
     token_weights = _token_weights(config, vocab_size, shape, problems)
     draws = None
     if spec and shape:
