@@ -52,6 +52,7 @@ class RunPlan:
 
     tokenizer: None where no data set is text or chat. vocab_size: ids that the data may hold;
         the model may have more rows.
+    positions: those of each row that this rank computes.
     shape: of the model, with its vocabulary and context. draws: what forward takes beside tokens.
     token_weights: of the loss, one for each logit; None: all alike.
     """
@@ -65,6 +66,7 @@ class RunPlan:
     shape: ModelShape
     draws: Draws
     seq_len: int
+    positions: range
     token_weights: torch.Tensor | None = dataclasses.field(default=None, compare=False)
 
     @property
@@ -77,11 +79,13 @@ class RunPlan:
         dims, batch = self.dims, self.batch
         per_rank = batch.accumulation * batch.stages
         lines = [
-            f"ranks: {dims.data_degree}, {dims.replicate} of the model's copies, "
-            f"each sharded over {dims.shard}",
+            f"ranks: {dims.world_size}, {dims.replicate} of the model's copies, "
+            f"each sharded over {dims.shard * dims.context}",
             f"batch: {batch.global_batch_size} sequences, {self.tokens_per_step:,} tokens a step; "
             f"{per_rank} x {batch.local_batch_size} sequences of {self.seq_len} tokens on each rank",
         ]
+        if dims.ranks_per_row > 1:
+            lines.append(f"each row is shared by {dims.ranks_per_row} ranks: {_ways_of_sharing(dims)}")
         if names := [f"{one.name} ({one.keys.dataset})" for one in self.sets if one.name is not None]:
             lines.append(f"mixture of {', '.join(names)}")
         if batch.ramp_steps:
@@ -133,7 +137,11 @@ def resolve(
 
     dims = problems.found_by(ParallelDims.resolve, config.parallelism, environment.world_size)
     data_degree = dims.data_degree if dims else environment.world_size
-    batch = problems.found_by(BatchDims.resolve, training, environment.rank, data_degree)
+    data_rank = dims.data_rank(environment.rank) if dims else environment.rank
+    batch = problems.found_by(BatchDims.resolve, training, data_rank, data_degree)
+
+    seq_len = training.seq_len
+    positions = dims.positions(environment.rank, seq_len) if dims else range(seq_len)
 
     sets = problems.found_by(training_sets, training, steps=training.steps)
     if sets and batch:
@@ -155,8 +163,11 @@ def resolve(
 
     spec = problems.found_by(get_spec, config.model.name)
     shape = problems.found_by(resolve_shape, config, spec, vocab_size or _SOME_VOCABULARY) if spec else None
+    if dims and shape:
+        problems.found_by(dims.check, shape.attention_shape, seq_len)
     if spec and spec.inputs is None:
         _refuse_recurrence(config, spec, problems)
+
     token_weights = _token_weights(config, vocab_size, shape, problems)
     draws = None
     if spec and shape:
@@ -165,18 +176,19 @@ def resolve(
             spec,
             shape,
             config.recurrence,
-            batch or BatchDims(environment.rank, data_degree, training.local_batch_size, accumulation=1),
+            batch or BatchDims(data_rank, data_degree, training.local_batch_size, accumulation=1),
             seed=training.seed,
             total_steps=training.steps,
-            seq_len=training.seq_len,
+            seq_len=seq_len,
             device=device or torch.device("cpu"),
             dtype=getattr(torch, training.mixed_precision_param),
+            positions=positions,
         )
 
     if problems.lines or not (dims and batch and sets and vocab_size and spec and shape and draws):
         raise ConfigError("\n".join(problems.lines))  # whatever is missing has said why
     data = (batch, sets, tokenizer, vocab_size)
-    return RunPlan(dims, *data, spec, shape, draws, training.seq_len, token_weights)
+    return RunPlan(dims, *data, spec, shape, draws, training.seq_len, positions, token_weights)
 
 
 def reads_hub_tokenizer(config: JobConfig) -> bool:
@@ -190,7 +202,13 @@ def reads_hub_tokenizer(config: JobConfig) -> bool:
 
 def fewest_ranks(config: ParallelismConfig) -> int:
     """That these degrees allow: each -1 (what is left) as one."""
-    return max(config.data_parallel_replicate_degree, 1) * max(config.data_parallel_shard_degree, 1)
+    data_degree = max(config.data_parallel_replicate_degree, 1) * max(config.data_parallel_shard_degree, 1)
+    return data_degree * config.context_parallel_degree * config.tensor_parallel_degree
+
+
+def _ways_of_sharing(dims: ParallelDims) -> str:
+    ways = {"its tokens (context)": dims.context, "the matrices (tensor)": dims.tensor}
+    return ", ".join(f"{what} by {degree}" for what, degree in ways.items() if degree > 1)
 
 
 def resolve_shape(config: JobConfig, spec: ModelSpec, vocab_size: int) -> Any:

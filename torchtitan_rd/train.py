@@ -29,6 +29,7 @@ from torchtitan_rd.lr_scheduler import lr_factor
 from torchtitan_rd.masking import mask_text
 from torchtitan_rd.metrics import StepResult
 from torchtitan_rd.optimizer import optimizer_state, set_lr
+from torchtitan_rd.parallelism import sum_over_tokens
 from torchtitan_rd.parts import Builder, Parts
 from torchtitan_rd.profiling import Profiler
 from torchtitan_rd.run_plan import RunPlan
@@ -244,6 +245,7 @@ class Trainer:
                 read_outs,
                 self.stop,
                 self.config.training.loss_chunk_tokens,
+                self.plan.positions,
             )
         if losses:
             logger.info(
@@ -287,7 +289,7 @@ class Trainer:
         return {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
-            "data": merge_states(job.gather(self.parts.loader.state_dict())),
+            "data": merge_states(self.plan.dims.one_per_row(job.gather(self.parts.loader.state_dict()))),
         }
 
     def _save_seed(self) -> None:
@@ -326,7 +328,7 @@ class Trainer:
             is_logged = parts.metrics.should_log(self.step) or config.validation.is_due(
                 self.step, total_steps
             )
-            watching = is_logged and self.environment.rank == 0
+            watching = is_logged and self.plan.dims.data_rank(self.environment.rank) == 0
             with self.plan.draws.watch(parts.model, watching=watching) as telemetry:
                 result = parts.train_step(self.step, batches, self.tokens_seen)
             parts.metrics.add(result)
@@ -354,7 +356,7 @@ class Trainer:
 
     def _log(self, result: StepResult, batches: list[Batch], *, lr: float, telemetry: Any) -> None:
         self.parts.train_step.settle()  # nothing is validated or reported that must not be trained on
-        extra = self.plan.draws.describe(telemetry, result.depths)
+        extra = self.plan.draws.describe(telemetry, result.depths, sum_over_tokens(self.parts.mesh))
         if self.config.validation.is_due(self.step, self.config.training.steps):
             extra |= self._validate()
         extra |= self.parts.loader.describe(job.gather_numbers)

@@ -23,6 +23,7 @@ def wrap_plan(model: Raven) -> WrapPlan:
     )
     tied = model.shape.tie_word_embeddings
     shard_only = () if tied else (("transformer.wte",), ("lm_head",))
+
     full_precision = tuple(name for name, parameter in model.named_parameters() if parameter.ndim != 2)
     embedding = "" if tied else "transformer.wte"  # the root has it together with the tied head
     return WrapPlan(
@@ -31,5 +32,8 @@ def wrap_plan(model: Raven) -> WrapPlan:
         loops=(Loop("transformer.recurrence", core),),
         full_precision=full_precision,
         feed_forwards=tuple(f"{block}.mlp" for block in blocks),
+        attentions=tuple(f"{block}.attn" for block in blocks),
+        embedding="transformer.wte",
+        rotary="rotary",
         float32_units=(embedding,),
     )
