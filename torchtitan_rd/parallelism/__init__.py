@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan_rd.model_spec import WrapPlan
+from torchtitan_rd.model_spec import TensorPlan, WrapPlan
 from torchtitan_rd.parallelism.activation_checkpoint import (
     ActivationCheckpointConfig,
     apply_activation_checkpointing,
@@ -16,6 +16,7 @@ from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp, p
 from torchtitan_rd.parallelism.init import init_weights
 from torchtitan_rd.parallelism.offload import apply_offload
 from torchtitan_rd.parallelism.step_sums import StepSums, StepTotals
+from torchtitan_rd.parallelism.tensor_parallel import apply_tensor_parallel, check_tensor_degree, row_orders
 from torchtitan_rd.parallelism.tiled_mlp import TilingKeys, apply_tiled_mlp
 
 __all__ = [
@@ -28,9 +29,11 @@ __all__ = [
     "StepTotals",
     "TilingKeys",
     "allocate",
+    "check_tensor_degree",
     "init_weights",
     "parallelize",
     "prepare_microbatch",
+    "row_orders",
 ]
 
 
@@ -45,14 +48,18 @@ def parallelize(
     sharding: ShardingKeys,
     tiling: TilingKeys,
     loop_grad_dtype: torch.dtype | None = None,
+    tensor_plan: TensorPlan | None = None,
 ) -> None:
-    """Changes `model` (on the meta device) in place: tiles -> activation checkpointing -> compile ->
-    offload of activations -> FSDP.
+    """Changes `model` (on the meta device) in place: tensor parallelism -> tiles -> activation checkpointing
+    -> compile -> offload of activations -> FSDP.
 
-    Tensor and context parallelism, once they exist, come before all of them. The optimizer must be built
+    tensor_plan: needed where `mesh` has a dimension `tensor`. The optimizer must be built
     afterwards: one built before would hold the unsharded parameters and never get a gradient
     (docs/pytorch_traps.md, Order of wrapping).
     """
+    if tensor_plan is not None and "tensor" in (mesh.mesh_dim_names or ()):
+        whole = plan.full_precision if sharding.mixed_precision_param != "float32" else ()
+        apply_tensor_parallel(model, tensor_plan, mesh["tensor"], kept_whole=whole)
     apply_tiled_mlp([model.get_submodule(name) for name in plan.feed_forwards], tiling.mlp_tile_tokens)
     blocks = {name: model.get_submodule(name) for name in plan.blocks}
     regions = [model.get_submodule(name) for name in checkpoint_regions(plan, activation_checkpoint)]

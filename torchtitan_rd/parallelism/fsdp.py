@@ -108,7 +108,8 @@ def apply_fsdp(
 
 def gathered_bytes(module: nn.Module, dtype: torch.dtype) -> int:
     """What the parameters of `module` take on each rank while they are gathered, computing in `dtype`."""
-    return sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
+    return sum(part.numel() for part in parts) * dtype.itemsize
 
 
 def _prefetch_loop(model: nn.Module, plan: WrapPlan) -> None:
@@ -157,7 +158,8 @@ def kept_whole(model: nn.Module, plan: WrapPlan, keys: ShardingKeys) -> set[nn.P
     """
     if keys.mixed_precision_param == "float32":
         return set()
-    return {model.get_parameter(name) for name in plan.full_precision}
+    parameters = dict(model.named_parameters())
+    return {parameters[name] for name in plan.full_precision}
 
 
 def allocate(model: nn.Module, device: torch.device, offload: bool) -> None:
