@@ -11,8 +11,8 @@ from torchtitan_rd.parallelism.activation_checkpoint import (
     checkpoint_regions,
 )
 from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
-from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig
-from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp, prepare_microbatch
+from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig, groups_of, sharding_mesh
+from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp, kept_whole, prepare_microbatch
 from torchtitan_rd.parallelism.init import init_weights
 from torchtitan_rd.parallelism.offload import apply_offload
 from torchtitan_rd.parallelism.step_sums import StepSums, StepTotals
@@ -30,6 +30,7 @@ __all__ = [
     "TilingKeys",
     "allocate",
     "check_tensor_degree",
+    "groups_of",
     "init_weights",
     "parallelize",
     "prepare_microbatch",
@@ -58,12 +59,18 @@ def parallelize(
     (docs/pytorch_traps.md, Order of wrapping).
     """
     if tensor_plan is not None and "tensor" in (mesh.mesh_dim_names or ()):
-        whole = plan.full_precision if sharding.mixed_precision_param != "float32" else ()
-        apply_tensor_parallel(model, tensor_plan, mesh["tensor"], kept_whole=whole)
+        apply_tensor_parallel(model, tensor_plan, mesh["tensor"], kept_whole=kept_whole(plan, sharding))
     apply_tiled_mlp([model.get_submodule(name) for name in plan.feed_forwards], tiling.mlp_tile_tokens)
     blocks = {name: model.get_submodule(name) for name in plan.blocks}
     regions = [model.get_submodule(name) for name in checkpoint_regions(plan, activation_checkpoint)]
     apply_activation_checkpointing(regions, activation_checkpoint)
     apply_compile(blocks, compile)
     apply_offload(regions, activation_checkpoint.offload)
-    apply_fsdp(model, plan, mesh, sharding, parallelism.fsdp_reshard_after_forward, loop_grad_dtype)
+    apply_fsdp(
+        model,
+        plan,
+        sharding_mesh(mesh),
+        sharding,
+        parallelism.fsdp_reshard_after_forward,
+        loop_grad_dtype,
+    )

@@ -28,7 +28,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class RowOrder:
-    """parts: rows of each matrix in the whole one, in the order of the model. degree: ranks that share each."""
+    """parts: rows of each matrix in the whole one, in the order of the model. degree: of the ranks."""
 
     parts: tuple[int, ...]
     degree: int

@@ -193,7 +193,7 @@ def _look_up_own_ids(embedding: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _predict_own_ids(head: nn.Module, mesh: DeviceMesh) -> None:
-    """Logits, or the matrix that a fused read-out is given, become DTensors: so the loss knows of the shards."""
+    """Logits, or the matrix that a fused read-out is given, become DTensors: the loss knows by it."""
 
     def gather(module: nn.Module, args: tuple) -> tuple:
         x, *others = args

@@ -22,7 +22,7 @@ class VocabularyPart:
 
     @classmethod
     def of(cls, tensor: torch.Tensor, dim: int) -> "VocabularyPart | None":
-        """That of a tensor which may be sharded over the ids, its dimension `dim`; None: it has all of them."""
+        """That of a tensor that may be sharded over the ids, its dimension `dim`; None: it has all."""
         if not isinstance(tensor, DTensor):
             return None
         return cls(tensor.device_mesh, tensor.to_local().shape[dim])
@@ -34,7 +34,7 @@ class VocabularyPart:
         return place.where(is_own, 0), is_own
 
     def log_sums(self, logits_NW: torch.Tensor, ids_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> the logsumexp over all ids, and the logit of `ids`, of each token: (N,) each, equal on all ranks.
+        """-> the logsumexp over all ids, and the logit of `ids`, of each token: (N,), equal on all ranks.
         Collective: two all-reduces, of N and 2 N numbers. It has no backward.
         """
         group = self.mesh.get_group()
