@@ -22,8 +22,8 @@ InitFn = Callable[[torch.Tensor, torch.Generator], None]
 """Fills a whole tensor in place."""
 
 ReadOut = Callable[[torch.Tensor], Any]
-"""What is made of logits (B, S, V), for example the sum of their losses. Where ranks share the vocabulary they
-are a DTensor, sharded over V."""
+"""What is made of logits (B, S, V), for example the sum of their losses. Where ranks share the vocabulary
+they are a DTensor, sharded over V."""
 
 
 class FusedReadOut(ABC):

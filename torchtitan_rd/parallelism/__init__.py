@@ -16,7 +16,12 @@ from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp, k
 from torchtitan_rd.parallelism.init import init_weights
 from torchtitan_rd.parallelism.offload import apply_offload
 from torchtitan_rd.parallelism.step_sums import StepSums, StepTotals
-from torchtitan_rd.parallelism.tensor_parallel import apply_tensor_parallel, check_tensor_degree, row_orders
+from torchtitan_rd.parallelism.tensor_parallel import (
+    apply_tensor_parallel,
+    check_tensor_degree,
+    reading_before,
+    row_orders,
+)
 from torchtitan_rd.parallelism.tiled_mlp import TilingKeys, apply_tiled_mlp
 
 __all__ = [
@@ -58,13 +63,14 @@ def parallelize(
     afterwards: one built before would hold the unsharded parameters and never get a gradient
     (docs/pytorch_traps.md, Order of wrapping).
     """
-    if tensor_plan is not None and "tensor" in (mesh.mesh_dim_names or ()):
+    is_shared = tensor_plan is not None and "tensor" in (mesh.mesh_dim_names or ())
+    if is_shared:
         apply_tensor_parallel(model, tensor_plan, mesh["tensor"], kept_whole=kept_whole(plan, sharding))
     apply_tiled_mlp([model.get_submodule(name) for name in plan.feed_forwards], tiling.mlp_tile_tokens)
     blocks = {name: model.get_submodule(name) for name in plan.blocks}
     regions = [model.get_submodule(name) for name in checkpoint_regions(plan, activation_checkpoint)]
     apply_activation_checkpointing(regions, activation_checkpoint)
-    apply_compile(blocks, compile)
+    apply_compile(blocks, compile, around=reading_before if is_shared else None)
     apply_offload(regions, activation_checkpoint.offload)
     apply_fsdp(
         model,

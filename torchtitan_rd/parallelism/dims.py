@@ -136,6 +136,12 @@ class ParallelDims:
         """Which of the `data_degree` readers `rank` is."""
         return rank // self.ranks_per_row
 
+    def counts(self, rank: int) -> bool:
+        """Whether `rank` is the first of those that compute the same loss: each of a tensor-parallel group
+        has that of all tokens of the group.
+        """
+        return rank % self.tensor == 0
+
     def one_per_row(self, of_all_ranks: Sequence[T]) -> Sequence[T]:
         """What each rank has -> what each data rank has, where ranks of one row have the same."""
         return of_all_ranks[:: self.ranks_per_row]

@@ -93,6 +93,26 @@ def scatter_sums(x: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
     return summands.redistribute(mesh, [Shard(SEQUENCE)]).to_local()
 
 
+def reading_before(block: nn.Module, compiled: Callable) -> Callable:
+    """`compiled`, the forward of `block`, to which parameters are given as the plain tensors that they read
+    as: in a graph that recomputes, torch.compile (2.13) does not take DTensors.
+    """
+    readers = [module for module in block.modules() if hasattr(module, "_views")]
+
+    def forward(*args: Any) -> Any:
+        for module in readers:
+            module._read_before = {
+                name: view(module._parameters[name]) for name, view in module._views.items()
+            }
+        try:
+            return compiled(*args)
+        finally:
+            for module in readers:
+                module._read_before = None
+
+    return forward
+
+
 def _distribute(
     model: nn.Module,
     mesh: DeviceMesh,
@@ -118,6 +138,7 @@ def _distribute(
                 read[own] = _in_turn(_share_of_own_tokens, views[name])
         if read:
             module.__class__ = _reading(type(module), tuple(read.items()))
+            module._views, module._read_before = read, None
 
 
 def _sharded(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
@@ -133,13 +154,12 @@ def _reading(base: type, views: tuple[tuple[str, View], ...]) -> type:
 
     def reader(name: str, view: View) -> property:
         def read(module: nn.Module) -> torch.Tensor:
+            if module._read_before is not None:
+                return module._read_before[name]
             parameter = module._parameters[name]
-            # On more dimensions than ours it is sharded by FSDP, which reads it under this name too.
-            return (
-                parameter
-                if isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 1
-                else view(parameter)
-            )
+            # On more dimensions than ours it is FSDP's, which reads it under this name too.
+            is_sharded = isinstance(parameter, DTensor) and len(parameter.placements) > 1
+            return parameter if is_sharded else view(parameter)
 
         return property(read)
 
