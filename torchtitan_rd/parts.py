@@ -89,6 +89,7 @@ class Builder:
             has_saved=checkpointer.has_saved,
             token_weights=plan.token_weights,
             counts=plan.dims.counts(self.environment.rank),
+            positions=plan.positions,
         )
         return Parts(mesh, loader, held_out, model, optimizer, heartbeat, metrics, checkpointer, train_step)
 

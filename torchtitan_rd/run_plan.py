@@ -53,6 +53,7 @@ class RunPlan:
 
     tokenizer: None where no data set is text or chat. vocab_size: ids that the data may hold;
         the model may have more rows.
+    positions: those of each row that this rank computes.
     shape: of the model, with its vocabulary and context. draws: what forward takes beside tokens.
     token_weights: of the loss, one for each logit; None: all alike.
     row_orders: of the matrices whose rows lie otherwise than in checkpoints.
@@ -67,6 +68,7 @@ class RunPlan:
     shape: ModelShape
     draws: Draws
     seq_len: int
+    positions: range
     token_weights: torch.Tensor | None = dataclasses.field(default=None, compare=False)
     row_orders: Mapping[str, RowOrder] = dataclasses.field(default_factory=dict)
 
@@ -141,6 +143,9 @@ def resolve(
     data_rank = dims.data_rank(environment.rank) if dims else environment.rank
     batch = problems.found_by(BatchDims.resolve, training, data_rank, data_degree)
 
+    seq_len = training.seq_len
+    positions = dims.positions(environment.rank, seq_len) if dims else range(seq_len)
+
     sets = problems.found_by(training_sets, training, steps=training.steps)
     if sets and batch:
         problems.found_by(check_file_lanes, training, batch)
@@ -163,8 +168,8 @@ def resolve(
     shape = problems.found_by(resolve_shape, config, spec, vocab_size or _SOME_VOCABULARY) if spec else None
     orders = None
     if dims and spec and shape:
-        problems.found_by(dims.check, shape.attention_shape, training.seq_len)
-        orders = problems.found_by(_share_matrices, spec, shape, dims, training.seq_len)
+        problems.found_by(dims.check, shape.attention_shape, seq_len)
+        orders = problems.found_by(_share_matrices, spec, shape, dims, seq_len)
     if spec and spec.inputs is None:
         _refuse_recurrence(config, spec, problems)
     token_weights = _token_weights(config, vocab_size, shape, problems)
@@ -178,15 +183,16 @@ def resolve(
             batch or BatchDims(data_rank, data_degree, training.local_batch_size, accumulation=1),
             seed=training.seed,
             total_steps=training.steps,
-            seq_len=training.seq_len,
+            seq_len=seq_len,
             device=device or torch.device("cpu"),
             dtype=getattr(torch, training.mixed_precision_param),
+            positions=dims.state_positions(environment.rank, seq_len) if dims else positions,
         )
 
     if problems.lines or not (dims and batch and sets and vocab_size and spec and shape and draws):
         raise ConfigError("\n".join(problems.lines))  # whatever is missing has said why
     data = (batch, sets, tokenizer, vocab_size)
-    return RunPlan(dims, *data, spec, shape, draws, training.seq_len, token_weights, orders or {})
+    return RunPlan(dims, *data, spec, shape, draws, seq_len, positions, token_weights, orders or {})
 
 
 def reads_hub_tokenizer(config: JobConfig) -> bool:

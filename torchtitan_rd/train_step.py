@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from torchtitan_rd.batch import Batch
+from torchtitan_rd.batch import Batch, at_positions
 from torchtitan_rd.chunked_loss import loss_read_out
 from torchtitan_rd.config_loader import MUST_MATCH
 from torchtitan_rd.data.config import DatasetKeys
@@ -73,8 +73,8 @@ class ValidTokens:
         """batches: this rank's microbatches, on the device. token_weights: (V,), there too; without it every
         label weighs 1 and the sum is their number. counts: see TrainStep. Collective.
         """
-        counts = [count_valid(batch.labels) for batch in batches]
-        sums = [torch.stack(counts).sum()]
+        numbers = [count_valid(batch.labels) for batch in batches]
+        sums = [torch.stack(numbers).sum()]
         if token_weights is not None:  # float64, which holds the number exactly too
             weights = [sum_of_weights(batch.labels, token_weights) for batch in batches]
             sums = [sums[0].double(), torch.stack(weights).sum()]
@@ -172,6 +172,7 @@ class TrainStep:
         late: bool | None = None,
         token_weights: torch.Tensor | None = None,
         counts: bool = True,
+        positions: range | None = None,
     ):
         """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
 
@@ -180,6 +181,7 @@ class TrainStep:
         rank has written its share of the checkpoint that is written in the background. late: see above;
         by default as it says. token_weights: `training.token_weights`, one for each logit.
         counts: whether this rank's tokens go into the sums over ranks: of ranks that compute the same, one.
+        positions: those of each row that the model computes on this rank; None: all.
         """
         self.model = model
         self.optimizer = optimizer
@@ -190,6 +192,7 @@ class TrainStep:
         self.asked_to_stop = asked_to_stop
         self.has_saved = has_saved
         self.token_weights = None if token_weights is None else token_weights.to(device)
+        self.positions = positions
         self.late = (device.type == "cuda" and takes_flag(optimizer, device)) if late is None else late
         self.counts = counts
         trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -278,7 +281,7 @@ class TrainStep:
             )
 
     def _place(self, batch: Batch) -> Batch:
-        """On the device, with the labels of the objective.
+        """On the device: ids of whole rows, and the labels of the objective, of this rank's tokens alone.
         Batches in page-locked memory are copied without a wait.
         """
         labels = batch.labels.to(self.device, non_blocking=True)
@@ -286,7 +289,8 @@ class TrainStep:
             None if batch.document_ids is None else batch.document_ids.to(self.device, non_blocking=True)
         )
         inputs = batch.inputs.to(self.device, non_blocking=True)
-        labels = goldfish_labels(labels, self.config)
+        # Which labels are left out is decided in the whole row.
+        labels = at_positions(goldfish_labels(labels, self.config), self.positions)
         return replace(batch, inputs=inputs, labels=labels, document_ids=documents)
 
     def _backward(self, batch: Batch, valid: ValidTokens, drawn: ForwardInputs) -> torch.Tensor:
@@ -330,13 +334,10 @@ def _parse(values: Sequence[float]) -> StepNumbers:
     return StepNumbers(loss, loss_max, int(rank), grad_norm, bool(skipped), int(in_a_row), *map(bool, flags))
 
 
-def hash_ids(
-    batches: Sequence[Batch], one_per_row: Callable[[Sequence], Sequence] = lambda of_ranks: of_ranks
-) -> str | None:
+def hash_ids(batches: Sequence[Batch]) -> str | None:
     """sha256 of the global batch's input ids, int64 little-endian, in row order; on rank 0 alone, else None.
 
     Gathers the ids of all ranks: a check to switch on when two runs are to be compared.
-    one_per_row: see ParallelDims, where ranks share rows.
     """
     numbers = torch.tensor([row for batch in batches for row in batch.rows])
     ids = torch.cat([batch.inputs for batch in batches])
@@ -347,6 +348,6 @@ def hash_ids(
     dist.gather(numbered, gathered)
     if gathered is None:
         return None
-    everything = torch.cat(list(one_per_row(gathered)))
-    in_order = everything[everything[:, 0].argsort(), 1:]
+    rows = {int(row[0]): row[1:] for row in torch.cat(gathered)}  # ranks that share a row both have it
+    in_order = torch.stack([rows[number] for number in sorted(rows)])
     return hashlib.sha256(in_order.numpy().astype("<i8").tobytes()).hexdigest()

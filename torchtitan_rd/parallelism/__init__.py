@@ -11,6 +11,7 @@ from torchtitan_rd.parallelism.activation_checkpoint import (
     checkpoint_regions,
 )
 from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
+from torchtitan_rd.parallelism.context_parallel import apply_context_parallel, sum_over_tokens
 from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig, groups_of, sharding_mesh
 from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp, kept_whole, prepare_microbatch
 from torchtitan_rd.parallelism.init import init_weights
@@ -40,6 +41,8 @@ __all__ = [
     "parallelize",
     "prepare_microbatch",
     "row_orders",
+    "sharding_mesh",
+    "sum_over_tokens",
 ]
 
 
@@ -56,16 +59,17 @@ def parallelize(
     loop_grad_dtype: torch.dtype | None = None,
     tensor_plan: TensorPlan | None = None,
 ) -> None:
-    """Changes `model` (on the meta device) in place: tensor parallelism -> tiles -> activation checkpointing
-    -> compile -> offload of activations -> FSDP.
+    """Changes `model` (on the meta device) in place: tensor parallelism -> context parallelism -> tiles ->
+    activation checkpointing -> compile -> offload of activations -> FSDP.
 
-    tensor_plan: needed where `mesh` has a dimension `tensor`. The optimizer must be built
-    afterwards: one built before would hold the unsharded parameters and never get a gradient
-    (docs/pytorch_traps.md, Order of wrapping).
+    tensor_plan: needed where `mesh` has a dimension `tensor`. The optimizer must be built afterwards: one
+    built before would hold the unsharded parameters and never get a gradient (docs/pytorch_traps.md, Order of
+    wrapping).
     """
     is_shared = tensor_plan is not None and "tensor" in (mesh.mesh_dim_names or ())
     if is_shared:
         apply_tensor_parallel(model, tensor_plan, mesh["tensor"], kept_whole=kept_whole(plan, sharding))
+    apply_context_parallel(model, plan, mesh)
     apply_tiled_mlp([model.get_submodule(name) for name in plan.feed_forwards], tiling.mlp_tile_tokens)
     blocks = {name: model.get_submodule(name) for name in plan.blocks}
     regions = [model.get_submodule(name) for name in checkpoint_regions(plan, activation_checkpoint)]

@@ -37,6 +37,7 @@ class Attention(nn.Module):
         self.Wqkv = Linear(shape.dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
         self.qk_bias = nn.Parameter(torch.empty(2, 1, heads, self.head_dim)) if shape.qk_bias else None
         self.proj = Linear(shape.dim, shape.dim, bias=False)
+        self.attend = attend
 
     def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
         qkv = self.Wqkv(x_BSE)
@@ -57,7 +58,7 @@ class Attention(nn.Module):
         v_BHSD = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         kv_heads = v_BHSD.shape[1]
         q_BHSD, k_BHSD = qk_BHSD.split((qk_BHSD.shape[1] - kv_heads, kv_heads), dim=1)
-        return self.proj(attend(q_BHSD, k_BHSD, v_BHSD, mask).transpose(1, 2).flatten(-2))
+        return self.proj(self.attend(q_BHSD, k_BHSD, v_BHSD, mask).transpose(1, 2).flatten(-2))
 
     def _copied(self, qk: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with a key head and a value head for each query head: their biases differ."""

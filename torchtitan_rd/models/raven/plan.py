@@ -28,6 +28,9 @@ def wrap_plan(model: Raven) -> WrapPlan:
         loops=(Loop("transformer.recurrence", _ITERATION),),
         full_precision=full_precision,
         feed_forwards=tuple(f"{block}.mlp" for block in blocks),
+        attentions=tuple(f"{block}.attn" for block in blocks),
+        embedding="transformer.wte",
+        rotary="rotary",
         float32_units=(embedding,),
     )
 
