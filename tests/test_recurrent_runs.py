@@ -124,6 +124,22 @@ def test_another_number_of_ranks_draws_the_same_depths_noise_and_batches(uninter
             assert found[key] == pytest.approx(expected[key], abs=1e-5)
 
 
+def test_a_run_whose_ranks_share_rows_is_killed_and_goes_on_alone_with_the_same_rows(uninterrupted, tmp_path):
+    arguments = arguments_for(tmp_path)
+    together = [*arguments, "--parallelism.context_parallel_degree=2"]
+    killed = launch(2, together, ("--die-at", "1", "7", "1"))
+    assert killed.codes[1] == -signal.SIGKILL
+    assert "each row is shared by 2 ranks: its tokens (context) by 2" in killed.errors[0]
+    finished = launch(1, arguments)
+    assert finished.codes == [0], finished.errors
+    assert "resuming after step 4 " in finished.errors[0]
+    for found, expected in zip(rows(tmp_path / "dump"), uninterrupted, strict=True):
+        for key in ("step", "data_hash", "tokens_seen", "num_steps_no_grad", "num_steps_with_grad"):
+            assert found[key] == expected[key]
+        for key in ("loss", *(key for key in expected if key.startswith("val_loss"))):
+            assert found[key] == pytest.approx(expected[key], abs=1e-5)
+
+
 def test_a_run_in_bfloat16_is_killed_resumed_on_other_ranks_verified_and_exported(uninterrupted, tmp_path):
     arguments = [
         *arguments_for(tmp_path),
