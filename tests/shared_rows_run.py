@@ -1,23 +1,28 @@
-"""A tiny Llama or raven on ranks that share rows: the body of the tests of context parallelism.
+"""A tiny Llama or raven on ranks that share rows: the body of the tests of context and tensor parallelism.
 
 The batches are those of tests/small_run.py, the same for any number of ranks; each data rank has its share.
 """
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from tests.small_run import GLOBAL_BATCH, SEQ_LEN, VOCAB, Setup, batches_of, config_of
 from torchtitan_rd.batch import IGNORE_INDEX
 from torchtitan_rd.build_model import build_model
+from torchtitan_rd.config import JobConfig
 from torchtitan_rd.data import Batch, BatchDims
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.optimizer import build_optimizer
-from torchtitan_rd.parallelism import ParallelDims, sum_over_tokens
+from torchtitan_rd.parallelism import ParallelDims, row_orders, sum_over_tokens
+from torchtitan_rd.parallelism.row_order import RowOrder
 from torchtitan_rd.train_step import TrainStep
 from torchtitan_rd.validation import validate
 
@@ -45,15 +50,23 @@ class Case:
     watch: Any = nullcontext
 
 
-def train(rank: int, world_size: int, case: Case) -> dict[str, Any]:
-    """Losses, norms, whole gradients of the first and the last step, telemetry, a validation,
-    and a part of the first state.
-    """
-    torch._dynamo.reset()
+class Made(NamedTuple):
+    """orders: of the model's arranged rows."""
+
+    config: JobConfig
+    dims: ParallelDims
+    mesh: DeviceMesh
+    model: nn.Module
+    optimizer: Optimizer
+    step_function: TrainStep
+    draws: Draws
+    orders: dict[str, RowOrder]
+
+
+def make(rank: int, world_size: int, case: Case) -> Made:
     sections = {"training": {"local_batch_size": 1}, "optimizer": {"lr": 1e-3}, **case.sections}
     config = config_of(Setup(sections=sections), 1)
     dims = ParallelDims.resolve(config.parallelism, world_size)
-    data_rank, positions = dims.data_rank(rank), dims.positions(rank, SEQ_LEN)
 
     flavor, sizes = FLAVORS[case.family]
     spec = get_spec(case.family)
@@ -64,18 +77,35 @@ def train(rank: int, world_size: int, case: Case) -> dict[str, Any]:
         spec,
         shape,
         config.recurrence,
-        BatchDims.resolve(config.training, data_rank, dims.data_degree),
+        BatchDims.resolve(config.training, dims.data_rank(rank), dims.data_degree),
         seed=0,
         total_steps=case.steps,
         seq_len=SEQ_LEN,
         device=CPU,
         dtype=torch.float32,
-        positions=positions,
+        positions=dims.state_positions(rank, SEQ_LEN),
     )
     optimizer = build_optimizer(model, config.optimizer)
     step_function = TrainStep(
-        model, optimizer, config.training, CPU, forward_inputs=draws.training, positions=positions
+        model,
+        optimizer,
+        config.training,
+        CPU,
+        forward_inputs=draws.training,
+        positions=dims.positions(rank, SEQ_LEN),
+        counts=dims.counts(rank),
     )
+    orders = row_orders(spec.tensor_plan(model), dims.tensor)
+    return Made(config, dims, mesh, model, optimizer, step_function, draws, orders)
+
+
+def train(rank: int, world_size: int, case: Case) -> dict[str, Any]:
+    """Losses, norms, whole gradients of the first and the last step, telemetry, a validation,
+    and a part of the first state.
+    """
+    torch._dynamo.reset()
+    config, dims, mesh, model, _, step_function, draws, orders = make(rank, world_size, case)
+    data_rank, positions = dims.data_rank(rank), dims.positions(rank, SEQ_LEN)
 
     results, gradients, telemetry = [], [], {}
     with case.watch() as watch:
@@ -87,7 +117,7 @@ def train(rank: int, world_size: int, case: Case) -> dict[str, Any]:
             with draws.watch(model, watching=data_rank == 0 and step == case.steps) as seen:
                 results.append(step_function(step, batches))
             telemetry = draws.describe(seen, results[-1].depths, sum_over_tokens(mesh))
-            gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
+            gradients.append({n: whole(p.grad, orders.get(n)) for n, p in model.named_parameters()})
 
     read_outs = draws.validation([1, 4], batches)
     return {
@@ -120,15 +150,22 @@ def with_documents(batch: Batch) -> Batch:
     return replace(batch, document_ids=documents)
 
 
-def whole(gradient: torch.Tensor | None) -> torch.Tensor | None:
+def whole(gradient: torch.Tensor | None, order: RowOrder | None = None) -> torch.Tensor | None:
+    """In the order of the model's rows."""
+    if gradient is None:
+        return None
     tensor = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-    return None if tensor is None else tensor.detach().clone()
+    return (tensor if order is None else order.restore(tensor)).detach().clone()
 
 
-def on(context: int, *, replicate: int = 1, rows: int = 1) -> dict[str, dict[str, Any]]:
-    """Sections for a degree. rows: of one microbatch of one rank, of the 8 of a step."""
+def on(context: int = 1, *, tensor: int = 1, replicate: int = 1, rows: int = 1) -> dict[str, dict[str, Any]]:
+    """Sections for degrees. rows: of one microbatch of one rank, of the 8 of a step."""
     assert GLOBAL_BATCH % rows == 0
     return {
-        "parallelism": {"context_parallel_degree": context, "data_parallel_replicate_degree": replicate},
+        "parallelism": {
+            "context_parallel_degree": context,
+            "tensor_parallel_degree": tensor,
+            "data_parallel_replicate_degree": replicate,
+        },
         "training": {"local_batch_size": rows},
     }

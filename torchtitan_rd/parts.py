@@ -88,6 +88,7 @@ class Builder:
             asked_to_stop=self.stop.received,
             has_saved=checkpointer.has_saved,
             token_weights=plan.token_weights,
+            counts=plan.dims.counts(self.environment.rank),
             positions=plan.positions,
         )
         return Parts(mesh, loader, held_out, model, optimizer, heartbeat, metrics, checkpointer, train_step)
@@ -176,6 +177,7 @@ class Builder:
             arithmetic=plan.spec.arithmetic,
             open_released=lambda path: WeightsReader(open_released(path, model=config.model.name)),
             run_lock=lock,
+            row_orders=plan.row_orders,
         )
         self.closing.callback(checkpointer.close)
         return checkpointer

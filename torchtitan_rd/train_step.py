@@ -63,19 +63,25 @@ class ValidTokens:
     losses are divided by. Summed over the ranks while the first forward runs.
     """
 
-    def __init__(self, batches: Sequence[Batch], token_weights: torch.Tensor | None = None):
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        token_weights: torch.Tensor | None = None,
+        *,
+        counts: bool = True,
+    ):
         """batches: this rank's microbatches, on the device. token_weights: (V,), there too; without it every
-        label weighs 1 and the sum is their number. Collective.
+        label weighs 1 and the sum is their number. counts: see TrainStep. Collective.
         """
-        counts = [count_valid(batch.labels) for batch in batches]
-        sums = [torch.stack(counts).sum()]
+        numbers = [count_valid(batch.labels) for batch in batches]
+        sums = [torch.stack(numbers).sum()]
         if token_weights is not None:  # float64, which holds the number exactly too
             weights = [sum_of_weights(batch.labels, token_weights) for batch in batches]
             sums = [sums[0].double(), torch.stack(weights).sum()]
 
         local = torch.stack(sums)
         self.local_weight = local[-1]
-        self._totals = local.clone()
+        self._totals = local.clone() if counts else torch.zeros_like(local)
         self._summing: dist.Work | None = dist.all_reduce(self._totals, async_op=True)
 
     def number(self) -> torch.Tensor:
@@ -165,6 +171,7 @@ class TrainStep:
         has_saved: Callable[[], bool] = lambda: False,
         late: bool | None = None,
         token_weights: torch.Tensor | None = None,
+        counts: bool = True,
         positions: range | None = None,
     ):
         """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
@@ -173,6 +180,7 @@ class TrainStep:
         asked_to_stop: whether a signal told this rank to stop (signals.py). has_saved: whether this
         rank has written its share of the checkpoint that is written in the background. late: see above;
         by default as it says. token_weights: `training.token_weights`, one for each logit.
+        counts: whether this rank's tokens go into the sums over ranks: of ranks that compute the same, one.
         positions: those of each row that the model computes on this rank; None: all.
         """
         self.model = model
@@ -186,7 +194,9 @@ class TrainStep:
         self.token_weights = None if token_weights is None else token_weights.to(device)
         self.positions = positions
         self.late = (device.type == "cuda" and takes_flag(optimizer, device)) if late is None else late
-        self.sums = StepSums([p for group in optimizer.param_groups for p in group["params"]], device)
+        self.counts = counts
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.sums = StepSums(trained, device, loss_counts=counts)
         self.verdict = Verdict(config, device)
         self.readback = Readback(len(fields(StepNumbers)), device)
         self.stop_requested = False
@@ -203,7 +213,7 @@ class TrainStep:
         batches = [self._place(batch) for batch in batches]
         # The count comes first: every microbatch's gradient is then final,
         # whatever the padding of the others.
-        valid = ValidTokens(batches, self.token_weights)
+        valid = ValidTokens(batches, self.token_weights, counts=self.counts)
         self.optimizer.zero_grad()
 
         local_sum = torch.zeros((), device=self.device)

@@ -17,9 +17,6 @@ from torchtitan_rd.model_spec import AttentionShape
 
 T = TypeVar("T")
 
-# Degrees that have their place in the mesh, and no more.
-NOT_YET = ("tensor",)
-
 
 class ParallelismConfig(Section):
     data_parallel_replicate_degree: int = Field(1, ge=-1)
@@ -75,9 +72,6 @@ class ParallelDims:
                 "(what is left): set the ranks of one copy in data_parallel_shard_degree, "
                 "such as the GPUs of a node"
             )
-        for name, degree in (("context", context), ("tensor", tensor)):
-            if degree > 1 and name in NOT_YET:
-                raise ConfigError(f"[parallelism] {name}_parallel_degree = {degree}: not yet; use 1")
 
         # What is left is at least 1, so that the sum below says what does not fit.
         if shard == -1:
@@ -150,6 +144,19 @@ class ParallelDims:
         part = rank // self.tensor % self.context
         length = seq_len // self.context
         return range(part * length, (part + 1) * length)
+
+    def state_positions(self, rank: int, seq_len: int) -> range:
+        """Those whose residual stream `rank` holds: of `positions`, its part of a tensor-parallel group."""
+        tokens = self.positions(rank, seq_len)
+        length = len(tokens) // self.tensor
+        first = tokens.start + rank % self.tensor * length
+        return range(first, first + length)
+
+    def counts(self, rank: int) -> bool:
+        """Whether `rank` is the first of those that compute the same loss: each of a tensor-parallel group
+        has that of all tokens of the group.
+        """
+        return rank % self.tensor == 0
 
     def one_per_row(self, of_all_ranks: Sequence[T]) -> Sequence[T]:
         """What each rank has -> what each data rank has, where ranks of one row have the same."""
