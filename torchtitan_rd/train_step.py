@@ -30,7 +30,7 @@ from torchtitan_rd.loss import (
 from torchtitan_rd.metrics import StepNumbers, StepResult
 from torchtitan_rd.model_spec import NO_INPUTS, ForwardInputs
 from torchtitan_rd.optimizer import take_back_counts, takes_flag, update_unless
-from torchtitan_rd.parallelism import ShardingKeys, StepSums, StepTotals, TilingKeys, prepare_microbatch
+from torchtitan_rd.parallelism import GradientExchange, ShardingKeys, StepSums, StepTotals, TilingKeys
 
 
 class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys, TilingKeys):
@@ -165,6 +165,7 @@ class TrainStep:
         has_saved: Callable[[], bool] = lambda: False,
         late: bool | None = None,
         token_weights: torch.Tensor | None = None,
+        exchange: GradientExchange | None = None,
     ):
         """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
 
@@ -172,6 +173,8 @@ class TrainStep:
         asked_to_stop: whether a signal told this rank to stop (signals.py). has_saved: whether this
         rank has written its share of the checkpoint that is written in the background. late: see above;
         by default as it says. token_weights: `training.token_weights`, one for each logit.
+        exchange: how ranks sum gradients, as the keys say with which `model` was sharded;
+        by default as those keys' defaults.
         """
         self.model = model
         self.optimizer = optimizer
@@ -183,7 +186,9 @@ class TrainStep:
         self.has_saved = has_saved
         self.token_weights = None if token_weights is None else token_weights.to(device)
         self.late = (device.type == "cuda" and takes_flag(optimizer, device)) if late is None else late
-        self.sums = StepSums([p for group in optimizer.param_groups for p in group["params"]], device)
+        self.exchange = exchange or GradientExchange(model)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.sums = StepSums(self.parameters, device, counts=self.exchange.counts)
         self.verdict = Verdict(config, device)
         self.readback = Readback(len(fields(StepNumbers)), device)
         self.stop_requested = False
@@ -207,10 +212,11 @@ class TrainStep:
         depths = []
         for number, batch in enumerate(batches):
             self.beat(step, f"microbatch {number + 1} of {len(batches)}")
-            prepare_microbatch(self.model, is_last=number == len(batches) - 1)
+            self.exchange.before_microbatch(is_last=number == len(batches) - 1)
             drawn = self.forward_inputs(step, number, batch)
             local_sum += self._backward(batch, valid, drawn)
             depths.append(drawn.num_steps)
+        self.exchange.after_backward(self.parameters, self.device)
 
         self.beat(step, "update")
         has_loss = valid.local_weight > 0

@@ -12,7 +12,8 @@ from torchtitan_rd.parallelism.activation_checkpoint import (
 )
 from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
 from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig
-from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp, prepare_microbatch
+from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp
+from torchtitan_rd.parallelism.gradient_exchange import GradientExchange, sums_copies_itself
 from torchtitan_rd.parallelism.init import init_weights
 from torchtitan_rd.parallelism.offload import apply_offload
 from torchtitan_rd.parallelism.step_sums import StepSums, StepTotals
@@ -21,6 +22,7 @@ from torchtitan_rd.parallelism.tiled_mlp import TilingKeys, apply_tiled_mlp
 __all__ = [
     "ActivationCheckpointConfig",
     "CompileConfig",
+    "GradientExchange",
     "ParallelDims",
     "ParallelismConfig",
     "ShardingKeys",
@@ -30,7 +32,6 @@ __all__ = [
     "allocate",
     "init_weights",
     "parallelize",
-    "prepare_microbatch",
 ]
 
 
@@ -59,4 +60,14 @@ def parallelize(
     apply_activation_checkpointing(regions, activation_checkpoint)
     apply_compile(blocks, compile)
     apply_offload(regions, activation_checkpoint.offload)
-    apply_fsdp(model, plan, mesh, sharding, parallelism.fsdp_reshard_after_forward, loop_grad_dtype)
+    if sums_copies_itself(mesh, parallelism.all_reduce_chunk_mb):
+        mesh = mesh["dp_shard"]
+    apply_fsdp(
+        model,
+        plan,
+        mesh,
+        sharding,
+        parallelism.fsdp_reshard_after_forward,
+        loop_grad_dtype,
+        parallelism.fsdp_prefetch_units,
+    )

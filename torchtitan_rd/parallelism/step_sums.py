@@ -33,12 +33,14 @@ class StepSums:
     all-reduce and are whole afterwards. Ranks must agree on which parameters have a gradient.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], device: torch.device):
-        """parameters: those that are trained. device: where losses are, and where the sum is made."""
+    def __init__(self, parameters: Sequence[Tensor], device: torch.device, *, counts: bool = True):
+        """parameters: those that are trained. device: where losses are, and where the sum is made.
+        counts: False where another rank holds the same shards, and their placements do not say so.
+        """
         self._sharded = [p for p in parameters if isinstance(p, DTensor)]
         self._whole = [p for p in parameters if not isinstance(p, DTensor)]
         # Replicas of a shard hold equal gradients, and each square may count only once.
-        self._counts = all(_is_first_replica(p) for p in self._sharded)
+        self._counts = counts and all(_is_first_replica(p) for p in self._sharded)
         self._device = device
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
