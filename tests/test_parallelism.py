@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.tiny import some_tokens, tiny_llama
@@ -15,8 +16,17 @@ from tests.small_run import GLOBAL_BATCH, Setup, train
 from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
+from torchtitan_rd.model_spec import AttentionShape
 from torchtitan_rd.models import get_spec
-from torchtitan_rd.parallelism import ActivationCheckpointConfig, ParallelDims, ParallelismConfig, fsdp
+from torchtitan_rd.parallelism import (
+    ActivationCheckpointConfig,
+    ParallelDims,
+    ParallelismConfig,
+    fsdp,
+    groups_of,
+    sharding_mesh,
+)
+from torchtitan_rd.parallelism import dims as dims_module
 from torchtitan_rd.parallelism.activation_checkpoint import _ATTENTION_OPS, apply_activation_checkpointing
 from torchtitan_rd.parallelism.init import parameter_seed
 
@@ -277,3 +287,62 @@ def test_the_3_5b_recipe_shards_inside_two_nodes_for_any_number_of_nodes(ranks, 
     config = load([f"--job.config_file={Path(__file__).parent.parent / path}"], environment).config
     dims = ParallelDims.resolve(config.parallelism, ranks)
     assert (dims.replicate, dims.shard, dims.data_degree) == (replicas, 8, ranks)
+
+
+def dims_of(world_size: int, **degrees: int) -> ParallelDims:
+    return ParallelDims.resolve(ParallelismConfig(**degrees), world_size)
+
+
+def test_neighbouring_ranks_share_their_rows_and_all_others_read_their_own():
+    dims = ParallelDims(replicate=2, shard=2, context=2, tensor=2)
+    assert (dims.world_size, dims.data_degree, dims.ranks_per_row) == (16, 4, 4)
+    assert [dims.data_rank(rank) for rank in range(16)] == [rank // 4 for rank in range(16)]
+    assert dims.one_per_row(range(16)) == range(0, 16, 4)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "world_size", "says"),
+    [
+        ({"data_parallel_shard_degree": 2, "context_parallel_degree": 2}, 2, "context_parallel_degree (2)"),
+        ({"context_parallel_degree": 4}, 2, "context_parallel_degree (4) is 4, but 2 ranks were started"),
+        ({"context_parallel_degree": 3}, 8, "context_parallel_degree (3) is 6, but 8 ranks were started"),
+        ({"tensor_parallel_degree": 3}, 8, "tensor_parallel_degree (3) is 6, but 8 ranks were started"),
+    ],
+)
+def test_a_degree_that_does_not_fit_the_ranks_is_refused_in_one_line(degrees, world_size, says, monkeypatch):
+    monkeypatch.setattr(dims_module, "NOT_YET", ())
+    with pytest.raises(ConfigError) as error:
+        dims_of(world_size, **degrees)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_sequence_or_heads_that_ranks_cannot_share_name_the_degrees_that_work():
+    huginn = AttentionShape(n_heads=55, n_kv_heads=55, head_dim=96)
+    ParallelDims(1, 1, context=5).check(huginn, 40)
+    with pytest.raises(
+        ConfigError, match=r"= 2 does not divide the 55 attention heads .*: use one of 1, 5, 11, 55$"
+    ):
+        ParallelDims(1, 1, context=2).check(huginn, 40)
+    # One key head for all: each rank takes a copy.
+    ParallelDims(1, 1, context=4).check(AttentionShape(8, 1, 8), 12)
+    with pytest.raises(ConfigError, match=r"= 8 does not divide training\.seq_len = 12"):
+        ParallelDims(1, 1, context=8).check(AttentionShape(8, 8, 8), 12)
+
+
+def test_the_mesh_has_a_dimension_for_each_degree_and_shards_over_tokens_too():
+    dist.init_process_group("fake", store=FakeStore(), rank=13, world_size=16)
+    mesh = ParallelDims(2, 2, context=2, tensor=2).build_mesh("cpu")
+    assert mesh.mesh_dim_names == ("dp_replicate", "dp_shard", "context", "tensor")
+    assert mesh.get_coordinate() == (1, 1, 0, 1)
+    sharding = sharding_mesh(mesh)
+    assert (sharding.mesh_dim_names, tuple(sharding.shape)) == (("dp_replicate", "dp_shard_context"), (2, 4))
+    assert sharding.mesh.tolist() == [[1, 3, 5, 7], [9, 11, 13, 15]] and sharding == sharding_mesh(mesh)
+    sizes = {name: dist.get_world_size(group) for name, group in groups_of(mesh).items()}
+    assert sizes == {"dp_replicate": 2, "dp_shard": 2, "context": 2, "tensor": 2, "dp_shard_context": 4}
+
+
+@pytest.mark.parametrize(("dims", "names"), [((1, 4), ["dp_shard"]), ((2, 2), ["dp_replicate", "dp_shard"])])
+def test_a_degree_of_1_has_no_group(dims, names):
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    mesh = ParallelDims(*dims).build_mesh("cpu")
+    assert list(groups_of(mesh)) == names and list(sharding_mesh(mesh).mesh_dim_names) == names

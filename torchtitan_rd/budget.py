@@ -98,7 +98,7 @@ def budgeted_run(
         },
     }
     sections = {name: getattr(config, name).model_copy(update=keys) for name, keys in complete.items()}
-    return BudgetedRun(config.model_copy(update=sections), count, vocab_size, dims.data_degree, budgets)
+    return BudgetedRun(config.model_copy(update=sections), count, vocab_size, dims.world_size, budgets)
 
 
 def _dims(config: JobConfig, num_gpus: int | None) -> ParallelDims:

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_rd.config_loader import OptionalUserPath, Section, Subfolder, UserPath
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.parallelism import groups_of
 
 PREPARING = 24 * 3600.0
 """Seconds that a rank waits for another one that fetches and converts data.
@@ -143,7 +144,7 @@ def set_timeouts(mesh: DeviceMesh, seconds: float) -> None:
     A mesh makes its groups with torch's defaults (10 minutes for NCCL, 30 for gloo), whatever WORLD has. The
     checkpoint's own group is not among them: its limit is `checkpoint.timeout_seconds` throughout.
     """
-    for group in dict.fromkeys([dist.group.WORLD, *mesh.get_all_groups()]):
+    for group in dict.fromkeys([dist.group.WORLD, *groups_of(mesh).values()]):
         # torch has no public setter; torchtitan uses the same one.
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 

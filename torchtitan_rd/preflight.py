@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_rd.errors import ClusterError
 from torchtitan_rd.log import logger
+from torchtitan_rd.parallelism import groups_of
 
 # Bytes of the float32 messages; the largest one is timed.
 MESSAGE_BYTES = {
@@ -34,7 +35,7 @@ WHERE_TO_LOOK = (
 
 
 def preflight(mesh: DeviceMesh, device: torch.device, least_bandwidth: float | None = None) -> None:
-    """All-reduces messages of growing size over WORLD and over each dimension of `mesh`. Collective.
+    """All-reduces messages of growing size over WORLD and over each group of `mesh`. Collective.
 
     least_bandwidth: bytes a second below which a group is called slow (a warning); by default that of
     the device. Raises ClusterError, naming the group and what to look at, where a sum is wrong or
@@ -43,8 +44,8 @@ def preflight(mesh: DeviceMesh, device: torch.device, least_bandwidth: float | N
     least = LEAST_BANDWIDTH[device.type] if least_bandwidth is None else least_bandwidth
     world = dist.group.WORLD  # None without a process group, and then there is no mesh
     named: dict[dist.ProcessGroup, str] = {} if world is None else {world: "all ranks"}
-    for dimension in mesh.mesh_dim_names or ():
-        named.setdefault(mesh.get_group(dimension), dimension)
+    for dimension, group in groups_of(mesh).items():
+        named.setdefault(group, dimension)
     for group, name in named.items():
         size = group.size()
         where = f"pre-flight all-reduce over {name} ({size} ranks)"

@@ -77,11 +77,13 @@ class RunPlan:
         dims, batch = self.dims, self.batch
         per_rank = batch.accumulation * batch.stages
         lines = [
-            f"ranks: {dims.data_degree}, {dims.replicate} of the model's copies, "
-            f"each sharded over {dims.shard}",
+            f"ranks: {dims.world_size}, {dims.replicate} of the model's copies, "
+            f"each sharded over {dims.shard * dims.context}",
             f"batch: {batch.global_batch_size} sequences, {self.tokens_per_step:,} tokens a step; "
             f"{per_rank} x {batch.local_batch_size} sequences of {self.seq_len} tokens on each rank",
         ]
+        if dims.ranks_per_row > 1:
+            lines.append(f"each row is shared by {dims.ranks_per_row} ranks: {_ways_of_sharing(dims)}")
         if names := [f"{one.name} ({one.keys.dataset})" for one in self.sets if one.name is not None]:
             lines.append(f"mixture of {', '.join(names)}")
         if batch.ramp_steps:
@@ -133,7 +135,8 @@ def resolve(
 
     dims = problems.found_by(ParallelDims.resolve, config.parallelism, environment.world_size)
     data_degree = dims.data_degree if dims else environment.world_size
-    batch = problems.found_by(BatchDims.resolve, training, environment.rank, data_degree)
+    data_rank = dims.data_rank(environment.rank) if dims else environment.rank
+    batch = problems.found_by(BatchDims.resolve, training, data_rank, data_degree)
 
     sets = problems.found_by(training_sets, training, steps=training.steps)
     if sets and batch:
@@ -155,6 +158,8 @@ def resolve(
 
     spec = problems.found_by(get_spec, config.model.name)
     shape = problems.found_by(resolve_shape, config, spec, vocab_size or _SOME_VOCABULARY) if spec else None
+    if dims and shape:
+        problems.found_by(dims.check, shape.attention_shape, training.seq_len)
     if spec and spec.inputs is None:
         _refuse_recurrence(config, spec, problems)
     token_weights = _token_weights(config, vocab_size, shape, problems)
@@ -165,7 +170,7 @@ def resolve(
             spec,
             shape,
             config.recurrence,
-            batch or BatchDims(environment.rank, data_degree, training.local_batch_size, accumulation=1),
+            batch or BatchDims(data_rank, data_degree, training.local_batch_size, accumulation=1),
             seed=training.seed,
             total_steps=training.steps,
             seq_len=training.seq_len,
@@ -190,7 +195,13 @@ def reads_hub_tokenizer(config: JobConfig) -> bool:
 
 def fewest_ranks(config: ParallelismConfig) -> int:
     """That these degrees allow: each -1 (what is left) as one."""
-    return max(config.data_parallel_replicate_degree, 1) * max(config.data_parallel_shard_degree, 1)
+    data_degree = max(config.data_parallel_replicate_degree, 1) * max(config.data_parallel_shard_degree, 1)
+    return data_degree * config.context_parallel_degree * config.tensor_parallel_degree
+
+
+def _ways_of_sharing(dims: ParallelDims) -> str:
+    ways = {"its tokens (context)": dims.context, "the matrices (tensor)": dims.tensor}
+    return ", ".join(f"{what} by {degree}" for what, degree in ways.items() if degree > 1)
 
 
 def resolve_shape(config: JobConfig, spec: ModelSpec, vocab_size: int) -> Any:

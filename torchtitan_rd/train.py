@@ -287,7 +287,7 @@ class Trainer:
         return {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
-            "data": merge_states(job.gather(self.parts.loader.state_dict())),
+            "data": merge_states(self.plan.dims.one_per_row(job.gather(self.parts.loader.state_dict()))),
         }
 
     def _save_seed(self) -> None:
@@ -357,11 +357,18 @@ class Trainer:
         extra = self.plan.draws.describe(telemetry, result.depths)
         if self.config.validation.is_due(self.step, self.config.training.steps):
             extra |= self._validate()
-        extra |= self.parts.loader.describe(job.gather_numbers)
-        data_hash = hash_ids(batches) if self.config.metrics.log_data_hash else None
+        extra |= self.parts.loader.describe(self._gather_from_readers)
+        data_hash = None
+        if self.config.metrics.log_data_hash:
+            data_hash = hash_ids(batches, self.plan.dims.one_per_row)
         self.parts.metrics.log(
             self.step, lr=lr, tokens_seen=self.tokens_seen, data_hash=data_hash, extra=extra
         )
+
+    def _gather_from_readers(self, numbers: list[float]) -> list[list[float]] | None:
+        """Those of each data rank on rank 0, None on the others. Collective."""
+        gathered = job.gather_numbers(numbers)
+        return None if gathered is None else list(self.plan.dims.one_per_row(gathered))
 
     def _save_if_due(self, stopping: bool) -> None:
         heartbeat, train_step, checkpointer = (

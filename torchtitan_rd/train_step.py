@@ -326,10 +326,13 @@ def _parse(values: Sequence[float]) -> StepNumbers:
     return StepNumbers(loss, loss_max, int(rank), grad_norm, bool(skipped), int(in_a_row), *map(bool, flags))
 
 
-def hash_ids(batches: Sequence[Batch]) -> str | None:
+def hash_ids(
+    batches: Sequence[Batch], one_per_row: Callable[[Sequence], Sequence] = lambda of_ranks: of_ranks
+) -> str | None:
     """sha256 of the global batch's input ids, int64 little-endian, in row order; on rank 0 alone, else None.
 
     Gathers the ids of all ranks: a check to switch on when two runs are to be compared.
+    one_per_row: see ParallelDims, where ranks share rows.
     """
     numbers = torch.tensor([row for batch in batches for row in batch.rows])
     ids = torch.cat([batch.inputs for batch in batches])
@@ -340,6 +343,6 @@ def hash_ids(batches: Sequence[Batch]) -> str | None:
     dist.gather(numbered, gathered)
     if gathered is None:
         return None
-    everything = torch.cat(gathered)
+    everything = torch.cat(list(one_per_row(gathered)))
     in_order = everything[everything[:, 0].argsort(), 1:]
     return hashlib.sha256(in_order.numpy().astype("<i8").tobytes()).hexdigest()

@@ -11,7 +11,7 @@ from torchtitan_rd.parallelism.activation_checkpoint import (
     checkpoint_regions,
 )
 from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
-from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig
+from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig, groups_of, sharding_mesh
 from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp
 from torchtitan_rd.parallelism.gradient_exchange import GradientExchange, sums_copies_itself
 from torchtitan_rd.parallelism.init import init_weights
@@ -30,6 +30,7 @@ __all__ = [
     "StepTotals",
     "TilingKeys",
     "allocate",
+    "groups_of",
     "init_weights",
     "parallelize",
 ]
@@ -60,12 +61,10 @@ def parallelize(
     apply_activation_checkpointing(regions, activation_checkpoint)
     apply_compile(blocks, compile)
     apply_offload(regions, activation_checkpoint.offload)
-    if sums_copies_itself(mesh, parallelism.all_reduce_chunk_mb):
-        mesh = mesh["dp_shard"]
     apply_fsdp(
         model,
         plan,
-        mesh,
+        sharding_mesh(mesh, copies=not sums_copies_itself(mesh, parallelism.all_reduce_chunk_mb)),
         sharding,
         parallelism.fsdp_reshard_after_forward,
         loop_grad_dtype,
