@@ -61,7 +61,10 @@ def assert_same(result, expected):
     assert_close(result["gradients"], expected["gradients"], "the last step")
 
 
-@pytest.mark.parametrize(("world_size", "keys"), [(2, ONCE), (4, ONCE | COPIES), (2, ONCE | GATHERED)])
+@pytest.mark.parametrize(
+    ("world_size", "keys"),
+    [(2, ONCE), (2, ONCE | GATHERED), pytest.param(4, ONCE | COPIES, marks=pytest.mark.slow)],
+)
 def test_gradients_that_are_summed_once_a_step_train_a_llama_and_a_raven_alike(
     world_size, keys, plain, plain_raven
 ):
@@ -138,7 +141,7 @@ def test_tensors_are_cut_into_chunks_across_their_boundaries():
     assert list(chunks([], 4)) == []
 
 
-@pytest.mark.parametrize("shard", [1, 2])
+@pytest.mark.parametrize("shard", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_copies_that_exchange_gradients_in_chunks_train_to_the_same_bit(shard):
     """Of 2 copies: a sum of two numbers has one order."""
     for keys in (COPIES, COPIES | ONCE):
