@@ -90,6 +90,7 @@ class Builder:
             has_saved=checkpointer.has_saved,
             token_weights=plan.token_weights,
             exchange=GradientExchange(model, config.parallelism, config.training, mesh),
+            positions=plan.positions,
         )
         return Parts(mesh, loader, held_out, model, optimizer, heartbeat, metrics, checkpointer, train_step)
 

@@ -17,7 +17,7 @@ from torchtitan_rd.model_spec import AttentionShape
 T = TypeVar("T")
 
 # Degrees that have their place in the mesh, and no more.
-NOT_YET = ("context", "tensor")
+NOT_YET = ("tensor",)
 
 
 class ParallelismConfig(Section):
@@ -152,6 +152,12 @@ class ParallelDims:
     def data_rank(self, rank: int) -> int:
         """Which of the `data_degree` readers `rank` is."""
         return rank // self.ranks_per_row
+
+    def positions(self, rank: int, seq_len: int) -> range:
+        """Those of each row whose tokens `rank` computes."""
+        part = rank // self.tensor % self.context
+        length = seq_len // self.context
+        return range(part * length, (part + 1) * length)
 
     def one_per_row(self, of_all_ranks: Sequence[T]) -> Sequence[T]:
         """What each rank has -> what each data rank has, where ranks of one row have the same."""
