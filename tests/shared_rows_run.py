@@ -1,4 +1,4 @@
-"""A tiny Llama or raven on ranks that share rows: the body of the tests of context parallelism.
+"""A tiny Llama or raven on ranks that share rows: the body of the tests of context and tensor parallelism.
 
 The batches are those of tests/small_run.py, the same for any number of ranks; each data rank has its share.
 """
@@ -17,7 +17,8 @@ from torchtitan_rd.data import Batch, BatchDims
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.optimizer import build_optimizer
-from torchtitan_rd.parallelism import ParallelDims, sum_over_tokens
+from torchtitan_rd.parallelism import ParallelDims, row_orders, sum_over_tokens
+from torchtitan_rd.parallelism.row_order import RowOrder
 from torchtitan_rd.train_step import TrainStep
 from torchtitan_rd.validation import validate
 
@@ -70,12 +71,19 @@ def train(rank: int, world_size: int, case: Case) -> dict[str, Any]:
         seq_len=SEQ_LEN,
         device=CPU,
         dtype=torch.float32,
-        positions=positions,
+        positions=dims.state_positions(rank, SEQ_LEN),
     )
     optimizer = build_optimizer(model, config.optimizer)
     step_function = TrainStep(
-        model, optimizer, config.training, CPU, forward_inputs=draws.training, positions=positions
+        model,
+        optimizer,
+        config.training,
+        CPU,
+        forward_inputs=draws.training,
+        positions=positions,
+        counts=dims.counts(rank),
     )
+    orders = row_orders(spec.tensor_plan(model), dims.tensor)
 
     results, gradients, telemetry = [], [], {}
     with case.watch() as watch:
@@ -87,7 +95,7 @@ def train(rank: int, world_size: int, case: Case) -> dict[str, Any]:
             with draws.watch(model, watching=data_rank == 0 and step == case.steps) as seen:
                 results.append(step_function(step, batches))
             telemetry = draws.describe(seen, results[-1].depths, sum_over_tokens(mesh))
-            gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
+            gradients.append({n: whole(p.grad, orders.get(n)) for n, p in model.named_parameters()})
 
     read_outs = draws.validation([1, 4], batches)
     return {
@@ -120,15 +128,22 @@ def with_documents(batch: Batch) -> Batch:
     return replace(batch, document_ids=documents)
 
 
-def whole(gradient: torch.Tensor | None) -> torch.Tensor | None:
+def whole(gradient: torch.Tensor | None, order: RowOrder | None = None) -> torch.Tensor | None:
+    """In the order of the model's rows."""
+    if gradient is None:
+        return None
     tensor = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
-    return None if tensor is None else tensor.detach().clone()
+    return (tensor if order is None else order.restore(tensor)).detach().clone()
 
 
-def on(context: int, *, replicate: int = 1, rows: int = 1) -> dict[str, dict[str, Any]]:
-    """Sections for a degree. rows: of one microbatch of one rank, of the 8 of a step."""
+def on(context: int = 1, *, tensor: int = 1, replicate: int = 1, rows: int = 1) -> dict[str, dict[str, Any]]:
+    """Sections for degrees. rows: of one microbatch of one rank, of the 8 of a step."""
     assert GLOBAL_BATCH % rows == 0
     return {
-        "parallelism": {"context_parallel_degree": context, "data_parallel_replicate_degree": replicate},
+        "parallelism": {
+            "context_parallel_degree": context,
+            "tensor_parallel_degree": tensor,
+            "data_parallel_replicate_degree": replicate,
+        },
         "training": {"local_batch_size": rows},
     }

@@ -26,7 +26,6 @@ from torchtitan_rd.parallelism import (
     groups_of,
     sharding_mesh,
 )
-from torchtitan_rd.parallelism import dims as dims_module
 from torchtitan_rd.parallelism.activation_checkpoint import _ATTENTION_OPS, apply_activation_checkpointing
 from torchtitan_rd.parallelism.init import parameter_seed
 
@@ -309,8 +308,7 @@ def test_neighbouring_ranks_share_their_rows_and_all_others_read_their_own():
         ({"tensor_parallel_degree": 3}, 8, "tensor_parallel_degree (3) is 6, but 8 ranks were started"),
     ],
 )
-def test_a_degree_that_does_not_fit_the_ranks_is_refused_in_one_line(degrees, world_size, says, monkeypatch):
-    monkeypatch.setattr(dims_module, "NOT_YET", ())
+def test_a_degree_that_does_not_fit_the_ranks_is_refused_in_one_line(degrees, world_size, says):
     with pytest.raises(ConfigError) as error:
         dims_of(world_size, **degrees)
     assert says in str(error.value) and "\n" not in str(error.value)

@@ -28,6 +28,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
         "parallelism.all_reduce_chunk_mb": 1,
     },
     "context": {"parallelism.context_parallel_degree": 2},
+    "tensor": {"parallelism.tensor_parallel_degree": 2},
 }
 DEGREES = ("data_parallel_replicate_degree", "context_parallel_degree", "tensor_parallel_degree")
 # "copies in chunks" is "copies" already.

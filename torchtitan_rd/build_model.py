@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.log import logger
 from torchtitan_rd.model_spec import ModelSpec
-from torchtitan_rd.parallelism import allocate, init_weights, parallelize
+from torchtitan_rd.parallelism import allocate, init_weights, parallelize, row_orders
 
 
 def build_model(
@@ -21,6 +21,7 @@ def build_model(
     with torch.device("meta"):
         model = spec.build(shape)
     inits = spec.inits(model)
+    tensor_plan = spec.tensor_plan(model)
 
     parallelize(
         model,
@@ -32,12 +33,14 @@ def build_model(
         sharding=config.training,
         tiling=config.training,
         loop_grad_dtype=torch.float32 if config.recurrence.core_grad_dtype == "float32" else None,
+        tensor_plan=tensor_plan,
     )
 
     # Only now is there memory: a rank holds its shards alone.
     allocate(model, device, config.training.enable_cpu_offload)
     model.init_buffers(device)
-    init_weights(model, inits, config.training.seed)
+    orders = row_orders(tensor_plan, config.parallelism.tensor_parallel_degree)
+    init_weights(model, inits, config.training.seed, orders)
     model.train()
 
     count = sum(parameter.numel() for parameter in model.parameters())

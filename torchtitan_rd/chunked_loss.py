@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from torchtitan_rd.batch import IGNORE_INDEX
 from torchtitan_rd.loss import LossSums, cross_entropy_sums
 from torchtitan_rd.model_spec import FusedReadOut, ReadOut
+from torchtitan_rd.parallelism.vocabulary import VocabularyPart
 
 
 def loss_read_out(
@@ -54,7 +56,8 @@ class ChunkedLoss(FusedReadOut):
     def __call__(self, hidden: torch.Tensor, weight: torch.Tensor) -> LossSums:
         objective, cross_entropy = _ChunkedLossSums.apply(
             hidden.flatten(0, -2),
-            weight,
+            weight.to_local() if isinstance(weight, DTensor) else weight,
+            VocabularyPart.of(weight, 0),
             self.labels.flatten(),
             self.chunk_tokens,
             self.z_loss_weight,
@@ -69,6 +72,9 @@ class _ChunkedLossSums(torch.autograd.Function):
     of the logits and w the weight of the label, 1 without weights.
 
     d logits = softmax (w + 2 z lse) - w onehot, for valid tokens.
+
+    part: which ids weight_VE has, where ranks share them; None: all. The gradient of hidden is then this
+    rank's summand.
     """
 
     @staticmethod
@@ -76,6 +82,7 @@ class _ChunkedLossSums(torch.autograd.Function):
         ctx: Any,
         hidden_NE: torch.Tensor,
         weight_VE: torch.Tensor,
+        part: VocabularyPart | None,
         labels_N: torch.Tensor,
         chunk_tokens: int,
         z_loss_weight: float | torch.Tensor,
@@ -95,13 +102,15 @@ class _ChunkedLossSums(torch.autograd.Function):
             chunk = slice(start, start + chunk_tokens)
             valid = labels_N[chunk] != IGNORE_INDEX
             # Any column will do for an ignored label: it gets 0.
-            targets = labels_N[chunk].where(valid, 0).unsqueeze(1)
-            counts = valid.float() if token_weights is None else valid * token_weights[targets.squeeze(1)]
+            targets = labels_N[chunk].where(valid, 0)
+            counts = valid.float() if token_weights is None else valid * token_weights[targets]
 
             logits = (hidden_NE[chunk] @ weight_VE.T).float()
-            lse = logits.logsumexp(dim=-1)
-            losses = lse - logits.gather(1, targets).squeeze(1)
-            cross_entropy += torch.where(valid, counts * losses, 0.0).sum()
+            if part is None:
+                lse, of_labels = logits.logsumexp(dim=-1), logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+            else:
+                lse, of_labels = part.log_sums(logits, targets)
+            cross_entropy += torch.where(valid, counts * (lse - of_labels), 0.0).sum()
             if has_z_loss:
                 squares += torch.where(valid, lse.square(), 0.0).sum()
             if dhidden_NE is None and dweight_VE is None:
@@ -110,7 +119,11 @@ class _ChunkedLossSums(torch.autograd.Function):
             softmax = logits.sub_(lse.unsqueeze(1)).exp_()  # in the place of the logits
             of_softmax = torch.where(valid, counts + 2.0 * z_loss_weight * lse, 0.0)
             dlogits = softmax.mul_(of_softmax.unsqueeze(1))
-            dlogits = dlogits.scatter_add_(1, targets, -counts.unsqueeze(1)).to(hidden_NE.dtype)
+            if part is not None:
+                targets, is_own = part.find(targets)
+                counts = counts * is_own
+            dlogits.scatter_add_(1, targets.unsqueeze(1), -counts.unsqueeze(1))
+            dlogits = dlogits.to(hidden_NE.dtype)
             if dhidden_NE is not None:
                 torch.mm(dlogits, weight_VE, out=dhidden_NE[chunk])
             if dweight_VE is not None:
@@ -132,4 +145,4 @@ class _ChunkedLossSums(torch.autograd.Function):
             dhidden_NE.mul_(dsum)
         if dweight_VE is not None:
             dweight_VE = dweight_VE.mul_(dsum).to(ctx.weight_dtype)
-        return dhidden_NE, dweight_VE, None, None, None, None, None
+        return dhidden_NE, dweight_VE, None, None, None, None, None, None

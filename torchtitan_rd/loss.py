@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from torchtitan_rd.batch import IGNORE_INDEX
 from torchtitan_rd.config_loader import OptionalUserPath, Section
 from torchtitan_rd.errors import ConfigError, TrainingError
+from torchtitan_rd.parallelism.vocabulary import LogSums, VocabularyPart
 
 _TABLE_SIZE, _TABLE_SEED = 1_000_003, 2971215073  # of goldfish loss; two primes
 
@@ -143,13 +145,35 @@ def cross_entropy_sums(
 
     z-loss: z_loss_weight * logsumexp(logits)^2 for every valid token (PaLM, arXiv 2204.02311, section 5).
     token_weights: (V,) float32; the cross entropy of a token counts as often as its label's weight says.
+    Logits may be a DTensor that is sharded over V; the sums are the same on all of its ranks.
     """
+    if isinstance(logits, DTensor):
+        return _sums_of_shards(logits, labels.flatten(), z_loss_weight, token_weights)
     logits, labels = logits.flatten(0, 1), labels.flatten()
     cross_entropy = _CrossEntropySum.apply(logits, labels, token_weights)
     if isinstance(z_loss_weight, float) and z_loss_weight == 0.0:
         return LossSums(cross_entropy, cross_entropy.detach())
     squares = logits.logsumexp(dim=-1).square()
     z_loss = torch.where(labels != IGNORE_INDEX, squares, 0.0).sum()
+    return LossSums(cross_entropy + z_loss_weight * z_loss, cross_entropy.detach())
+
+
+def _sums_of_shards(
+    logits: DTensor,
+    labels: torch.Tensor,
+    z_loss_weight: float | torch.Tensor,
+    token_weights: torch.Tensor | None,
+) -> LossSums:
+    valid = labels != IGNORE_INDEX
+    targets = labels.where(valid, 0)  # any id will do for an ignored label: it gets 0
+    lse, of_labels = LogSums.apply(
+        logits.to_local().flatten(0, 1), targets, VocabularyPart.of(logits, logits.ndim - 1)
+    )
+    losses = lse - of_labels
+    if token_weights is not None:
+        losses = losses * token_weights[targets]
+    cross_entropy = torch.where(valid, losses, 0.0).sum()
+    z_loss = torch.where(valid, lse.square(), 0.0).sum()
     return LossSums(cross_entropy + z_loss_weight * z_loss, cross_entropy.detach())
 
 

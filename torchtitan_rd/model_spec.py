@@ -22,7 +22,8 @@ InitFn = Callable[[torch.Tensor, torch.Generator], None]
 """Fills a whole tensor in place."""
 
 ReadOut = Callable[[torch.Tensor], Any]
-"""What is made of logits (B, S, V), for example the sum of their losses."""
+"""What is made of logits (B, S, V), for example the sum of their losses. Where ranks share the vocabulary
+they are a DTensor, sharded over V."""
 
 
 class FusedReadOut(ABC):
@@ -30,7 +31,9 @@ class FusedReadOut(ABC):
 
     @abstractmethod
     def __call__(self, hidden: torch.Tensor, weight: torch.Tensor) -> Any:
-        """hidden: (B, S, E), what the head would multiply. weight: (V, E), the head's, in the same type."""
+        """hidden: (B, S, E), what the head would multiply. weight: (V, E), the head's, in the same type;
+        a DTensor sharded by rows where ranks share the vocabulary.
+        """
 
 
 class AttentionShape(NamedTuple):
@@ -132,6 +135,38 @@ class WrapPlan:
     attentions: tuple[str, ...] = ()
     embedding: str = ""
     rotary: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedModule:
+    """A module of which each rank of a tensor-parallel group computes a share, for all tokens of the group.
+
+    columns: each linear whose rows are shared out -> how many rows each of the matrices has that it is made
+        of, in their order: (I,), or (I, I) for gate and up in one. A rank has its share of each of them.
+    rows: the linear behind them, whose columns are shared out; its outputs are summed over the ranks.
+    by_head: parameters of the module itself -> their dimension of query heads, of which a rank uses its own.
+    """
+
+    name: str
+    columns: Mapping[str, tuple[int, ...]]
+    rows: str
+    by_head: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorPlan:
+    """What tensor parallelism shares out, as data: names of submodules.
+
+    shared: between them, each rank has its part of the tokens. So what is neither named here nor in one of
+        them (norms, a raven's adapter) is held whole by each rank and must treat each token alone.
+    embedding, head: their rows are the ids of the vocabulary.
+    counts: what must be a multiple of the degree: its name for people -> the number.
+    """
+
+    shared: tuple[SharedModule, ...]
+    embedding: str
+    head: str
+    counts: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -303,6 +338,7 @@ class ModelSpec(Generic[Shape, Family]):
     inits: module -> {parameter name: fill(full tensor in place, generator)};
         one entry for every unique parameter.
     wrap_plan: module -> WrapPlan.
+    tensor_plan: module -> TensorPlan.
     flops: (shape, seq_len) -> FlopCount.
     hf: how it stands in a Hugging Face folder.
     inputs: what forward needs beside a batch; None if nothing.
@@ -319,6 +355,7 @@ class ModelSpec(Generic[Shape, Family]):
     build: Callable[[Shape], Family]
     inits: Callable[[Family], dict[str, InitFn]]
     wrap_plan: Callable[[Family], WrapPlan]
+    tensor_plan: Callable[[Family], TensorPlan]
     flops: CountFlops[Shape]
     hf: HuggingFaceLayout[Shape]
     inputs: MakeInputs[Shape] | None = None

@@ -8,9 +8,8 @@ Keys of features that are gone load only with a value that asked for nothing; an
 from torchtitan_rd.config_loader import RenamedKey
 
 _ANY_BOOL = (True, False)
-_NOT_BUILT = (
-    "tensor, pipeline and context parallelism are not part of this trainer yet; use 1 and shard with FSDP2"
-)
+_NOT_BUILT = "pipeline and context parallelism are not part of this trainer yet; use 1 and shard with FSDP2"
+_LOSS_PARALLEL = "under tensor parallelism the loss is always taken of each rank's own logits"
 _NO_FLOAT8 = "float8 is not supported; leave it off"
 
 
@@ -34,13 +33,9 @@ OLD_KEYS: dict[str, RenamedKey] = {
     "training.data_parallel_replicate_degree": RenamedKey("parallelism.data_parallel_replicate_degree"),
     "training.data_parallel_shard_degree": RenamedKey("parallelism.data_parallel_shard_degree"),
     "training.fsdp_reshard_after_forward": RenamedKey("parallelism.fsdp_reshard_after_forward"),
-    "training.tensor_parallel_degree": RenamedKey(None, harmless=(1,), remedy=_NOT_BUILT),
-    "training.enable_loss_parallel": RenamedKey(
-        None, harmless=_ANY_BOOL, remedy="it needs tensor parallelism"
-    ),
-    "training.disable_loss_parallel": RenamedKey(
-        None, harmless=_ANY_BOOL, remedy="it needs tensor parallelism"
-    ),
+    "training.tensor_parallel_degree": RenamedKey("parallelism.tensor_parallel_degree"),
+    "training.enable_loss_parallel": RenamedKey(None, harmless=_ANY_BOOL, remedy=_LOSS_PARALLEL),
+    "training.disable_loss_parallel": RenamedKey(None, harmless=_ANY_BOOL, remedy=_LOSS_PARALLEL),
     "training.compile": RenamedKey("compile.enable"),
     "experimental.pipeline_parallel_degree": RenamedKey(None, harmless=(1,), remedy=_NOT_BUILT),
     "experimental.pipeline_parallel_split_points": RenamedKey(None, harmless=([], ""), remedy=_NOT_BUILT),

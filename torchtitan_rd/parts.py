@@ -90,6 +90,7 @@ class Builder:
             has_saved=checkpointer.has_saved,
             token_weights=plan.token_weights,
             exchange=GradientExchange(model, config.parallelism, config.training, mesh),
+            counts=plan.dims.counts(self.environment.rank),
             positions=plan.positions,
         )
         return Parts(mesh, loader, held_out, model, optimizer, heartbeat, metrics, checkpointer, train_step)
@@ -178,6 +179,7 @@ class Builder:
             arithmetic=plan.spec.arithmetic,
             open_released=lambda path: WeightsReader(open_released(path, model=config.model.name)),
             run_lock=lock,
+            row_orders=plan.row_orders,
         )
         self.closing.callback(checkpointer.close)
         return checkpointer

@@ -7,7 +7,7 @@ the path of the data exists, and the tokenizer of text, unless one is handed in.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,7 +37,8 @@ from torchtitan_rd.model_spec import ModelShape, ModelSpec
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.models.attention import choose_backend
 from torchtitan_rd.models.counting import count_parameters
-from torchtitan_rd.parallelism import ParallelDims, ParallelismConfig
+from torchtitan_rd.parallelism import ParallelDims, ParallelismConfig, check_tensor_degree, row_orders
+from torchtitan_rd.parallelism.row_order import RowOrder
 from torchtitan_rd.profiling import check_profiling
 from torchtitan_rd.validation import validation_keys
 
@@ -55,6 +56,7 @@ class RunPlan:
     positions: those of each row that this rank computes.
     shape: of the model, with its vocabulary and context. draws: what forward takes beside tokens.
     token_weights: of the loss, one for each logit; None: all alike.
+    row_orders: of the matrices whose rows lie otherwise than in checkpoints.
     """
 
     dims: ParallelDims
@@ -68,6 +70,7 @@ class RunPlan:
     seq_len: int
     positions: range
     token_weights: torch.Tensor | None = dataclasses.field(default=None, compare=False)
+    row_orders: Mapping[str, RowOrder] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens_per_step(self) -> int:
@@ -163,8 +166,10 @@ def resolve(
 
     spec = problems.found_by(get_spec, config.model.name)
     shape = problems.found_by(resolve_shape, config, spec, vocab_size or _SOME_VOCABULARY) if spec else None
-    if dims and shape:
+    orders = None
+    if dims and spec and shape:
         problems.found_by(dims.check, shape.attention_shape, seq_len)
+        orders = problems.found_by(_share_matrices, spec, shape, dims, seq_len)
     if spec and spec.inputs is None:
         _refuse_recurrence(config, spec, problems)
     token_weights = _token_weights(config, vocab_size, shape, problems)
@@ -181,13 +186,13 @@ def resolve(
             seq_len=seq_len,
             device=device or torch.device("cpu"),
             dtype=getattr(torch, training.mixed_precision_param),
-            positions=positions,
+            positions=dims.state_positions(environment.rank, seq_len) if dims else positions,
         )
 
     if problems.lines or not (dims and batch and sets and vocab_size and spec and shape and draws):
         raise ConfigError("\n".join(problems.lines))  # whatever is missing has said why
     data = (batch, sets, tokenizer, vocab_size)
-    return RunPlan(dims, *data, spec, shape, draws, training.seq_len, positions, token_weights)
+    return RunPlan(dims, *data, spec, shape, draws, seq_len, positions, token_weights, orders or {})
 
 
 def reads_hub_tokenizer(config: JobConfig) -> bool:
@@ -203,6 +208,18 @@ def fewest_ranks(config: ParallelismConfig) -> int:
     """That these degrees allow: each -1 (what is left) as one."""
     data_degree = max(config.data_parallel_replicate_degree, 1) * max(config.data_parallel_shard_degree, 1)
     return data_degree * config.context_parallel_degree * config.tensor_parallel_degree
+
+
+def _share_matrices(
+    spec: ModelSpec, shape: ModelShape, dims: ParallelDims, seq_len: int
+) -> dict[str, RowOrder]:
+    """How rows lie under tensor parallelism. Raises ConfigError if the model cannot be shared evenly."""
+    if dims.tensor == 1:
+        return {}
+    with torch.device("meta"):
+        plan = spec.tensor_plan(spec.build(shape))
+    check_tensor_degree(plan, dims.tensor, seq_len // dims.context)
+    return row_orders(plan, dims.tensor)
 
 
 def _ways_of_sharing(dims: ParallelDims) -> str:

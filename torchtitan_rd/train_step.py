@@ -63,19 +63,25 @@ class ValidTokens:
     losses are divided by. Summed over the ranks while the first forward runs.
     """
 
-    def __init__(self, batches: Sequence[Batch], token_weights: torch.Tensor | None = None):
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        token_weights: torch.Tensor | None = None,
+        *,
+        counts: bool = True,
+    ):
         """batches: this rank's microbatches, on the device. token_weights: (V,), there too; without it every
-        label weighs 1 and the sum is their number. Collective.
+        label weighs 1 and the sum is their number. counts: see TrainStep. Collective.
         """
-        counts = [count_valid(batch.labels) for batch in batches]
-        sums = [torch.stack(counts).sum()]
+        numbers = [count_valid(batch.labels) for batch in batches]
+        sums = [torch.stack(numbers).sum()]
         if token_weights is not None:  # float64, which holds the number exactly too
             weights = [sum_of_weights(batch.labels, token_weights) for batch in batches]
             sums = [sums[0].double(), torch.stack(weights).sum()]
 
         local = torch.stack(sums)
         self.local_weight = local[-1]
-        self._totals = local.clone()
+        self._totals = local.clone() if counts else torch.zeros_like(local)
         self._summing: dist.Work | None = dist.all_reduce(self._totals, async_op=True)
 
     def number(self) -> torch.Tensor:
@@ -166,6 +172,7 @@ class TrainStep:
         late: bool | None = None,
         token_weights: torch.Tensor | None = None,
         exchange: GradientExchange | None = None,
+        counts: bool = True,
         positions: range | None = None,
     ):
         """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
@@ -176,6 +183,7 @@ class TrainStep:
         by default as it says. token_weights: `training.token_weights`, one for each logit.
         exchange: how ranks sum gradients, as the keys say with which `model` was sharded;
         by default as those keys' defaults.
+        counts: whether this rank's tokens go into the sums over ranks: of ranks that compute the same, one.
         positions: those of each row that the model computes on this rank; None: all.
         """
         self.model = model
@@ -191,7 +199,10 @@ class TrainStep:
         self.late = (device.type == "cuda" and takes_flag(optimizer, device)) if late is None else late
         self.exchange = exchange or GradientExchange(model)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.sums = StepSums(self.parameters, device, counts=self.exchange.counts)
+        self.counts = counts
+        self.sums = StepSums(
+            self.parameters, device, loss_counts=counts, is_first_copy=self.exchange.is_first_copy
+        )
         self.verdict = Verdict(config, device)
         self.readback = Readback(len(fields(StepNumbers)), device)
         self.stop_requested = False
@@ -208,7 +219,7 @@ class TrainStep:
         batches = [self._place(batch) for batch in batches]
         # The count comes first: every microbatch's gradient is then final,
         # whatever the padding of the others.
-        valid = ValidTokens(batches, self.token_weights)
+        valid = ValidTokens(batches, self.token_weights, counts=self.counts)
         self.optimizer.zero_grad()
 
         local_sum = torch.zeros((), device=self.device)

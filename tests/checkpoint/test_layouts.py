@@ -26,6 +26,7 @@ LAYOUTS = {
         {"parallelism.data_parallel_replicate_degree": 2, "parallelism.all_reduce_chunk_mb": 1},
     ),
     "dp 2 x cp 2": (4, {"parallelism.context_parallel_degree": 2}),
+    "tp 2 x dp 2": (4, {"parallelism.tensor_parallel_degree": 2}),
 }
 CHECKPOINTS = {
     "checkpoint.enable": True,

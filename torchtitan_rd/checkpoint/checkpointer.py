@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from torchtitan_rd.checkpoint import branch, contract, loading, rank_state
+from torchtitan_rd.checkpoint.arranged_rows import RowOrders
 from torchtitan_rd.checkpoint.config import CheckpointConfig
 from torchtitan_rd.checkpoint.cpu_copies import CpuCopies
 from torchtitan_rd.checkpoint.folders import CONFIG, STATE, CheckpointFolder
@@ -43,6 +44,7 @@ class Checkpointer:
         raises CheckpointError.
     run_lock: rank 0's lock of a folder around this one, which is then enough.
         The checkpoints have a lock of their own without it, and where a symbolic link leads them elsewhere.
+    row_orders: of the matrices whose rows this run has arranged otherwise than checkpoints have them.
 
     Raises CheckpointError if a living run uses the folder, ConfigError if `async_mode` cannot work here.
     """
@@ -58,6 +60,7 @@ class Checkpointer:
         arithmetic: Collection[str] = (),
         open_released: Callable[[Path], TensorReader] | None = None,
         run_lock: FolderLock | None = None,
+        row_orders: RowOrders | None = None,
     ):
         if config.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
             raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs CUDA; use "async" here')
@@ -80,7 +83,8 @@ class Checkpointer:
         self._lock = run_lock
         if config.enable:
             self._ranks.from_rank0(self._take_folder)
-        self._writer = Writer(self._folder, self._ranks, self._lock, config.keep_latest_k)
+        self._row_orders = row_orders or {}
+        self._writer = Writer(self._folder, self._ranks, self._lock, config.keep_latest_k, self._row_orders)
 
         # Its thread is waited for at interpreter exit, so that a run that ends without close() keeps its
         # save. A new thread would otherwise open a CUDA context on device 0, whichever device this rank uses.
@@ -248,7 +252,8 @@ class Checkpointer:
         wanted = json.loads(self._model_text)
         for line in contract.arithmetic_differences(reader.model_shape(), wanted, self._arithmetic):
             logger.warning("initial weights: %s", line)
-        loading.load_initial_weights(reader, path, model, self.config.exclude_from_loading, self._ranks)
+        excluded = self.config.exclude_from_loading
+        loading.load_initial_weights(reader, path, model, excluded, self._ranks, self._row_orders)
 
     def close(self) -> None:
         """Waits for the save in flight and gives the folder free. Idempotent;
@@ -364,7 +369,7 @@ class Checkpointer:
         if excluded:
             logger.warning("not loading %s: checkpoint.exclude_from_loading", ", ".join(excluded))
 
-        loading.read_tensors(SafeReader(path), wanted, self._ranks)
+        loading.read_tensors(SafeReader(path), wanted, self._ranks, self._row_orders)
 
         # Not before: a checkpoint that turns out to be another run's leaves the folder as it was.
         for name in damaged:

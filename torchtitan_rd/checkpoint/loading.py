@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
 from torchtitan_rd.checkpoint import contract
+from torchtitan_rd.checkpoint.arranged_rows import ArrangedLoadPlanner, RowOrders
 from torchtitan_rd.checkpoint.folders import CONFIG, MANIFEST, MODEL_ONLY, STATE, STEP, step_of
 from torchtitan_rd.checkpoint.manifest import (
     Manifest,
@@ -81,7 +82,9 @@ def select(tensors: Tensors, excluded: Sequence[str]) -> dict[str, dict[str, Ten
     }
 
 
-def read_tensors(reader: TensorReader, tensors: Tensors, ranks: RankGroup) -> None:
+def read_tensors(
+    reader: TensorReader, tensors: Tensors, ranks: RankGroup, row_orders: RowOrders | None = None
+) -> None:
     """Fills `tensors` in place; collective. Each rank reads only its own shards."""
 
     def read_metadata() -> None:
@@ -89,7 +92,8 @@ def read_tensors(reader: TensorReader, tensors: Tensors, ranks: RankGroup) -> No
 
     ranks.agree(read_metadata)  # before torch's own collectives, where its error would be buried
     wanted = {group: dict(members) for group, members in tensors.items()}
-    ranks.agree(lambda: dcp.load(wanted, storage_reader=reader, process_group=ranks.group))
+    planner = ArrangedLoadPlanner(row_orders or {})
+    ranks.agree(lambda: dcp.load(wanted, storage_reader=reader, planner=planner, process_group=ranks.group))
 
 
 def initial_candidates(own_folder: Path | None, initial_load_path: str | None) -> list[Path]:
@@ -129,7 +133,12 @@ def has_checksums(path: Path) -> bool:
 
 
 def load_initial_weights(
-    reader: TensorReader, path: Path, model: Mapping[str, Tensor], excluded: Sequence[str], ranks: RankGroup
+    reader: TensorReader,
+    path: Path,
+    model: Mapping[str, Tensor],
+    excluded: Sequence[str],
+    ranks: RankGroup,
+    row_orders: RowOrders | None = None,
 ) -> None:
     """Fills `model` from the `model.*` tensors that `reader` finds in `path`;
     see Checkpointer.load_initial.
@@ -147,6 +156,7 @@ def load_initial_weights(
         reader,
         {"model": {key.removeprefix("model."): model[key.removeprefix("model.")] for key in taken}},
         ranks,
+        row_orders,
     )
 
     # Nothing of it is silent: what stays, what is cast and what is left over.

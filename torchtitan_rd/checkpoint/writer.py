@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from torchtitan_rd import __version__
+from torchtitan_rd.checkpoint.arranged_rows import ArrangedSavePlanner, RowOrders
 from torchtitan_rd.checkpoint.folders import CheckpointFolder, write_durably
 from torchtitan_rd.checkpoint.lock import FolderLock
 from torchtitan_rd.checkpoint.manifest import FileTable, Manifest, TensorTable, hash_files, verify
@@ -104,12 +105,18 @@ class Writer:
     """Writes snapshots into `folder`, one at a time. Rank 0 holds `lock`."""
 
     def __init__(
-        self, folder: CheckpointFolder, ranks: RankGroup, lock: FolderLock | None, keep_latest_k: int
+        self,
+        folder: CheckpointFolder,
+        ranks: RankGroup,
+        lock: FolderLock | None,
+        keep_latest_k: int,
+        row_orders: RowOrders,
     ):
         self.folder = folder
         self.ranks = ranks
         self.lock = lock
         self.keep_latest_k = keep_latest_k
+        self.row_orders = row_orders
 
     def write(self, snapshot: Snapshot) -> None:
         """Collective. Returns after the commit, or raises CheckpointError on every rank with
@@ -140,7 +147,8 @@ class Writer:
 
     def _write_shards(self, snapshot: Snapshot, staging: Path) -> None:
         writer = _AliasWriter(staging, snapshot.aliases)
-        dcp.save(snapshot.tensors, storage_writer=writer, process_group=self.ranks.group)
+        planner = ArrangedSavePlanner(self.row_orders)
+        dcp.save(snapshot.tensors, storage_writer=writer, planner=planner, process_group=self.ranks.group)
         for name, text in snapshot.own_documents.items():
             write_durably(staging / name, text)
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.model_spec import FusedReadOut, ReadOut
+from torchtitan_rd.model_spec import AttentionShape, FusedReadOut, ReadOut
 
 NormType = Literal["rmsnorm", "layernorm", "np_layernorm"]
 
@@ -177,6 +177,16 @@ def apply_rotary(pairs: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     else:
         turned = torch.view_as_real(torch.view_as_complex(pairs32) * table)
     return turned.flatten(-2).type_as(pairs)
+
+
+def tensor_counts(heads: AttentionShape, hidden: int, vocabulary: int) -> dict[str, int]:
+    """What the ranks of a tensor-parallel group share evenly (TensorPlan.counts)."""
+    return {
+        "query heads": heads.n_heads,
+        "key heads": heads.n_kv_heads,
+        "hidden units of the feed-forward": hidden,
+        "rows of the vocabulary": vocabulary,
+    }
 
 
 def normal_(tensor: torch.Tensor, generator: torch.Generator, std: float, cut: float = math.inf) -> None:

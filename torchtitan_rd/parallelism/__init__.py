@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchtitan_rd.model_spec import WrapPlan
+from torchtitan_rd.model_spec import TensorPlan, WrapPlan
 from torchtitan_rd.parallelism.activation_checkpoint import (
     ActivationCheckpointConfig,
     apply_activation_checkpointing,
@@ -13,11 +13,17 @@ from torchtitan_rd.parallelism.activation_checkpoint import (
 from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
 from torchtitan_rd.parallelism.context_parallel import apply_context_parallel, sum_over_tokens
 from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig, groups_of, sharding_mesh
-from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp
+from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp, kept_whole
 from torchtitan_rd.parallelism.gradient_exchange import GradientExchange, sums_copies_itself
 from torchtitan_rd.parallelism.init import init_weights
 from torchtitan_rd.parallelism.offload import apply_offload
 from torchtitan_rd.parallelism.step_sums import StepSums, StepTotals
+from torchtitan_rd.parallelism.tensor_parallel import (
+    apply_tensor_parallel,
+    check_tensor_degree,
+    reading_before,
+    row_orders,
+)
 from torchtitan_rd.parallelism.tiled_mlp import TilingKeys, apply_tiled_mlp
 
 __all__ = [
@@ -31,9 +37,11 @@ __all__ = [
     "StepTotals",
     "TilingKeys",
     "allocate",
+    "check_tensor_degree",
     "groups_of",
     "init_weights",
     "parallelize",
+    "row_orders",
     "sharding_mesh",
     "sum_over_tokens",
 ]
@@ -50,20 +58,24 @@ def parallelize(
     sharding: ShardingKeys,
     tiling: TilingKeys,
     loop_grad_dtype: torch.dtype | None = None,
+    tensor_plan: TensorPlan | None = None,
 ) -> None:
-    """Changes `model` (on the meta device) in place: context parallelism -> tiles -> activation
-    checkpointing -> compile -> offload of activations -> FSDP.
+    """Changes `model` (on the meta device) in place: tensor parallelism -> context parallelism -> tiles ->
+    activation checkpointing -> compile -> offload of activations -> FSDP.
 
-    Tensor parallelism, once it exists, comes before all of them. The optimizer must be built afterwards: one
+    tensor_plan: needed where `mesh` has a dimension `tensor`. The optimizer must be built afterwards: one
     built before would hold the unsharded parameters and never get a gradient (docs/pytorch_traps.md, Order of
     wrapping).
     """
+    is_shared = tensor_plan is not None and "tensor" in (mesh.mesh_dim_names or ())
+    if is_shared:
+        apply_tensor_parallel(model, tensor_plan, mesh["tensor"], kept_whole=kept_whole(plan, sharding))
     apply_context_parallel(model, plan, mesh)
     apply_tiled_mlp([model.get_submodule(name) for name in plan.feed_forwards], tiling.mlp_tile_tokens)
     blocks = {name: model.get_submodule(name) for name in plan.blocks}
     regions = [model.get_submodule(name) for name in checkpoint_regions(plan, activation_checkpoint)]
     apply_activation_checkpointing(regions, activation_checkpoint)
-    apply_compile(blocks, compile)
+    apply_compile(blocks, compile, around=reading_before if is_shared else None)
     apply_offload(regions, activation_checkpoint.offload)
     apply_fsdp(
         model,

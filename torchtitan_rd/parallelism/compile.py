@@ -30,11 +30,22 @@ class CompileConfig(Section):
         return self
 
 
-def apply_compile(blocks: Mapping[str, nn.Module], config: CompileConfig) -> None:
-    """blocks: by their names, which errors give."""
+def apply_compile(
+    blocks: Mapping[str, nn.Module],
+    config: CompileConfig,
+    around: Callable[[nn.Module, Callable], Callable] | None = None,
+) -> None:
+    """blocks: by their names, which errors give. around: a block and its compiled forward -> what to call
+    in its place.
+    """
     if not config.enable:
         return
     for name, block in blocks.items():
+        if around is not None:
+            compiled = torch.compile(block.forward, backend=config.backend, fullgraph=True)
+            guarded = _compiled_once_a_mode(compiled, block, name) if config.fail_on_recompile else compiled
+            block.forward = around(block, guarded)
+            continue
         block.compile(backend=config.backend, fullgraph=True)
         call = block._compiled_call_impl  # made by the line before
         if config.fail_on_recompile and call is not None:

@@ -60,12 +60,11 @@ def sum_over_tokens(mesh: DeviceMesh) -> Callable[[torch.Tensor], torch.Tensor]:
     """What makes of a sum over this rank's tokens that over all tokens of its rows, in place: a collective of
     the ranks that share them.
     """
-    if "context" not in (mesh.mesh_dim_names or ()):
-        return lambda own: own
-    group = mesh.get_group("context")
+    groups = [mesh.get_group(name) for name in ("context", "tensor") if name in (mesh.mesh_dim_names or ())]
 
     def summed(own: torch.Tensor) -> torch.Tensor:
-        dist.all_reduce(own, group=group)
+        for group in groups:
+            dist.all_reduce(own, group=group)
         return own
 
     return summed

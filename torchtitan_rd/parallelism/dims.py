@@ -16,9 +16,6 @@ from torchtitan_rd.model_spec import AttentionShape
 
 T = TypeVar("T")
 
-# Degrees that have their place in the mesh, and no more.
-NOT_YET = ("tensor",)
-
 
 class ParallelismConfig(Section):
     data_parallel_replicate_degree: int = Field(1, ge=-1)
@@ -91,9 +88,6 @@ class ParallelDims:
                 "(what is left): set the ranks of one copy in data_parallel_shard_degree, "
                 "such as the GPUs of a node"
             )
-        for name, degree in (("context", context), ("tensor", tensor)):
-            if degree > 1 and name in NOT_YET:
-                raise ConfigError(f"[parallelism] {name}_parallel_degree = {degree}: not yet; use 1")
 
         # What is left is at least 1, so that the sum below says what does not fit.
         if shard == -1:
@@ -126,11 +120,13 @@ class ParallelDims:
                 f"[parallelism] context_parallel_degree = {self.context} does not divide "
                 f"training.seq_len = {seq_len}: change one of them"
             )
-        if heads.n_heads % self.context:
-            works = [str(n) for n in range(1, heads.n_heads + 1) if heads.n_heads % n == 0]
+        share = heads.n_heads // self.tensor  # evenly, or tensor_parallel.py refuses it
+        if share % self.context:
+            works = [str(n) for n in range(1, share + 1) if share % n == 0]
+            whose = "the model" if self.tensor == 1 else "one rank under tensor parallelism"
             problems.append(
                 f"[parallelism] context_parallel_degree = {self.context} does not divide the "
-                f"{heads.n_heads} attention heads of the model: use one of {', '.join(works)}"
+                f"{share} attention heads of {whose}: use one of {', '.join(works)}"
             )
         if problems:
             raise ConfigError("\n".join(problems))
@@ -158,6 +154,19 @@ class ParallelDims:
         part = rank // self.tensor % self.context
         length = seq_len // self.context
         return range(part * length, (part + 1) * length)
+
+    def state_positions(self, rank: int, seq_len: int) -> range:
+        """Those whose residual stream `rank` holds: of `positions`, its part of a tensor-parallel group."""
+        tokens = self.positions(rank, seq_len)
+        length = len(tokens) // self.tensor
+        first = tokens.start + rank % self.tensor * length
+        return range(first, first + length)
+
+    def counts(self, rank: int) -> bool:
+        """Whether `rank` is the first of those that compute the same loss: each of a tensor-parallel group
+        has that of all tokens of the group.
+        """
+        return rank % self.tensor == 0
 
     def one_per_row(self, of_all_ranks: Sequence[T]) -> Sequence[T]:
         """What each rank has -> what each data rank has, where ranks of one row have the same."""

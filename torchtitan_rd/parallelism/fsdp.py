@@ -71,7 +71,8 @@ def apply_fsdp(
     )
     float32 = replace(precision, param_dtype=None)  # parameters are kept in float32
     offload = CPUOffloadPolicy() if keys.enable_cpu_offload else OffloadPolicy()
-    whole = kept_whole(model, plan, keys)
+    parameters = dict(model.named_parameters())
+    whole = {parameters[name] for name in kept_whole(plan, keys)}
 
     def shard(*names: str, reshard: bool) -> None:
         fully_shard(
@@ -109,7 +110,8 @@ def apply_fsdp(
 
 def gathered_bytes(module: nn.Module, dtype: torch.dtype) -> int:
     """What the parameters of `module` take on each rank while they are gathered, computing in `dtype`."""
-    return sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
+    parts = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
+    return sum(part.numel() for part in parts) * dtype.itemsize
 
 
 def _prefetch(model: nn.Module, plan: WrapPlan, units: int) -> None:
@@ -152,7 +154,7 @@ def _unit(model: nn.Module, name: str) -> FSDPModule:
     return module
 
 
-def kept_whole(model: nn.Module, plan: WrapPlan, keys: ShardingKeys) -> set[nn.Parameter]:
+def kept_whole(plan: WrapPlan, keys: ShardingKeys) -> tuple[str, ...]:
     """The parameters that stay plain tensors in float32, equal on all ranks;
     each rank has a gradient of its own.
 
@@ -160,9 +162,7 @@ def kept_whole(model: nn.Module, plan: WrapPlan, keys: ShardingKeys) -> set[nn.P
     its own: three more collectives a block. They are small; held whole, their gradients are summed once a
     step (train_step.py).
     """
-    if keys.mixed_precision_param == "float32":
-        return set()
-    return {model.get_parameter(name) for name in plan.full_precision}
+    return () if keys.mixed_precision_param == "float32" else plan.full_precision
 
 
 def allocate(model: nn.Module, device: torch.device, offload: bool) -> None:

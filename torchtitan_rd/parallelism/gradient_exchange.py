@@ -41,9 +41,9 @@ class GradientExchange:
             self.copies = mesh.get_group("dp_replicate")
 
     @property
-    def counts(self) -> bool:
-        """Whether this rank's shards count in a sum over all ranks: those of one copy do,
-        where FSDP2 does not know of the others.
+    def is_first_copy(self) -> bool:
+        """Whether this rank's shards are those that count in a sum over all ranks, of several copies that
+        FSDP2 does not know of.
         """
         return self.copies is None or self.copies.rank() == 0
 

@@ -10,22 +10,26 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from torchtitan_rd.model_spec import InitFn
+from torchtitan_rd.parallelism.row_order import RowOrder, own_part
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, inits: Mapping[str, InitFn], seed: int) -> None:
-    """Fills every parameter of `model` (plain or sharded, already on its device) from `seed` and its name."""
+def init_weights(
+    model: nn.Module, inits: Mapping[str, InitFn], seed: int, orders: Mapping[str, RowOrder] | None = None
+) -> None:
+    """Fills every parameter of `model` (plain or sharded, already on its device) from `seed` and its name.
+    orders: of the parameters whose rows are arranged (row_order.py).
+    """
     for name, parameter in model.named_parameters():
         generator = torch.Generator(parameter.device).manual_seed(parameter_seed(seed, name))
         full = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
         inits[name](full, generator)
         if isinstance(parameter, DTensor):
-            # src_data_rank=None: every rank drew the same tensor, so none has to send its own.
-            sharded = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-            parameter.to_local().copy_(sharded.to_local())
+            arranged = orders[name].arrange(full) if orders and name in orders else full
+            parameter.to_local().copy_(own_part(parameter, arranged))  # every rank drew the same tensor
         else:
             parameter.copy_(full)
 

@@ -33,14 +33,23 @@ class StepSums:
     all-reduce and are whole afterwards. Ranks must agree on which parameters have a gradient.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], device: torch.device, *, counts: bool = True):
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        device: torch.device,
+        *,
+        loss_counts: bool = True,
+        is_first_copy: bool = True,
+    ):
         """parameters: those that are trained. device: where losses are, and where the sum is made.
-        counts: False where another rank holds the same shards, and their placements do not say so.
+        loss_counts: whether this rank's loss goes into the sum: of ranks that have the same, one.
+        is_first_copy: False where another rank holds the same shards, and their placements do not say so.
         """
         self._sharded = [p for p in parameters if isinstance(p, DTensor)]
         self._whole = [p for p in parameters if not isinstance(p, DTensor)]
-        # Replicas of a shard hold equal gradients, and each square may count only once.
-        self._counts = counts and all(_is_first_replica(p) for p in self._sharded)
+        # Replicas of a part hold equal gradients, and each square may count only once.
+        self._replicas = {p for p in self._sharded if not (is_first_copy and _is_first_replica(p))}
+        self._loss_counts = loss_counts
         self._device = device
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
 
@@ -51,15 +60,14 @@ class StepSums:
         """
         whole = [p.grad for p in self._whole if p.grad is not None]
         numbers = torch.zeros(3 + self._world_size, device=self._device)
-        numbers[0] = loss_sum
+        if self._loss_counts:
+            numbers[0] = loss_sum
         numbers[1].fill_(float(stop))
         numbers[2].fill_(float(saved))
         numbers[3 + self._rank] = mean_loss
         # As DTensor has it: of each tensor the norm of this part, squared, summed over the parts,
         # and the root of that.
         squares = self._norms(self._sharded) ** 2
-        if not self._counts:
-            squares = torch.zeros_like(squares)
 
         vector = torch.cat([numbers, squares, *(gradient.flatten().float() for gradient in whole)])
         dist.all_reduce(vector)
@@ -84,12 +92,17 @@ class StepSums:
                 torch._foreach_mul_(gradients, factor.to(gradients[0].device))
 
     def _norms(self, parameters: Sequence[Tensor]) -> Tensor:
-        """The L2 norms of this rank's parts of the gradients: (gradients,), float32."""
+        """The L2 norms of this rank's parts of the gradients, 0 for replicas: (gradients,), float32."""
         gradients = _gradients(parameters)
         if not gradients:
             return torch.zeros(0, device=self._device)
+        norms = list(torch._foreach_norm(gradients))
+        if self._replicas:
+            zero = torch.zeros_like(norms[0])
+            owners = [p for p in parameters if p.grad is not None]
+            norms = [zero if p in self._replicas else norm for p, norm in zip(owners, norms, strict=True)]
         # With CPU offload the gradients, and so their norms, are in host memory.
-        return torch.stack(torch._foreach_norm(gradients)).to(self._device, non_blocking=True)
+        return torch.stack(norms).to(self._device, non_blocking=True)
 
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:

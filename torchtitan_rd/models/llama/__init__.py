@@ -6,7 +6,7 @@ from torchtitan_rd.model_spec import ModelSpec
 from torchtitan_rd.models.llama.hf import HF
 from torchtitan_rd.models.llama.init import inits
 from torchtitan_rd.models.llama.model import Llama
-from torchtitan_rd.models.llama.plan import wrap_plan
+from torchtitan_rd.models.llama.plan import tensor_plan, wrap_plan
 from torchtitan_rd.models.llama.shape import AIXSIM_FLAVORS, ARITHMETIC, LLAMA3_FLAVORS, count_flops
 from torchtitan_rd.models.llama.steps import LlamaSteps
 
@@ -17,6 +17,7 @@ LLAMA3 = ModelSpec(
     build=Llama,
     inits=inits,
     wrap_plan=wrap_plan,
+    tensor_plan=tensor_plan,
     flops=count_flops,
     hf=HF,
     steps=LlamaSteps,

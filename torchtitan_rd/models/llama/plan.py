@@ -1,6 +1,7 @@
 """What of a Llama to wrap, as data."""
 
-from torchtitan_rd.model_spec import WrapPlan
+from torchtitan_rd.model_spec import SharedModule, TensorPlan, WrapPlan
+from torchtitan_rd.models.layers import tensor_counts
 from torchtitan_rd.models.llama.model import Llama
 
 
@@ -17,4 +18,25 @@ def wrap_plan(model: Llama) -> WrapPlan:
         attentions=tuple(f"{block}.attention" for block in blocks),
         embedding="tok_embeddings",
         rotary="rotary",
+    )
+
+
+def tensor_plan(model: Llama) -> TensorPlan:
+    """Attention by heads, feed-forward by hidden units; norms see each token alone."""
+    shape = model.shape
+    heads, kv_heads, head_dim = shape.attention_shape
+    queries, keys = (heads * head_dim,), (kv_heads * head_dim,)
+    shared = []
+    for i in range(len(model.layers)):
+        attention = {"wq": queries, "wk": keys, "wv": keys}
+        hidden = {"w1": (shape.hidden_dim,), "w3": (shape.hidden_dim,)}
+        shared += [
+            SharedModule(name=f"layers.{i}.attention", columns=attention, rows="wo"),
+            SharedModule(name=f"layers.{i}.feed_forward", columns=hidden, rows="w2"),
+        ]
+    return TensorPlan(
+        shared=tuple(shared),
+        embedding="tok_embeddings",
+        head="output",
+        counts=tensor_counts(shape.attention_shape, shape.hidden_dim, shape.vocab_size),
     )

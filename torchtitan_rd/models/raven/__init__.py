@@ -10,7 +10,7 @@ from torchtitan_rd.models.raven.hf import HF
 from torchtitan_rd.models.raven.init import inits
 from torchtitan_rd.models.raven.inputs import RavenInputs
 from torchtitan_rd.models.raven.model import Raven
-from torchtitan_rd.models.raven.plan import wrap_plan
+from torchtitan_rd.models.raven.plan import tensor_plan, wrap_plan
 from torchtitan_rd.models.raven.recurrence import RecurrenceConfig
 from torchtitan_rd.models.raven.released import FOREIGN
 from torchtitan_rd.models.raven.shape import ARITHMETIC, RAVEN_FLAVORS, count_flops
@@ -26,6 +26,7 @@ RAVEN = ModelSpec(
     build=Raven,
     inits=inits,
     wrap_plan=wrap_plan,
+    tensor_plan=tensor_plan,
     flops=count_flops,
     hf=HF,
     inputs=RavenInputs,

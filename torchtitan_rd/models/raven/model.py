@@ -32,10 +32,9 @@ class Attention(nn.Module):
         super().__init__()
         heads, kv_heads, self.head_dim = shape.attention_shape
         self.clip_qkv, self.qk_norm = shape.clip_qkv, shape.qk_norm
+        self.queries_per_key = heads // kv_heads
         self.copies = heads // kv_heads if shape.qk_bias else 1
-        self.heads = (heads, kv_heads * self.copies)
-        self.widths = ((heads + kv_heads) * self.head_dim, kv_heads * self.head_dim)
-        self.Wqkv = Linear(shape.dim, sum(self.widths), bias=False)
+        self.Wqkv = Linear(shape.dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
         self.qk_bias = nn.Parameter(torch.empty(2, 1, heads, self.head_dim)) if shape.qk_bias else None
         self.proj = Linear(shape.dim, shape.dim, bias=False)
         self.attend = attend
@@ -45,7 +44,9 @@ class Attention(nn.Module):
         if self.clip_qkv is not None:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
         # Queries and keys stay one tensor through bias and rotary: half the operations.
-        qk, v = qkv.split(self.widths, dim=-1)
+        # The number of heads is left open: under tensor parallelism a rank holds a share of them.
+        width_of_v = qkv.shape[-1] // (self.queries_per_key + 2)
+        qk, v = qkv.split((qkv.shape[-1] - width_of_v, width_of_v), dim=-1)
         if self.copies > 1:
             qk, v = self._copied(qk, v)
         if self.qk_bias is not None:
@@ -54,8 +55,9 @@ class Attention(nn.Module):
         if self.qk_norm:
             qk_BHSD = F.rms_norm(qk_BHSD, (self.head_dim,), eps=QK_NORM_EPS)
         qk_BHSD = qk_BHSD.type_as(v)  # a bias of a wider type has widened it
-        q_BHSD, k_BHSD = qk_BHSD.split(self.heads, dim=1)
         v_BHSD = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        kv_heads = v_BHSD.shape[1]
+        q_BHSD, k_BHSD = qk_BHSD.split((qk_BHSD.shape[1] - kv_heads, kv_heads), dim=1)
         return self.proj(self.attend(q_BHSD, k_BHSD, v_BHSD, mask).transpose(1, 2).flatten(-2))
 
     def _copied(self, qk: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
