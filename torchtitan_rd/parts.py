@@ -103,7 +103,7 @@ class Builder:
         config = self.config
         setup_attention(
             config.model.attention_backend,
-            self.plan.shape.attention_shape,
+            self.plan.dims.heads_in_kernel(self.plan.shape.attention_shape),
             self.device,
             getattr(torch, config.training.mixed_precision_param),
             config.training.document_mask,

@@ -2,6 +2,7 @@
 The one place that checks degrees against the number of ranks.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -120,16 +121,22 @@ class ParallelDims:
                 f"[parallelism] context_parallel_degree = {self.context} does not divide "
                 f"training.seq_len = {seq_len}: change one of them"
             )
-        share = heads.n_heads // self.tensor  # evenly, or tensor_parallel.py refuses it
-        if share % self.context:
-            works = [str(n) for n in range(1, share + 1) if share % n == 0]
-            whose = "the model" if self.tensor == 1 else "one rank under tensor parallelism"
+        shared = heads.n_heads // self.tensor
+        if shared % self.context:
+            works = [str(n) for n in range(1, shared + 1) if shared % n == 0]
+            of_whom = "the model" if self.tensor == 1 else "each tensor-parallel rank"
             problems.append(
-                f"[parallelism] context_parallel_degree = {self.context} does not divide the "
-                f"{share} attention heads of {whose}: use one of {', '.join(works)}"
+                f"[parallelism] context_parallel_degree = {self.context} does not divide the {shared} "
+                f"attention heads of {of_whom}: use one of {', '.join(works)}"
             )
         if problems:
             raise ConfigError("\n".join(problems))
+
+    def heads_in_kernel(self, heads: AttentionShape) -> AttentionShape:
+        """Of the model's `heads`, those that one rank's attention kernel is given, copies included."""
+        n_heads, n_kv_heads = heads.n_heads // self.tensor, heads.n_kv_heads // self.tensor
+        copies = self.context // math.gcd(self.context, n_kv_heads)
+        return heads._replace(n_heads=n_heads // self.context, n_kv_heads=n_kv_heads * copies // self.context)
 
     @property
     def world_size(self) -> int:
