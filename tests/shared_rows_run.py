@@ -5,14 +5,18 @@ The batches are those of tests/small_run.py, the same for any number of ranks; e
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from tests.small_run import GLOBAL_BATCH, SEQ_LEN, VOCAB, Setup, batches_of, config_of
 from torchtitan_rd.batch import IGNORE_INDEX
 from torchtitan_rd.build_model import build_model
+from torchtitan_rd.config import JobConfig
 from torchtitan_rd.data import Batch, BatchDims
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.models import get_flavor, get_spec
@@ -46,15 +50,23 @@ class Case:
     watch: Any = nullcontext
 
 
-def train(rank: int, world_size: int, case: Case) -> dict[str, Any]:
-    """Losses, norms, whole gradients of the first and the last step, telemetry, a validation,
-    and a part of the first state.
-    """
-    torch._dynamo.reset()
+class Made(NamedTuple):
+    """orders: of the model's arranged rows."""
+
+    config: JobConfig
+    dims: ParallelDims
+    mesh: DeviceMesh
+    model: nn.Module
+    optimizer: Optimizer
+    step_function: TrainStep
+    draws: Draws
+    orders: dict[str, RowOrder]
+
+
+def make(rank: int, world_size: int, case: Case) -> Made:
     sections = {"training": {"local_batch_size": 1}, "optimizer": {"lr": 1e-3}, **case.sections}
     config = config_of(Setup(sections=sections), 1)
     dims = ParallelDims.resolve(config.parallelism, world_size)
-    data_rank, positions = dims.data_rank(rank), dims.positions(rank, SEQ_LEN)
 
     flavor, sizes = FLAVORS[case.family]
     spec = get_spec(case.family)
@@ -65,7 +77,7 @@ def train(rank: int, world_size: int, case: Case) -> dict[str, Any]:
         spec,
         shape,
         config.recurrence,
-        BatchDims.resolve(config.training, data_rank, dims.data_degree),
+        BatchDims.resolve(config.training, dims.data_rank(rank), dims.data_degree),
         seed=0,
         total_steps=case.steps,
         seq_len=SEQ_LEN,
@@ -80,10 +92,20 @@ def train(rank: int, world_size: int, case: Case) -> dict[str, Any]:
         config.training,
         CPU,
         forward_inputs=draws.training,
-        positions=positions,
+        positions=dims.positions(rank, SEQ_LEN),
         counts=dims.counts(rank),
     )
     orders = row_orders(spec.tensor_plan(model), dims.tensor)
+    return Made(config, dims, mesh, model, optimizer, step_function, draws, orders)
+
+
+def train(rank: int, world_size: int, case: Case) -> dict[str, Any]:
+    """Losses, norms, whole gradients of the first and the last step, telemetry, a validation,
+    and a part of the first state.
+    """
+    torch._dynamo.reset()
+    config, dims, mesh, model, _, step_function, draws, orders = make(rank, world_size, case)
+    data_rank, positions = dims.data_rank(rank), dims.positions(rank, SEQ_LEN)
 
     results, gradients, telemetry = [], [], {}
     with case.watch() as watch:

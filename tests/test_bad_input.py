@@ -49,7 +49,7 @@ MISTAKES = {
     "a missing tokenizer": (["--model.tokenizer_path=./no/such/folder"], "no/such/folder"),
     "ids beyond the vocabulary": (["--model.vocab_size=100"], "vocab"),
     "a missing initial checkpoint": (["--checkpoint.initial_load_path=./no/such/step-0"], "no/such/step-0"),
-    "a feature that is gone": (["--training.tensor_parallel_degree=2"], "no longer supported"),
+    "a feature that is gone": (["--experimental.pipeline_parallel_degree=2"], "no longer supported"),
     "offload without a GPU": (["--training.enable_cpu_offload"], "needs a GPU to offload from"),
     "snapshots without a GPU": (["--profiling.enable_memory_snapshot"], "needs a CUDA device"),
 }

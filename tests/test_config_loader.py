@@ -204,11 +204,11 @@ def test_old_keys_work_on_the_command_line_too(tmp_path):
 
 def test_a_feature_that_is_gone_is_accepted_only_switched_off(tmp_path):
     loaded = read(
-        tmp_path, "[training]\ntensor_parallel_degree = 1\n[float8]\nenable_float8_linear = false\n"
+        tmp_path, "[experimental]\npipeline_parallel_degree = 1\n[float8]\nenable_float8_linear = false\n"
     )
     assert len(loaded.warnings) == 2
-    assert "training.tensor_parallel_degree = 8 is no longer supported" in problems(
-        tmp_path, "[training]\ntensor_parallel_degree = 8\n"
+    assert "experimental.pipeline_parallel_degree = 8 is no longer supported" in problems(
+        tmp_path, "[experimental]\npipeline_parallel_degree = 8\n"
     )
 
 
@@ -253,7 +253,7 @@ REFUSED = {
     ),
     "another old key of another type": ("[metrics]\nenable_color_printing = 1\n", [], "must be of type bool"),
     "a removed degree that is true": (
-        "[training]\ntensor_parallel_degree = true\n",
+        "[experimental]\npipeline_parallel_degree = true\n",
         [],
         "no longer supported",
     ),

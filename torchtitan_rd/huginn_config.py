@@ -291,7 +291,7 @@ class _Reading:
             self.set("training.mixed_precision_reduce", keys.BUFFERS[reduce], "fabric.all_reduce_dtype")
         sizes = {name: options.pop(name) for name in list(options) if name.endswith("tensor_parallel_size")}
         if strategy.startswith("axonn") or any(size not in (1, None) for size in sizes.values()):
-            self.refuse("fabric_strategy", strategy, "there is no tensor parallelism here; use ddp")
+            self.refuse("fabric_strategy", strategy, "use ddp, and set parallelism.tensor_parallel_degree")
         self.ignored += [f"fabric.{name} = {value!r}" for name, value in options.items()]
 
     def rest(self) -> None:

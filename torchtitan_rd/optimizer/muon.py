@@ -14,11 +14,12 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from torchtitan_rd.config_loader import Section
 from torchtitan_rd.optimizer.shards import local, replace_unless, set_flag
+from torchtitan_rd.parallelism.row_order import own_part
 
 
 class MuonKeys(Section):
@@ -117,8 +118,7 @@ def _orthogonal_part(matrix: Tensor, update: Tensor, steps: int) -> Tensor:
     size, stride = matrix.shape, matrix.stride()  # uneven shards do not tell them
     parts = DTensor.from_local(update, mesh, placements, run_check=False, shape=size, stride=stride)
     whole = parts.full_tensor()
-    # src_data_rank=None: every rank has computed the same, so none has to send its own.
-    return local(distribute_tensor(orthogonalize(whole, steps), mesh, placements, src_data_rank=None))
+    return own_part(matrix, orthogonalize(whole, steps))  # every rank has computed the same
 
 
 def _rate_factor(rule: str, rows: int, columns: int) -> float:
