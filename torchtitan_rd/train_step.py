@@ -197,12 +197,14 @@ class TrainStep:
         self.token_weights = None if token_weights is None else token_weights.to(device)
         self.positions = positions
         self.late = (device.type == "cuda" and takes_flag(optimizer, device)) if late is None else late
+
         self.exchange = exchange or GradientExchange(model)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.counts = counts
         self.sums = StepSums(
             self.parameters, device, loss_counts=counts, is_first_copy=self.exchange.is_first_copy
         )
+
         self.verdict = Verdict(config, device)
         self.readback = Readback(len(fields(StepNumbers)), device)
         self.stop_requested = False
