@@ -172,6 +172,7 @@ def resolve(
         orders = problems.found_by(_share_matrices, spec, shape, dims, seq_len)
     if spec and spec.inputs is None:
         _refuse_recurrence(config, spec, problems)
+
     token_weights = _token_weights(config, vocab_size, shape, problems)
     draws = None
     if spec and shape:

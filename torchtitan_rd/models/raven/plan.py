@@ -20,6 +20,7 @@ def wrap_plan(model: Raven) -> WrapPlan:
     blocks = _blocks(model)
     tied = model.shape.tie_word_embeddings
     shard_only = () if tied else (("transformer.wte",), ("lm_head",))
+
     full_precision = tuple(name for name, parameter in model.named_parameters() if parameter.ndim != 2)
     embedding = "" if tied else "transformer.wte"  # the root has it together with the tied head
     return WrapPlan(
