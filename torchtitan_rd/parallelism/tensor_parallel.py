@@ -192,7 +192,7 @@ def _gather_and_scatter(module: nn.Module, shared: SharedModule, mesh: DeviceMes
 
     def gather(module: nn.Module, args: tuple) -> tuple:
         x, *others = args
-        # In the type of the matrices, half of that of a float32 residual stream. (Not that of `x` if equal.)
+        # In the type of the matrices, half of that of a float32 residual stream.
         return gather_tokens(x.to(first.weight.dtype), mesh), *others
 
     def scatter(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
