@@ -66,7 +66,7 @@ def test_every_technique_that_one_run_can_have_together(family, plain, tmp_path)
 @pytest.mark.parametrize("name", TECHNIQUES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_technique_alone(family, name, world_size, plain, tmp_path):
-    found = run_on_ranks(world_size, whole_run, tmp_path, family, TECHNIQUES[name])
+    found = run_on_ranks(world_size, whole_run, tmp_path, family, TECHNIQUES[name], timeout=300)
     assert_same(found, plain(family))
 
 
@@ -78,7 +78,7 @@ def test_a_technique_with_another_one(family, names, world_size, plain, tmp_path
     keys = TECHNIQUES[names[0]] | TECHNIQUES[names[1]]
     if world_size < fewest_ranks(keys):
         pytest.skip("two degrees of 2 need 4 ranks")
-    found = run_on_ranks(world_size, whole_run, tmp_path, family, keys)
+    found = run_on_ranks(world_size, whole_run, tmp_path, family, keys, timeout=300)
     assert_same(found, plain(family))
 
 

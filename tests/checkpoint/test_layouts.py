@@ -38,7 +38,7 @@ CHECKPOINTS = {
 def run(layout: str, folder: Path, family: str) -> dict:
     """A run of ten steps, or what is left of it, that is saved at 5 and 10."""
     world_size, keys = LAYOUTS[layout]
-    results = run_on_ranks(world_size, whole_run, folder, family, CHECKPOINTS | keys)
+    results = run_on_ranks(world_size, whole_run, folder, family, CHECKPOINTS | keys, timeout=300)
     assert {result["status"] for result in results} == {"finished"}
     return results[0]
 
