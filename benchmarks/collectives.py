@@ -33,7 +33,7 @@ from torchtitan_rd.models import get_spec
 from torchtitan_rd.models.llama.shape import LlamaShape
 from torchtitan_rd.models.raven.shape import RavenShape
 from torchtitan_rd.optimizer import build_optimizer
-from torchtitan_rd.parallelism import ParallelDims
+from torchtitan_rd.parallelism import GradientExchange, ParallelDims
 from torchtitan_rd.train_step import TrainStep
 
 WORLD_SIZE = 8
@@ -100,11 +100,15 @@ def fake_ranks() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def build(name: str, shape: Any, layout: str, reshard: str = "default") -> tuple[JobConfig, torch.nn.Module]:
+def build(
+    name: str, shape: Any, layout: str, reshard: str = "default", **parallelism: Any
+) -> tuple[JobConfig, torch.nn.Module]:
+    """parallelism: more of its keys."""
     sections = {
         "parallelism": {
             "data_parallel_replicate_degree": LAYOUTS[layout],
             "fsdp_reshard_after_forward": reshard,
+            **parallelism,
         },
         "activation_checkpoint": {"mode": "full"},
         "training": {
@@ -126,12 +130,14 @@ def count(
     a kind that is not of KINDS has its torch name.
     """
     counter = CountCollectives()
+    mesh = ParallelDims.resolve(config.parallelism, WORLD_SIZE).build_mesh("cpu")
     step = TrainStep(
         model,
         build_optimizer(model, config.optimizer),
         config.training,
         torch.device("cpu"),
         beat=counter.beat,
+        exchange=GradientExchange(model, config.parallelism, config.training, mesh),
         **({} if draw is None else {"forward_inputs": lambda step, number, batch: inputs_of(draw)}),
     )
     ids = torch.zeros(1, SEQ_LEN, dtype=torch.int64)

@@ -16,7 +16,7 @@ from torchtitan_rd.config import JobConfig
 from torchtitan_rd.data import Batch
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.optimizer import build_optimizer
-from torchtitan_rd.parallelism import ParallelDims
+from torchtitan_rd.parallelism import GradientExchange, ParallelDims
 from torchtitan_rd.train_step import TrainStep
 
 VOCAB, SEQ_LEN, GLOBAL_BATCH = 64, 16, 8
@@ -72,6 +72,7 @@ def make(setup: Setup, world_size: int, **options: Any) -> tuple[JobConfig, torc
     mesh = ParallelDims.resolve(config.parallelism, world_size).build_mesh(device.type)
     model = build_model(config, spec, shape, mesh, device)
     optimizer = build_optimizer(model, config.optimizer)
+    options = {"exchange": GradientExchange(model, config.parallelism, config.training, mesh), **options}
     return config, model, TrainStep(model, optimizer, config.training, device, **options)
 
 

@@ -21,7 +21,7 @@ from torchtitan_rd.data import BatchDims
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.models import get_flavor, get_spec
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state
-from torchtitan_rd.parallelism import ParallelDims, allocate
+from torchtitan_rd.parallelism import GradientExchange, ParallelDims, allocate
 from torchtitan_rd.train_step import TrainStep
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -59,7 +59,10 @@ def train(rank: int, world_size: int, setup: Setup) -> dict[str, Any]:
         device=CPU,
         dtype=getattr(torch, config.training.mixed_precision_param),
     )
-    step_function = TrainStep(model, optimizer, config.training, CPU, forward_inputs=draws.training)
+    mesh = ParallelDims.resolve(config.parallelism, world_size).build_mesh("cpu")
+    exchange = GradientExchange(model, config.parallelism, config.training, mesh)
+    options = {"forward_inputs": draws.training, "exchange": exchange}
+    step_function = TrainStep(model, optimizer, config.training, CPU, **options)
     types = types_in(model) if not config.compile.enable else {}
     results = [
         step_function(step, batches_of(step, rank, world_size, config, padded=True))

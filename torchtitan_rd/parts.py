@@ -25,6 +25,7 @@ from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.metrics import Metrics
 from torchtitan_rd.models.attention import setup_attention
 from torchtitan_rd.optimizer import build_optimizer
+from torchtitan_rd.parallelism import GradientExchange
 from torchtitan_rd.preflight import preflight
 from torchtitan_rd.run_plan import RunPlan
 from torchtitan_rd.signals import StopRequest
@@ -88,6 +89,7 @@ class Builder:
             asked_to_stop=self.stop.received,
             has_saved=checkpointer.has_saved,
             token_weights=plan.token_weights,
+            exchange=GradientExchange(model, config.parallelism, config.training, mesh),
             counts=plan.dims.counts(self.environment.rank),
             positions=plan.positions,
         )

@@ -30,7 +30,7 @@ from torchtitan_rd.loss import (
 from torchtitan_rd.metrics import StepNumbers, StepResult
 from torchtitan_rd.model_spec import NO_INPUTS, ForwardInputs
 from torchtitan_rd.optimizer import take_back_counts, takes_flag, update_unless
-from torchtitan_rd.parallelism import ShardingKeys, StepSums, StepTotals, TilingKeys, prepare_microbatch
+from torchtitan_rd.parallelism import GradientExchange, ShardingKeys, StepSums, StepTotals, TilingKeys
 
 
 class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys, TilingKeys):
@@ -171,6 +171,7 @@ class TrainStep:
         has_saved: Callable[[], bool] = lambda: False,
         late: bool | None = None,
         token_weights: torch.Tensor | None = None,
+        exchange: GradientExchange | None = None,
         counts: bool = True,
         positions: range | None = None,
     ):
@@ -180,6 +181,8 @@ class TrainStep:
         asked_to_stop: whether a signal told this rank to stop (signals.py). has_saved: whether this
         rank has written its share of the checkpoint that is written in the background. late: see above;
         by default as it says. token_weights: `training.token_weights`, one for each logit.
+        exchange: how ranks sum gradients, as the keys say with which `model` was sharded;
+        by default as those keys' defaults.
         counts: whether this rank's tokens go into the sums over ranks: of ranks that compute the same, one.
         positions: those of each row that the model computes on this rank; None: all.
         """
@@ -194,9 +197,14 @@ class TrainStep:
         self.token_weights = None if token_weights is None else token_weights.to(device)
         self.positions = positions
         self.late = (device.type == "cuda" and takes_flag(optimizer, device)) if late is None else late
+
+        self.exchange = exchange or GradientExchange(model)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.counts = counts
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self.sums = StepSums(trained, device, loss_counts=counts)
+        self.sums = StepSums(
+            self.parameters, device, loss_counts=counts, is_first_copy=self.exchange.is_first_copy
+        )
+
         self.verdict = Verdict(config, device)
         self.readback = Readback(len(fields(StepNumbers)), device)
         self.stop_requested = False
@@ -220,10 +228,11 @@ class TrainStep:
         depths = []
         for number, batch in enumerate(batches):
             self.beat(step, f"microbatch {number + 1} of {len(batches)}")
-            prepare_microbatch(self.model, is_last=number == len(batches) - 1)
+            self.exchange.before_microbatch(is_last=number == len(batches) - 1)
             drawn = self.forward_inputs(step, number, batch)
             local_sum += self._backward(batch, valid, drawn)
             depths.append(drawn.num_steps)
+        self.exchange.after_backward(self.parameters, self.device)
 
         self.beat(step, "update")
         has_loss = valid.local_weight > 0

@@ -13,7 +13,8 @@ from torchtitan_rd.parallelism.activation_checkpoint import (
 from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
 from torchtitan_rd.parallelism.context_parallel import apply_context_parallel, sum_over_tokens
 from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig, groups_of, sharding_mesh
-from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp, kept_whole, prepare_microbatch
+from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp, kept_whole
+from torchtitan_rd.parallelism.gradient_exchange import GradientExchange, sums_copies_itself
 from torchtitan_rd.parallelism.init import init_weights
 from torchtitan_rd.parallelism.offload import apply_offload
 from torchtitan_rd.parallelism.step_sums import StepSums, StepTotals
@@ -28,6 +29,7 @@ from torchtitan_rd.parallelism.tiled_mlp import TilingKeys, apply_tiled_mlp
 __all__ = [
     "ActivationCheckpointConfig",
     "CompileConfig",
+    "GradientExchange",
     "ParallelDims",
     "ParallelismConfig",
     "ShardingKeys",
@@ -39,7 +41,6 @@ __all__ = [
     "groups_of",
     "init_weights",
     "parallelize",
-    "prepare_microbatch",
     "row_orders",
     "sharding_mesh",
     "sum_over_tokens",
@@ -80,8 +81,9 @@ def parallelize(
     apply_fsdp(
         model,
         plan,
-        sharding_mesh(mesh),
+        sharding_mesh(mesh, copies=not sums_copies_itself(mesh, parallelism.all_reduce_chunk_mb)),
         sharding,
         parallelism.fsdp_reshard_after_forward,
         loop_grad_dtype,
+        parallelism.fsdp_prefetch_units,
     )

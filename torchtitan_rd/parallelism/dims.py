@@ -39,6 +39,23 @@ class ParallelismConfig(Section):
     parameters are at most 4 GiB: it is needed again as soon as the few units behind it are done. always,
     never: without exception.
     """
+    fsdp_prefetch_units: int = Field(1, ge=1)
+    """How many units of FSDP (blocks, embedding, head) are gathered ahead of the one that computes, in
+    forward and in backward. 1: the next one alone. More hides gathers that take longer than a unit
+    computes, and holds as many more gathered units.
+    """
+    reduce_each_microbatch: bool = True
+    """Sum gradients over the ranks in every microbatch of a step. false: in the last one alone, which saves
+    a reduce-scatter of all gradients in each other one; until then each rank holds its own gradients of all
+    parameters, 4 bytes a parameter (2 with training.mixed_precision_reduce = "bfloat16"). With
+    fsdp_reshard_after_forward = "never" the parameters stay gathered from microbatch to microbatch too.
+    """
+    all_reduce_chunk_mb: int = Field(0, ge=0)
+    """With copies of the model (HSDP): sum the gradients over the copies when backward is over, in messages
+    of so many MiB, one after the other, of which each may hold several parameters. For networks that hang
+    on large or concurrent all-reduces; nothing of it overlaps backward. 0: by FSDP2, a message a unit, during
+    backward.
+    """
 
 
 @dataclass(frozen=True)
@@ -178,8 +195,9 @@ class ParallelDims:
         return mesh
 
 
-def sharding_mesh(mesh: DeviceMesh) -> DeviceMesh:
+def sharding_mesh(mesh: DeviceMesh, *, copies: bool = True) -> DeviceMesh:
     """The part of `build_mesh` that FSDP2 takes: 1-D, or 2-D with copies of the model (HSDP).
+    copies: False leaves them out; gradient_exchange.py then sums over them.
 
     The ranks that share a sequence hold different shards: so their gradients, each of other tokens, are
     summed with those of other rows.
@@ -188,7 +206,7 @@ def sharding_mesh(mesh: DeviceMesh) -> DeviceMesh:
     shard = mesh["dp_shard"]
     if "context" in names:
         shard = mesh["dp_shard", "context"]._flatten("dp_shard_context")  # the same one each time
-    if "dp_replicate" not in names:
+    if not copies or "dp_replicate" not in names:
         return shard
     return DeviceMesh._concatenate([mesh["dp_replicate"], shard])
 

@@ -3,7 +3,6 @@ HSDP when the mesh has two dimensions.
 """
 
 from dataclasses import replace
-from itertools import takewhile
 from typing import Literal
 
 import torch
@@ -53,6 +52,7 @@ def apply_fsdp(
     keys: ShardingKeys,
     reshard_after_forward: str,
     loop_grad_dtype: torch.dtype | None = None,
+    prefetch_units: int = 1,
 ) -> None:
     """Shards the units of `plan` and then the root, which takes what is left (tied weights among it).
 
@@ -61,6 +61,7 @@ def apply_fsdp(
 
     loop_grad_dtype: in which the uses of a weight inside a loop are summed;
     None: the type that it computes in.
+    prefetch_units: how many units are gathered ahead of the one that computes.
     """
     param_dtype = getattr(torch, keys.mixed_precision_param)
     precision = MixedPrecisionPolicy(
@@ -96,7 +97,7 @@ def apply_fsdp(
         shard(*names, reshard=always)
     shard("", reshard=always)
 
-    _prefetch_loop(model, plan)
+    _prefetch(model, plan, prefetch_units)
     if loop_grad_dtype is not None:
         for unit, _ in plan.loops:
             _sum_gradients_in(loop_grad_dtype, model.get_submodule(unit))
@@ -113,19 +114,36 @@ def gathered_bytes(module: nn.Module, dtype: torch.dtype) -> int:
     return sum(part.numel() for part in parts) * dtype.itemsize
 
 
-def _prefetch_loop(model: nn.Module, plan: WrapPlan) -> None:
-    """Starts the gathers of all units up to the first loop at the very beginning of forward, in their order.
+def _prefetch(model: nn.Module, plan: WrapPlan, units: int) -> None:
+    """Starts the gathers of `units` units ahead, and those up to the first loop at the beginning of forward.
 
     By default each gather is issued when the unit before it starts, so that of the loop, by far the largest,
     would overlap one small block alone. The prelude is gathered a little early for it. In backward torch
     itself gathers the unit before, and a loop that was not freed needs none.
     """
-    if not plan.loops:
+    if units == 1 and not plan.loops:
         return
-    loop, _ = plan.loops[0]
-    prelude = takewhile(lambda name: not name.startswith(f"{loop}."), plan.blocks)
-    early = (*(names[0] for names in plan.shard_only[:-1]), *prelude, loop)
-    _unit(model, "").set_modules_to_forward_prefetch([_unit(model, name) for name in early])
+    names = forward_order(plan)
+    root, order = _unit(model, ""), [_unit(model, name) for name in names]
+    early = names.index(plan.loops[0].unit) + 1 if plan.loops else 0
+    if units > 1:
+        early = max(early, units)
+        root.set_modules_to_backward_prefetch(order[-units:][::-1])
+        for i, unit in enumerate(order):
+            unit.set_modules_to_forward_prefetch(order[i + 1 : i + 1 + units])
+            unit.set_modules_to_backward_prefetch(order[max(i - units, 0) : i][::-1])
+    root.set_modules_to_forward_prefetch(order[:early])
+
+
+def forward_order(plan: WrapPlan) -> list[str]:
+    """The first name of each unit but the root."""
+
+    def unit_of(block: str) -> str:
+        return next((unit for unit, _ in plan.loops if block.startswith(f"{unit}.")), block)
+
+    blocks = dict.fromkeys(unit_of(block) for block in plan.blocks)
+    first, last = ([names[0] for names in part] for part in (plan.shard_only[:-1], plan.shard_only[-1:]))
+    return [*first, *blocks, *last]
 
 
 def _unit(model: nn.Module, name: str) -> FSDPModule:
@@ -134,19 +152,6 @@ def _unit(model: nn.Module, name: str) -> FSDPModule:
     if not isinstance(module, FSDPModule):
         raise TypeError(f"{name} is no unit of FSDP")
     return module
-
-
-def prepare_microbatch(model: nn.Module, *, is_last: bool) -> None:
-    """To be called before each microbatch of a step: copies of the model (HSDP) exchange gradients
-    in the last alone.
-
-    Until then each shard keeps the sum over its own microbatches, in the type of the reduction and at no
-    more than one sharded gradient of memory. A unit without a gradient in the last microbatch would keep it
-    for a later step: which units have one must not differ between the microbatches of a step. No effect
-    where there is one copy.
-    """
-    if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(is_last)
 
 
 def kept_whole(plan: WrapPlan, keys: ShardingKeys) -> tuple[str, ...]:

@@ -33,14 +33,22 @@ class StepSums:
     all-reduce and are whole afterwards. Ranks must agree on which parameters have a gradient.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], device: torch.device, *, loss_counts: bool = True):
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        device: torch.device,
+        *,
+        loss_counts: bool = True,
+        is_first_copy: bool = True,
+    ):
         """parameters: those that are trained. device: where losses are, and where the sum is made.
         loss_counts: whether this rank's loss goes into the sum: of ranks that have the same, one.
+        is_first_copy: False where another rank holds the same shards, and their placements do not say so.
         """
         self._sharded = [p for p in parameters if isinstance(p, DTensor)]
         self._whole = [p for p in parameters if not isinstance(p, DTensor)]
         # Replicas of a part hold equal gradients, and each square may count only once.
-        self._replicas = {p for p in self._sharded if not _is_first_replica(p)}
+        self._replicas = {p for p in self._sharded if not (is_first_copy and _is_first_replica(p))}
         self._loss_counts = loss_counts
         self._device = device
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
