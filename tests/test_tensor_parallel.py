@@ -113,7 +113,7 @@ def save(rank, world_size, case, folder):
 
 
 def load(rank, world_size, case, folder):
-    made = make(rank, world_size, merged(case, {"training": {"seed": 1}}))
+    made = make(rank, world_size, merged(case, case.sections, {"training": {"seed": 1}}))
     tensors = {"model": made.model.state_dict(), "optimizer": optimizer_state(made.model, made.optimizer)}
     checkpoints = checkpointer(folder, row_orders=made.orders)
     checkpoints.load(tensors)

@@ -60,8 +60,9 @@ class ArrangedLoadPlanner(DefaultLoadPlanner):
         plan = super().create_local_plan()
         pieces = pieces_of(self.state_dict, self.orders)
         items = [item for item in plan.items if item.dest_index.fqn not in pieces]
+        metadata: Any = self.metadata  # known by now, and a tensor's of each of these
         for key, of_key in pieces.items():
-            stored = self.metadata.state_dict_metadata[key]
+            stored = metadata.state_dict_metadata[key]
             items += create_read_items_for_chunk_list(key, stored, [piece.chunk for piece in of_key])
         return dataclasses.replace(plan, items=items)
 

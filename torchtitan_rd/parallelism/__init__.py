@@ -67,15 +67,16 @@ def parallelize(
     built before would hold the unsharded parameters and never get a gradient (docs/pytorch_traps.md, Order of
     wrapping).
     """
-    is_shared = tensor_plan is not None and "tensor" in (mesh.mesh_dim_names or ())
-    if is_shared:
+    around_graphs = None
+    if tensor_plan is not None and "tensor" in (mesh.mesh_dim_names or ()):
+        around_graphs = reading_before
         apply_tensor_parallel(model, tensor_plan, mesh["tensor"], kept_whole=kept_whole(plan, sharding))
     apply_context_parallel(model, plan, mesh)
     apply_tiled_mlp([model.get_submodule(name) for name in plan.feed_forwards], tiling.mlp_tile_tokens)
     blocks = {name: model.get_submodule(name) for name in plan.blocks}
     regions = [model.get_submodule(name) for name in checkpoint_regions(plan, activation_checkpoint)]
     apply_activation_checkpointing(regions, activation_checkpoint)
-    apply_compile(blocks, compile, around=reading_before if is_shared else None)
+    apply_compile(blocks, compile, around=around_graphs)
     apply_offload(regions, activation_checkpoint.offload)
     apply_fsdp(
         model,

@@ -26,7 +26,7 @@ from torchtitan_rd.parallelism.row_order import RowOrder
 from torchtitan_rd.parallelism.vocabulary import VocabularyPart
 
 SEQUENCE = 1  # of activations (B, S, E)
-View = Callable[[torch.Tensor], torch.Tensor]
+View = Callable[[Any], torch.Tensor]
 
 
 def check_tensor_degree(plan: TensorPlan, degree: int, seq_len: int) -> None:
@@ -97,7 +97,7 @@ def reading_before(block: nn.Module, compiled: Callable) -> Callable:
     """`compiled`, the forward of `block`, to which parameters are given as the plain tensors that they read
     as: in a graph that recomputes, torch.compile (2.13) does not take DTensors.
     """
-    readers = [module for module in block.modules() if hasattr(module, "_views")]
+    readers: list[Any] = [module for module in block.modules() if hasattr(module, "_views")]
 
     def forward(*args: Any) -> Any:
         for module in readers:
@@ -137,8 +137,9 @@ def _distribute(
             if name in views:
                 read[own] = _in_turn(_share_of_own_tokens, views[name])
         if read:
-            module.__class__ = _reading(type(module), tuple(read.items()))
-            module._views, module._read_before = read, None
+            reader: Any = module
+            reader.__class__ = _reading(type(module), tuple(read.items()))
+            reader._views, reader._read_before = read, None
 
 
 def _sharded(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
@@ -153,7 +154,7 @@ def _reading(base: type, views: tuple[tuple[str, View], ...]) -> type:
     """`base` whose parameters read as the views of them, under the names that they have."""
 
     def reader(name: str, view: View) -> property:
-        def read(module: nn.Module) -> torch.Tensor:
+        def read(module: Any) -> torch.Tensor:
             if module._read_before is not None:
                 return module._read_before[name]
             parameter = module._parameters[name]
@@ -188,7 +189,7 @@ def _in_turn(first: View, second: View) -> View:
 
 
 def _gather_and_scatter(module: nn.Module, shared: SharedModule, mesh: DeviceMesh) -> None:
-    first = module.get_submodule(next(iter(shared.columns)))
+    first: Any = module.get_submodule(next(iter(shared.columns)))
 
     def gather(module: nn.Module, args: tuple) -> tuple:
         x, *others = args
@@ -202,7 +203,7 @@ def _gather_and_scatter(module: nn.Module, shared: SharedModule, mesh: DeviceMes
     module.register_forward_hook(scatter)
 
 
-def _look_up_own_ids(embedding: nn.Module, mesh: DeviceMesh) -> None:
+def _look_up_own_ids(embedding: Any, mesh: DeviceMesh) -> None:
     def own_rows(tokens_BS: torch.Tensor) -> torch.Tensor:
         weight = embedding.weight
         row, is_own = VocabularyPart(mesh, weight.shape[0]).find(tokens_BS)
@@ -215,7 +216,7 @@ def _look_up_own_ids(embedding: nn.Module, mesh: DeviceMesh) -> None:
 def _predict_own_ids(head: nn.Module, mesh: DeviceMesh) -> None:
     """Logits, or the matrix that a fused read-out is given, become DTensors: the loss knows by it."""
 
-    def gather(module: nn.Module, args: tuple) -> tuple:
+    def gather(module: Any, args: tuple) -> tuple:
         x, *others = args
         dtype = next((other for other in others if isinstance(other, torch.dtype)), module.weight.dtype)
         return gather_tokens(x.to(dtype), mesh), *(
