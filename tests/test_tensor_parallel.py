@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from tests.checkpoint.common import checkpointer
 from tests.launch import launch, rows
-from tests.ranks import run_on_ranks
+from tests.ranks import run_on_ranks, stop_workers
 from tests.shared_rows_run import Case, make, on, train, whole
 from tests.small_run import GLOBAL_BATCH, batches_of
 from tests.test_ancestor_configs import NEURAL
@@ -25,6 +25,16 @@ SLOW = pytest.mark.slow
 # Two key heads for four of queries, embedding and head in one; rows of documents with borders at no cut.
 LLAMA = Case("llama3", overrides={"n_kv_heads": 2, "tie_word_embeddings": True}, document_mask=True)
 RAVEN = Case("raven")
+
+
+@pytest.fixture(autouse=True)
+def other_processes_for_other_layouts(request):
+    """DTensor remembers, for the life of a process, the groups of the first of several equal meshes."""
+    if request.node.get_closest_marker("slow"):
+        stop_workers()
+    yield
+    if request.node.get_closest_marker("slow"):
+        stop_workers()
 
 
 def test_a_llama_whose_ranks_share_matrices_trains_as_one_rank_does():
@@ -273,7 +283,7 @@ SMALL = {
 
 @SLOW
 def test_a_toml_of_gpt_neuro_loads_as_written_and_shrunk_trains_on_two_ranks_and_goes_on_on_one(tmp_path):
-    text = NEURAL.format(name="synthetic", dataset="synthetic", lr=3e-5, warmup=2000, steps=6, save=3)
+    text = NEURAL.format(name="synthetic", dataset="synthetic", lr=3e-5, warmup=2000, steps=6, save=3, log=1)
     for key, value in {
         "tensor_parallel_degree = 1": "tensor_parallel_degree = 8\nenable_loss_parallel = true",
         "compile = false": "compile = true",

@@ -138,7 +138,7 @@ def _distribute(
                 read[own] = _in_turn(_share_of_own_tokens, views[name])
         if read:
             reader: Any = module
-            reader.__class__ = _reading(type(module), tuple(read.items()))
+            reader.__class__ = _reading(reader.__class__, tuple(read.items()))
             reader._views, reader._read_before = read, None
 
 
