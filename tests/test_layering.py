@@ -43,6 +43,7 @@ PLACES = {
             "profiling",
             "heartbeat",
             "job",
+            "reliability",
             "signals",
         ),
         2,

@@ -99,6 +99,11 @@ class Environment:
         return torch.device("cuda", self.local_rank)
 
 
+def is_started_by_torchrun() -> bool:
+    """Whether this process's parent is a torchrun, which signals it, waits for it and restarts it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def expand_variables(text: str) -> str:
     """`$NAME` and `${NAME}` as a shell reads them; one that is not set stays as it is written."""
     return os.path.expandvars(text)

@@ -61,12 +61,14 @@ class StopRequest:
 
     ends_at_once: whether a signal raises Interrupted in the main thread (once),
         instead of waiting for a step's end.
+    cause: why this process asked itself (`ask`); None where somebody else did.
     agreed: whether all ranks know of a request, through `agree`.
     lost: says what would be lost if the process ended now. record: writes that it does, with the reason.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.cause: str | None = None
         self.ends_at_once = True
         self.agreed = False
         self.lost: Callable[[], str] = lambda: "training had not begun"
@@ -99,7 +101,15 @@ class StopRequest:
 
     def reason(self) -> str:
         """For `exit_status.json`."""
+        if self.cause is not None:
+            return self.cause
         return f"received {self.signal_name}" if self.received() else "another rank was told to stop"
+
+    def ask(self, cause: str) -> None:
+        """Asks for an end as a SIGTERM does; for any thread."""
+        logger.error("%s", cause)
+        self.cause = cause
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def agree(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop, the same on all. Collective;
@@ -140,7 +150,7 @@ class StopRequest:
             readable, _, _ = select.select([self._pipe], [], [], UNWINDING if self._is_deaf() else None)
             if not readable:
                 if self._is_deaf():
-                    self._end(f"received {self.signal_name} while waiting, for a peer perhaps")
+                    self.end(f"received {self.signal_name} while waiting, for a peer perhaps")
                 continue
             numbers = os.read(self._pipe, 64)
             for number in numbers:
@@ -165,15 +175,15 @@ class StopRequest:
             plan = "stopping" if self.ends_at_once else "finishing this step, then stopping"
             logger.warning("received %s: %s", name, plan)
         elif self._count > 2 and since < HASTE:
-            self._end(f"received {name} three times, the last within {HASTE:g} s")
+            self.end(f"received {name} three times, the last within {HASTE:g} s")
         else:
             logger.warning(
                 "received %s again: still stopping; another one within %g s ends the run at once (%s)",
                 *(name, HASTE, self.lost()),
             )
 
-    def _end(self, reason: str) -> None:
-        """Ends the process whatever the main thread does."""
+    def end(self, reason: str) -> None:
+        """Ends the process whatever the main thread does; for any thread."""
         reason = f"{reason}: ended at once; {self.lost()}"
         logger.error("%s", reason)
         self.record(reason)

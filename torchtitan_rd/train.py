@@ -6,7 +6,7 @@ python -m torchtitan_rd.train --job.config_file train_configs/debug.toml      # 
 
 import json
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from torchtitan_rd.metrics import StepResult
 from torchtitan_rd.optimizer import optimizer_state, set_lr
 from torchtitan_rd.parts import Builder, Parts
 from torchtitan_rd.profiling import Profiler
+from torchtitan_rd.reliability.launcher import launcher_watched
 from torchtitan_rd.run_plan import RunPlan
 from torchtitan_rd.signals import (
     EXIT_STATUS,
@@ -70,7 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     # First of all and until all is closed: whatever this waits for, a signal must not end it in the midst.
     with StopRequest() as stop:
-        return _main(arguments, stop)
+        # A process that was started by hand may outlive its shell.
+        watched = launcher_watched(stop.ask, stop.end) if job.is_started_by_torchrun() else nullcontext()
+        with watched:
+            return _main(arguments, stop)
 
 
 def _main(arguments: list[str], stop: StopRequest) -> int:
