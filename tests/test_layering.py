@@ -71,6 +71,7 @@ ALLOWED_NEIGHBOURS = {
     ("config", "old_keys"),
     ("config", "huginn_config"),
     ("huginn_config", "huginn_keys"),
+    ("job", "reliability"),
 }
 
 
