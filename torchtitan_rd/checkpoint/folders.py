@@ -137,6 +137,16 @@ class CheckpointFolder:
                 logger.warning("removing %s, left by a run that died", self.root / match[0])
                 shutil.rmtree(self.root / match[0])
 
+    def remove_unwanted(self) -> list[Path]:
+        """Removes all that was set aside and all leftovers; returns what it was. As `remove_leftovers`."""
+        removed = []
+        for match in [*self._named(SET_ASIDE), *self._named(LEFTOVER)]:
+            path = self.root / match[0]
+            if _is_real_folder(path):
+                shutil.rmtree(path)
+                removed.append(path)
+        return sorted(removed)
+
     def require_free(self, needed: int) -> None:
         """Raises CheckpointError unless `needed` bytes are free."""
         free = self.free_bytes()
