@@ -154,6 +154,9 @@ _end_of() {  # $1: the status of the run, $2: the exit code of torchrun
         stopped)
             echo "stopped by a signal, and no checkpoint saved of that step: not requeued" >&2
             return 130 ;;
+        looping)
+            echo "one step fails each time: not started again (failures.json in the dump folder tells)" >&2
+            return 3 ;;
         "")
             if [ -n "$was_signalled" ]; then
                 echo "stopped by a signal before the run began" >&2

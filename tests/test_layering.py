@@ -62,6 +62,7 @@ PLACES = {
     "run_plan": 5,
     "budget": 6,
     "parts": 6,
+    "run_state": 6,
     "train": 7,
     "commands": 8,
     "__main__": 9,
@@ -72,6 +73,7 @@ ALLOWED_NEIGHBOURS = {
     ("config", "huginn_config"),
     ("huginn_config", "huginn_keys"),
     ("job", "reliability"),
+    ("run_state", "parts"),
 }
 
 

@@ -41,7 +41,7 @@ UNWINDING = 10.0
 peer in C++).
 """
 
-Status = Literal["finished", "preempted", "stopped", "failed"]
+Status = Literal["finished", "preempted", "stopped", "failed", "looping"]
 
 
 class Interrupted(BaseException):
@@ -192,8 +192,9 @@ class StopRequest:
 
 def write_exit_status(
     folder: Path, status: Status, step: int, reason: str = "", rank: int = 0, replace: bool = False
-) -> None:
+) -> bool:
     """`exit_status.json`, by which the launch scripts decide whether to requeue: only a preempted run is.
+    Returns whether it holds this word now.
 
     The first rank that writes is the one that tells: the others often fail only because it has. replace:
     writes in place of what is there, an earlier run's perhaps. Best effort, since it often tells of the full
@@ -205,26 +206,29 @@ def write_exit_status(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staged.write_text(json.dumps(told) + "\n")
-        if replace:
-            staged.replace(path)
-        else:
-            _publish(staged, path)
+        if not replace:
+            return _publish(staged, path)
+        staged.replace(path)
+        return True
     except OSError as error:
         logger.warning("cannot write %s: %s", path, error.strerror or error)
+        return False
     finally:
         with suppress(OSError):
             staged.unlink(missing_ok=True)
 
 
-def _publish(staged: Path, path: Path) -> None:
-    """Makes `staged` visible as `path` at once, unless that is there already."""
+def _publish(staged: Path, path: Path) -> bool:
+    """Makes `staged` visible as `path` at once, unless that is there already; returns whether it did."""
     try:
         os.link(staged, path)  # unlike a rename it does not replace
     except FileExistsError:
-        pass
+        return False
     except OSError:  # a file system without hard links
-        if not path.exists():
-            staged.replace(path)
+        if path.exists():
+            return False
+        staged.replace(path)
+    return True
 
 
 def remove_exit_status(folder: Path) -> bool:

@@ -1,0 +1,96 @@
+"""What a run saves and goes on from: tensors, position in the data, generators."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchtitan_rd import job
+from torchtitan_rd.config import JobConfig
+from torchtitan_rd.conversion.dcp import open_dcp
+from torchtitan_rd.conversion.pipeline import to_hf, warn_of_another_tokenizer, with_tokenizer
+from torchtitan_rd.conversion.weights import cast_weights
+from torchtitan_rd.data import merge_states
+from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.log import logger
+from torchtitan_rd.masking import mask_text
+from torchtitan_rd.optimizer import optimizer_state
+from torchtitan_rd.parts import Parts
+from torchtitan_rd.run_plan import RunPlan
+
+
+def tensors_of(parts: Parts) -> dict[str, dict[str, torch.Tensor]]:
+    """Parameters, and the optimizer's state, by name; a load fills them in place."""
+    return {
+        "model": dict(parts.model.state_dict()),
+        "optimizer": optimizer_state(parts.model, parts.optimizer),
+    }
+
+
+def state_of(parts: Parts, step: int, tokens_seen: int) -> dict[str, Any]:
+    """All that is not a tensor, the same on every rank. Collective."""
+    return {
+        "step": step,
+        "tokens_seen": tokens_seen,
+        "data": merge_states(job.gather(parts.loader.state_dict())),
+    }
+
+
+def restore(
+    parts: Parts, plan: RunPlan, config: JobConfig, environment: job.Environment
+) -> dict[str, Any] | None:
+    """Goes on from the newest checkpoint, else starts from given weights, else from the initial ones.
+
+    Returns the state of the checkpoint; None if the run starts at step 1. Collective.
+    """
+    tensors = tensors_of(parts)
+    state = parts.checkpointer.load(tensors)
+    if state is None:
+        loaded = parts.checkpointer.load_initial(tensors["model"])
+        tokenized = any(one.row.needs_tokenizer for one in plan.sets)
+        tokenizer = plan.tokenizer if tokenized else None
+        if loaded is not None and tokenizer is not None and environment.rank == 0:
+            warn_of_another_tokenizer(loaded, config.model.tokenizer_path, tokenizer)
+        logger.info("starting at step 1")
+        return None
+    take_up(parts, state, environment)
+    logger.info(
+        "resuming after step %d of %d (%d tokens)", state["step"], config.training.steps, state["tokens_seen"]
+    )
+    return state
+
+
+def take_up(parts: Parts, state: dict[str, Any], environment: job.Environment) -> None:
+    """The position in the data and the generators of a checkpoint's state, as far as it has them."""
+    if "data" in state:
+        parts.loader.load_state_dict(state["data"])
+    if rng := job.own_rng_state(state.get("rng"), environment):
+        job.set_rng_state(rng)
+
+
+def save_seed(parts: Parts, step: int) -> None:
+    """`step-0`: the weights that a run starts from, whatever the number of its ranks."""
+    if step > 0:
+        raise CheckpointError(
+            "checkpoint.create_seed_checkpoint: this run has checkpoints; use another folder"
+        )
+    parts.checkpointer.save(0, {"model": tensors_of(parts)["model"]}, {})
+
+
+def export_hf(parts: Parts, step: int, export_dtype: str) -> None:
+    """Writes a saved step as a Hugging Face folder, on one rank. Collective."""
+
+    def write(checkpoint: Path, folder: Path) -> None:
+        weights = cast_weights(open_dcp(checkpoint), getattr(torch, export_dtype))
+        to_hf(with_tokenizer(weights), folder, verify=False)
+        logger.info("exported %s", folder)
+
+    parts.checkpointer.export(step, write)
+
+
+def write_documents(parts: Parts, config: JobConfig, dump_folder: Path) -> None:
+    """What runs, and on what data, for people; on one rank."""
+    config.write(dump_folder / "config.toml")
+    record = mask_text(json.dumps(parts.loader.record, indent=1))
+    (dump_folder / "data.json").write_text(record, encoding="utf-8")
