@@ -26,6 +26,7 @@ from torchtitan_rd.metrics import Metrics
 from torchtitan_rd.models.attention import setup_attention
 from torchtitan_rd.optimizer import build_optimizer
 from torchtitan_rd.preflight import preflight
+from torchtitan_rd.reliability.stragglers import Stragglers
 from torchtitan_rd.run_plan import RunPlan
 from torchtitan_rd.signals import StopRequest
 from torchtitan_rd.train_step import TrainStep
@@ -43,6 +44,7 @@ class Parts:
     held_out: list[Batch]
     model: nn.Module
     optimizer: Optimizer
+    stragglers: Stragglers
     heartbeat: Heartbeat
     metrics: Metrics
     checkpointer: Checkpointer
@@ -74,7 +76,8 @@ class Builder:
         # Before anything is written there: a run that is refused leaves no trace in the other one's folder.
         lock = lock_folder()
         job.make_traces_folder(self.device, config.comm, self._dump_folder)
-        heartbeat = self._heartbeat()
+        stragglers = Stragglers()
+        heartbeat = self._heartbeat(stragglers)
         metrics = self._metrics()
         checkpointer = self._checkpointer(lock)
 
@@ -89,7 +92,8 @@ class Builder:
             has_saved=checkpointer.has_saved,
             token_weights=plan.token_weights,
         )
-        return Parts(mesh, loader, held_out, model, optimizer, heartbeat, metrics, checkpointer, train_step)
+        watch = (stragglers, heartbeat)
+        return Parts(mesh, loader, held_out, model, optimizer, *watch, metrics, checkpointer, train_step)
 
     @property
     def _dump_folder(self) -> Path:
@@ -127,7 +131,7 @@ class Builder:
         job.set_timeouts(mesh, config.comm.init_timeout_seconds)
         return loader, held_out
 
-    def _heartbeat(self) -> Heartbeat:
+    def _heartbeat(self, stragglers: Stragglers) -> Heartbeat:
         comm, environment = self.config.comm, self.environment
         heartbeat = Heartbeat(
             self._dump_folder / "heartbeat",
@@ -138,6 +142,7 @@ class Builder:
             first_time=comm.init_timeout_seconds / 2,
             local_rank=environment.local_rank,
             local_world_size=environment.local_world_size,
+            on_beat=stragglers.beat,
         )
         self.closing.callback(heartbeat.close)
         return heartbeat

@@ -326,6 +326,7 @@ class Trainer:
         if self.config.validation.is_due(self.step, self.config.training.steps):
             extra |= self._validate()
         extra |= self.parts.loader.describe(job.gather_numbers)
+        extra |= self.parts.stragglers.report(job.gather_numbers)
         data_hash = hash_ids(batches) if self.config.metrics.log_data_hash else None
         self.parts.metrics.log(
             self.step, lr=lr, tokens_seen=self.tokens_seen, data_hash=data_hash, extra=extra
