@@ -20,7 +20,7 @@ from torchtitan_rd.checkpoint.lock import FolderLock
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.conversion.pipeline import open_released
 from torchtitan_rd.conversion.reader import WeightsReader
-from torchtitan_rd.data import BatchLoader, DataRanks, build_dataloader
+from torchtitan_rd.data import BatchLoader, BatchQueue, DataRanks, build_dataloader
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.metrics import Metrics
 from torchtitan_rd.models.attention import setup_attention
@@ -35,12 +35,13 @@ from torchtitan_rd.validation import held_out_set
 
 @dataclass(frozen=True)
 class Parts:
-    """mesh: of the ranks. held_out: this rank's batches of the validation set.
-    The others say it themselves.
+    """mesh: of the ranks. queue: of the batches that `loader` reads. held_out: this rank's batches of the
+    validation set. The others say it themselves.
     """
 
     mesh: DeviceMesh
     loader: BatchLoader
+    queue: BatchQueue
     held_out: list[Batch]
     model: nn.Module
     optimizer: Optimizer
@@ -92,8 +93,9 @@ class Builder:
             has_saved=checkpointer.has_saved,
             token_weights=plan.token_weights,
         )
+        data = (loader, BatchQueue(loader, plan.batch, config.training.skip_batches), held_out)
         watch = (stragglers, heartbeat)
-        return Parts(mesh, loader, held_out, model, optimizer, *watch, metrics, checkpointer, train_step)
+        return Parts(mesh, *data, model, optimizer, *watch, metrics, checkpointer, train_step)
 
     @property
     def _dump_folder(self) -> Path:

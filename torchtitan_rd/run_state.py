@@ -17,6 +17,7 @@ from torchtitan_rd.log import logger
 from torchtitan_rd.masking import mask_text
 from torchtitan_rd.optimizer import optimizer_state
 from torchtitan_rd.parts import Parts
+from torchtitan_rd.reliability.rollback import Rollbacks, Spike
 from torchtitan_rd.run_plan import RunPlan
 
 
@@ -30,11 +31,8 @@ def tensors_of(parts: Parts) -> dict[str, dict[str, torch.Tensor]]:
 
 def state_of(parts: Parts, step: int, tokens_seen: int) -> dict[str, Any]:
     """All that is not a tensor, the same on every rank. Collective."""
-    return {
-        "step": step,
-        "tokens_seen": tokens_seen,
-        "data": merge_states(job.gather(parts.loader.state_dict())),
-    }
+    data = merge_states(job.gather(parts.loader.state_dict()))
+    return {"step": step, "tokens_seen": tokens_seen, "data": {**data, "batch": parts.queue.number}}
 
 
 def restore(
@@ -65,6 +63,8 @@ def take_up(parts: Parts, state: dict[str, Any], environment: job.Environment) -
     """The position in the data and the generators of a checkpoint's state, as far as it has them."""
     if "data" in state:
         parts.loader.load_state_dict(state["data"])
+        # Checkpoints of earlier versions are of runs that passed over nothing.
+        parts.queue.number = state["data"].get("batch", state["step"])
     if rng := job.own_rng_state(state.get("rng"), environment):
         job.set_rng_state(rng)
 
@@ -94,3 +94,26 @@ def write_documents(parts: Parts, config: JobConfig, dump_folder: Path) -> None:
     config.write(dump_folder / "config.toml")
     record = mask_text(json.dumps(parts.loader.record, indent=1))
     (dump_folder / "data.json").write_text(record, encoding="utf-8")
+
+
+def roll_back(
+    parts: Parts, rollbacks: Rollbacks, spike: Spike, environment: job.Environment
+) -> dict[str, Any] | None:
+    """Goes back to a checkpoint from before `spike`, and on past its batches; returns the checkpoint's state.
+
+    None, with nothing changed, if there is no such checkpoint. Collective. Raises TrainingError if there have
+    been too many.
+    """
+    rollbacks.refuse_one_too_many(spike)
+    parts.train_step.settle()
+    # The update before the spike's step may be what spoilt it, so it goes too.
+    state = parts.checkpointer.go_back(tensors_of(parts), before=spike.step - 1)
+    if state is None:
+        logger.warning("%s: there is no checkpoint from before to go back to; training goes on", spike)
+        return None
+    take_up(parts, state, environment)
+    parts.queue.pass_over(rollbacks.add(spike, state["step"]))
+    parts.train_step.saved = False
+    parts.metrics.close()  # as after a restart: rows of the steps that are run again go
+    parts.metrics.start(state["step"], state["tokens_seen"])
+    return state

@@ -6,6 +6,7 @@ python -m torchtitan_rd.train --job.config_file train_configs/debug.toml      # 
 
 import sys
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from torchtitan_rd.optimizer import set_lr
 from torchtitan_rd.parts import Builder, Parts
 from torchtitan_rd.profiling import Profiler
 from torchtitan_rd.reliability.launcher import launcher_watched
+from torchtitan_rd.reliability.replay import replay
 from torchtitan_rd.reliability.restarts import LOOPING, FailureCount
+from torchtitan_rd.reliability.rollback import Rollbacks, SpikeWatch
 from torchtitan_rd.run_plan import RunPlan
 from torchtitan_rd.signals import (
     EXIT_STATUS,
@@ -114,6 +117,9 @@ class Trainer:
         self.tokens_seen = 0
         self.has_opened_outputs = False
         self._parts: Parts | None = None
+        self._spikes = SpikeWatch(config.training)
+        self._rollbacks = Rollbacks(self.dump_folder, config.training, writes=environment.rank == 0)
+        self._unjudged: StepResult | None = None  # the last step's, where numbers come late
         self._failures = FailureCount(self.dump_folder, config.as_dict())
 
     def _make_plan(self, tokenizer: Tokenizer | None) -> RunPlan:
@@ -271,10 +277,12 @@ class Trainer:
         state = run_state.restore(self.parts, self.plan, self.config, self.environment)
         if state is not None:
             self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        made = self._rollbacks.read(is_new_run=state is None) if self.environment.rank == 0 else []
+        self.parts.queue.pass_over(self._rollbacks.take(job.gather(made)[0]))
 
     def _train(self, profiler: Profiler) -> bool:
         """The loop. Returns False if it ended because of a signal."""
-        config, parts, batch = self.config, self.parts, self.plan.batch
+        config, parts = self.config, self.parts
         total_steps, started_at = config.training.steps, self.step
         collector = job.GarbageCollector(config.training.gc_freq)
         if started_at >= total_steps:
@@ -287,9 +295,11 @@ class Trainer:
 
             parts.heartbeat.beat(self.step, "data")
             with parts.metrics.time_data():
-                batches = parts.loader.next_step(batch.stages_at(self.step))
-            self.tokens_seen += batch.rows_at(self.step) * config.training.seq_len
+                batches = parts.queue.next()
+            self.tokens_seen += parts.queue.rows() * config.training.seq_len
 
+            if config.training.replays_at(self.step):
+                self._replay(batches)
             lr = set_lr(parts.optimizer, lr_factor(config.lr_scheduler, self.step, total_steps))
             is_logged = parts.metrics.should_log(self.step) or config.validation.is_due(
                 self.step, total_steps
@@ -298,6 +308,8 @@ class Trainer:
             with self.plan.draws.watch(parts.model, watching=watching) as telemetry:
                 result = parts.train_step(self.step, batches, self.tokens_seen)
             parts.metrics.add(result)
+            if config.training.on_spike == "rollback" and self._rolled_back(result):
+                continue
 
             if is_logged:
                 self._log(result, batches, lr=lr, telemetry=telemetry)
@@ -314,6 +326,31 @@ class Trainer:
                 job.shorten_timeouts(config.comm, parts.mesh)
         return True
 
+    def _replay(self, batches: list[Batch]) -> None:
+        training = self.config.training
+        run = partial(self.parts.train_step.rehearse, self.step, batches)
+        exact = training.deterministic or self.device.type == "cpu"
+        with self.parts.metrics.pause("replay"):
+            replay(run, job.gather, training, step=self.step, gradients=exact)
+
+    def _rolled_back(self, result: StepResult) -> bool:
+        """Looks at the loss that is known by now, where that is late the step before's: after a spike the run
+        stands where a checkpoint from before it does. Collective.
+        """
+        self._spikes.began(self.step, self.parts.queue.number)
+        known, self._unjudged = (self._unjudged, result) if self.parts.train_step.late else (result, None)
+        if known is None or known.numbers.skipped:
+            return False
+        spike = self._spikes.judge(known.step, known.loss, seen_at=self.step)
+        if spike is None:
+            return False
+        self.parts.heartbeat.beat(self.step, "rollback")
+        state = run_state.roll_back(self.parts, self._rollbacks, spike, self.environment)
+        if state is None:
+            return False
+        self.step, self.tokens_seen, self._unjudged = state["step"], state["tokens_seen"], None
+        return True
+
     def _stop_early(self) -> None:
         self.parts.train_step.settle()  # a last update that must not be ends the run as such
         saved = self.config.checkpoint.enable
@@ -327,6 +364,7 @@ class Trainer:
             extra |= self._validate()
         extra |= self.parts.loader.describe(job.gather_numbers)
         extra |= self.parts.stragglers.report(job.gather_numbers)
+        extra |= {"batch": self.parts.queue.number} if self.parts.queue.passes_over else {}
         data_hash = hash_ids(batches) if self.config.metrics.log_data_hash else None
         self.parts.metrics.log(
             self.step, lr=lr, tokens_seen=self.tokens_seen, data_hash=data_hash, extra=extra

@@ -188,8 +188,20 @@ class Checkpointer:
         """
         if not self.config.enable:
             return None
-        candidates = self._ranks.from_rank0(self._candidates)
+        return self._load_first(tensors, self._ranks.from_rank0(self._candidates))
 
+    def go_back(self, tensors: Tensors, before: int) -> dict[str, Any] | None:
+        """As `load`, in the midst of a run, from the newest good checkpoint of a step below `before`; all
+        later ones are set aside as superseded. Without one it changes nothing and returns None.
+        """
+        self.wait()
+        older = self._ranks.from_rank0(lambda: [n for n in self._folder.steps() if n < before])
+        state = self._load_first(tensors, older)
+        if state is not None:
+            self._ranks.from_rank0(lambda: self._folder.set_aside_from(state["step"], None))
+        return state
+
+    def _load_first(self, tensors: Tensors, candidates: Iterable[int]) -> dict[str, Any] | None:
         refused: dict[str, list[str]] = {}
         for step in candidates:
             path = self._folder.root / f"step-{step}"

@@ -79,17 +79,18 @@ class CheckpointFolder:
         fsync(self.root)
         return target.name
 
-    def set_aside_from(self, step: int, own_name: str) -> None:
-        """Sets aside what an abandoned branch left at `step` or later, before `own_name` is committed there.
+    def set_aside_from(self, step: int, own_name: str | None) -> None:
+        """Sets aside what an abandoned branch left at `step` or later, before `own_name` is committed there;
+        None: after `step`, where the checkpoint stays.
 
         It happens after `checkpoint.load_step` went back: a later resume must not mix the two branches,
         and an export of the abandoned one must not pass for this one's.
         """
         later = sorted(n for n in self.steps() if n > step)
-        stale = [own_name, *(f"step-{n}" for n in later)]
+        stale = [*([own_name] if own_name else []), *(f"step-{n}" for n in later)]
         exports = {m[0]: int(m[1]) for m in self._named(EXPORT)}
         for name, of_step in sorted(exports.items()):
-            if of_step > step or (of_step == step and _is_checkpoint(self.root / own_name)):
+            if of_step > step or (of_step == step and own_name and _is_checkpoint(self.root / own_name)):
                 stale.append(name)
         for name in dict.fromkeys(stale):
             if _is_checkpoint(self.root / name) or (name in exports and _is_real_folder(self.root / name)):
