@@ -348,7 +348,8 @@ class Trainer:
         state = run_state.roll_back(self.parts, self._rollbacks, spike, self.environment)
         if state is None:
             return False
-        self.step, self.tokens_seen, self._unjudged = state["step"], state["tokens_seen"], None
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        self._unjudged = None
         return True
 
     def _stop_early(self) -> None:

@@ -110,6 +110,7 @@ def _entry(path: Path, kind: str, hashes: bool) -> Entry:
         if hashes and complete:
             problems = verify(path)
             verified = not problems
+
     return Entry(
         path.name,
         kind,

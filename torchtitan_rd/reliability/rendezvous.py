@@ -70,6 +70,7 @@ def _connect(meeting: Meeting) -> dist.Store:
     )
     waiting.daemon = True
     waiting.start()
+
     try:
         return dist.TCPStore(
             meeting.address,
@@ -82,6 +83,7 @@ def _connect(meeting: Meeting) -> dist.Store:
         )
     except (RuntimeError, ValueError) as error:  # torch's DistError is a RuntimeError
         reason = str(error).splitlines()[0]
+
         if meeting.is_host:
             raise ClusterError(
                 f"rank {meeting.rank} cannot open the rendezvous at {meeting.place}: {reason}; is the port "

@@ -58,6 +58,7 @@ def replay(
     gradients: whether those repeat bit for bit on this machine. gather: of job.py. Collective. Raises
     ClusterError on all ranks, or warns, if anything differs.
     """
+    stops = keys.on_replay_mismatch == "stop"
     first, second = run(), run()
     differs = [first[0] != second[0], gradients and first[1] != second[1]]
     found = gather(differs)
@@ -76,7 +77,7 @@ def replay(
         "network computes wrongly (heartbeat/rank_R.json names the host); take that node out, and go on from "
         "a checkpoint of the last replay without a difference, or an older one (checkpoint.load_step)"
     )
-    if keys.on_replay_mismatch == "stop":
+    if stops:
         raise ClusterError(text)
     logger.warning("%s", text)
 

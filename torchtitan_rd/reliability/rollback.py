@@ -94,7 +94,8 @@ class Rollbacks:
     """Those of a run, in `folder`; on rank 0 (`writes`) written there."""
 
     def __init__(self, folder: Path, keys: SpikeKeys, *, writes: bool):
-        self._path, self._most, self._writes = folder / ROLLBACKS, keys.max_rollbacks, writes
+        self._path, self._writes = folder / ROLLBACKS, writes
+        self._most = keys.max_rollbacks
         self._made: list[dict] = []
 
     def read(self, *, is_new_run: bool) -> list[dict]:
