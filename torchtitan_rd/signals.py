@@ -72,7 +72,7 @@ class StopRequest:
         self.ends_at_once = True
         self.agreed = False
         self.lost: Callable[[], str] = lambda: "training had not begun"
-        self.record: Callable[[str], None] = lambda reason: None
+        self.record: Callable[[str], object] = lambda reason: None
         self._has_interrupted = False
         self._count, self._last_time = 0, -SAME_EVENT
 
