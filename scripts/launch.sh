@@ -44,18 +44,39 @@ PY
 
 # torchrun on this node, with these arguments. It answers one signal: it passes it to its ranks and waits for them to save. A
 # second one would end it and leave them alone, so further ones go straight to the ranks, which know what they mean
-# (torchtitan_rd/signals.py).
+# (torchtitan_rd/signals.py). If this shell is killed torchrun is too, and the ranks end when they miss it
+# (torchtitan_rd/reliability/launcher.py).
 _torchrun() {
-    local torchrun= code was_told=
+    local torchrun= watch= code was_told= shell=$BASHPID
     trap '_pass_on' TERM INT USR1 HUP QUIT  # before there is anything that this shell's death would leave alone
     set -m  # a process group of its own: a terminal's Ctrl-C comes to this shell alone, and from here once
     python -m torch.distributed.run "$@" &
     torchrun=$!
+    # It has no output, so that whoever reads the shell's need not wait for its `sleep`.
+    _kill_without "$shell" "$torchrun" </dev/null >/dev/null 2>&1 &
+    watch=$!
+    disown "$watch"  # bash would tell of its end
     set +m
     [ -z "$was_told" ] || kill -TERM "$torchrun" 2>/dev/null
     _wait_for "$torchrun"; code=$?
+    kill "$watch" 2>/dev/null
     trap - TERM INT USR1 HUP QUIT
     return "$code"
+}
+
+_kill_without() {  # in a subshell of process $1: kills process $2 once $1 has died
+    local own=$BASHPID
+    trap - TERM INT USR1 HUP QUIT
+    while [ "$(_parent_of "$own")" = "$1" ]; do  # `kill -0` would take a zombie for a living one
+        sleep 1
+    done
+    kill -KILL "$2"
+}
+
+_parent_of() {  # not every system has the file, not every container the program
+    local parent
+    { read -r _ _ _ parent _ <"/proc/$1/stat" || parent=$(ps -o ppid= -p "$1"); } 2>/dev/null
+    echo $((parent))
 }
 
 _pass_on() {
@@ -133,6 +154,9 @@ _end_of() {  # $1: the status of the run, $2: the exit code of torchrun
         stopped)
             echo "stopped by a signal, and no checkpoint saved of that step: not requeued" >&2
             return 130 ;;
+        looping)
+            echo "one step fails each time: not started again (failures.json in the dump folder tells)" >&2
+            return 3 ;;
         "")
             if [ -n "$was_signalled" ]; then
                 echo "stopped by a signal before the run began" >&2

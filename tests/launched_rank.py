@@ -5,6 +5,9 @@
     # Each step, from the FROMth on, is so much longer:
     python -m tests.launched_rank --slow SECONDS [FROM] -- ...
 
+    # On one rank alone:
+    python -m tests.launched_rank --slow-rank RANK SECONDS -- ...
+
     # So is the reading of the data; FILE.RANK says when:
     python -m tests.launched_rank --slow-start SECONDS FILE -- ...
 
@@ -64,6 +67,11 @@ def slow(seconds: float, first: int = 1) -> None:
     TrainStep.__call__ = slowed
 
 
+def slow_rank(rank: int, seconds: float) -> None:
+    if int(os.environ["RANK"]) == rank:
+        slow(seconds)
+
+
 def slow_start(seconds: float, file: str) -> None:
     build = parts.build_dataloader
 
@@ -82,6 +90,8 @@ if __name__ == "__main__":
         die_at(*map(int, options[1:]))
     elif options[:1] == ["--slow"]:
         slow(float(options[1]), *map(int, options[2:]))
+    elif options[:1] == ["--slow-rank"]:
+        slow_rank(int(options[1]), float(options[2]))
     elif options[:1] == ["--slow-start"]:
         slow_start(float(options[1]), options[2])
     elif options[:1] == ["--fail-at"]:

@@ -264,8 +264,13 @@ def test_every_declared_key_is_read_by_the_code(keys_read, tmp_path):
         if (info.annotation.__name__, key) not in keys_read
     ]
     # Read on the way to a device or a library that is not here; and while a config is loaded,
-    # which names its own file.
-    only_elsewhere = {"metrics.wandb_project", "comm.trace_buf_size", "comm.save_traces_folder"}
+    # which names its own file; and where ranks meet.
+    only_elsewhere = {
+        "metrics.wandb_project",
+        "comm.trace_buf_size",
+        "comm.save_traces_folder",
+        "comm.rendezvous_timeout_seconds",
+    }
     text = "".join(path.read_text() for path in SOURCES)
     assert set(unread) <= {*only_elsewhere, "job.config_file"}, unread
     assert all(re.search(rf"\.{key.split('.')[1]}\b", text) for key in only_elsewhere)
@@ -303,6 +308,9 @@ def runs_that_reach_every_key(tmp_path):
             "--checkpoint.last_save_model_only",
             "--checkpoint.last_save_in_hf",
             "--checkpoint.interval=2",
+            "--training.on_spike=rollback",
+            "--training.spike_window=3",
+            "--training.replay_interval=2",
             *trapezoid,
             *profiled,
         ),

@@ -44,6 +44,7 @@ PLACES = {
             "profiling",
             "heartbeat",
             "job",
+            "reliability",
             "signals",
         ),
         2,
@@ -63,6 +64,7 @@ PLACES = {
     "run_plan": 5,
     "budget": 6,
     "parts": 6,
+    "run_state": 6,
     "train": 7,
     "commands": 8,
     "__main__": 9,
@@ -74,6 +76,8 @@ ALLOWED_NEIGHBOURS = {
     ("huginn_config", "huginn_keys"),
     ("huginn_config", "huginn_mixture"),
     ("huginn_mixture", "huginn_keys"),
+    ("job", "reliability"),
+    ("run_state", "parts"),
 }
 
 

@@ -14,7 +14,7 @@ from tests.fork_server import run_python
 from tests.launch import Run, launch, wait_for_step
 from tests.ranks import run_on_ranks
 from tests.small_run import Setup, batches_of, make
-from torchtitan_rd import parts, train, validation
+from torchtitan_rd import parts, run_state, train, validation
 from torchtitan_rd.checkpoint.writer import Writer
 from torchtitan_rd.model_spec import SINGLE_READ_OUT
 from torchtitan_rd.signals import HANDLED, Interrupted, StopRequest, remove_exit_status, write_exit_status
@@ -278,7 +278,7 @@ def test_a_second_signal_does_not_interrupt_what_unwinds_for_one_before_the_expo
 
 
 def test_a_signal_during_the_export_stops_it_and_the_same_command_makes_it(tmp_path, monkeypatch):
-    to_hf = train.to_hf
+    to_hf = run_state.to_hf
 
     def told(*arguments, **options):
         tell()
@@ -290,11 +290,11 @@ def test_a_signal_during_the_export_stops_it_and_the_same_command_makes_it(tmp_p
         "--checkpoint.last_save_in_hf",
         f"--job.dump_folder={tmp_path}",
     ]
-    monkeypatch.setattr(train, "to_hf", told)
+    monkeypatch.setattr(run_state, "to_hf", told)
     assert train.main([*arguments, "--training.steps=2"]) == 0
     assert (status_of(tmp_path)["status"], status_of(tmp_path)["step"]) == ("preempted", 2)
     dist.destroy_process_group()
-    monkeypatch.setattr(train, "to_hf", to_hf)
+    monkeypatch.setattr(run_state, "to_hf", to_hf)
     assert train.main([*arguments, "--training.steps=2"]) == 0
     assert status_of(tmp_path)["status"] == "finished"
     assert (tmp_path / "checkpoint" / "step-2-hf" / "config.json").exists()

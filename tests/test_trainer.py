@@ -17,7 +17,7 @@ import torch.distributed as dist
 from tests.launch import rows
 from tests.ranks import run_on_ranks
 from tests.test_job import master_port
-from torchtitan_rd import job, parts, train, train_step
+from torchtitan_rd import job, parts, run_state, train, train_step
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.draws import Draws
 from torchtitan_rd.errors import ConfigError, TrainingError
@@ -274,11 +274,12 @@ def test_a_save_is_waited_for_once_it_is_done_and_a_new_one_is_not_taken_for_it(
     )
     metrics = SimpleNamespace(pause=lambda _: nullcontext())
     heartbeat = SimpleNamespace(beat=lambda *_: None)
+    trainer.tokens_seen = 0
     trainer._parts = SimpleNamespace(
         heartbeat=heartbeat, metrics=metrics, train_step=step, checkpointer=checkpointer
     )
-    monkeypatch.setattr(Trainer, "_tensors", lambda _: {})
-    monkeypatch.setattr(Trainer, "_state", lambda _: {})
+    monkeypatch.setattr(run_state, "tensors_of", lambda _: {})
+    monkeypatch.setattr(run_state, "state_of", lambda *_: {})
     for trainer.step in (1, 2):
         trainer._save_if_due(stopping=False)
     assert saves == [1] and waits == []

@@ -59,6 +59,9 @@ COMMANDS = {
         "torchtitan_rd.commands.pareto", "loss against iterations and memory under every exit criterion"
     ),
     "report": Command("torchtitan_rd.commands.report", "runs as one HTML page of charts"),
+    "checkpoints": Command(
+        "torchtitan_rd.commands.checkpoints", "list the checkpoints of a run; --prune clears away leftovers"
+    ),
     "verify": Command("torchtitan_rd.commands.verify", "check a checkpoint's files against its manifest"),
 }
 

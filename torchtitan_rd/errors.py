@@ -34,6 +34,10 @@ class TrainingError(TorchtitanRDError):
     """
 
 
+class RestartLoopError(TorchtitanRDError):
+    """One step fails each time that it is reached: another start would only fail again."""
+
+
 def report(error: BaseException, rank: int) -> str:
     """What the command line says of `error`: a user's mistake is one message,
     any other a traceback naming the rank.

@@ -93,6 +93,8 @@ class Heartbeat:
     local_rank, local_world_size: this rank among those of its node, which are numbered in one row.
         most_files: how many files may be in the shared folder before the ranks of a node share one.
 
+    on_beat: told each beat, too.
+
     All ranks must call `beat` in the same sequence: behind is whoever has the fewest beats in the
     earliest step. Two blind spots: if rank 0's own process is stopped nobody watches, and on a network
     file system other hosts' files are seen late (up to a minute with NFS's default caching), so there
@@ -111,10 +113,12 @@ class Heartbeat:
         local_rank: int = 0,
         local_world_size: int = 1,
         most_files: int = _MOST_FILES,
+        on_beat: Callable[[int, str], None] = lambda step, phase: None,
     ):
         self._folder = folder
         self._rank = rank
         self._interval = interval
+        self._on_beat = on_beat
         self._pace = Pace(warn_after, first_time)
         self._ranks_per_file = local_world_size if world_size > most_files else 1
         # Who writes the file of this rank.
@@ -147,6 +151,7 @@ class Heartbeat:
         """Notes that this rank enters `phase` of `step`. Costs microseconds: no file,
         no lock, no device sync.
         """
+        self._on_beat(step, phase)
         self._pace.enter(step, phase, time.monotonic())
         index = self._state[1] + 1 if self._state[0] == step else 0
         self._state = (step, index, phase, time.time())

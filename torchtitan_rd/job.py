@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torchtitan_rd.config_loader import OptionalUserPath, Section, Subfolder, UserPath
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.parallelism import groups_of
+from torchtitan_rd.reliability.rendezvous import Meeting, meet
 
 PREPARING = 24 * 3600.0
 """Seconds that a rank waits for another one that fetches and converts data.
@@ -43,6 +44,9 @@ class CommConfig(Section):
     """A collective that takes longer during start-up and the first step ends the job."""
     train_timeout_seconds: int = Field(300, ge=1)
     """The same after the first step."""
+    rendezvous_timeout_seconds: int = Field(120, ge=1)
+    """How long a rank tries to reach the address where the ranks meet. Once there it waits
+    init_timeout_seconds for the others."""
     trace_buf_size: int = Field(20000, ge=0)
     """Entries of NCCL's flight recorder, dumped when a collective times out. 0: off."""
     save_traces_folder: Subfolder = "comm_traces"
@@ -52,6 +56,7 @@ class CommConfig(Section):
     hang_warning_seconds: float = Field(60.0, gt=0.0)
     """Rank 0 names the ranks that lag when no rank has advanced for this long,
     or for three times the run's own median step (or its longest phase of that kind), whichever is longer.
+    The ranks that have not joined so long after the first are named, too.
     """
 
 
@@ -100,6 +105,11 @@ class Environment:
         return torch.device("cuda", self.local_rank)
 
 
+def is_started_by_torchrun() -> bool:
+    """Whether this process's parent is a torchrun, which signals it, waits for it and restarts it."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
 def expand_variables(text: str) -> str:
     """`$NAME` and `${NAME}` as a shell reads them; one that is not set stays as it is written."""
     return os.path.expandvars(text)
@@ -125,9 +135,37 @@ def init_process_group(
             os.environ.setdefault(
                 "TORCH_FR_DUMP_TEMP_FILE", str(dump_folder / comm.save_traces_folder / "rank_")
             )
-    if environment.world_size == 1 and "MASTER_ADDR" not in os.environ:
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if "MASTER_ADDR" in os.environ:
+        store = meet(_meeting(environment, comm, dump_folder))
+    elif environment.world_size == 1:
+        store = dist.HashStore()
+    else:
+        raise ConfigError(
+            f"environment: WORLD_SIZE is {environment.world_size} and MASTER_ADDR is not set; "
+            "start ranks with torchrun"
+        )
+    options |= {"store": store, "rank": environment.rank, "world_size": environment.world_size}
     dist.init_process_group(**options)
+
+
+def _meeting(environment: Environment, comm: CommConfig, dump_folder: Path) -> Meeting:
+    """Where torchrun's variables say that the ranks meet. Raises ConfigError unless the port is a number."""
+    port = os.environ.get("MASTER_PORT", "")
+    if not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ConfigError(f"environment: MASTER_PORT is {port!r}, not a port; start ranks with torchrun")
+    is_torchrun_s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Meeting(
+        os.environ["MASTER_ADDR"],
+        int(port),
+        environment.rank,
+        environment.world_size,
+        is_host=environment.rank == 0 and not is_torchrun_s,
+        attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        run=f"job.dump_folder = {str(dump_folder)!r}",
+        connect_seconds=comm.rendezvous_timeout_seconds,
+        warn_seconds=comm.hang_warning_seconds,
+        limit_seconds=comm.init_timeout_seconds,
+    )
 
 
 def make_traces_folder(device: torch.device, comm: CommConfig, dump_folder: Path) -> None:

@@ -8,7 +8,7 @@ Keys of features that are gone load only with a value that asked for nothing; an
 from torchtitan_rd.config_loader import RenamedKey
 
 _ANY_BOOL = (True, False)
-_NOT_BUILT = "pipeline parallelism and asynchronous tensor parallelism are no part of this trainer; leave it out"
+_NOT_BUILT = "pipeline and asynchronous tensor parallelism are no part of this trainer; leave it out"
 _LOSS_PARALLEL = "under tensor parallelism the loss is always taken of each rank's own logits"
 _NO_FLOAT8 = "float8 is not supported; leave it off"
 

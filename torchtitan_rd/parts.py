@@ -20,13 +20,14 @@ from torchtitan_rd.checkpoint.lock import FolderLock
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.conversion.pipeline import open_released
 from torchtitan_rd.conversion.reader import WeightsReader
-from torchtitan_rd.data import BatchLoader, DataRanks, build_dataloader
+from torchtitan_rd.data import BatchLoader, BatchQueue, DataRanks, build_dataloader
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.metrics import Metrics
 from torchtitan_rd.models.attention import setup_attention
 from torchtitan_rd.optimizer import build_optimizer
 from torchtitan_rd.parallelism import GradientExchange
 from torchtitan_rd.preflight import preflight
+from torchtitan_rd.reliability.stragglers import Stragglers
 from torchtitan_rd.run_plan import RunPlan
 from torchtitan_rd.signals import StopRequest
 from torchtitan_rd.train_step import TrainStep
@@ -35,15 +36,17 @@ from torchtitan_rd.validation import held_out_set
 
 @dataclass(frozen=True)
 class Parts:
-    """mesh: of the ranks. held_out: this rank's batches of the validation set.
-    The others say it themselves.
+    """mesh: of the ranks. queue: of the batches that `loader` reads. held_out: this rank's batches of the
+    validation set. The others say it themselves.
     """
 
     mesh: DeviceMesh
     loader: BatchLoader
+    queue: BatchQueue
     held_out: list[Batch]
     model: nn.Module
     optimizer: Optimizer
+    stragglers: Stragglers
     heartbeat: Heartbeat
     metrics: Metrics
     checkpointer: Checkpointer
@@ -75,7 +78,8 @@ class Builder:
         # Before anything is written there: a run that is refused leaves no trace in the other one's folder.
         lock = lock_folder()
         job.make_traces_folder(self.device, config.comm, self._dump_folder)
-        heartbeat = self._heartbeat()
+        stragglers = Stragglers()
+        heartbeat = self._heartbeat(stragglers)
         metrics = self._metrics()
         checkpointer = self._checkpointer(lock)
 
@@ -93,7 +97,9 @@ class Builder:
             counts=plan.dims.counts(self.environment.rank),
             positions=plan.positions,
         )
-        return Parts(mesh, loader, held_out, model, optimizer, heartbeat, metrics, checkpointer, train_step)
+        data = (loader, BatchQueue(loader, plan.batch, config.training.skip_batches), held_out)
+        watch = (stragglers, heartbeat)
+        return Parts(mesh, *data, model, optimizer, *watch, metrics, checkpointer, train_step)
 
     @property
     def _dump_folder(self) -> Path:
@@ -131,7 +137,7 @@ class Builder:
         job.set_timeouts(mesh, config.comm.init_timeout_seconds)
         return loader, held_out
 
-    def _heartbeat(self) -> Heartbeat:
+    def _heartbeat(self, stragglers: Stragglers) -> Heartbeat:
         comm, environment = self.config.comm, self.environment
         heartbeat = Heartbeat(
             self._dump_folder / "heartbeat",
@@ -142,6 +148,7 @@ class Builder:
             first_time=comm.init_timeout_seconds / 2,
             local_rank=environment.local_rank,
             local_world_size=environment.local_world_size,
+            on_beat=stragglers.beat,
         )
         self.closing.callback(heartbeat.close)
         return heartbeat

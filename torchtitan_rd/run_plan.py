@@ -249,6 +249,10 @@ def _check_schedule(config: JobConfig, problems: _Problems) -> None:
             f"cooldown_steps ({schedule.cooldown_steps}) is more than [training] steps ({steps}): "
             "shorten one or train longer"
         )
+    if config.training.on_spike == "rollback" and not config.checkpoint.enable:
+        problems.lines.append(
+            'training.on_spike = "rollback" goes back to a checkpoint: set checkpoint.enable = true'
+        )
 
 
 def _check_device(config: JobConfig, device: torch.device, problems: _Problems) -> None:

@@ -41,7 +41,7 @@ UNWINDING = 10.0
 peer in C++).
 """
 
-Status = Literal["finished", "preempted", "stopped", "failed"]
+Status = Literal["finished", "preempted", "stopped", "failed", "looping"]
 
 
 class Interrupted(BaseException):
@@ -61,16 +61,18 @@ class StopRequest:
 
     ends_at_once: whether a signal raises Interrupted in the main thread (once),
         instead of waiting for a step's end.
+    cause: why this process asked itself (`ask`); None where somebody else did.
     agreed: whether all ranks know of a request, through `agree`.
     lost: says what would be lost if the process ended now. record: writes that it does, with the reason.
     """
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.cause: str | None = None
         self.ends_at_once = True
         self.agreed = False
         self.lost: Callable[[], str] = lambda: "training had not begun"
-        self.record: Callable[[str], None] = lambda reason: None
+        self.record: Callable[[str], object] = lambda reason: None
         self._has_interrupted = False
         self._count, self._last_time = 0, -SAME_EVENT
 
@@ -99,7 +101,15 @@ class StopRequest:
 
     def reason(self) -> str:
         """For `exit_status.json`."""
+        if self.cause is not None:
+            return self.cause
         return f"received {self.signal_name}" if self.received() else "another rank was told to stop"
+
+    def ask(self, cause: str) -> None:
+        """Asks for an end as a SIGTERM does; for any thread."""
+        logger.error("%s", cause)
+        self.cause = cause
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def agree(self, device: torch.device) -> bool:
         """Whether any rank was asked to stop, the same on all. Collective;
@@ -140,7 +150,7 @@ class StopRequest:
             readable, _, _ = select.select([self._pipe], [], [], UNWINDING if self._is_deaf() else None)
             if not readable:
                 if self._is_deaf():
-                    self._end(f"received {self.signal_name} while waiting, for a peer perhaps")
+                    self.end(f"received {self.signal_name} while waiting, for a peer perhaps")
                 continue
             numbers = os.read(self._pipe, 64)
             for number in numbers:
@@ -165,15 +175,15 @@ class StopRequest:
             plan = "stopping" if self.ends_at_once else "finishing this step, then stopping"
             logger.warning("received %s: %s", name, plan)
         elif self._count > 2 and since < HASTE:
-            self._end(f"received {name} three times, the last within {HASTE:g} s")
+            self.end(f"received {name} three times, the last within {HASTE:g} s")
         else:
             logger.warning(
                 "received %s again: still stopping; another one within %g s ends the run at once (%s)",
                 *(name, HASTE, self.lost()),
             )
 
-    def _end(self, reason: str) -> None:
-        """Ends the process whatever the main thread does."""
+    def end(self, reason: str) -> None:
+        """Ends the process whatever the main thread does; for any thread."""
         reason = f"{reason}: ended at once; {self.lost()}"
         logger.error("%s", reason)
         self.record(reason)
@@ -182,8 +192,9 @@ class StopRequest:
 
 def write_exit_status(
     folder: Path, status: Status, step: int, reason: str = "", rank: int = 0, replace: bool = False
-) -> None:
+) -> bool:
     """`exit_status.json`, by which the launch scripts decide whether to requeue: only a preempted run is.
+    Returns whether it holds this word now.
 
     The first rank that writes is the one that tells: the others often fail only because it has. replace:
     writes in place of what is there, an earlier run's perhaps. Best effort, since it often tells of the full
@@ -195,26 +206,29 @@ def write_exit_status(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staged.write_text(json.dumps(told) + "\n")
-        if replace:
-            staged.replace(path)
-        else:
-            _publish(staged, path)
+        if not replace:
+            return _publish(staged, path)
+        staged.replace(path)
+        return True
     except OSError as error:
         logger.warning("cannot write %s: %s", path, error.strerror or error)
+        return False
     finally:
         with suppress(OSError):
             staged.unlink(missing_ok=True)
 
 
-def _publish(staged: Path, path: Path) -> None:
-    """Makes `staged` visible as `path` at once, unless that is there already."""
+def _publish(staged: Path, path: Path) -> bool:
+    """Makes `staged` visible as `path` at once, unless that is there already; returns whether it did."""
     try:
         os.link(staged, path)  # unlike a rename it does not replace
     except FileExistsError:
-        pass
+        return False
     except OSError:  # a file system without hard links
-        if not path.exists():
-            staged.replace(path)
+        if path.exists():
+            return False
+        staged.replace(path)
+    return True
 
 
 def remove_exit_status(folder: Path) -> bool:

@@ -4,34 +4,34 @@ torchrun --nproc_per_node 2 -m torchtitan_rd.train --job.config_file train_confi
 python -m torchtitan_rd.train --job.config_file train_configs/debug.toml      # one process, no launcher
 """
 
-import json
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from torchtitan_rd import job, run_plan
+from torchtitan_rd import job, run_plan, run_state
 from torchtitan_rd.batch import Batch
 from torchtitan_rd.checkpoint import locked_run_folder, saved_states
 from torchtitan_rd.checkpoint.lock import FolderLock
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
-from torchtitan_rd.conversion.dcp import open_dcp
-from torchtitan_rd.conversion.pipeline import to_hf, warn_of_another_tokenizer, with_tokenizer
-from torchtitan_rd.conversion.weights import cast_weights
-from torchtitan_rd.data import DataRanks, Tokenizer, load_tokenizer, merge_states
-from torchtitan_rd.errors import CheckpointError, report
+from torchtitan_rd.data import DataRanks, Tokenizer, load_tokenizer
+from torchtitan_rd.errors import RestartLoopError, report
 from torchtitan_rd.log import init_logging, logger
 from torchtitan_rd.lr_scheduler import lr_factor
 from torchtitan_rd.masking import mask_text
 from torchtitan_rd.metrics import StepResult
-from torchtitan_rd.optimizer import optimizer_state, set_lr
+from torchtitan_rd.optimizer import set_lr
 from torchtitan_rd.parallelism import sum_over_tokens
 from torchtitan_rd.parts import Builder, Parts
 from torchtitan_rd.profiling import Profiler
+from torchtitan_rd.reliability.launcher import launcher_watched
+from torchtitan_rd.reliability.replay import replay
+from torchtitan_rd.reliability.restarts import LOOPING, FailureCount
+from torchtitan_rd.reliability.rollback import Rollbacks, SpikeWatch
 from torchtitan_rd.run_plan import RunPlan
 from torchtitan_rd.signals import (
     EXIT_STATUS,
@@ -71,7 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     # First of all and until all is closed: whatever this waits for, a signal must not end it in the midst.
     with StopRequest() as stop:
-        return _main(arguments, stop)
+        # A process that was started by hand may outlive its shell.
+        watched = launcher_watched(stop.ask, stop.end) if job.is_started_by_torchrun() else nullcontext()
+        with watched:
+            return _main(arguments, stop)
 
 
 def _main(arguments: list[str], stop: StopRequest) -> int:
@@ -89,7 +92,7 @@ def _main(arguments: list[str], stop: StopRequest) -> int:
     except BaseException as error:  # torch's CheckpointException is not an Exception
         # No collective here: the other ranks may be anywhere. torchrun ends them when this one exits.
         print(mask_text(report(error, rank)), file=sys.stderr, flush=True)
-        return 1
+        return LOOPING if isinstance(error, RestartLoopError) else 1
 
 
 class Trainer:
@@ -115,6 +118,10 @@ class Trainer:
         self.tokens_seen = 0
         self.has_opened_outputs = False
         self._parts: Parts | None = None
+        self._spikes = SpikeWatch(config.training)
+        self._rollbacks = Rollbacks(self.dump_folder, config.training, writes=environment.rank == 0)
+        self._unjudged: StepResult | None = None  # the last step's, where numbers come late
+        self._failures = FailureCount(self.dump_folder, config.as_dict())
 
     def _make_plan(self, tokenizer: Tokenizer | None) -> RunPlan:
         plan = run_plan.resolve(self.config, self.environment, device=self.device, tokenizer=tokenizer)
@@ -140,6 +147,11 @@ class Trainer:
         """Builds in order, trains to the last step or until all ranks agree to stop; returns how it ended."""
         training, rank = self.config.training, self.environment.rank
         job.set_determinism(training.seed, training.deterministic, self.device)
+        try:
+            self._failures.refuse_a_loop()
+        except RestartLoopError as error:
+            self._tell("looping", str(error), replace=True)
+            raise
         # An earlier run's status must not stand for this one's, however early this one ends.
         had_status = rank == 0 and remove_exit_status(self.dump_folder)
         self.stop.record = lambda reason: self._tell("stopped", reason)
@@ -167,23 +179,35 @@ class Trainer:
                 return status
             # Nothing is written for a mistake in the input.
             if self.has_opened_outputs or had_status:
-                self._tell("failed", f"{type(error).__name__}: {error}")
+                self._tell_failure(error)
             raise
         status = "finished" if is_finished else self._cut_short()
         if self.environment.rank == 0:
             # Rank 0 speaks for all here: a run that was turned away at the lock may have left its own word.
             self._tell(status, "" if is_finished else self.stop.reason(), replace=True)
+            if is_finished:
+                self._failures.clear()
         dist.destroy_process_group()
         return status
 
-    def _tell(self, status: Status, reason: str, replace: bool = False) -> None:
+    def _tell(self, status: Status, reason: str, replace: bool = False) -> bool:
+        """Returns whether it was this rank that told."""
         replace = replace or not dist.is_initialized()  # before the ranks have met it may be a stale one
-        write_exit_status(self.dump_folder, status, self.step, reason, self.environment.rank, replace)
+        return write_exit_status(self.dump_folder, status, self.step, reason, self.environment.rank, replace)
+
+    def _tell_failure(self, error: BaseException) -> None:
+        """Raises RestartLoopError if this step has failed as often as it may."""
+        reason = f"{type(error).__name__}: {error}"
+        is_in_a_step = not self.stop.ends_at_once
+        # The rank that tells is the one that counts: the others fail because it has.
+        if self._tell("failed", reason) and is_in_a_step and (loop := self._failures.add(self.step, reason)):
+            self._tell("looping", str(loop), replace=True)
+            raise RestartLoopError(f"{loop}\n{report(error, self.environment.rank)}") from error
 
     def _work(self) -> bool:
         """All between building and closing; returns False if a signal cut it short."""
         if self.config.checkpoint.create_seed_checkpoint:
-            self._save_seed()
+            run_state.save_seed(self.parts, self.step)
             return True
         profiler = Profiler(
             self.config.profiling,
@@ -196,7 +220,7 @@ class Trainer:
             is_finished = self._train(profiler)
         if is_finished and self.config.checkpoint.last_save_in_hf:
             with self.stop.at_once(self.device):
-                self.parts.checkpointer.export(self.step, self._write_hf)
+                run_state.export_hf(self.parts, self.step, self.config.checkpoint.export_dtype)
         return is_finished
 
     def _cut_short(self) -> Status:
@@ -227,9 +251,7 @@ class Trainer:
         self._restore()
         self.parts.metrics.start(self.step, self.tokens_seen)  # makes the folder
         if self.environment.rank == 0:
-            self.config.write(self.dump_folder / "config.toml")
-            record = mask_text(json.dumps(self.parts.loader.record, indent=1))
-            (self.dump_folder / "data.json").write_text(record, encoding="utf-8")
+            run_state.write_documents(self.parts, self.config, self.dump_folder)
 
     def _validate(self) -> dict[str, float]:
         """val_loss, and for a recurrent model val_loss_<depth>; the same on all ranks.
@@ -253,62 +275,16 @@ class Trainer:
             )
         return losses
 
-    def _tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        return {
-            "model": dict(self.parts.model.state_dict()),
-            "optimizer": optimizer_state(self.parts.model, self.parts.optimizer),
-        }
-
     def _restore(self) -> None:
-        """Goes on from the newest checkpoint, else starts from given weights, else from the initial ones."""
-        tensors = self._tensors()
-        state = self.parts.checkpointer.load(tensors)
-        if state is None:
-            loaded = self.parts.checkpointer.load_initial(tensors["model"])
-            tokenized = any(one.row.needs_tokenizer for one in self.plan.sets)
-            tokenizer = self.plan.tokenizer if tokenized else None
-            if loaded is not None and tokenizer is not None and self.environment.rank == 0:
-                warn_of_another_tokenizer(loaded, self.config.model.tokenizer_path, tokenizer)
-            logger.info("starting at step 1")
-            return
-
-        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
-        if "data" in state:
-            self.parts.loader.load_state_dict(state["data"])
-        if rng := job.own_rng_state(state.get("rng"), self.environment):
-            job.set_rng_state(rng)
-        logger.info(
-            "resuming after step %d of %d (%d tokens)",
-            self.step,
-            self.config.training.steps,
-            self.tokens_seen,
-        )
-
-    def _state(self) -> dict[str, Any]:
-        """All that is not a tensor, the same on every rank."""
-        return {
-            "step": self.step,
-            "tokens_seen": self.tokens_seen,
-            "data": merge_states(self.plan.dims.one_per_row(job.gather(self.parts.loader.state_dict()))),
-        }
-
-    def _save_seed(self) -> None:
-        """`step-0`: the weights that a run starts from, whatever the number of its ranks."""
-        if self.step > 0:
-            raise CheckpointError(
-                "checkpoint.create_seed_checkpoint: this run has checkpoints; use another folder"
-            )
-        self.parts.checkpointer.save(0, {"model": self._tensors()["model"]}, {})
-
-    def _write_hf(self, checkpoint: Path, folder: Path) -> None:
-        """On one rank: a saved step as a Hugging Face folder."""
-        weights = cast_weights(open_dcp(checkpoint), getattr(torch, self.config.checkpoint.export_dtype))
-        to_hf(with_tokenizer(weights), folder, verify=False)
-        logger.info("exported %s", folder)
+        state = run_state.restore(self.parts, self.plan, self.config, self.environment)
+        if state is not None:
+            self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        made = self._rollbacks.read(is_new_run=state is None) if self.environment.rank == 0 else []
+        self.parts.queue.pass_over(self._rollbacks.take(job.gather(made)[0]))
 
     def _train(self, profiler: Profiler) -> bool:
         """The loop. Returns False if it ended because of a signal."""
-        config, parts, batch = self.config, self.parts, self.plan.batch
+        config, parts = self.config, self.parts
         total_steps, started_at = config.training.steps, self.step
         collector = job.GarbageCollector(config.training.gc_freq)
         if started_at >= total_steps:
@@ -321,9 +297,11 @@ class Trainer:
 
             parts.heartbeat.beat(self.step, "data")
             with parts.metrics.time_data():
-                batches = parts.loader.next_step(batch.stages_at(self.step))
-            self.tokens_seen += batch.rows_at(self.step) * config.training.seq_len
+                batches = parts.queue.next()
+            self.tokens_seen += parts.queue.rows() * config.training.seq_len
 
+            if config.training.replays_at(self.step):
+                self._replay(batches)
             lr = set_lr(parts.optimizer, lr_factor(config.lr_scheduler, self.step, total_steps))
             is_logged = parts.metrics.should_log(self.step) or config.validation.is_due(
                 self.step, total_steps
@@ -332,6 +310,8 @@ class Trainer:
             with self.plan.draws.watch(parts.model, watching=watching) as telemetry:
                 result = parts.train_step(self.step, batches, self.tokens_seen)
             parts.metrics.add(result)
+            if config.training.on_spike == "rollback" and self._rolled_back(result):
+                continue
 
             if is_logged:
                 self._log(result, batches, lr=lr, telemetry=telemetry)
@@ -348,6 +328,32 @@ class Trainer:
                 job.shorten_timeouts(config.comm, parts.mesh)
         return True
 
+    def _replay(self, batches: list[Batch]) -> None:
+        training = self.config.training
+        run = partial(self.parts.train_step.rehearse, self.step, batches)
+        exact = training.deterministic or self.device.type == "cpu"
+        with self.parts.metrics.pause("replay"):
+            replay(run, job.gather, training, step=self.step, gradients=exact)
+
+    def _rolled_back(self, result: StepResult) -> bool:
+        """Looks at the loss that is known by now, where that is late the step before's: after a spike the run
+        stands where a checkpoint from before it does. Collective.
+        """
+        self._spikes.began(self.step, self.parts.queue.number)
+        known, self._unjudged = (self._unjudged, result) if self.parts.train_step.late else (result, None)
+        if known is None or known.numbers.skipped:
+            return False
+        spike = self._spikes.judge(known.step, known.loss, seen_at=self.step)
+        if spike is None:
+            return False
+        self.parts.heartbeat.beat(self.step, "rollback")
+        state = run_state.roll_back(self.parts, self._rollbacks, spike, self.environment)
+        if state is None:
+            return False
+        self.step, self.tokens_seen = state["step"], state["tokens_seen"]
+        self._unjudged = None
+        return True
+
     def _stop_early(self) -> None:
         self.parts.train_step.settle()  # a last update that must not be ends the run as such
         saved = self.config.checkpoint.enable
@@ -360,6 +366,8 @@ class Trainer:
         if self.config.validation.is_due(self.step, self.config.training.steps):
             extra |= self._validate()
         extra |= self.parts.loader.describe(job.gather_numbers)
+        extra |= self.parts.stragglers.report(job.gather_numbers)
+        extra |= {"batch": self.parts.queue.number} if self.parts.queue.passes_over else {}
         data_hash = hash_ids(batches) if self.config.metrics.log_data_hash else None
         self.parts.metrics.log(
             self.step, lr=lr, tokens_seen=self.tokens_seen, data_hash=data_hash, extra=extra
@@ -381,10 +389,10 @@ class Trainer:
             train_step.settle()  # counts on the host must be right, and a run that must stop saves nothing
             heartbeat.beat(self.step, "saving")
             with self.parts.metrics.pause("checkpoint"):
+                tensors = run_state.tensors_of(self.parts)
+                state = run_state.state_of(self.parts, self.plan, self.step, self.tokens_seen)
                 own = {"rng": job.rng_state()}
-                checkpointer.save(
-                    self.step, self._tensors(), self._state(), own_state=own, last_step=last_step
-                )
+                checkpointer.save(self.step, tensors, state, own_state=own, last_step=last_step)
             train_step.saved = False  # that was of the save before
 
 

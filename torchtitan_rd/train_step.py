@@ -31,9 +31,11 @@ from torchtitan_rd.metrics import StepNumbers, StepResult
 from torchtitan_rd.model_spec import NO_INPUTS, ForwardInputs
 from torchtitan_rd.optimizer import take_back_counts, takes_flag, update_unless
 from torchtitan_rd.parallelism import GradientExchange, ShardingKeys, StepSums, StepTotals, TilingKeys
+from torchtitan_rd.reliability.replay import ReplayKeys, checksum
+from torchtitan_rd.reliability.rollback import SpikeKeys
 
 
-class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys, TilingKeys):
+class TrainingConfig(DatasetKeys, ObjectiveKeys, ShardingKeys, TilingKeys, SpikeKeys, ReplayKeys):
     steps: int = Field(10000, ge=1)
     """Optimizer updates of the whole run, those before a resume included."""
     max_norm: float = Field(1.0, gt=0.0)
@@ -253,6 +255,23 @@ class TrainStep:
         if not result.numbers.skipped:
             self.optimizer.step()
         return result
+
+    def rehearse(self, step: int, batches: Sequence[Batch]) -> tuple[int, int]:
+        """Runs the first microbatch of update `step` forward and backward, and leaves nothing behind.
+
+        -> checksums of this rank's cross-entropy sum and of its gradients. Collective; waits for the device.
+        """
+        self.beat(step, "replay")
+        batch = self._place(batches[0])
+        valid = ValidTokens([batch], self.token_weights)
+        self.optimizer.zero_grad()
+        self.exchange.before_microbatch(is_last=True)
+        loss = self._backward(batch, valid, self.forward_inputs(step, 0, batch))
+        self.exchange.after_backward(self.parameters, self.device)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        found = checksum([loss]), checksum(gradients)
+        self.optimizer.zero_grad()
+        return found
 
     def settle(self) -> None:
         """Waits until the numbers of the last step are known, and acts on them:

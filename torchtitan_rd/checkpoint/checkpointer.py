@@ -23,7 +23,7 @@ from torchtitan_rd.checkpoint.cpu_copies import CpuCopies
 from torchtitan_rd.checkpoint.folders import CONFIG, STATE, CheckpointFolder
 from torchtitan_rd.checkpoint.loading import TensorReader, Tensors
 from torchtitan_rd.checkpoint.lock import FolderLock
-from torchtitan_rd.checkpoint.manifest import Unreadable, tensor_table, verify
+from torchtitan_rd.checkpoint.manifest import is_damage, tensor_table, verify
 from torchtitan_rd.checkpoint.rank_group import RankGroup
 from torchtitan_rd.checkpoint.safe_reader import METADATA, MODEL_SHAPE, SafeReader
 from torchtitan_rd.checkpoint.writer import Snapshot, Writer, find_aliases
@@ -192,14 +192,26 @@ class Checkpointer:
         """
         if not self.config.enable:
             return None
-        candidates = self._ranks.from_rank0(self._candidates)
+        return self._load_first(tensors, self._ranks.from_rank0(self._candidates))
 
+    def go_back(self, tensors: Tensors, before: int) -> dict[str, Any] | None:
+        """As `load`, in the midst of a run, from the newest good checkpoint of a step below `before`; all
+        later ones are set aside as superseded. Without one it changes nothing and returns None.
+        """
+        self.wait()
+        older = self._ranks.from_rank0(lambda: [n for n in self._folder.steps() if n < before])
+        state = self._load_first(tensors, older)
+        if state is not None:
+            self._ranks.from_rank0(lambda: self._folder.set_aside_from(state["step"], None))
+        return state
+
+    def _load_first(self, tensors: Tensors, candidates: Iterable[int]) -> dict[str, Any] | None:
         refused: dict[str, list[str]] = {}
         for step in candidates:
             path = self._folder.root / f"step-{step}"
             problems = self._verify(path)
             if not problems:
-                damaged = [name for name, found in refused.items() if _is_damage(found)]
+                damaged = [name for name, found in refused.items() if is_damage(found)]
                 # `load_step` passes over these without a look;
                 # the save of such a step would find them in its way.
                 passed_over = self._ranks.from_rank0(partial(self._folder.incomplete, step))
@@ -382,11 +394,6 @@ class Checkpointer:
         state = rank_state.unite(state, path, manifest, self._ranks)
         state.pop(branch.BRANCH, None)
         return contract.prune(state, excluded)
-
-
-def _is_damage(problems: Iterable[str]) -> bool:
-    """Whether any of them is more than storage that did not let be read."""
-    return not all(isinstance(problem, Unreadable) for problem in problems)
 
 
 def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

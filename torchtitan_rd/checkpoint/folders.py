@@ -79,17 +79,18 @@ class CheckpointFolder:
         fsync(self.root)
         return target.name
 
-    def set_aside_from(self, step: int, own_name: str) -> None:
-        """Sets aside what an abandoned branch left at `step` or later, before `own_name` is committed there.
+    def set_aside_from(self, step: int, own_name: str | None) -> None:
+        """Sets aside what an abandoned branch left at `step` or later, before `own_name` is committed there;
+        None: after `step`, where the checkpoint stays.
 
         It happens after `checkpoint.load_step` went back: a later resume must not mix the two branches,
         and an export of the abandoned one must not pass for this one's.
         """
         later = sorted(n for n in self.steps() if n > step)
-        stale = [own_name, *(f"step-{n}" for n in later)]
+        stale = [*([own_name] if own_name else []), *(f"step-{n}" for n in later)]
         exports = {m[0]: int(m[1]) for m in self._named(EXPORT)}
         for name, of_step in sorted(exports.items()):
-            if of_step > step or (of_step == step and _is_checkpoint(self.root / own_name)):
+            if of_step > step or (of_step == step and own_name and _is_checkpoint(self.root / own_name)):
                 stale.append(name)
         for name in dict.fromkeys(stale):
             if _is_checkpoint(self.root / name) or (name in exports and _is_real_folder(self.root / name)):
@@ -136,6 +137,16 @@ class CheckpointFolder:
             if _is_real_folder(self.root / match[0]):
                 logger.warning("removing %s, left by a run that died", self.root / match[0])
                 shutil.rmtree(self.root / match[0])
+
+    def remove_unwanted(self) -> list[Path]:
+        """Removes all that was set aside and all leftovers; returns what it was. As `remove_leftovers`."""
+        removed = []
+        for match in [*self._named(SET_ASIDE), *self._named(LEFTOVER)]:
+            path = self.root / match[0]
+            if _is_real_folder(path):
+                shutil.rmtree(path)
+                removed.append(path)
+        return sorted(removed)
 
     def require_free(self, needed: int) -> None:
         """Raises CheckpointError unless `needed` bytes are free."""

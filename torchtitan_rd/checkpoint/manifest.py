@@ -7,7 +7,7 @@ a zeroed page or another step's shard loads in silence.
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -199,3 +199,8 @@ def _sha256(path: Path) -> str:
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def is_damage(problems: Iterable[str]) -> bool:
+    """Whether any of them is more than storage that did not let be read."""
+    return not all(isinstance(problem, Unreadable) for problem in problems)

@@ -3,6 +3,7 @@ under another name if its proof fails.
 """
 
 import itertools
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -10,10 +11,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torchtitan_rd.checkpoint.folders import fsync
+from torchtitan_rd.checkpoint.lock import FolderLock
 from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.log import logger
 
 # One of these is in every folder that a conversion has written.
 _MARKS = (".metadata", "config.json", "checkpoint.pth")
+_NEW, _REPLACED = "new", "replaced"  # in the folder beside an output: what it will be, and what it was
 
 
 class Refused(CheckpointError):
@@ -49,18 +53,23 @@ def check_output(output: Path, source: Path, needed: int, *, force: bool) -> Non
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """An empty folder beside `output` that takes its place when the block ends well,
-    and is removed otherwise.
+    """An empty folder that takes the place of `output` when the block ends well, and is removed otherwise.
 
-    What `check_output` allowed to be replaced stays until then. If the block raises Refused, which ends
-    it as another CheckpointError, the folder is kept as NAME.unverified, or NAME.unverified-2, ...
-    where that is taken.
+    What `check_output` allowed to be replaced stays until then. What a conversion to `output` that was killed
+    has left is cleared away first, and what it was about to replace comes back. If the block raises Refused,
+    which ends it as another CheckpointError, the folder is kept as NAME.unverified, or NAME.unverified-2, ...
+    where that is taken. Raises CheckpointError if a living conversion writes to `output`.
     """
     output = output.absolute()
     new_parents = [folder for folder in output.parents if not folder.is_dir()]
     output.parent.mkdir(parents=True, exist_ok=True)
-    staging = output.with_name(f".tmp-{output.name}-{uuid.uuid4().hex}")
-    staging.mkdir()
+    _clear_away(output)
+    # All that is to be cleared away after a kill lies in one folder beside `output`.
+    # Its lock tells whose it is.
+    around = output.with_name(f".tmp-{output.name}-{uuid.uuid4().hex}")
+    staging = around / _NEW
+    staging.mkdir(parents=True)
+    lock = FolderLock(around)
 
     try:
         yield staging
@@ -76,13 +85,34 @@ def staged(output: Path) -> Iterator[Path]:
         ) from error
 
     except BaseException as error:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(around, ignore_errors=True)
         with suppress(OSError):  # one that somebody else has put something into
             for folder in new_parents:
                 folder.rmdir()
         if isinstance(error, OSError):
             raise CheckpointError(f"{output} was not written: {error}") from error
         raise
+    finally:
+        lock.release()
+        shutil.rmtree(around, ignore_errors=True)
+
+
+def _clear_away(output: Path) -> None:
+    """What conversions to `output` left that were killed. Raises CheckpointError if one of them lives."""
+    ours = re.compile(rf"\.tmp-{re.escape(output.name)}-[0-9a-f]{{32}}")
+    for around in [path for path in output.parent.iterdir() if ours.fullmatch(path.name)]:
+        if around.is_symlink() or not around.is_dir():
+            continue
+        try:
+            FolderLock(around).release()
+        except CheckpointError as error:
+            raise CheckpointError(f"another conversion to {output} is running: {error}") from None
+        replaced = around / _REPLACED
+        if replaced.is_dir() and not output.exists():
+            replaced.rename(output)
+            logger.warning("%s is back, which a conversion that was killed was about to replace", output)
+        logger.warning("removing %s, left by a conversion that was killed", around)
+        shutil.rmtree(around)
 
 
 def _unverified(output: Path) -> Path:
@@ -95,14 +125,13 @@ def _unverified(output: Path) -> Path:
 
 
 def _replace(output: Path, staging: Path) -> None:
-    old = output.with_name(f".old-{output.name}-{uuid.uuid4().hex}")
+    replaced = staging.with_name(_REPLACED)
     if output.exists():
-        output.rename(old)
+        output.rename(replaced)
     try:
         staging.rename(output)
     except OSError:
-        if old.exists():
-            old.rename(output)
+        if replaced.exists():
+            replaced.rename(output)
         raise
     fsync(output.parent)
-    shutil.rmtree(old, ignore_errors=True)

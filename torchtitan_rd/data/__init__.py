@@ -14,6 +14,7 @@ from torchtitan_rd.batch import Batch
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data.arrow import check_path
 from torchtitan_rd.data.batch_dims import BatchDims, BatchKeys
+from torchtitan_rd.data.batch_queue import BatchQueue
 from torchtitan_rd.data.chat_template import ChatTemplate
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.file_lanes import check_file_lanes
@@ -35,6 +36,7 @@ __all__ = [
     "BatchDims",
     "BatchKeys",
     "BatchLoader",
+    "BatchQueue",
     "ChatTemplate",
     "DataRanks",
     "DataSet",

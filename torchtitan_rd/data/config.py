@@ -36,6 +36,15 @@ OptionalSource = Annotated[str | None, AfterValidator(_all_is_unset)]
 RowRanges = Annotated[list[list[int]], AfterValidator(check_ranges)]
 
 
+def _from_1(ranges: list[list[int]]) -> list[list[int]]:
+    if any(first < 1 for first, _ in ranges):
+        raise ValueError("batches are counted from 1")
+    return ranges
+
+
+BatchRanges = Annotated[RowRanges, AfterValidator(_from_1)]
+
+
 class WeightSchedule(Section):
     weight: float = Field(ge=0.0)
     """The share of the source in each global batch is its weight over the sum of all weights.
@@ -218,6 +227,13 @@ class DatasetKeys(BatchKeys):
     numbers are those of error messages and of `torchtitan-rd data check`: from 0, over all files in order
     (the rows of `source_dataset` alone where it is set), before shuffling. Such a row is never read and
     counts as empty, so all others keep their place, and a resumed run may change this key.
+    """
+
+    skip_batches: BatchRanges = Field(default_factory=list)
+    """Global batches to pass over, as pairs of the first and the last one: `[[41, 41], [100, 120]]`. Batch n
+    is what step n of an undisturbed run trains on. It is read and dropped, so all others stay what they are;
+    a step takes the next batch that is not passed over. A resumed run may change this key, for batches to
+    come.
     """
 
     mixture: list[MixtureSource] = Field(default_factory=list)
