@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.log import logger
-from torchtitan_rd.model_spec import ModelSpec
+from torchtitan_rd.model_spec import InitFn, ModelSpec
 from torchtitan_rd.parallelism import allocate, init_weights, parallelize
 
 
@@ -17,6 +17,27 @@ def build_model(
 ) -> nn.Module:
     """The model, sharded over `mesh`, with its initial weights on `device` (or in host
     memory if offloaded).
+    """
+    model, inits = shard_model(config, spec, shape, mesh)
+
+    # Only now is there memory: a rank holds its shards alone.
+    allocate(model, device, config.training.enable_cpu_offload)
+    model.init_buffers(device)
+    init_weights(model, inits, config.training.seed)
+    model.train()
+
+    count = sum(parameter.numel() for parameter in model.parameters())
+    logger.info(
+        "%s %s: %s parameters, vocabulary %d", spec.name, config.model.flavor, f"{count:,}", shape.vocab_size
+    )
+    return model
+
+
+def shard_model(
+    config: JobConfig, spec: ModelSpec, shape: Any, mesh: DeviceMesh
+) -> tuple[nn.Module, dict[str, InitFn]]:
+    """-> the model, sharded over `mesh`, on the meta device, where nothing takes memory; and what fills its
+    parameters.
     """
     with torch.device("meta"):
         model = spec.build(shape)
@@ -33,15 +54,4 @@ def build_model(
         tiling=config.training,
         loop_grad_dtype=torch.float32 if config.recurrence.core_grad_dtype == "float32" else None,
     )
-
-    # Only now is there memory: a rank holds its shards alone.
-    allocate(model, device, config.training.enable_cpu_offload)
-    model.init_buffers(device)
-    init_weights(model, inits, config.training.seed)
-    model.train()
-
-    count = sum(parameter.numel() for parameter in model.parameters())
-    logger.info(
-        "%s %s: %s parameters, vocabulary %d", spec.name, config.model.flavor, f"{count:,}", shape.vocab_size
-    )
-    return model
+    return model, inits
