@@ -329,6 +329,25 @@ def test_a_sequence_or_heads_that_ranks_cannot_share_name_the_degrees_that_work(
         ParallelDims(1, 1, context=8).check(AttentionShape(8, 8, 8), 12)
 
 
+@pytest.mark.parametrize(
+    ("dims", "expected"),
+    [
+        (ParallelDims(2, 2), (32, 8)),
+        (ParallelDims(1, 1, context=4), (8, 2)),
+        (ParallelDims(1, 1, context=16), (2, 1)),  # each key head on two ranks
+        (ParallelDims(1, 1, context=4, tensor=4), (2, 1)),
+    ],
+)
+def test_the_kernel_is_probed_with_the_heads_that_a_rank_gives_it(dims, expected):
+    assert dims.heads_in_kernel(AttentionShape(32, 8, 128)) == (*expected, 128)
+
+
+def test_with_both_degrees_each_tensor_parallel_ranks_heads_are_shared():
+    ParallelDims(1, 1, context=4, tensor=2).check(AttentionShape(8, 8, 8), 16)
+    with pytest.raises(ConfigError, match=r"= 8 does not divide the 4 .* each tensor-parallel rank: use one"):
+        ParallelDims(1, 1, context=8, tensor=2).check(AttentionShape(8, 8, 8), 16)
+
+
 def test_the_mesh_has_a_dimension_for_each_degree_and_shards_over_tokens_too():
     dist.init_process_group("fake", store=FakeStore(), rank=13, world_size=16)
     mesh = ParallelDims(2, 2, context=2, tensor=2).build_mesh("cpu")

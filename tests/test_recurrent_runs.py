@@ -124,6 +124,42 @@ def test_another_number_of_ranks_draws_the_same_depths_noise_and_batches(uninter
             assert found[key] == pytest.approx(expected[key], abs=1e-5)
 
 
+def test_a_run_whose_ranks_share_rows_is_killed_and_goes_on_alone_with_the_same_rows(uninterrupted, tmp_path):
+    arguments = arguments_for(tmp_path)
+    together = [*arguments, "--parallelism.context_parallel_degree=2"]
+    killed = launch(2, together, ("--die-at", "1", "7", "1"))
+    assert killed.codes[1] == -signal.SIGKILL
+    assert "each row is shared by 2 ranks: its tokens (context) by 2" in killed.errors[0]
+    finished = launch(1, arguments)
+    assert finished.codes == [0], finished.errors
+    assert "resuming after step 4 " in finished.errors[0]
+    assert_same_rows(rows(tmp_path / "dump"), uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_run_goes_from_layout_to_layout_and_ends_alone(uninterrupted, tmp_path):
+    """4 data ranks, then 2 that share rows by 2, then the same as two copies of the model, then one."""
+    arguments = arguments_for(tmp_path)
+    shared = [*arguments, "--parallelism.context_parallel_degree=2"]
+    copies = [*shared, "--parallelism.data_parallel_replicate_degree=2"]
+    for number, (ranks, layout, dies_at) in enumerate([(4, arguments, 3), (4, shared, 5), (4, copies, 7)]):
+        keys = [*layout, "--checkpoint.interval=2"]
+        killed = launch(ranks, keys, ("--die-at", "1", str(dies_at), "0"))
+        assert killed.codes[1] == -signal.SIGKILL, killed.errors
+        assert (f"resuming after step {2 * number} " in killed.errors[0]) == (number > 0)
+    finished = launch(1, [*arguments, "--checkpoint.interval=2"])
+    assert finished.codes == [0] and "resuming after step 6 " in finished.errors[0], finished.errors
+    assert_same_rows(rows(tmp_path / "dump"), uninterrupted)
+
+
+def assert_same_rows(found_rows, expected_rows):
+    for found, expected in zip(found_rows, expected_rows, strict=True):
+        for key in ("step", "data_hash", "tokens_seen", "num_steps_no_grad", "num_steps_with_grad"):
+            assert found[key] == expected[key]
+        for key in ("loss", *(key for key in expected if key.startswith("val_loss"))):
+            assert found[key] == pytest.approx(expected[key], abs=1e-5)
+
+
 def test_a_run_in_bfloat16_is_killed_resumed_on_other_ranks_verified_and_exported(uninterrupted, tmp_path):
     arguments = [
         *arguments_for(tmp_path),

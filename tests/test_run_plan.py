@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +106,33 @@ def test_a_plan_says_what_runs(capfd):
         "depths: poisson-lognormal-filling, mean 8, with gradient 4",
         f"model: raven debug-demo, {count:,} parameters, vocabulary 258",
     ]
+
+
+def test_a_sequence_and_heads_that_ranks_cannot_share_are_a_line_each():
+    keys = ("--training.seq_len=15", "--parallelism.context_parallel_degree=2", "--model.overrides.n_heads=3")
+    config = "--job.config_file=train_configs/recurrent_debug.toml"
+    assert problems(config, *keys, "--model.overrides.dim=24", ranks=2) == [
+        "[parallelism] context_parallel_degree = 2 does not divide training.seq_len = 15: change one of them",
+        "[parallelism] context_parallel_degree = 2 does not divide the 3 attention heads of the model: "
+        "use one of 1, 3",
+    ]
+
+
+def test_ranks_that_share_rows_are_one_reader_of_parts_of_the_positions():
+    config = load(["--job.config_file=train_configs/debug.toml"], environment(4)).config
+    sharing = config.model_copy(
+        update={"parallelism": config.parallelism.model_copy(update={"context_parallel_degree": 2})}
+    )
+    plans = [run_plan.resolve(sharing, replace(environment(4), rank=rank)) for rank in range(4)]
+    assert [(found.batch.data_rank, found.batch.data_degree) for found in plans] == [
+        (0, 2),
+        (0, 2),
+        (1, 2),
+        (1, 2),
+    ]
+    half = config.training.seq_len // 2
+    assert [found.positions for found in plans] == 2 * [range(half), range(half, 2 * half)]
+    assert "each row is shared by 2 ranks: its tokens (context) by 2" in plans[0].report()
 
 
 @pytest.mark.parametrize("ranks", ["0", "many", "-1"])

@@ -9,6 +9,11 @@ IGNORE_INDEX = -100
 """The label that the loss leaves out (torch's default `ignore_index`)."""
 
 
+def at_positions(labels: Tensor, positions: range | None) -> Tensor:
+    """(B, S) -> (B, number of positions): the labels of the tokens that a rank computes; None: all."""
+    return labels if positions is None else labels[:, positions.start : positions.stop]
+
+
 @dataclass(frozen=True)
 class Batch:
     """One microbatch of one rank: inputs and labels (B, S) int64, document_ids (B, S) int32 or None.

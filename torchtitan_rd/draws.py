@@ -2,7 +2,7 @@
 the depth and the noise of each microbatch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -28,6 +28,7 @@ class Draws:
     """Places each microbatch of this rank in the run and asks the model's family what belongs to the place.
 
     recurrence: the section [recurrence]. dims: of training.
+    positions: those of each row that this rank computes; None: all.
     Raises ConfigError if the settings cannot go together.
     """
 
@@ -43,12 +44,14 @@ class Draws:
         seq_len: int,
         device: torch.device,
         dtype: torch.dtype,
+        positions: range | None = None,
     ):
         self.spec = spec
         self.shape = shape
         self.dims = dims
         self.seq_len = seq_len
         self.device = device
+        self.positions = positions
         self.dtype = dtype
         self.own_depths = not recurrence.lockstep  # whether each rank draws for itself
         self.family: DrawnInputs | None = None
@@ -91,12 +94,20 @@ class Draws:
         """
         return self.spec.telemetry(model) if watching and self.spec.telemetry else nullcontext()
 
-    def describe(self, telemetry: Any, depths: Sequence[tuple[int, int]]) -> dict[str, float]:
-        """What `telemetry` saw, and the mean (n, k) of this rank's step; empty if nothing watched."""
+    def describe(
+        self,
+        telemetry: Any,
+        depths: Sequence[tuple[int, int]],
+        summed: Callable[[torch.Tensor], torch.Tensor] = lambda own: own,
+    ) -> dict[str, float]:
+        """What `telemetry` saw, and the mean (n, k) of this rank's step; empty if nothing watched.
+
+        summed: see Telemetry.read; collective among the ranks that share sequences, which all watch.
+        """
         if telemetry is None:
             return {}
         n, k = mean_depth(depths)
-        return {**telemetry.read(), "num_steps_no_grad": n, "num_steps_with_grad": k}
+        return {**telemetry.read(summed), "num_steps_no_grad": n, "num_steps_with_grad": k}
 
     def _cost(self, depth: tuple[int, int]) -> float:
         count = self.spec.flops(self.shape, self.seq_len, num_steps=depth)
@@ -112,6 +123,7 @@ class Draws:
             seq_len=self.seq_len,
             device=self.device,
             dtype=self.dtype,
+            positions=self.positions,
         )
 
 

@@ -114,6 +114,10 @@ class WrapPlan:
         type: every rank then holds them whole (parallelism/fsdp.py). With float32 everywhere they are
         sharded as the others.
     feed_forwards: the GatedFeedForward modules, which may compute a few tokens at a time.
+    attentions: the modules whose `attend(q, k, v, mask)`, an attribute, is all that joins tokens: heads
+        (B, H, S, D) each, as models/attention.py has it.
+    embedding: the module that takes the tokens of whole rows (B, S), whatever each rank computes of them.
+    rotary: the module that makes the table of their positions, S -> (S, ...).
     float32_units: the first name of each unit that is gathered in float32 too; "" is the root.
         What multiplies with a matrix of such a unit casts it itself.
     Parameters in none of the units stay with the root unit: tied embedding and head must both be there.
@@ -125,6 +129,9 @@ class WrapPlan:
     full_precision: tuple[str, ...] = ()
     feed_forwards: tuple[str, ...] = ()
     float32_units: tuple[str, ...] = ()
+    attentions: tuple[str, ...] = ()
+    embedding: str = ""
+    rotary: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,7 @@ class Microbatch:
         this one included.
     samples: the row of each of its sequences in the global batch of the step, which knows no ranks.
     rank: data rank. seq_len, device, dtype: layout of the activations.
+    positions: those of each sequence that this rank computes, which alone the inputs are to be of; None: all.
     """
 
     step: int
@@ -168,6 +176,7 @@ class Microbatch:
     seq_len: int
     device: torch.device
     dtype: torch.dtype
+    positions: range | None = None
 
 
 @dataclass(frozen=True)
@@ -214,8 +223,11 @@ class MakeInputs(Protocol[Shape_contra]):
 class Telemetry(AbstractContextManager["Telemetry"], Protocol):
     """A context around forward passes of a model. It costs nothing outside of it."""
 
-    def read(self) -> dict[str, float]:
-        """What the last forward in it was like; empty if there was none."""
+    def read(self, summed: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+        """What the last forward in it was like; empty if there was none.
+
+        summed: a sum over this rank's tokens -> that over the tokens of all ranks that share its sequences.
+        """
 
 
 class ReadOuts(NamedTuple):

@@ -51,9 +51,9 @@ OLD_KEYS: dict[str, RenamedKey] = {
     ),
     "experimental.pipeline_parallel_schedule_csv": RenamedKey(None, harmless=("",), remedy=_NOT_BUILT),
     "experimental.pipeline_parallel_microbatches": RenamedKey(None, harmless=(None,), remedy=_NOT_BUILT),
-    "experimental.context_parallel_degree": RenamedKey(None, harmless=(1,), remedy=_NOT_BUILT),
+    "experimental.context_parallel_degree": RenamedKey("parallelism.context_parallel_degree"),
     "experimental.context_parallel_rotate_method": RenamedKey(
-        None, harmless=("allgather", "alltoall"), remedy=_NOT_BUILT
+        None, harmless=("allgather", "alltoall"), remedy="nothing is rotated: heads are exchanged for tokens"
     ),
     "experimental.enable_async_tensor_parallel": RenamedKey(None, harmless=(False,), remedy=_NOT_BUILT),
     "experimental.enable_compiled_autograd": RenamedKey(

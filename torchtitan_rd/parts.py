@@ -88,6 +88,7 @@ class Builder:
             asked_to_stop=self.stop.received,
             has_saved=checkpointer.has_saved,
             token_weights=plan.token_weights,
+            positions=plan.positions,
         )
         return Parts(mesh, loader, held_out, model, optimizer, heartbeat, metrics, checkpointer, train_step)
 
@@ -99,7 +100,7 @@ class Builder:
         config = self.config
         setup_attention(
             config.model.attention_backend,
-            self.plan.shape.attention_shape,
+            self.plan.dims.heads_in_kernel(self.plan.shape.attention_shape),
             self.device,
             getattr(torch, config.training.mixed_precision_param),
             config.training.document_mask,

@@ -52,6 +52,7 @@ class RunPlan:
 
     tokenizer: None where no data set is text or chat. vocab_size: ids that the data may hold;
         the model may have more rows.
+    positions: those of each row that this rank computes.
     shape: of the model, with its vocabulary and context. draws: what forward takes beside tokens.
     token_weights: of the loss, one for each logit; None: all alike.
     """
@@ -65,6 +66,7 @@ class RunPlan:
     shape: ModelShape
     draws: Draws
     seq_len: int
+    positions: range
     token_weights: torch.Tensor | None = dataclasses.field(default=None, compare=False)
 
     @property
@@ -138,6 +140,9 @@ def resolve(
     data_rank = dims.data_rank(environment.rank) if dims else environment.rank
     batch = problems.found_by(BatchDims.resolve, training, data_rank, data_degree)
 
+    seq_len = training.seq_len
+    positions = dims.positions(environment.rank, seq_len) if dims else range(seq_len)
+
     sets = problems.found_by(training_sets, training, steps=training.steps)
     if sets and batch:
         problems.found_by(check_file_lanes, training, batch)
@@ -159,7 +164,7 @@ def resolve(
     spec = problems.found_by(get_spec, config.model.name)
     shape = problems.found_by(resolve_shape, config, spec, vocab_size or _SOME_VOCABULARY) if spec else None
     if dims and shape:
-        problems.found_by(dims.check, shape.attention_shape, training.seq_len)
+        problems.found_by(dims.check, shape.attention_shape, seq_len)
     if spec and spec.inputs is None:
         _refuse_recurrence(config, spec, problems)
     token_weights = _token_weights(config, vocab_size, shape, problems)
@@ -173,15 +178,16 @@ def resolve(
             batch or BatchDims(data_rank, data_degree, training.local_batch_size, accumulation=1),
             seed=training.seed,
             total_steps=training.steps,
-            seq_len=training.seq_len,
+            seq_len=seq_len,
             device=device or torch.device("cpu"),
             dtype=getattr(torch, training.mixed_precision_param),
+            positions=positions,
         )
 
     if problems.lines or not (dims and batch and sets and vocab_size and spec and shape and draws):
         raise ConfigError("\n".join(problems.lines))  # whatever is missing has said why
     data = (batch, sets, tokenizer, vocab_size)
-    return RunPlan(dims, *data, spec, shape, draws, training.seq_len, token_weights)
+    return RunPlan(dims, *data, spec, shape, draws, training.seq_len, positions, token_weights)
 
 
 def reads_hub_tokenizer(config: JobConfig) -> bool:

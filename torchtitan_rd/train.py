@@ -29,6 +29,7 @@ from torchtitan_rd.lr_scheduler import lr_factor
 from torchtitan_rd.masking import mask_text
 from torchtitan_rd.metrics import StepResult
 from torchtitan_rd.optimizer import optimizer_state, set_lr
+from torchtitan_rd.parallelism import sum_over_tokens
 from torchtitan_rd.parts import Builder, Parts
 from torchtitan_rd.profiling import Profiler
 from torchtitan_rd.run_plan import RunPlan
@@ -244,6 +245,7 @@ class Trainer:
                 read_outs,
                 self.stop,
                 self.config.training.loss_chunk_tokens,
+                self.plan.positions,
             )
         if losses:
             logger.info(
@@ -326,7 +328,7 @@ class Trainer:
             is_logged = parts.metrics.should_log(self.step) or config.validation.is_due(
                 self.step, total_steps
             )
-            watching = is_logged and self.environment.rank == 0
+            watching = is_logged and self.plan.dims.data_rank(self.environment.rank) == 0
             with self.plan.draws.watch(parts.model, watching=watching) as telemetry:
                 result = parts.train_step(self.step, batches, self.tokens_seen)
             parts.metrics.add(result)
@@ -354,21 +356,14 @@ class Trainer:
 
     def _log(self, result: StepResult, batches: list[Batch], *, lr: float, telemetry: Any) -> None:
         self.parts.train_step.settle()  # nothing is validated or reported that must not be trained on
-        extra = self.plan.draws.describe(telemetry, result.depths)
+        extra = self.plan.draws.describe(telemetry, result.depths, sum_over_tokens(self.parts.mesh))
         if self.config.validation.is_due(self.step, self.config.training.steps):
             extra |= self._validate()
-        extra |= self.parts.loader.describe(self._gather_from_readers)
-        data_hash = None
-        if self.config.metrics.log_data_hash:
-            data_hash = hash_ids(batches, self.plan.dims.one_per_row)
+        extra |= self.parts.loader.describe(job.gather_numbers)
+        data_hash = hash_ids(batches) if self.config.metrics.log_data_hash else None
         self.parts.metrics.log(
             self.step, lr=lr, tokens_seen=self.tokens_seen, data_hash=data_hash, extra=extra
         )
-
-    def _gather_from_readers(self, numbers: list[float]) -> list[list[float]] | None:
-        """Those of each data rank on rank 0, None on the others. Collective."""
-        gathered = job.gather_numbers(numbers)
-        return None if gathered is None else list(self.plan.dims.one_per_row(gathered))
 
     def _save_if_due(self, stopping: bool) -> None:
         heartbeat, train_step, checkpointer = (

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from torchtitan_rd.batch import Batch
+from torchtitan_rd.batch import Batch, at_positions
 from torchtitan_rd.chunked_loss import loss_read_out
 from torchtitan_rd.config_loader import MUST_MATCH
 from torchtitan_rd.data.config import DatasetKeys
@@ -165,6 +165,7 @@ class TrainStep:
         has_saved: Callable[[], bool] = lambda: False,
         late: bool | None = None,
         token_weights: torch.Tensor | None = None,
+        positions: range | None = None,
     ):
         """beat: told the step and the phase that begins, so that a hang can be placed (heartbeat.py).
 
@@ -172,6 +173,7 @@ class TrainStep:
         asked_to_stop: whether a signal told this rank to stop (signals.py). has_saved: whether this
         rank has written its share of the checkpoint that is written in the background. late: see above;
         by default as it says. token_weights: `training.token_weights`, one for each logit.
+        positions: those of each row that the model computes on this rank; None: all.
         """
         self.model = model
         self.optimizer = optimizer
@@ -182,6 +184,7 @@ class TrainStep:
         self.asked_to_stop = asked_to_stop
         self.has_saved = has_saved
         self.token_weights = None if token_weights is None else token_weights.to(device)
+        self.positions = positions
         self.late = (device.type == "cuda" and takes_flag(optimizer, device)) if late is None else late
         self.sums = StepSums([p for group in optimizer.param_groups for p in group["params"]], device)
         self.verdict = Verdict(config, device)
@@ -268,7 +271,7 @@ class TrainStep:
             )
 
     def _place(self, batch: Batch) -> Batch:
-        """On the device, with the labels of the objective.
+        """On the device: ids of whole rows, and the labels of the objective, of this rank's tokens alone.
         Batches in page-locked memory are copied without a wait.
         """
         labels = batch.labels.to(self.device, non_blocking=True)
@@ -276,7 +279,8 @@ class TrainStep:
             None if batch.document_ids is None else batch.document_ids.to(self.device, non_blocking=True)
         )
         inputs = batch.inputs.to(self.device, non_blocking=True)
-        labels = goldfish_labels(labels, self.config)
+        # Which labels are left out is decided in the whole row.
+        labels = at_positions(goldfish_labels(labels, self.config), self.positions)
         return replace(batch, inputs=inputs, labels=labels, document_ids=documents)
 
     def _backward(self, batch: Batch, valid: ValidTokens, drawn: ForwardInputs) -> torch.Tensor:
@@ -320,13 +324,10 @@ def _parse(values: Sequence[float]) -> StepNumbers:
     return StepNumbers(loss, loss_max, int(rank), grad_norm, bool(skipped), int(in_a_row), *map(bool, flags))
 
 
-def hash_ids(
-    batches: Sequence[Batch], one_per_row: Callable[[Sequence], Sequence] = lambda of_ranks: of_ranks
-) -> str | None:
+def hash_ids(batches: Sequence[Batch]) -> str | None:
     """sha256 of the global batch's input ids, int64 little-endian, in row order; on rank 0 alone, else None.
 
     Gathers the ids of all ranks: a check to switch on when two runs are to be compared.
-    one_per_row: see ParallelDims, where ranks share rows.
     """
     numbers = torch.tensor([row for batch in batches for row in batch.rows])
     ids = torch.cat([batch.inputs for batch in batches])
@@ -337,6 +338,6 @@ def hash_ids(
     dist.gather(numbered, gathered)
     if gathered is None:
         return None
-    everything = torch.cat(list(one_per_row(gathered)))
-    in_order = everything[everything[:, 0].argsort(), 1:]
+    rows = {int(row[0]): row[1:] for row in torch.cat(gathered)}  # ranks that share a row both have it
+    in_order = torch.stack([rows[number] for number in sorted(rows)])
     return hashlib.sha256(in_order.numpy().astype("<i8").tobytes()).hexdigest()

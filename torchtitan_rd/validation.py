@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from torchtitan_rd.batch import Batch
+from torchtitan_rd.batch import Batch, at_positions
 from torchtitan_rd.chunked_loss import loss_read_out
 from torchtitan_rd.config_loader import OptionalUserPath, Section
 from torchtitan_rd.data import DATASETS, BatchDims, DataRanks, DatasetKeys, Tokenizer, build_dataloader
@@ -141,6 +141,7 @@ def validate(
     read_outs: ReadOuts,
     stop: StopRequest | None = None,
     chunk_tokens: int | None = None,
+    positions: range | None = None,
 ) -> dict[str, float]:
     """Mean loss in nats per valid token of the held-out set, the same on all ranks,
     by the names of `read_outs`.
@@ -150,7 +151,7 @@ def validate(
 
     stop: asked before each batch, by all ranks together; once a rank was told to stop there are no losses.
     64 sequences of 131072 tokens would otherwise take the time that a launcher leaves for the checkpoint.
-    chunk_tokens: training.loss_chunk_tokens.
+    chunk_tokens: training.loss_chunk_tokens. positions: those of each row that `model` computes on this rank.
     """
     was_training = model.training
     model.eval()
@@ -161,7 +162,7 @@ def validate(
         # before a GPU has begun.
         if stop is not None and stop.agree(device):
             break
-        labels = batch.labels.to(device)
+        labels = at_positions(batch.labels, positions).to(device)
         documents = None if batch.document_ids is None else batch.document_ids.to(device)
         read_out = loss_read_out(labels, chunk_tokens=chunk_tokens)
         results = model(batch.inputs.to(device), documents, read_out=read_out, **read_outs.inputs(number))

@@ -414,6 +414,17 @@ def test_text_and_packed_rows_share_the_tokenizers_vocabulary_and_document_masks
         dataset_vocab_size(keys([sources[1]]), None)
 
 
+def test_a_row_of_metrics_counts_what_ranks_of_one_row_have_read_once():
+    sources = [MixtureSource(name=name, dataset="pydoc", weight=1.0) for name in "ab"]
+    mixture = Mixture(
+        sources, 0, BatchDims(data_rank=0, data_degree=2, local_batch_size=1, accumulation=1), 8
+    )
+    of_readers = [[3, 0, 0.5, 1, 0, 0.5], [2, 1, 0.25, 4, 0, 0.75]]  # windows, epoch and share of each source
+    alone = mixture.row(of_readers)
+    assert (alone["tokens_a"], alone["epoch_a"], alone["weight_a"], alone["tokens_b"]) == (40, 1, 0.375, 40)
+    assert mixture.row([numbers for numbers in of_readers for _ in range(3)]) == alone
+
+
 def test_a_draw_is_a_function_of_seed_step_and_row_alone():
     sources = [MixtureSource(name=name, dataset="pydoc", weight=1.0) for name in "ab"]
     dims = BatchDims.resolve(keys([]), 0, 1)

@@ -159,7 +159,9 @@ class Mixture:
     def row(self, gathered: Sequence[Sequence[float]]) -> dict[str, float]:
         """What a row of metrics says, from the `progress` of every rank: for each source its tokens since
         step 0, the epoch of the lane that is furthest, and its share in the weights, the mean over the lanes.
+        Ranks that share rows are neighbours, and the first of them speaks.
         """
+        gathered = gathered[:: len(gathered) // self.dims.data_degree]
         row: dict[str, float] = {}
         for number, source in enumerate(self.sources):
             of_ranks = [rank[3 * number : 3 * number + 3] for rank in gathered]

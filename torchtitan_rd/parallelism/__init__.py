@@ -11,6 +11,7 @@ from torchtitan_rd.parallelism.activation_checkpoint import (
     checkpoint_regions,
 )
 from torchtitan_rd.parallelism.compile import CompileConfig, apply_compile
+from torchtitan_rd.parallelism.context_parallel import apply_context_parallel, sum_over_tokens
 from torchtitan_rd.parallelism.dims import ParallelDims, ParallelismConfig, groups_of, sharding_mesh
 from torchtitan_rd.parallelism.fsdp import ShardingKeys, allocate, apply_fsdp, prepare_microbatch
 from torchtitan_rd.parallelism.init import init_weights
@@ -32,6 +33,8 @@ __all__ = [
     "init_weights",
     "parallelize",
     "prepare_microbatch",
+    "sharding_mesh",
+    "sum_over_tokens",
 ]
 
 
@@ -47,13 +50,14 @@ def parallelize(
     tiling: TilingKeys,
     loop_grad_dtype: torch.dtype | None = None,
 ) -> None:
-    """Changes `model` (on the meta device) in place: tiles -> activation checkpointing -> compile ->
-    offload of activations -> FSDP.
+    """Changes `model` (on the meta device) in place: context parallelism -> tiles -> activation
+    checkpointing -> compile -> offload of activations -> FSDP.
 
-    Tensor and context parallelism, once they exist, come before all of them. The optimizer must be built
-    afterwards: one built before would hold the unsharded parameters and never get a gradient
-    (docs/pytorch_traps.md, Order of wrapping).
+    Tensor parallelism, once it exists, comes before all of them. The optimizer must be built afterwards: one
+    built before would hold the unsharded parameters and never get a gradient (docs/pytorch_traps.md, Order of
+    wrapping).
     """
+    apply_context_parallel(model, plan, mesh)
     apply_tiled_mlp([model.get_submodule(name) for name in plan.feed_forwards], tiling.mlp_tile_tokens)
     blocks = {name: model.get_submodule(name) for name in plan.blocks}
     regions = [model.get_submodule(name) for name in checkpoint_regions(plan, activation_checkpoint)]

@@ -2,6 +2,7 @@
 The one place that checks degrees against the number of ranks.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -17,7 +18,7 @@ from torchtitan_rd.model_spec import AttentionShape
 T = TypeVar("T")
 
 # Degrees that have their place in the mesh, and no more.
-NOT_YET = ("context", "tensor")
+NOT_YET = ("tensor",)
 
 
 class ParallelismConfig(Section):
@@ -109,14 +110,22 @@ class ParallelDims:
                 f"[parallelism] context_parallel_degree = {self.context} does not divide "
                 f"training.seq_len = {seq_len}: change one of them"
             )
-        if heads.n_heads % self.context:
-            works = [str(n) for n in range(1, heads.n_heads + 1) if heads.n_heads % n == 0]
+        shared = heads.n_heads // self.tensor
+        if shared % self.context:
+            works = [str(n) for n in range(1, shared + 1) if shared % n == 0]
+            of_whom = "the model" if self.tensor == 1 else "each tensor-parallel rank"
             problems.append(
-                f"[parallelism] context_parallel_degree = {self.context} does not divide the "
-                f"{heads.n_heads} attention heads of the model: use one of {', '.join(works)}"
+                f"[parallelism] context_parallel_degree = {self.context} does not divide the {shared} "
+                f"attention heads of {of_whom}: use one of {', '.join(works)}"
             )
         if problems:
             raise ConfigError("\n".join(problems))
+
+    def heads_in_kernel(self, heads: AttentionShape) -> AttentionShape:
+        """Of the model's `heads`, those that one rank's attention kernel is given, copies included."""
+        n_heads, n_kv_heads = heads.n_heads // self.tensor, heads.n_kv_heads // self.tensor
+        copies = self.context // math.gcd(self.context, n_kv_heads)
+        return heads._replace(n_heads=n_heads // self.context, n_kv_heads=n_kv_heads * copies // self.context)
 
     @property
     def world_size(self) -> int:
@@ -135,6 +144,12 @@ class ParallelDims:
     def data_rank(self, rank: int) -> int:
         """Which of the `data_degree` readers `rank` is."""
         return rank // self.ranks_per_row
+
+    def positions(self, rank: int, seq_len: int) -> range:
+        """Those of each row whose tokens `rank` computes."""
+        part = rank // self.tensor % self.context
+        length = seq_len // self.context
+        return range(part * length, (part + 1) * length)
 
     def one_per_row(self, of_all_ranks: Sequence[T]) -> Sequence[T]:
         """What each rank has -> what each data rank has, where ranks of one row have the same."""

@@ -24,6 +24,7 @@ class Attention(nn.Module):
         self.wq = nn.Linear(shape.dim, heads * self.head_dim, bias=False)
         self.wk = nn.Linear(shape.dim, kv_heads * self.head_dim, bias=False)
         self.wv = nn.Linear(shape.dim, kv_heads * self.head_dim, bias=False)
+        self.attend = attend
         self.wo = nn.Linear(heads * self.head_dim, shape.dim, bias=False)
 
     def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
@@ -31,7 +32,7 @@ class Attention(nn.Module):
         q_BSHD = apply_rotary(self.wq(x_BSE).unflatten(-1, (-1, self.head_dim // 2, 2)), rotary)
         k_BSHD = apply_rotary(self.wk(x_BSE).unflatten(-1, (-1, self.head_dim // 2, 2)), rotary)
         v_BSHD = self.wv(x_BSE).unflatten(-1, (-1, self.head_dim))
-        out_BHSD = attend(q_BSHD.transpose(1, 2), k_BSHD.transpose(1, 2), v_BSHD.transpose(1, 2), mask)
+        out_BHSD = self.attend(q_BSHD.transpose(1, 2), k_BSHD.transpose(1, 2), v_BSHD.transpose(1, 2), mask)
         return self.wo(out_BHSD.transpose(1, 2).flatten(-2))
 
 

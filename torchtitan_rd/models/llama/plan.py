@@ -14,4 +14,7 @@ def wrap_plan(model: Llama) -> WrapPlan:
         blocks=blocks,
         shard_only=() if tied else (("tok_embeddings",), ("norm", "output")),
         feed_forwards=tuple(f"{block}.feed_forward" for block in blocks),
+        attentions=tuple(f"{block}.attention" for block in blocks),
+        embedding="tok_embeddings",
+        rotary="rotary",
     )

@@ -88,6 +88,7 @@ class RavenInputs:
             seq_len=microbatch.seq_len,
             device=microbatch.device,
             dtype=dtype,
+            positions=microbatch.positions,
         )
         kwargs = {
             "num_steps": num_steps,
@@ -107,8 +108,11 @@ def initial_state(
     seq_len: int,
     device: torch.device,
     dtype: torch.dtype,
+    positions: range | None = None,
 ) -> torch.Tensor | None:
     """-> (B, S, E) first states, a function of (seed, step, sample) in each row; None for injection "none".
+
+    positions: (B, their number, E) of those of the S alone. Each row is drawn whole nevertheless.
 
     like-init: a standard normal cut at 3, times the embedding's initial std and scale; normal: std 1;
     embed: std E^-0.5; zero; unit: normal, standardised over E (unbiased std).
@@ -119,11 +123,14 @@ def initial_state(
     """
     if shape.injection == "none":
         return None
-    state = torch.zeros(len(samples), seq_len, shape.dim, device=device, dtype=dtype)
+    positions = range(seq_len) if positions is None else positions
+    own = slice(positions.start, positions.stop)
+    state = torch.zeros(len(samples), len(positions), shape.dim, device=device, dtype=dtype)
     if shape.state_init != "zero":
         for row, sample in zip(state, samples, strict=True):
             generator = torch.Generator(device).manual_seed(_row_seed(seed, step, sample))
-            row.copy_(_noise(shape, torch.empty(seq_len, shape.dim, device=device), generator))
+            whole = _noise(shape, torch.empty(seq_len, shape.dim, device=device), generator)
+            row.copy_(whole[own])
     return state
 
 

@@ -38,6 +38,7 @@ class Attention(nn.Module):
         self.Wqkv = Linear(shape.dim, sum(self.widths), bias=False)
         self.qk_bias = nn.Parameter(torch.empty(2, 1, heads, self.head_dim)) if shape.qk_bias else None
         self.proj = Linear(shape.dim, shape.dim, bias=False)
+        self.attend = attend
 
     def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
         qkv = self.Wqkv(x_BSE)
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         qk_BHSD = qk_BHSD.type_as(v)  # a bias of a wider type has widened it
         q_BHSD, k_BHSD = qk_BHSD.split(self.heads, dim=1)
         v_BHSD = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return self.proj(attend(q_BHSD, k_BHSD, v_BHSD, mask).transpose(1, 2).flatten(-2))
+        return self.proj(self.attend(q_BHSD, k_BHSD, v_BHSD, mask).transpose(1, 2).flatten(-2))
 
     def _copied(self, qk: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The same with a key head and a value head for each query head: their biases differ."""

@@ -31,5 +31,8 @@ def wrap_plan(model: Raven) -> WrapPlan:
         loops=(Loop("transformer.recurrence", core),),
         full_precision=full_precision,
         feed_forwards=tuple(f"{block}.mlp" for block in blocks),
+        attentions=tuple(f"{block}.attn" for block in blocks),
+        embedding="transformer.wte",
+        rotary="rotary",
         float32_units=(embedding,),
     )

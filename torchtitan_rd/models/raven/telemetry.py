@@ -1,5 +1,6 @@
 """What the recurrent state looks like in training, under the names of the Huginn runs."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
@@ -49,11 +50,13 @@ class StateTelemetry:
         self.seen[name] = output.detach()
 
     @torch.no_grad()
-    def read(self) -> dict[str, float]:
+    def read(self, summed: Callable[[torch.Tensor], torch.Tensor] = lambda own: own) -> dict[str, float]:
         """recurrent_residual: ||x - s_(r-1)||; rel_residual: the same over ||x||; recurrent_diff: ||x - e||.
 
         token_corr: mean cosine between the centred states of all pairs of tokens of a sequence,
         less 1/S for the pairs of a token with itself. Empty if no iteration was run.
+
+        summed: see model_spec.Telemetry.
         """
         if not {"state", "hidden", "previous", "embedded"} <= self.seen.keys():
             return {}
@@ -61,25 +64,37 @@ class StateTelemetry:
             self.seen[k].float() for k in ("state", "hidden", "previous", "embedded")
         )
         residual, norm = (state - previous).norm(dim=-1), state.norm(dim=-1)
+        of_tokens = {
+            "recurrent_residual": residual,
+            "rel_residual": residual / norm,
+            "recurrent_diff": (state - embedded).norm(dim=-1),
+            "recurrent_state_norm": norm,
+            "last_hidden_norm": hidden.norm(dim=-1),
+        }
+        *sums, tokens = summed(torch.stack([*(x.sum() for x in of_tokens.values()), _count(norm)]))
         values = {
-            "recurrent_residual": residual.mean(),
-            "rel_residual": (residual / norm).mean(),
-            "recurrent_diff": (state - embedded).norm(dim=-1).mean(),
-            "recurrent_state_norm": norm.mean(),
-            "last_hidden_norm": hidden.norm(dim=-1).mean(),
-            "recurrent_state_token_corr": token_correlation(state),
-            "last_hidden_token_corr": token_correlation(hidden),
+            **{name: total / tokens for name, total in zip(of_tokens, sums, strict=True)},
+            "recurrent_state_token_corr": token_correlation(state, summed),
+            "last_hidden_token_corr": token_correlation(hidden, summed),
         }
         return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
 
 
-def token_correlation(x_BSE: torch.Tensor) -> torch.Tensor:
+def token_correlation(
+    x_BSE: torch.Tensor, summed: Callable[[torch.Tensor], torch.Tensor] = lambda own: own
+) -> torch.Tensor:
     """Mean over all pairs of tokens of the cosine of their centred vectors, less 1/S.
+    summed: see model_spec.Telemetry.
 
     The sum over pairs is the squared norm of the sum: no S x S matrix,
     which at 131072 tokens nothing could hold.
     """
     centred = x_BSE - x_BSE.mean(dim=-1, keepdim=True)
     unit = centred / centred.norm(dim=-1, keepdim=True)
-    length = x_BSE.shape[1]
-    return unit.sum(dim=1).square().sum(dim=-1).mean() / length**2 - 1 / length
+    length = summed(_count(x_BSE[0, :, 0]))
+    return summed(unit.sum(dim=1)).square().sum(dim=-1).mean() / length**2 - 1 / length
+
+
+def _count(x: torch.Tensor) -> torch.Tensor:
+    """The number of elements, as a tensor to sum."""
+    return x.new_tensor(x.numel())
