@@ -120,6 +120,7 @@ class TracedRun:
             forward_inputs=lambda step, number, batch: self._inputs(batch),
             late=True,  # so that no number is read
             token_weights=self.plan.token_weights,
+            positions=self.plan.positions,
         )
 
     def step(self, drawn: ForwardInputs, num_steps: NumSteps | None = None) -> StepTrace:
