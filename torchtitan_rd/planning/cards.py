@@ -50,5 +50,4 @@ def find_card(name: str | None, memory_gib: float | None, tflops: float | None) 
             "for another pass --gpu_memory_gb (and --gpu_tflops) instead"
         )
     card = CARDS[name]
-    given = {"memory_gib": memory_gib, "tflops": tflops}
-    return card._replace(**{key: value for key, value in given.items() if value is not None})
+    return card._replace(memory_gib=memory_gib or card.memory_gib, tflops=tflops or card.tflops)

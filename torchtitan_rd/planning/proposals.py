@@ -48,8 +48,8 @@ class Proposal:
 def changes(config: JobConfig, plan: RunPlan) -> list[Change]:
     """That this run could make, each alone, those that cost least first."""
     training, recompute = config.training, config.activation_checkpoint
-    full = {} if recompute.mode == "full" else {"activation_checkpoint.mode": "full"}
-    found = []
+    full: dict[str, Any] = {} if recompute.mode == "full" else {"activation_checkpoint.mode": "full"}
+    found, keys = [], dict[str, Any]()
     if training.loss_chunk_tokens is None:
         found.append(
             Change({"training.loss_chunk_tokens": CHUNK_TOKENS}, 0, "head and loss some tokens at a time")
@@ -80,6 +80,7 @@ def changes(config: JobConfig, plan: RunPlan) -> list[Change]:
 
 def _other_layouts(plan: RunPlan) -> Iterator[Change]:
     dims = plan.dims
+    keys: dict[str, Any]
     if dims.replicate % 2 == 0:
         keys = {
             "parallelism.data_parallel_replicate_degree": dims.replicate // 2,

@@ -325,10 +325,10 @@ def gpu_kernels() -> Iterator[None]:
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
     for owner, name, value in replaced:
         setattr(owner, name, value)
-    FakeTensor.is_cpu = False  # type: ignore[misc,assignment]
+    FakeTensor.is_cpu = False
     try:
         yield
     finally:
         for owner, name, value in originals:
             setattr(owner, name, value)
-        del FakeTensor.is_cpu  # type: ignore[misc]
+        del FakeTensor.is_cpu

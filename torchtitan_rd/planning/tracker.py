@@ -162,7 +162,7 @@ class Tracker(TorchDispatchMode):
                 made.size = size
             return result
 
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
