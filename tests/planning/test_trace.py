@@ -70,6 +70,7 @@ def test_recomputation_repeats_the_blocks_and_attention_alone_if_it_is_not_kept(
     assert ("recompute", "attention") not in recomputed(ATTENTION)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_iterations_without_gradient():
     config = config_of(RAVEN)
     plan = plan_of(config, 1)
@@ -87,7 +88,11 @@ def test_memory_does_not_grow_with_iterations_without_gradient():
 
 
 @pytest.mark.parametrize(
-    ("model", "recompute"), [(layers(8), {"mode": "selective"}), (RAVEN, FULL)], ids=["llama", "raven"]
+    ("model", "recompute"),
+    [
+        pytest.param(layers(8), {"mode": "selective"}, id="llama"),
+        pytest.param(RAVEN, FULL, id="raven", marks=pytest.mark.slow),
+    ],
 )
 def test_a_few_layers_or_iterations_tell_the_whole(model, recompute):
     if model is RAVEN:
