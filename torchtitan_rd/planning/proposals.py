@@ -59,6 +59,7 @@ def changes(config: JobConfig, plan: RunPlan) -> list[Change]:
     if training.mlp_tile_tokens is None:
         tiles = {"training.mlp_tile_tokens": TILE_TOKENS}
         found.append(Change(tiles, 1, "feed-forward some tokens at a time"))
+
     if plan.draws.family is not None and (full or recompute.recurrent_region == "iteration"):
         region = {**full, "activation_checkpoint.recurrent_region": "block"}
         found.append(Change(region, 1, "iterations recomputed block by block"))
@@ -68,6 +69,7 @@ def changes(config: JobConfig, plan: RunPlan) -> list[Change]:
             "training.global_batch_size": plan.batch.global_batch_size,
         }
         found.append(Change(keys, 1, "smaller microbatches, as many tokens a step"))
+
     found += _other_layouts(plan)
     if not recompute.offload:
         keys = {**full, "activation_checkpoint.offload": True}

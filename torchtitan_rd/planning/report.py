@@ -43,6 +43,15 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """For programs. Bytes, FLOPs of one GPU and seconds."""
         run, measured = self.run, self.measured
+
+        shards = {
+            "parameters": measured.parameters,
+            "gradients": measured.gradients,
+            "optimizer": measured.optimizer,
+        }
+        depths = [self._depth_as_dict(one) for one in measured.depths]
+        proposals = [self._proposal_as_dict(one) for one in self.proposals]
+
         return {
             "parameters": run.count_parameters(),
             "gpus": run.dims.world_size,
@@ -53,42 +62,39 @@ class Plan:
             "card": self.card._asdict(),
             "fits": self.fits,
             "headroom_bytes": self.measured.worst.headroom(self.card),
-            "shards": {
-                "parameters": measured.parameters,
-                "gradients": measured.gradients,
-                "optimizer": measured.optimizer,
-            },
-            "depths": [
-                {
-                    "name": one.depth.name,
-                    "num_steps": one.depth.num_steps,
-                    "peak_bytes": one.need.peak,
-                    "with_reserve_bytes": one.need.reserved,
-                    "moment": one.need.moment,
-                    "parts": one.need.parts,
-                    "saved_activations": one.need.saved,
-                    "saved_on_host": one.need.saved_on_host,
-                    "flops": executed(one.flops, run.seq_len),
-                    "collectives": {name: it._asdict() for name, it in one.collectives.items()},
-                }
-                for one in measured.depths
-            ],
+            "shards": shards,
+            "depths": depths,
+            # Host memory is that of a rank, a checkpoint that of all.
             "host": host_bytes(self),
             "checkpoint": checkpoint_bytes(self),
             "duration": asdict(self.duration) if self.duration else None,
             "data": [asdict(one) for one in self.supplies],
-            "proposals": [
-                {
-                    "arguments": one.change.arguments,
-                    "says": one.change.says,
-                    "fits": one.fits,
-                    "peak_bytes": one.need.peak,
-                    "headroom_bytes": one.need.headroom(self.card),
-                    "work": one.work,
-                }
-                for one in self.proposals
-            ],
+            "proposals": proposals,
             "gaps": self.gaps,
+        }
+
+    def _depth_as_dict(self, one: Traced) -> dict[str, Any]:
+        return {
+            "name": one.depth.name,
+            "num_steps": one.depth.num_steps,
+            "peak_bytes": one.need.peak,
+            "with_reserve_bytes": one.need.reserved,
+            "moment": one.need.moment,
+            "parts": one.need.parts,
+            "saved_activations": one.need.saved,
+            "saved_on_host": one.need.saved_on_host,
+            "flops": executed(one.flops, self.run.seq_len),
+            "collectives": {name: it._asdict() for name, it in one.collectives.items()},
+        }
+
+    def _proposal_as_dict(self, one: Proposal) -> dict[str, Any]:
+        return {
+            "arguments": one.change.arguments,
+            "says": one.change.says,
+            "fits": one.fits,
+            "peak_bytes": one.need.peak,
+            "headroom_bytes": one.need.headroom(self.card),
+            "work": one.work,
         }
 
     def text(self) -> str:

@@ -33,9 +33,11 @@ from torchtitan_rd.planning.tracker import (
     OTHER,
     PARAMETERS,
     SAVED,
+    UPDATE,
     Collective,
     Peak,
     Tracker,
+    replaced,
 )
 from torchtitan_rd.run_plan import RunPlan
 from torchtitan_rd.train_step import TrainStep
@@ -74,7 +76,7 @@ class TracedRun:
         self._closing = ExitStack()
         offloaded = config.training.enable_cpu_offload
         # A peak of the device's memory leaves out what stands in host memory.
-        away = (PARAMETERS, GRADIENTS, OPTIMIZER) if offloaded else ()
+        away = (PARAMETERS, GRADIENTS, OPTIMIZER, UPDATE) if offloaded else ()
         self._tracker = Tracker(gpu_kernels=on_gpu, off_device=away)
         try:
             self._build(on_gpu)
@@ -155,7 +157,7 @@ class TracedRun:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self.gradients = self._label(gradients, GRADIENTS)
         self._step.optimizer.zero_grad()
-        self._step.settle = _nothing  # type: ignore[method-assign]  # it would read numbers
+        self._closing.enter_context(replaced(self._step, "settle", _nothing))  # it would read numbers
         saved = tracker.saved
         return StepTrace(
             tracker.peak,
@@ -271,11 +273,8 @@ def _marks_host_memory(tracker: Tracker) -> Iterator[None]:
         original(self, *args, **kwargs)
         tracker.label([self.host], HOST)
 
-    OnHost.__init__ = init  # type: ignore[method-assign]
-    try:
+    with replaced(OnHost, "__init__", init):
         yield
-    finally:
-        OnHost.__init__ = original  # type: ignore[method-assign]
 
 
 class _FusedRMSNorm(torch.autograd.Function):

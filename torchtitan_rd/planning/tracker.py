@@ -28,6 +28,7 @@ SAVED = "saved activations"
 HEAD = "head and loss"
 BACKWARD = "working memory of backward"
 ATTENTION = "attention's workspace"
+UPDATE = "the update"
 OTHER = "everything else"
 HOST = "activations in host memory"
 COMPONENTS = (
@@ -40,6 +41,7 @@ COMPONENTS = (
     HEAD,
     BACKWARD,
     ATTENTION,
+    UPDATE,
     OTHER,
 )
 
@@ -162,11 +164,8 @@ class Tracker(TorchDispatchMode):
                 made.size = size
             return result
 
-        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
-        try:
+        with replaced(torch.UntypedStorage, "resize_", resize):
             yield
-        finally:
-            torch.UntypedStorage.resize_ = original  # type: ignore[method-assign]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         if DTensor in types:
@@ -188,6 +187,7 @@ class Tracker(TorchDispatchMode):
         extra = self._inside_of(func, args) if func in _OPAQUE else 0
         result = func(*args, **kwargs)
 
+        # Everything new is of this moment, unless it is known better.
         label = self._label_now(in_backward)
         outputs = list(tensors_in([result]))
         for tensor in outputs:
@@ -196,6 +196,7 @@ class Tracker(TorchDispatchMode):
                 self._note(storage, label)
         if extra:  # its outputs are inside of it
             extra -= sum(tensor.untyped_storage().nbytes() for tensor in outputs)
+
         self._relabel(func, args, kwargs)
         self._note_flops(func, args, kwargs, result, in_backward)
         workspace = _workspace(args) if self.gpu_kernels and func in _ATTENTION_BACKWARD else 0
@@ -207,7 +208,9 @@ class Tracker(TorchDispatchMode):
             return HEAD
         if in_backward:
             return BACKWARD
-        return SAVED if self.moment == "forward" else OTHER
+        if self.moment == "forward":
+            return SAVED
+        return UPDATE if self._backward_began else OTHER
 
     def _note(self, storage: torch.UntypedStorage, label: str) -> None:
         made = Made(0, label)
@@ -285,6 +288,17 @@ class Tracker(TorchDispatchMode):
                 _OPAQUE[func](*args)
             self._inside[key] = Inside(inner.peak.bytes, sum(inner.flops.values()))
         return self._inside[key].peak
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner` with another attribute of that name."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
