@@ -119,12 +119,13 @@ class Tracker(TorchDispatchMode):
         self.gpu_kernels = gpu_kernels
         self.off_device = frozenset((HOST, *off_device))
         self.moment = "forward"
-        self.without_gradient = False
-        self.in_head = False
+        self.without_gradient, self.in_head = False, False
+
         self.flops: Counter[tuple[Pass, str]] = Counter()
         self.collectives: dict[str, Collective] = {}
         self.saved: dict[str, int] = {}
         self.peak = Peak()
+
         self._live: dict[int, Made] = {}
         self._bytes = 0
         self._inside: dict[Any, Inside] = {}
@@ -132,7 +133,8 @@ class Tracker(TorchDispatchMode):
 
     def begin(self) -> None:
         """Counts anew; what lives goes on living."""
-        self.flops, self.collectives, self.saved, self.peak = Counter(), {}, {}, Peak()
+        self.flops, self.collectives = Counter(), {}
+        self.saved, self.peak = {}, Peak()
         self._backward_began = False
 
     def label(self, tensors: Iterable[torch.Tensor], label: str) -> None:
