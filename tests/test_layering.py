@@ -63,6 +63,7 @@ PLACES = {
     "build_model": 5,
     "run_plan": 5,
     "budget": 6,
+    "planning": 6,
     "parts": 6,
     "run_state": 6,
     "train": 7,

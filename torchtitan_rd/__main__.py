@@ -31,6 +31,9 @@ COMMANDS = {
     "config": Command(
         "torchtitan_rd.commands.config", "print the resolved config with the origin of every value"
     ),
+    "plan": Command(
+        "torchtitan_rd.commands.plan", "memory, time and disk of a run before it is queued; what makes it fit"
+    ),
     "generate-cfg": Command(
         "torchtitan_rd.commands.generate_cfg", "write the config of a run of 22 tokens a parameter"
     ),

@@ -1,0 +1,57 @@
+"""What a plan says a GPU takes is what a run takes, where both can be had: on CPUs."""
+
+import pytest
+
+from tests.planning.common import LLAMA, RAVEN, config_of, planned, run_for_real
+from tests.ranks import run_on_ranks
+
+NONE, SELECTIVE, FULL = {"mode": "none"}, {"mode": "selective"}, {"mode": "full"}
+BY_OP = {"mode": "selective", "selective_ac_option": "op"}
+ATTENTION = {"mode": "full", "keep": "attention"}
+EVERY_SECOND = {**ATTENTION, "keep_every": 2}
+OFFLOADED = {"mode": "full", "offload": True}
+BLOCKS = {"mode": "full", "recurrent_region": "block"}
+TILES, CHUNKS = {"mlp_tile_tokens": 64}, {"loss_chunk_tokens": 64}
+
+
+def deeper(model: dict) -> dict:
+    more = {"n_layers": 8} if model is LLAMA else {"mean_recurrence": 9, "mean_backprop_depth": 6}
+    return {**model, "overrides": {**model["overrides"], **more}}
+
+
+def case(model: dict, recompute: dict, training: dict | None = None):
+    return config_of(model, activation_checkpoint=recompute, training=training or {})
+
+
+def compare(configs: list, world_size: int) -> None:
+    """Shards to the byte; what else the step takes within 10 %."""
+    real = run_on_ranks(world_size, run_for_real, configs, timeout=900.0)[0]
+    for config, seen in zip(configs, real, strict=True):
+        plan = planned(config, world_size)
+        assert (plan.parameters, plan.optimizer) == (seen["parameters"], seen["optimizer"])
+        assert plan.gradients == seen["gradients"]
+        need = plan.worst
+        saved_away = need.saved_on_host  # on a CPU, host memory is the device's too
+        told = need.peak + saved_away - plan.parameters - plan.optimizer
+        assert told == pytest.approx(seen["peak"], rel=0.1), (config.activation_checkpoint, need.parts)
+
+
+@pytest.mark.slow
+def test_two_ranks_take_what_was_planned():
+    compare([case(LLAMA, FULL), case(RAVEN, NONE)], world_size=2)
+
+
+def test_a_step_takes_what_was_planned():
+    compare([case(deeper(LLAMA), SELECTIVE, TILES), case(deeper(RAVEN), ATTENTION, CHUNKS)], world_size=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("model", [LLAMA, RAVEN, deeper(LLAMA), deeper(RAVEN)])
+def test_every_technique_takes_what_was_planned(model, world_size):
+    recomputations = [NONE, SELECTIVE, BY_OP, FULL, ATTENTION, EVERY_SECOND, OFFLOADED, BLOCKS]
+    configs = [case(model, recompute) for recompute in recomputations]
+    configs += [case(model, FULL, training) for training in (TILES, CHUNKS, {**TILES, **CHUNKS})]
+    configs += [case(model, NONE, {"global_batch_size": 4 * world_size})]
+    configs += [case(model, FULL, {"mixed_precision_param": "bfloat16"})]
+    compare(configs, world_size)

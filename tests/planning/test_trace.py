@@ -1,0 +1,117 @@
+"""What a traced step counts, against numbers that follow from the model's sizes."""
+
+from dataclasses import replace
+
+import pytest
+
+from tests.planning.common import LLAMA, RAVEN, config_of, plan_of, planned
+from torchtitan_rd.planning.compute import executed, model_flops
+from torchtitan_rd.planning.draws import Depth, depths_of
+from torchtitan_rd.planning.memory import estimate, measure
+
+FULL, ATTENTION = {"mode": "full"}, {"mode": "full", "keep": "attention"}
+OFFLOADED = {"mode": "full", "offload": True}
+BFLOAT16 = {"mixed_precision_param": "bfloat16"}
+TOKENS, DIM, HEADS = 2 * 256, 64, 4
+
+
+def layers(number: int) -> dict:
+    return {**LLAMA, "overrides": {**LLAMA["overrides"], "n_layers": number}}
+
+
+def left_by_forward(recompute: dict, number: int) -> tuple[int, int]:
+    """Bytes that forward leaves, and those of them in host memory."""
+    config = config_of(layers(number), activation_checkpoint=recompute, training=BFLOAT16)
+    need = planned(config, 1, on_gpu=True).worst
+    return need.saved, need.saved_on_host
+
+
+@pytest.mark.parametrize(
+    ("recompute", "of_a_block"),
+    [
+        (FULL, TOKENS * DIM * 2),
+        (ATTENTION, TOKENS * (DIM * 2 * 2 + HEADS * 4)),  # and log-sum-exps in float32
+    ],
+)
+def test_a_recomputed_block_leaves_what_the_page_on_memory_says(recompute, of_a_block):
+    of_two_blocks = left_by_forward(recompute, 4)[0] - left_by_forward(recompute, 2)[0]
+    assert of_two_blocks == pytest.approx(2 * of_a_block, abs=64)  # a kernel's two seeds
+
+
+def test_offloaded_inputs_are_in_host_memory():
+    left, on_host = left_by_forward(OFFLOADED, 4)
+    assert on_host == 4 * TOKENS * DIM * 2
+    assert left == left_by_forward(FULL, 4)[0]
+
+
+def test_attention_holds_no_matrix_of_all_pairs_on_a_gpu():
+    length = 16384
+    training = {**BFLOAT16, "seq_len": length, "local_batch_size": 1}
+    config = config_of(layers(2), activation_checkpoint=FULL, training=training)
+    assert planned(config, 1, on_gpu=True).worst.peak < length * length
+
+
+@pytest.mark.parametrize("model", [LLAMA, RAVEN], ids=["llama", "raven"])
+def test_flops_are_those_of_the_model(model):
+    config = config_of(model)
+    plan = plan_of(config, 2)
+    depths = depths_of(plan, 10)
+    passes = executed(measure(config, plan, depths.chosen).depths[0].flops, plan.seq_len)
+    assert "recompute" not in passes
+    assert sum(passes.values()) * 2 == pytest.approx(model_flops(plan, depths))
+    assert ("without gradient" in passes) == (model is RAVEN)
+
+
+def test_recomputation_repeats_the_blocks_and_attention_alone_if_it_is_not_kept():
+    def recomputed(recompute: dict) -> dict:
+        return planned(config_of(LLAMA, activation_checkpoint=recompute), 1).depths[0].flops
+
+    assert recomputed(FULL)["recompute", "attention"] == recomputed(FULL)["forward", "attention"]
+    assert ("recompute", "attention") not in recomputed(ATTENTION)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_iterations_without_gradient():
+    config = config_of(RAVEN)
+    plan = plan_of(config, 1)
+    depth = depths_of(plan, 10).chosen[0]
+
+    class AsDrawn(Depth):
+        traced = property(lambda self: self.num_steps)
+
+    one, five = measure(
+        config, plan, [AsDrawn("mean", (n, 3), depth.inputs) for n in (1, 5)], on_gpu=True
+    ).depths
+    assert five.need.peak == pytest.approx(one.need.peak, rel=1e-3)
+    by_hand = measure(config, plan, [replace(depth, num_steps=(5, 3))], on_gpu=True).depths[0]
+    assert by_hand.flops == five.flops
+
+
+@pytest.mark.parametrize(
+    ("model", "recompute"),
+    [
+        pytest.param(layers(8), {"mode": "selective"}, id="llama"),
+        pytest.param(RAVEN, FULL, id="raven", marks=pytest.mark.slow),
+    ],
+)
+def test_a_few_layers_or_iterations_tell_the_whole(model, recompute):
+    if model is RAVEN:
+        deeper = {"mean_recurrence": 9, "mean_backprop_depth": 6}
+        model = {**RAVEN, "overrides": {**RAVEN["overrides"], **deeper}}
+    config = config_of(model, activation_checkpoint=recompute)
+    plan = plan_of(config, 2)
+    depth = depths_of(plan, 10).chosen[0]
+    whole, told = measure(config, plan, [depth]).depths[0], estimate(config, plan, depth)
+    assert told.need.peak == pytest.approx(whole.need.peak, rel=0.01)
+    assert told.need.saved == whole.need.saved
+    assert told.flops == pytest.approx(whole.flops)
+    assert told.collectives == whole.collectives
+
+
+def test_ranks_that_share_a_sequence_hold_a_part_of_its_activations():
+    def left(**degrees: int) -> int:
+        config = config_of(LLAMA, activation_checkpoint=FULL, parallelism=degrees, training=BFLOAT16)
+        return planned(config, 4, on_gpu=True).worst.saved
+
+    shared = left(context_parallel_degree=2, data_parallel_shard_degree=2)
+    assert shared == pytest.approx(left() / 2, rel=0.15)
