@@ -60,6 +60,7 @@ PLACES = {
     "build_model": 5,
     "run_plan": 5,
     "budget": 6,
+    "diagnosis": 4,
     "parts": 6,
     "train": 7,
     "commands": 8,

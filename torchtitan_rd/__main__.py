@@ -31,6 +31,10 @@ COMMANDS = {
     "config": Command(
         "torchtitan_rd.commands.config", "print the resolved config with the origin of every value"
     ),
+    "doctor": Command(
+        "torchtitan_rd.commands.doctor",
+        "what this environment can do, what is missing, and which rank is slow",
+    ),
     "generate-cfg": Command(
         "torchtitan_rd.commands.generate_cfg", "write the config of a run of 22 tokens a parameter"
     ),
