@@ -61,6 +61,7 @@ PLACES = {
     "run_plan": 5,
     "budget": 6,
     "diagnosis": 4,
+    "rehearsal": 6,
     "parts": 6,
     "train": 7,
     "commands": 8,
