@@ -31,6 +31,9 @@ COMMANDS = {
     "config": Command(
         "torchtitan_rd.commands.config", "print the resolved config with the origin of every value"
     ),
+    "rehearse": Command(
+        "torchtitan_rd.commands.rehearse", "the whole life of a run once, small, on this machine: go or no-go"
+    ),
     "doctor": Command(
         "torchtitan_rd.commands.doctor",
         "what this environment can do, what is missing, and which rank is slow",
