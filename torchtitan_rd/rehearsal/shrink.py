@@ -202,6 +202,11 @@ def _path_of(name: str) -> Becomes:
     return lambda value, small: str(small.paths[name]) if name in small.paths else value
 
 
+def _held_out(value: str | None, small: Small) -> str | None:
+    """Without [validation] the held-out rows are some of training's."""
+    return _path_of("validation")(value, small) if small.config.validation.enable else None
+
+
 def _sources(value: list[dict[str, Any]], small: Small) -> list[dict[str, Any]]:
     rows = {"dataset_revision": None, "source_dataset": None, "skip_ranges": []}
     return [
@@ -268,7 +273,7 @@ RULES = (
     Rule("checkpoint.last_save_model_only", _always(False), _OWN),
     Rule("checkpoint.last_save_in_hf", _always(False), _OWN),
     Rule("checkpoint.create_seed_checkpoint", _always(False), _OWN),
-    Rule("validation.dataset_path", _path_of("validation"), _ROWS),
+    Rule("validation.dataset_path", _held_out, _ROWS),
     Rule("validation.freq", _most(INTERVAL), _SHORT),
     Rule("validation.sequences", lambda value, small: small.ranks.data, "few rows"),
     Rule("validation.partial_depth_eval", _depths, _SIZE),

@@ -79,9 +79,11 @@ class Life:
                 raise NoGo(f"no checkpoint behind step {before} within {self.limit:.0f} s")
             time.sleep(0.05)
 
-        step = self._last_step()
         kill_tree(process)
-        return f"all processes were killed (SIGKILL) after step {step}; the last checkpoint is of {saved}"
+        return (
+            f"all processes were killed (SIGKILL) after step {self._last_step()}; "
+            f"the last checkpoint is of {self._saved()[-1]}"
+        )
 
     def resume(self) -> str:
         """From the last good checkpoint, on another number of ranks."""
@@ -95,7 +97,7 @@ class Life:
 
         said = re.search(r"resuming after step (\d+)", self.logs[-1].read_text(errors="replace"))
         rows = self._rows()
-        if said is None or not rows or rows[-1]["step"] != steps:
+        if said is None or int(said[1]) != saved or not rows or rows[-1]["step"] != steps:
             raise NoGo(f"did not go on from step {saved} to {steps}: {self.logs[-1]}")
         if [row["step"] for row in rows] != list(range(1, steps + 1)):
             raise NoGo(f"metrics.jsonl does not hold each of the steps 1 to {steps} once")
@@ -104,9 +106,10 @@ class Life:
 
     def validate(self) -> str:
         """The loss on held-out rows, of a recurrent model at each depth of partial_depth_eval too."""
-        enabled = self.config.validation.enable
-        if self.config.training.mixture and self.config.validation.dataset is None:
-            raise NotTried("[validation] names no data set, and the mixture is several")
+        enabled, training = self.config.validation.enable, self.config.training
+        held_out = self.config.validation.dataset or training.dataset
+        if not enabled and (training.mixture or held_out != training.dataset):
+            raise NotTried("[validation] is not enabled, and the held-out data would be another data set")
         result = self.folder / "losses.json"
         split = [] if enabled or not self.has_rows else ["--split", "train"]
         output = ["--output", str(result), "--device", "cpu"]
