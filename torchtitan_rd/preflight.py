@@ -45,10 +45,12 @@ def preflight(mesh: DeviceMesh, device: torch.device, least_bandwidth: float | N
     named: dict[dist.ProcessGroup, str] = {} if world is None else {world: "all ranks"}
     for dimension in mesh.mesh_dim_names or ():
         named.setdefault(mesh.get_group(dimension), dimension)
+
     for group, name in named.items():
         size = group.size()
         where = f"pre-flight all-reduce over {name} ({size} ranks)"
         logger.info("%s ...", where)
+
         seconds = ladder(group, device, where)
         bandwidth = bus_bandwidth(size, device, seconds[-1])
         logger.info(
@@ -58,6 +60,7 @@ def preflight(mesh: DeviceMesh, device: torch.device, least_bandwidth: float | N
             seconds[-1],
             bandwidth / 1e9,
         )
+
         if size > 1 and (bandwidth < least or seconds[0] > SLOW_START):
             logger.warning(
                 "%s is slow: the first took %.1f s, the largest ran at %.3f GB/s; %s",

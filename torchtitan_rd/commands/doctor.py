@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,7 +80,7 @@ def _ranks(environment: Environment, place: torch.device, limit: float) -> ranks
 
 
 def _rank_table(told: ranks.Findings, world_size: int, place: torch.device) -> str:
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     for one in told.ranks:
         speed = ranks.bandwidth_of(one, world_size, place)
         first, last = (1e3 * one.seconds[0], 1e3 * one.seconds[-1]) if one.seconds else (None, None)
@@ -88,6 +89,7 @@ def _rank_table(told: ranks.Findings, world_size: int, place: torch.device) -> s
         rows.append((one.rank, one.host, one.device, 1e3 * one.work, first, last, rate, verdict))
     for rank in told.dead:
         rows.append((rank, "", "", None, None, None, None, "DEAD"))
+
     headers = ("rank", "host", "device", "own work ms", "first ms", "largest ms", "GB/s", "")
     table = tabulate(sorted(rows), headers=headers, floatfmt=".2f", missingval="-")
     return "\n".join(

@@ -114,30 +114,22 @@ assert torch.allclose(x.grad, y.grad, atol=1e-5), "wrong gradient"
 
 def look_at_compile(seconds: float) -> Finding:
     """torch.compile with its default back end, in a process of its own with empty caches."""
+    what, remedy = "torch.compile", "train with compile.enable = false"
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         environment = child_environment(TORCHINDUCTOR_CACHE_DIR=folder, TRITON_CACHE_DIR=folder)
+        command = [sys.executable, "-c", _COMPILED]
         try:
             done = subprocess.run(
-                [sys.executable, "-c", _COMPILED],
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=seconds,
-                cwd=folder,
+                command, env=environment, capture_output=True, text=True, timeout=seconds, cwd=folder
             )
         except subprocess.TimeoutExpired:
-            return Finding(
-                Mark.ABSENT,
-                "torch.compile",
-                f"not done after {seconds:.0f} s",
-                "train with compile.enable = false",
-            )
+            return Finding(Mark.ABSENT, what, f"not done after {seconds:.0f} s (--limit)", remedy)
+
     if done.returncode == 0:
         took = time.perf_counter() - begun
-        return Finding(Mark.GOOD, "torch.compile", f"right forward and backward ({took:.0f} s from nothing)")
-    last = [line for line in done.stderr.splitlines() if line.strip()][-1:]
-    remedy = "train with compile.enable = false"
+        return Finding(Mark.GOOD, what, f"right forward and backward ({took:.0f} s from nothing)")
+    said = [line for line in done.stderr.splitlines() if line.strip()]
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         remedy = "install a C++ compiler (apt-get install g++, module load gcc), or compile.enable = false"
-    return Finding(Mark.ABSENT, "torch.compile", (last or ["fails"])[0][:200], remedy)
+    return Finding(Mark.ABSENT, what, said[-1][:200] if said else "fails without a word", remedy)

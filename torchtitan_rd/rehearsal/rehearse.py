@@ -1,7 +1,7 @@
 """The stages of a rehearsal in order: what needs no process first, then the life of the small run."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Options:
     hub_answers: asks whether the hub can be reached; called if data or a tokenizer lies there.
     """
 
-    arguments: Sequence[str]
+    arguments: list[str]
     environment: Environment
     ranks: int | None
     folder: Path
@@ -214,7 +214,8 @@ class Rehearsal:
 def lies_on_hub(config: JobConfig) -> bool:
     """Whether a run reads data or a tokenizer of the hub, or of its cache."""
     training, validation = config.training, config.validation
-    named = [(one.dataset, one.dataset_path) for one in training.mixture or [training]]
+    named = [(source.dataset, source.dataset_path) for source in training.mixture]
+    named = named or [(training.dataset, training.dataset_path)]
     if validation.enable:
         path = validation.dataset_path or training.dataset_path
         named.append((validation.dataset or training.dataset, path))

@@ -127,9 +127,10 @@ def rehearsed(small: Small) -> tuple[JobConfig, list[Change]]:
         reasons[key] = why
 
     fields = JobConfig.model_fields
-    config = JobConfig(
-        **{name: section_type(fields[name]).model_validate(keys) for name, keys in after.items()}
-    )
+    sections: dict[str, Any] = {
+        name: section_type(fields[name]).model_validate(keys) for name, keys in after.items()
+    }
+    config = JobConfig(**sections)
     changes = changes_between(small.asked, config, reasons)
     return config, [_with_the_flavor_s(change, small.plan.shape) for change in changes]
 
@@ -208,7 +209,7 @@ def _held_out(value: str | None, small: Small) -> str | None:
 
 
 def _sources(value: list[dict[str, Any]], small: Small) -> list[dict[str, Any]]:
-    rows = {"dataset_revision": None, "source_dataset": None, "skip_ranges": []}
+    rows: dict[str, Any] = {"dataset_revision": None, "source_dataset": None, "skip_ranges": []}
     return [
         source
         if source["name"] not in small.paths
