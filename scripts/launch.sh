@@ -2,6 +2,7 @@
 # ranks on a machine without GPUs) on this node, or on every node of the Slurm job.
 #   NPROC=...          ranks on a node (default: its GPUs, else 2)
 #   CONFIG_FILE=...    another TOML than the script's own
+#   REHEARSE=1         in place of the run: its whole life once, small, on this machine (docs/rehearsal.md)
 #   MAX_RESTARTS=...   how often torchrun restarts the ranks after a failure (default 0; 3 under Slurm)
 # Settings of the allocator and of NCCL that every run wants are set here, unless the environment or a cluster's profile
 # (scripts/profiles/, sourced before this file) has set them.
@@ -103,9 +104,28 @@ _wait_for() {  # a trapped signal ends `wait` early
     return "$code"
 }
 
+# The ranks are those of the Slurm job, or those that the script's own header would ask for (its folder is this one), or
+# those of this machine.
+_rehearse() {
+    local script nodes gpus config=$1
+    shift
+    script=$(basename "$0")
+    nodes=${SLURM_NNODES:-$(_of_header nodes "$script")}
+    gpus=${NPROC:-${GPUS_PER_NODE:-$(_of_header gpus-per-node "$script")}}
+    python -m torchtitan_rd rehearse "$config" --ranks "$((${nodes:-1} * ${gpus:-$(_ranks_per_node)}))" "$@"
+}
+
+_of_header() {  # $1: an option of sbatch, $2: the script
+    sed -n "s/^#SBATCH --$1=\([0-9]*\)$/\1/p" "$2" 2>/dev/null | head -n 1
+}
+
 launch() {
     local config=${CONFIG_FILE:-$1} dump_folder code was_signalled=
     shift
+    if [ -n "${REHEARSE:-}" ]; then
+        _rehearse "$config" "$@"
+        return
+    fi
     _set_defaults
     local nodes=${SLURM_NNODES:-1} rendezvous=(--standalone) per_node ranks
     per_node=${NPROC:-$(_ranks_per_node)}

@@ -64,6 +64,8 @@ PLACES = {
     "run_plan": 5,
     "budget": 6,
     "planning": 6,
+    "diagnosis": 4,
+    "rehearsal": 6,
     "parts": 6,
     "run_state": 6,
     "train": 7,

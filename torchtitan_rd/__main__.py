@@ -34,6 +34,13 @@ COMMANDS = {
     "plan": Command(
         "torchtitan_rd.commands.plan", "memory, time and disk of a run before it is queued; what makes it fit"
     ),
+    "rehearse": Command(
+        "torchtitan_rd.commands.rehearse", "the whole life of a run once, small, on this machine: go or no-go"
+    ),
+    "doctor": Command(
+        "torchtitan_rd.commands.doctor",
+        "what this environment can do, what is missing, and which rank is slow",
+    ),
     "generate-cfg": Command(
         "torchtitan_rd.commands.generate_cfg", "write the config of a run of 22 tokens a parameter"
     ),

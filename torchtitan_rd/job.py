@@ -110,6 +110,39 @@ def is_started_by_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+# What torchrun tells its ranks; prefixes of names.
+_OF_TORCHRUN = (
+    "TORCHELASTIC_",
+    "GROUP_",
+    "ROLE_",
+    "LOCAL_",
+    "MASTER_",
+    "RANK",
+    "WORLD_SIZE",
+    "TORCH_NCCL_ASYNC",
+)
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """The environment of a program that this process starts: its own with `changes`, without what torchrun
+    has told this rank.
+    """
+    own = {name: value for name, value in os.environ.items() if not name.startswith(_OF_TORCHRUN)}
+    return {**own, **changes}
+
+
+def variables(*prefixes: str) -> dict[str, str]:
+    """Those of the environment whose names begin so, in the order of their names."""
+    return {name: os.environ[name] for name in sorted(os.environ) if name.startswith(prefixes)}
+
+
+def work_offline() -> None:
+    """Lets the libraries of the hub look into their caches alone, here (before they are imported) and in
+    programs that are started from here, instead of asking a hub that does not answer again and again.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
 def expand_variables(text: str) -> str:
     """`$NAME` and `${NAME}` as a shell reads them; one that is not set stays as it is written."""
     return os.path.expandvars(text)

@@ -46,17 +46,14 @@ def preflight(mesh: DeviceMesh, device: torch.device, least_bandwidth: float | N
     named: dict[dist.ProcessGroup, str] = {} if world is None else {world: "all ranks"}
     for dimension, group in groups_of(mesh).items():
         named.setdefault(group, dimension)
+
     for group, name in named.items():
         size = group.size()
         where = f"pre-flight all-reduce over {name} ({size} ranks)"
         logger.info("%s ...", where)
-        try:
-            seconds = [_all_reduce(group, count, device, where) for count in MESSAGE_BYTES[device.type]]
-        except RuntimeError as error:  # of gloo or NCCL; ClusterError is none
-            raise ClusterError(f"{where} failed: {error}; {WHERE_TO_LOOK}") from error
-        # What passes each rank's link in a ring, as NCCL's own tests count it.
-        passed = 2 * (size - 1) / size * MESSAGE_BYTES[device.type][-1]
-        bandwidth = passed / seconds[-1]
+
+        seconds = ladder(group, device, where)
+        bandwidth = bus_bandwidth(size, device, seconds[-1])
         logger.info(
             "%s: right; first %.3f s, last %.3f s (%.2f GB/s)",
             where,
@@ -64,6 +61,7 @@ def preflight(mesh: DeviceMesh, device: torch.device, least_bandwidth: float | N
             seconds[-1],
             bandwidth / 1e9,
         )
+
         if size > 1 and (bandwidth < least or seconds[0] > SLOW_START):
             logger.warning(
                 "%s is slow: the first took %.1f s, the largest ran at %.3f GB/s; %s",
@@ -72,6 +70,24 @@ def preflight(mesh: DeviceMesh, device: torch.device, least_bandwidth: float | N
                 bandwidth / 1e9,
                 WHERE_TO_LOOK,
             )
+
+
+def ladder(group: dist.ProcessGroup, device: torch.device, where: str) -> list[float]:
+    """Seconds of an all-reduce of each of the MESSAGE_BYTES, the first with the time to connect. Collective.
+
+    where: what is tried, for messages. Raises ClusterError where a sum is wrong or torch reports a failure.
+    """
+    try:
+        return [_all_reduce(group, count, device, where) for count in MESSAGE_BYTES[device.type]]
+    except RuntimeError as error:  # of gloo or NCCL; ClusterError is none
+        raise ClusterError(f"{where} failed: {error}; {WHERE_TO_LOOK}") from error
+
+
+def bus_bandwidth(size: int, device: torch.device, seconds: float) -> float:
+    """Bytes a second that pass each rank's link in a ring of `size`, as NCCL's own tests count it, if the
+    largest message took `seconds`.
+    """
+    return 2 * (size - 1) / size * MESSAGE_BYTES[device.type][-1] / seconds
 
 
 def _all_reduce(group: dist.ProcessGroup, count: int, device: torch.device, where: str) -> float:

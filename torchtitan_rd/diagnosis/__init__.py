@@ -1,0 +1,1 @@
+"""What this environment can do: the parts of `torchtitan-rd doctor` (docs/rehearsal.md)."""
