@@ -26,11 +26,16 @@ SHAPES = {
 
 
 def checkpointer(
-    dump: Path, *, job=JOB, shape=SHAPE, must_match=("training.seq_len",), **config: Any
+    dump: Path, *, job=JOB, shape=SHAPE, must_match=("training.seq_len",), defaults=None, **config: Any
 ) -> Checkpointer:
     config = CheckpointConfig(**{"enable": True, "interval": 1, **config})
     return Checkpointer(
-        config, dump_folder=Path(dump), job_config=job, must_match=frozenset(must_match), model_shape=shape
+        config,
+        dump_folder=Path(dump),
+        job_config=job,
+        must_match=frozenset(must_match),
+        model_shape=shape,
+        shape_defaults=defaults,
     )
 
 
