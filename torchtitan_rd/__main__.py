@@ -58,6 +58,9 @@ COMMANDS = {
     "pareto": Command(
         "torchtitan_rd.commands.pareto", "loss against iterations and memory under every exit criterion"
     ),
+    "layers": Command(
+        "torchtitan_rd.commands.layers", "how much each layer of a dense model changes the residual stream"
+    ),
     "report": Command("torchtitan_rd.commands.report", "runs as one HTML page of charts"),
     "verify": Command("torchtitan_rd.commands.verify", "check a checkpoint's files against its manifest"),
 }
