@@ -138,8 +138,18 @@ def raven_shape(
 ) -> RavenShape:
     """The shape of the raven that these layers make. Raises ConfigError."""
     heads, kv_heads, head_dim = dense.attention_shape
+    same = (
+        "dim",
+        "vocab_size",
+        "norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "tie_word_embeddings",
+        "max_seq_len",
+    )
+
     return RavenShape(
-        dim=dense.dim,
+        **{name: getattr(dense, name) for name in same},
         n_heads=heads,
         n_kv_heads=None if kv_heads == heads else kv_heads,
         head_dim=None if head_dim * heads == dense.dim else head_dim,
@@ -149,17 +159,11 @@ def raven_shape(
         n_layers_coda=len(split.coda),
         mean_recurrence=mean_recurrence,
         mean_backprop_depth=mean_backprop_depth,
-        vocab_size=dense.vocab_size,
         block="pre",
         final_norm="once",
         qk_bias=False,
         adapter_start=adapter,
         init_strategy="scaled",
-        norm_eps=dense.norm_eps,
-        rope_theta=dense.rope_theta,
-        rope_scaling=dense.rope_scaling,
-        tie_word_embeddings=dense.tie_word_embeddings,
-        max_seq_len=dense.max_seq_len,
     )
 
 
