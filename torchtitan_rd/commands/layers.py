@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError("layers runs on one rank: start it without torchrun")
     check_outputs(chosen, "output")
     rows, held_out = measure(chosen, environment)
-    print(tabulate(rows, headers=LayerChange._fields, floatfmt=("", ".4f", ".4f")))
+    print(tabulate(rows, headers=rows[0]._fields, floatfmt=("", ".4f", ".4f")))
     keys = held_out.keys
     print(f"{keys.global_batch_size} sequences of {keys.seq_len} tokens of {chosen.data}")
     result = {"model": str(chosen.model), "data": chosen.data, "layers": [row._asdict() for row in rows]}
