@@ -24,7 +24,6 @@ from torchtitan_rd.conversion.output import check_output
 from torchtitan_rd.conversion.pipeline import open_released, to_dcp, to_hf
 from torchtitan_rd.conversion.weights import Weights, matching_flavor, model_tensors, total_bytes
 from torchtitan_rd.errors import CheckpointError, ConfigError
-from torchtitan_rd.models.llama import LLAMA3
 from torchtitan_rd.models.llama.shape import LlamaShape
 from torchtitan_rd.models.raven import RAVEN
 from torchtitan_rd.models.raven.shape import RavenShape
@@ -116,16 +115,22 @@ def open_dense(
         weights = open_dcp(folder, model=model, flavor=flavor, overrides=overrides)
     else:
         weights = open_released(folder, model=model)
-    if weights.spec.hf is not LLAMA3.hf:
+    shape = llama_shape(weights)
+    if shape.norm_type != "rmsnorm":
         raise ConfigError(
-            f"{folder} holds a {weights.spec.name}, which is no dense Llama: its layers cannot be split"
-        )
-    if weights.shape.norm_type != "rmsnorm":
-        raise ConfigError(
-            f"{folder} has norm_type = {weights.shape.norm_type!r}, which a raven lacks: only 'rmsnorm'"
+            f"{folder} has norm_type = {shape.norm_type!r}, which a raven lacks: only 'rmsnorm'"
         )
     require_complete(weights)
     return weights
+
+
+def llama_shape(weights: Weights) -> LlamaShape:
+    """The shape of a dense Llama. Raises ConfigError for another model."""
+    if not isinstance(weights.shape, LlamaShape):
+        raise ConfigError(
+            f"{weights.origin} holds a {weights.spec.name}, which is no dense Llama: its layers cannot be split"
+        )
+    return weights.shape
 
 
 def raven_shape(
@@ -172,8 +177,8 @@ def retrofitted(dense: Weights, split: Split, *, seed: int = 0, **fields: Any) -
     of a random adapter. The tokenizer goes along, and not how the dense model was trained.
     Raises ConfigError.
     """
-    split.check(dense.shape.n_layers)
-    shape = raven_shape(dense.shape, split, **fields)
+    split.check(llama_shape(dense).n_layers)
+    shape = raven_shape(llama_shape(dense), split, **fields)
     wanted, _ = model_tensors(RAVEN, shape)
     sources = _sources(split, wanted)
     if shape.tie_word_embeddings and "output.weight" not in dense.tensors:
@@ -205,12 +210,12 @@ def retrofitted(dense: Weights, split: Split, *, seed: int = 0, **fields: Any) -
 def without_layers(dense: Weights, kept: tuple[int, ...]) -> Weights:
     """The dense model with these layers alone, as weights of a smaller dense model."""
     source = {}
-    for name in model_tensors(dense.spec, replace(dense.shape, n_layers=len(kept)))[0]:
+    for name in model_tensors(dense.spec, replace(llama_shape(dense), n_layers=len(kept)))[0]:
         top, _, rest = name.removeprefix("layers.").partition(".")
         source[name] = f"layers.{kept[int(top)]}.{rest}" if name.startswith("layers.") else name
     return replace(
         dense,
-        shape=replace(dense.shape, n_layers=len(kept)),
+        shape=replace(llama_shape(dense), n_layers=len(kept)),
         tensors={name: dense.tensors[old] for name, old in source.items() if old in dense.tensors},
         read=lambda name: dense.read(source[name]),
     )
@@ -228,10 +233,8 @@ def prove(dense: Weights, raven: Weights, split: Split) -> str:
     ours = verification.native(passing, num_steps=1)
     expected = verification.transformers_logits_from(without_layers(dense, split.layers))
     comparison = verification.compare(ours, expected)
-    dropped = dense.shape.n_layers - len(split.layers)
-    text = (
-        f"one iteration and the dense model without {dropped} of {dense.shape.n_layers} layers: {comparison}"
-    )
+    dropped = llama_shape(dense).n_layers - len(split.layers)
+    text = f"one iteration and the dense model without {dropped} of {llama_shape(dense).n_layers} layers: {comparison}"
     if not comparison.passed:
         raise CheckpointError(f"verification failed: {text}")
     if not torch.equal(ours.logits, verification.native_logits(passing, num_steps=1, seed=1)):
@@ -270,7 +273,7 @@ def to_raven(
 
 def _sources(split: Split, wanted: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """The raven's name -> the dense model's, for all but the adapter."""
-    sources = {ours: (theirs,) for ours, theirs in _TOP.items() if ours in wanted}
+    sources: dict[str, tuple[str, ...]] = {ours: (theirs,) for ours, theirs in _TOP.items() if ours in wanted}
     parts = {"prelude": split.prelude, "recurrence.iteration.core_block": split.core, "coda": split.coda}
     for part, layers in parts.items():
         for place, layer in enumerate(layers):
