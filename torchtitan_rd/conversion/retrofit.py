@@ -128,7 +128,8 @@ def llama_shape(weights: Weights) -> LlamaShape:
     """The shape of a dense Llama. Raises ConfigError for another model."""
     if not isinstance(weights.shape, LlamaShape):
         raise ConfigError(
-            f"{weights.origin} holds a {weights.spec.name}, which is no dense Llama: its layers cannot be split"
+            f"{weights.origin} holds a {weights.spec.name}, which is no dense Llama: "
+            f"its layers cannot be split"
         )
     return weights.shape
 
@@ -233,8 +234,9 @@ def prove(dense: Weights, raven: Weights, split: Split) -> str:
     ours = verification.native(passing, num_steps=1)
     expected = verification.transformers_logits_from(without_layers(dense, split.layers))
     comparison = verification.compare(ours, expected)
-    dropped = llama_shape(dense).n_layers - len(split.layers)
-    text = f"one iteration and the dense model without {dropped} of {llama_shape(dense).n_layers} layers: {comparison}"
+    layers = llama_shape(dense).n_layers
+    dropped = layers - len(split.layers)
+    text = f"one iteration and the dense model without {dropped} of {layers} layers: {comparison}"
     if not comparison.passed:
         raise CheckpointError(f"verification failed: {text}")
     if not torch.equal(ours.logits, verification.native_logits(passing, num_steps=1, seed=1)):
