@@ -105,6 +105,7 @@ def shape_of(fields: Mapping[str, Any]) -> RavenShape:
     heads = read.whole("n_heads")
     kv_heads = read.whole("num_key_value_heads", heads)
     head_dim = read.whole("head_dim", None, most=2**16)
+
     shape = RavenShape(
         n_heads=heads,
         n_kv_heads=None if kv_heads == heads else kv_heads,

@@ -100,12 +100,14 @@ class RavenShape:
                 raise ConfigError(
                     f"{name} = {getattr(self, name)!r} is unknown{nearest(getattr(self, name), known)}"
                 )
+
         if self.adapter_start == "identity" and self.injection != "linear":
             raise ConfigError(
                 f'adapter_start = "identity" needs injection = "linear": there is no adapter '
                 f"with {self.injection!r}"
             )
         parse_scheme(self.sampling_scheme)
+
         heads, kv_heads, head_dim = self.attention_shape
         if self.head_dim is None and (self.dim % heads or head_dim % 2):
             raise ConfigError(
