@@ -65,6 +65,7 @@ def config_fields(shape: RavenShape) -> dict[str, Any]:
         **{theirs: getattr(shape, ours) for ours, theirs in SIZES.items()},
         **{option.name: getattr(shape, ours) for ours, option in OPTIONS.items()},
     }
+
     if shape.attention_shape.n_kv_heads != shape.n_heads:
         fields["num_key_value_heads"] = shape.n_kv_heads
     if shape.attention_shape.head_dim * shape.n_heads != shape.dim:
