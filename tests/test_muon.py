@@ -109,6 +109,25 @@ def test_the_rate_reaches_both_parts():
     assert not any(map(torch.equal, before, hashes(model)))
 
 
+def test_the_rate_of_adamw_may_be_its_own():
+    """After one update each part is what a run at its rate makes of it."""
+    found = {}
+    for name, rates in {
+        "both": {"lr": 1e-3, "muon_adamw_lr": 5e-2},
+        "muon": {"lr": 1e-3},
+        "adamw": {"lr": 5e-2},
+    }.items():
+        model = small_model()
+        optimizer = build_optimizer(model, OptimizerConfig(name="Muon", **rates))
+        set_lr(optimizer, 0.5)
+        train(model, optimizer, range(1))
+        found[name] = model.state_dict()
+    for name, tensor in found["both"].items():
+        is_matrix = name in ("up.weight", "down.weight")
+        assert torch.equal(tensor, found["muon"][name]) == is_matrix, name
+        assert torch.equal(tensor, found["adamw"][name]) != is_matrix, name
+
+
 def test_a_resumed_run_is_bit_equal():
     whole, first, second = small_model(), small_model(), small_model()
     train(whole, build_optimizer(whole, CONFIG), range(6))

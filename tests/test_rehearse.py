@@ -138,8 +138,8 @@ def test_two_ranks_stand_for_one_degree_and_four_for_two(degrees, ranks, total, 
 
 @pytest.mark.parametrize("key", ["context_parallel_degree", "tensor_parallel_degree"])
 def test_ranks_that_share_rows_are_two_of_the_four(key):
-    config = load([f"--parallelism.{key}=4"], ALONE).config
-    small = small_ranks(resolve(config, replace(ALONE, world_size=32)), config.parallelism.model_dump())
+    config = load([f"--parallelism.{key}=2"], ALONE).config
+    small = small_ranks(resolve(config, replace(ALONE, world_size=16)), config.parallelism.model_dump())
     assert (small.degrees[key], small.degrees["data_parallel_shard_degree"], small.total) == (2, 2, 4)
     assert (small.resumed, small.resumed_total) == (
         {"data_parallel_replicate_degree": 1, "data_parallel_shard_degree": 1},

@@ -68,6 +68,9 @@ COMMANDS = {
     "pareto": Command(
         "torchtitan_rd.commands.pareto", "loss against iterations and memory under every exit criterion"
     ),
+    "layers": Command(
+        "torchtitan_rd.commands.layers", "how much each layer of a dense model changes the residual stream"
+    ),
     "report": Command("torchtitan_rd.commands.report", "runs as one HTML page of charts"),
     "checkpoints": Command(
         "torchtitan_rd.commands.checkpoints", "list the checkpoints of a run; --prune clears away leftovers"

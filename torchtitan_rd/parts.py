@@ -23,6 +23,7 @@ from torchtitan_rd.conversion.reader import WeightsReader
 from torchtitan_rd.data import BatchLoader, BatchQueue, DataRanks, build_dataloader
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.metrics import Metrics
+from torchtitan_rd.model_spec import ModelShape
 from torchtitan_rd.models.attention import setup_attention
 from torchtitan_rd.optimizer import build_optimizer
 from torchtitan_rd.parallelism import GradientExchange
@@ -183,6 +184,7 @@ class Builder:
                 "flavor": config.model.flavor,
                 **dataclasses.asdict(plan.shape),
             },
+            shape_defaults=field_defaults(plan.shape),
             arithmetic=plan.spec.arithmetic,
             open_released=lambda path: WeightsReader(open_released(path, model=config.model.name)),
             run_lock=lock,
@@ -190,3 +192,9 @@ class Builder:
         )
         self.closing.callback(checkpointer.close)
         return checkpointer
+
+
+def field_defaults(shape: ModelShape) -> dict[str, Any]:
+    """The fields of a shape that have a default."""
+    fields = dataclasses.fields(shape)
+    return {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}

@@ -26,7 +26,14 @@ SHAPES = {
 
 
 def checkpointer(
-    dump: Path, *, job=JOB, shape=SHAPE, must_match=("training.seq_len",), row_orders=None, **config: Any
+    dump: Path,
+    *,
+    job=JOB,
+    shape=SHAPE,
+    must_match=("training.seq_len",),
+    row_orders=None,
+    defaults=None,
+    **config: Any,
 ) -> Checkpointer:
     config = CheckpointConfig(**{"enable": True, "interval": 1, **config})
     return Checkpointer(
@@ -36,6 +43,7 @@ def checkpointer(
         must_match=frozenset(must_match),
         model_shape=shape,
         row_orders=row_orders,
+        shape_defaults=defaults,
     )
 
 

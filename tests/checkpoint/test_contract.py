@@ -7,6 +7,7 @@ from tests.checkpoint.common import JOB, SHAPE, checkpointer, digest, load_once,
 from torchtitan_rd.checkpoint.contract import arithmetic_differences
 from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.models.raven import RAVEN
+from torchtitan_rd.parts import field_defaults
 
 
 def load_into(dump, tensors, **options):
@@ -35,6 +36,17 @@ def test_a_field_that_an_older_checkpoint_does_not_know_is_at_rest_there(saved, 
     assert load_once(saved, shape={**SHAPE, "qk_norm": value})
     with pytest.raises(CheckpointError, match="qk_norm: None there, True here"):
         load_once(saved, shape={**SHAPE, "qk_norm": True})
+
+
+def test_a_field_that_an_older_checkpoint_does_not_know_has_its_default_there(saved):
+    """Such a checkpoint of a raven was computed as fields that came later say by default."""
+    defaults = field_defaults(RAVEN.flavors["debug"])
+    assert defaults["final_norm"] == "twice" and "dim" not in defaults
+    assert load_once(saved, shape={**SHAPE, "final_norm": "twice"}, defaults=defaults)
+    with pytest.raises(CheckpointError, match="final_norm: None there, 'once' here"):
+        load_once(saved, shape={**SHAPE, "final_norm": "once"}, defaults=defaults)
+    with pytest.raises(CheckpointError, match="final_norm: None there, 'twice' here"):
+        load_once(saved, shape={**SHAPE, "final_norm": "twice"})
 
 
 def test_initial_weights_of_other_arithmetic_in_the_attention_are_told():

@@ -35,6 +35,7 @@ RAVENS = {
     "post-norm": {"block": "post", "qk_bias": False, "init_strategy": "scaled", "injection": "add"},
     "grouped keys": {"n_kv_heads": 2, "qk_bias": False},
     "pre-norm, all options": {"block": "pre", "n_kv_heads": 2, "qk_norm": True, "clip_qkv": 1.0},
+    "retrofitted": raven.RETROFITTED,
     "no prelude, no coda": {"n_layers_prelude": 0, "n_layers_coda": 0},
 }
 

@@ -38,6 +38,7 @@ class Checkpointer:
     job_config: {section: {key: value}}, stored with each checkpoint and compared on resume.
     must_match: the `section.key` that must not change within a run.
     model_shape: name, flavor and every field of the model, as JSON values.
+    shape_defaults: fields of it that have a default, which a checkpoint may be too old to know.
     arithmetic: those of its fields that are told if initial weights were made with others
         (`ModelSpec.arithmetic`).
     open_released: folder of released weights -> a reader of them, for `initial_load_path`;
@@ -57,6 +58,7 @@ class Checkpointer:
         job_config: Mapping[str, Mapping[str, Any]],
         must_match: frozenset[str],
         model_shape: Mapping[str, Any],
+        shape_defaults: Mapping[str, Any] | None = None,
         arithmetic: Collection[str] = (),
         open_released: Callable[[Path], TensorReader] | None = None,
         run_lock: FolderLock | None = None,
@@ -72,6 +74,7 @@ class Checkpointer:
         self._open_released = open_released
         self._config_text = tomli_w.dumps(without_none(job_config))
         self._arithmetic = arithmetic
+        self._shape_defaults = shape_defaults or {}
         self._model_text = json.dumps(model_shape, indent=1, sort_keys=True)
 
         self._folder = CheckpointFolder(Path(dump_folder) / config.folder)
@@ -328,7 +331,7 @@ class Checkpointer:
         stored = loading.select(kept, list(aliases))
         if export:
             dtype = getattr(torch, self.config.export_dtype)
-            kept, stored = ({"model": _converted(found["model"], dtype)} for found in (kept, stored))
+            kept, stored = ({"model": loading.converted(found["model"], dtype)} for found in (kept, stored))
         documents = {CONFIG: self._config_text, MODEL_SHAPE: self._model_text}
         own_documents: dict[str, str] = {}
         if resumable:
@@ -367,7 +370,7 @@ class Checkpointer:
 
     def _resume(self, path: Path, tensors: Tensors, damaged: list[str]) -> dict[str, Any]:
         manifest, shape, config, state = self._ranks.from_rank0(lambda: loading.read_documents(path))
-        contract.check_model_shape(shape, json.loads(self._model_text), str(path))
+        contract.check_model_shape(shape, json.loads(self._model_text), str(path), self._shape_defaults)
         for line in contract.check_config(config, tomli.loads(self._config_text), self.must_match, str(path)):
             logger.warning("setting changed since the checkpoint: %s", line)
 
@@ -394,7 +397,3 @@ class Checkpointer:
         state = rank_state.unite(state, path, manifest, self._ranks)
         state.pop(branch.BRANCH, None)
         return contract.prune(state, excluded)
-
-
-def _converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}

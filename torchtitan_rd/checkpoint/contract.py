@@ -3,6 +3,7 @@ Pure functions: each raises one CheckpointError.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torchtitan_rd.checkpoint.manifest import TensorTable
@@ -11,14 +12,16 @@ from torchtitan_rd.errors import CheckpointError
 Tables = Mapping[str, Any]
 
 
-def check_model_shape(saved: Tables, wanted: Tables, name: str) -> None:
-    """Every field of the model's shape must be the same;
-    one that the checkpoint is too old to know, None or False.
+def check_model_shape(
+    saved: Tables, wanted: Tables, name: str, defaults: Tables = MappingProxyType({})
+) -> None:
+    """Every field of the model's shape must be the same; one that the checkpoint is too old to know, None,
+    False, or its value in `defaults`, by which older programs computed.
     """
     known = {
         name: value
         for name, value in wanted.items()
-        if name in saved or not (value is None or value is False)
+        if name in saved or not (value is None or value is False or value == defaults.get(name))
     }
     fields = sorted(f for f in {*saved, *known} if saved.get(f) != known.get(f))
     if fields:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import tomli
+import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
@@ -168,3 +169,7 @@ def load_initial_weights(
     if unused := sorted({*saved} - {*wanted}):
         logger.warning("%s also holds %s, which this model does not have", path, contract.listed(unused))
     logger.info("initial weights: %d of %d tensors from %s", len(taken), len(wanted), path)
+
+
+def converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}

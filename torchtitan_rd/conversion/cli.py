@@ -15,6 +15,7 @@ import torch
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.hub import check_push, push_folder
 from torchtitan_rd.conversion.pipeline import TOKENIZERS, to_dcp, to_hf, to_pth, with_tokenizer
+from torchtitan_rd.conversion.retrofit import Split, open_dense, to_raven
 from torchtitan_rd.conversion.state_dict import open_state_dict
 from torchtitan_rd.conversion.weights import Weights, cast_weights
 from torchtitan_rd.errors import ConfigError, TorchtitanRDError
@@ -74,6 +75,35 @@ def add_replacing_arguments(made: argparse.ArgumentParser) -> None:
     made.add_argument("--push_to_hub", action="store_true", help="push the result to hf_repo_name")
 
 
+def add_retrofit_arguments(made: argparse.ArgumentParser) -> None:
+    """Which layers of a dense model go where, and what becomes of them."""
+    add = made.add_argument
+    add("--prelude", required=True, metavar="A-B", help="first and last layer before the recurrence, or none")
+    add("--core", required=True, metavar="A-B", help="layers that are iterated")
+    add("--coda", required=True, metavar="A-B", help="layers after the recurrence, or none")
+    add(
+        "--adapter",
+        choices=("identity", "random"),
+        default="identity",
+        help="identity: at first every depth computes what one iteration does (default: %(default)s)",
+    )
+    add("--seed", type=int, default=0, help="of a random adapter")
+
+    add("--mean_recurrence", type=int, default=32, help="iterations in evaluation (default: %(default)s)")
+    add(
+        "--mean_backprop_depth",
+        type=int,
+        default=8,
+        help="of them, how many are differentiated in training (default: %(default)s)",
+    )
+
+    add("--dcp", action="store_true", help="write a checkpoint in place of a Hugging Face folder")
+    add("--tokenizer_path", help="as model.tokenizer_path, or none (default: the dense model's own)")
+    add("--model", choices=("llama3", "aixsim"), help="family of a checkpoint that does not tell its shape")
+    add("--flavor", help="size of such a checkpoint")
+    add("--override", action="append", default=[], metavar="KEY=VALUE", help="a field of its shape")
+
+
 def run(action: Callable[[list[str]], None], arguments: list[str]) -> int:
     """Runs a script; returns its exit status. A user's mistake is one message on stderr and status 1."""
     init_logging()
@@ -120,6 +150,34 @@ def import_(given: argparse.Namespace, weights: Weights) -> None:
     """Weights of another program -> a DCP folder, and what to write into a TOML file to train on from it."""
     print(to_dcp(weights, given.output_dir, force=given.force, verify=given.verify, progress=True))
     print(f"wrote {given.output_dir}; to start a run from it:\n\n{model_section(weights, given.output_dir)}")
+
+
+def retrofit(given: argparse.Namespace) -> None:
+    """A dense Llama -> a raven, and what to write into a TOML file to train on from it."""
+    split = Split.parse(given.prelude, given.core, given.coda)
+    dense = open_dense(
+        given.input_dir,
+        model=given.model,
+        flavor=given.flavor,
+        overrides=parse_overrides(given.override),
+    )
+
+    raven, proof = to_raven(
+        with_tokenizer(dense, given.tokenizer_path),
+        split,
+        given.output_dir,
+        dcp=given.dcp,
+        force=given.force,
+        verify=given.verify,
+        progress=True,
+        adapter=given.adapter,
+        seed=given.seed,
+        mean_recurrence=given.mean_recurrence,
+        mean_backprop_depth=given.mean_backprop_depth,
+    )
+    print(proof)
+    section = model_section(raven, given.output_dir)
+    print(f"wrote {given.output_dir}; to start a run from it:\n\n{section}")
 
 
 def parse_overrides(pairs: list[str]) -> dict[str, Any]:

@@ -152,9 +152,11 @@ def native(weights: Weights, num_steps: int | None = None) -> Native:
 
 
 @torch.no_grad()
-def native_logits(weights: Weights, num_steps: int | None = None) -> torch.Tensor:
-    """-> (1, S, V): what our model with these weights computes for the fixed tokens. See `native`."""
-    return _native_model(weights)(_tokens(weights), **_forward_inputs(weights, num_steps))
+def native_logits(weights: Weights, num_steps: int | None = None, seed: int = 0) -> torch.Tensor:
+    """-> (1, S, V): what our model with these weights computes for the fixed tokens. seed: of the first
+    state of a recurrent model; 0 is that of all other functions here. See `native`.
+    """
+    return _native_model(weights)(_tokens(weights), **_forward_inputs(weights, num_steps, seed))
 
 
 @torch.no_grad()
@@ -276,14 +278,14 @@ def _bytes_needed(weights: Weights) -> int:
     return int(4 * 1.3 * parameter_count(weights)) + (3 * 4 + 2 * 8) * logits
 
 
-def _drawer(weights: Weights) -> DrawnInputs | None:
+def _drawer(weights: Weights, seed: int = 0) -> DrawnInputs | None:
     make = weights.spec.inputs
-    return None if make is None else make(weights.shape, None, seed=0, total_steps=1)
+    return None if make is None else make(weights.shape, None, seed=seed, total_steps=1)
 
 
-def _forward_inputs(weights: Weights, num_steps: int | None) -> dict[str, Any]:
+def _forward_inputs(weights: Weights, num_steps: int | None, seed: int = 0) -> dict[str, Any]:
     """What forward takes beside tokens: for both sides the same first state, as validation draws it."""
-    drawer = _drawer(weights)
+    drawer = _drawer(weights, seed)
     if drawer is None:
         return {}
     length = _tokens(weights).shape[1]

@@ -26,6 +26,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     if config.name == "Muon":
         matrices = [group for group in groups if group["kind"] == MATRICES]
         others = [group for group in groups if group["kind"] != MATRICES]
+        if config.muon_adamw_lr is not None:
+            others = [{**group, "base_lr": config.muon_adamw_lr} for group in others]
+            adam["lr"] = config.muon_adamw_lr
         return MuonAdamW(
             Muon(matrices, lr=config.lr, keys=config), torch.optim.AdamW(others, **adam, **kernels)
         )

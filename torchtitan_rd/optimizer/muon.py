@@ -33,6 +33,10 @@ class MuonKeys(Section):
     """Muon: factor on the rate of an m x n matrix. match_rms_adamw: 0.2 sqrt(max(m, n)),
     so that lr and weight_decay of AdamW fit; original: sqrt(max(1, m / n)).
     """
+    muon_adamw_lr: float | None = Field(None, gt=0.0)
+    """Muon: the full learning rate of the AdamW beside it (embeddings, head, norms, biases);
+    unset: lr.
+    """
 
 
 class Muon(Optimizer):

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.models.raven.tiny import tiny_config
+from tests.models.raven.tiny import RETROFITTED, tiny_config
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.models.layers import RopeScaling
 from torchtitan_rd.models.raven.hf import HF, buffers, config_fields, key_map, shape_of
 from torchtitan_rd.models.raven.model import Raven
 from torchtitan_rd.models.raven.shape import INJECTIONS, RAVEN_FLAVORS, STATE_INITS
@@ -57,6 +58,9 @@ OTHER = {  # every field away from its default
     "mean_backprop_depth": 5,
     "vocab_size": 77,
     "n_kv_heads": 3,
+    "head_dim": 10,
+    "final_norm": "once",
+    "rope_scaling": RopeScaling(2.0, 0.5, 3.0, 33),
     "block": "post",
     "clip_qkv": 7.0,
     "qk_bias": False,
@@ -76,6 +80,7 @@ VARIANTS = {
     "tiny": {},
     "every field": OTHER,
     "pre-norm": {"block": "pre"},
+    "retrofitted": {**RETROFITTED, "adapter_start": "identity"},
     "no prelude": {"n_layers_prelude": 0, "n_layers_coda": 2},
     **{f"injection {kind}": {"injection": kind} for kind in INJECTIONS},
     **{f"state {kind}": {"state_init": kind} for kind in STATE_INITS},
@@ -95,7 +100,8 @@ def test_every_field_survives_the_way_to_config_json_and_back(variant):
 
 def test_the_test_above_leaves_no_field_at_its_default():
     ours, other = vars(tiny_config()), vars(tiny_config(**OTHER))
-    assert not [name for name in ours if ours[name] == other[name]]
+    # An adapter's start needs the linear injection; "retrofitted" has it.
+    assert [name for name in ours if ours[name] == other[name]] == ["adapter_start"]
 
 
 def test_a_public_config_that_sets_the_options_is_the_flavor_with_these_options():
@@ -211,7 +217,17 @@ def test_a_released_config_has_no_unknown_field(caplog):
     assert not caplog.text
 
 
+def test_fields_that_huginn_lacks_are_written_only_where_they_are_not_its_own():
+    new = {"final_norm", "adapter_start", "head_dim", "llama3_rope"}
+    for flavor, config in RAVEN_FLAVORS.items():
+        assert (new & config_fields(config).keys() != set()) == flavor.startswith("retrofit")
+    assert new <= config_fields(tiny_config(**VARIANTS["retrofitted"])).keys()
+
+
 def test_stretched_rotary_is_refused():
+    for change in ({"rope_scaling": {"rope_type": "llama3"}}, {"rope_parameters": {"rope_type": "yarn"}}):
+        with pytest.raises(ConfigError, match="is not supported, only None"):
+            shape_of({**RELEASED, **change})
     with pytest.raises(ConfigError, match="rope_condense_ratio = 2 is not supported, only 1"):
         shape_of({**RELEASED, "rope_settings": {"rope_condense_ratio": 2}})
 
@@ -253,8 +269,9 @@ def test_the_rotary_table_holds_cosines_and_sines_of_every_position():
     assert set(buffers(config)) == {HF.derived}
 
 
-def test_our_model_turns_by_the_very_bits_of_the_exported_table():
-    config = tiny_config(max_seq_len=512, dim=192, n_heads=2)
+@pytest.mark.parametrize("fields", [{}, {"rope_scaling": RETROFITTED["rope_scaling"]}], ids=str)
+def test_our_model_turns_by_the_very_bits_of_the_exported_table(fields):
+    config = tiny_config(max_seq_len=512, dim=192, n_heads=2, **fields)
     (table,) = buffers(config).values()
     ours = torch.view_as_real(Raven(config).rotary(512))
     assert torch.equal(ours, table[0])

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from tests.models.raven.remote import export, fresh_code, load  # noqa: F401 (a fixture)
-from tests.models.raven.tiny import some_state, some_tokens, tiny_raven
+from tests.models.raven.tiny import RETROFITTED, some_state, some_tokens, tiny_raven
 from torchtitan_rd.models.raven.hf import HF
 from torchtitan_rd.models.raven.shape import INJECTIONS
 
@@ -26,6 +26,8 @@ VARIANTS = {
     "grouped keys with biases": {"n_kv_heads": 2},
     "pre-norm": {"block": "pre"},
     "normalised and clamped": {"qk_norm": True, "clip_qkv": 0.1},
+    "retrofitted": RETROFITTED,
+    "retrofitted, tied": {**RETROFITTED, "tie_word_embeddings": True, "head_dim": None},
     "no prelude, no coda": {"n_layers_prelude": 0, "n_layers_coda": 0},
     "coda alone": {"n_layers_prelude": 0, "n_layers_coda": 2},
     **{f"injection {injection}": {"injection": injection} for injection in INJECTIONS[1:]},
@@ -260,6 +262,7 @@ LAYOUTS = (
     "grouped keys with biases",
     "pre-norm",
     "normalised and clamped",
+    "retrofitted",
     "no prelude, no coda",
     "coda alone",
 )
@@ -528,6 +531,21 @@ def test_a_missing_weight_is_initialised_and_the_loaded_ones_are_kept(orthogonal
     assert 0.05 < state["transformer.adapter.weight"].std() < 0.15
     del expected["freqs_cis"]
     assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_missing_adapter_starts_as_the_config_says(tmp_path):
+    folder = export(tiny_raven(adapter_start="identity"), tmp_path / "export")
+    tensors = load_file(folder / "model.safetensors")
+    for kept, expected in ((True, tensors["transformer.adapter.weight"]), (False, None)):
+        if not kept:
+            del tensors["transformer.adapter.weight"]
+        else:
+            expected.mul_(2)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        adapter = load(folder).transformer.adapter
+        s, e = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            assert torch.equal(adapter(torch.cat((s, e), -1)), (2 if kept else 1) * e)
 
 
 def test_bfloat16_models_run_with_float32_angles_and_logits(tmp_path):

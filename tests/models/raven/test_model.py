@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.models.raven.tiny import some_state, some_tokens, tiny_config, tiny_raven
+from tests.models.raven.tiny import RETROFITTED, some_state, some_tokens, tiny_config, tiny_raven
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.models import MODELS, get_flavor
 from torchtitan_rd.models.raven.init import inits
@@ -40,10 +40,25 @@ class Restated:
 
     def rotate(self, x):  # (B, S, H, D)
         half = x.shape[-1] // 2
-        angle = torch.arange(x.shape[1])[:, None] * self.shape.rope_theta ** (-torch.arange(half) / half)
+        speeds = [self.speed(self.shape.rope_theta ** (-i / half)) for i in range(half)]
+        angle = torch.arange(x.shape[1])[:, None] * torch.tensor(speeds, dtype=x.dtype)
         cos, sin = angle.cos()[:, None], angle.sin()[:, None]
         a, b = x[..., 0::2], x[..., 1::2]
         return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+    def speed(self, speed):
+        """Llama 3.1: slow waves are divided, fast ones kept, those between mixed by their wave length."""
+        scaling = self.shape.rope_scaling
+        if scaling is None:
+            return speed
+        length, context = 2 * math.pi / speed, scaling.original_max_position_embeddings
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        if length < context / high:
+            return speed
+        if length > context / low:
+            return speed / scaling.factor
+        smooth = (context / length - low) / (high - low)
+        return (1 - smooth) * speed / scaling.factor + smooth * speed
 
     def attention(self, x, name):
         heads, kv_heads, head_dim = self.shape.attention_shape
@@ -95,8 +110,11 @@ class Restated:
             injected["linear"] = torch.cat((s, e), -1) @ self.w["transformer.adapter.weight"].T
         return self.blocks(injected[self.shape.injection], "core_block", self.shape.n_layers_core)
 
+    def latent(self, s):
+        return {"twice": self.norm(s, "transformer.ln_f"), "once": s}[self.shape.final_norm]
+
     def head(self, s):
-        s = self.blocks(self.norm(s, "transformer.ln_f"), "coda", self.shape.n_layers_coda)
+        s = self.blocks(self.latent(s), "coda", self.shape.n_layers_coda)
         return self.norm(s, "transformer.ln_f") @ self.w["lm_head.weight"].T
 
     def logits(self, tokens, steps, state):
@@ -112,6 +130,8 @@ VARIANTS = {
     "untied": {"tie_word_embeddings": False},
     "post-norm": {"block": "post", "qk_bias": False, "init_strategy": "scaled"},
     "grouped keys": {"n_kv_heads": 2, "qk_bias": False},
+    "retrofitted": RETROFITTED,
+    "final norm once": {"final_norm": "once"},
     "no prelude, no coda": {"n_layers_prelude": 0, "n_layers_coda": 0},
     **{f"injection {injection}": {"injection": injection} for injection in INJECTIONS},
 }
@@ -184,6 +204,18 @@ def test_documents_do_not_see_each_other():
         # Two norms a block less.
         ("corone-raven-3.5b", 3_564_976_800 - 8 * 2 * 5280, 1_637_349_120 - 4 * 2 * 5280),
         ("debug-demo", 304_000, 271_104),
+        # TinyLlama's embedding, head, 16 of its 22 layers of 44_044_288, norm, and an adapter.
+        (
+            "retrofit-tinyllama-1.1b",
+            2 * 32000 * 2048 + 16 * 44_044_288 + 2048 + 2 * 2048**2,
+            8 * 44_044_288 + 2 * 2048**2,
+        ),
+        # Llama-3.2-1B is 1_235_814_400 parameters, 16 layers among them.
+        (
+            "retrofit-llama-3.2-1b",
+            1_235_814_400 - 8 * 60_821_504 + 2 * 2048**2,
+            4 * 60_821_504 + 2 * 2048**2,
+        ),
     ],
 )
 def test_flavors_have_their_published_sizes(flavor, total, loop):
@@ -225,6 +257,28 @@ def test_initial_weights_have_the_documented_spread(orthogonal):
             )
             if not orthogonal:
                 assert value.abs().max() <= 3 * expected
+
+
+@pytest.mark.parametrize("orthogonal", [False, True])
+def test_an_adapter_that_starts_as_the_identity_gives_the_embedded_input_whatever_the_state(orthogonal):
+    (weight,) = (
+        value.detach()
+        for name, value in filled(adapter_start="identity", init_orthogonal=orthogonal).items()
+        if "adapter" in name
+    )
+    s, e = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    assert weight.shape == (64, 128) and torch.equal(torch.cat((s, e), -1) @ weight.T, e)
+
+
+def test_the_final_norm_is_applied_once_or_twice():
+    """A state that is scaled is the same to a norm, and another one without."""
+    for kind, alike in (("twice", True), ("once", False)):
+        model = tiny_raven(final_norm=kind, norm_eps=1e-12)
+        arguments = {"num_steps": (0, 0)}
+        one, other = (
+            model(some_tokens(), initial_state=factor * some_state(), **arguments) for factor in (1, 3)
+        )
+        assert torch.allclose(one, other, atol=1e-5) == alike
 
 
 def test_orthogonal_init_treats_queries_keys_values_gates_and_ups_apart():
@@ -271,7 +325,9 @@ def test_saved_tensors_are_flat_in_n_and_linear_in_k():
     assert saved_bytes((0, 0)) == saved_bytes((9, 0))
 
 
-@pytest.mark.parametrize("variant", ["huginn", "untied", "post-norm", "grouped keys", "injection gate"])
+@pytest.mark.parametrize(
+    "variant", ["huginn", "untied", "post-norm", "grouped keys", "injection gate", "retrofitted"]
+)
 @pytest.mark.parametrize("draw", DRAWS)
 def test_the_flop_formula_equals_what_torch_counts(variant, draw):
     model, tokens = tiny_raven(**VARIANTS[variant]), some_tokens()
@@ -323,6 +379,11 @@ def test_a_training_step_of_the_reference_shape_takes_at_most_6110_aten_ops():
         ({"n_layers_core": 0}, "n_layers_core = 0 must be at least 1"),
         ({"dim": 250}, "dim = 250 must be an even multiple of n_heads = 16"),
         ({"n_kv_heads": 3}, "not divisible by n_kv_heads = 3"),
+        ({"head_dim": 15}, "head_dim = 15 must be even"),
+        ({"final_norm": "thrice"}, "final_norm = 'thrice' is unknown"),
+        ({"adapter_start": "identitty", "injection": "linear"}, "did you mean 'identity'"),
+        ({"adapter_start": "identity"}, "needs injection = \"linear\": there is no adapter with 'add'"),
+        ({"rope_scaling": {"factr": 2.0}}, "model.overrides.rope_scaling"),
         ({"norm_eps": 0.0}, "norm_eps = 0.0 must be positive"),
         ({"block": "swin"}, "'sandwich', 'post' or 'pre'"),
         ({"clip_qkv": 0}, "clip_qkv = 0.0 must be positive and finite"),

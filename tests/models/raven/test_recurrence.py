@@ -145,6 +145,21 @@ def test_both_means_can_be_ramped_over_a_share_of_the_run():
     assert ramped.draw(500) == ramped.draw(1000) == (24, 8)
 
 
+def test_the_backprop_depth_may_follow_the_mean_while_a_ramp_is_below_it():
+    """arXiv 2511.07384: all iterations are differentiated until their mean passes the backprop depth."""
+    ramp = {"total_steps": 1000, "mean_recurrence_start": 1, "mean_recurrence_warmup_type": "1-sqrt"}
+    following, fixed = sampler("fixed", **ramp, backprop_depth_follows_mean=True), sampler("fixed", **ramp)
+    for step in range(1, 400):
+        mean = 1 + math.ceil(31 * (1 - math.sqrt(max(1 - step / 250, 0))))
+        assert following.draw(step) == (max(mean - 8, 0), min(mean, 8))
+        assert fixed.draw(step) == (max(mean - 8, 0), 8)
+    assert sampler("fixed", 4, 8, backprop_depth_follows_mean=True).draw(1) == (0, 4)
+    # What is drawn at a mean of 2 (Huginn's draw adds 1 to it), not at the backprop depth.
+    drawing = sampler(FILLING, **ramp, backprop_depth_follows_mean=True)
+    first = [drawing._uncapped(1, i, 0) for i in range(1, 401)]
+    assert 2.7 < sum(n + k for n, k in first) / 400 < 3.3
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

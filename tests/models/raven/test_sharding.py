@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.models.raven.tiny import some_state, some_tokens, tiny_config
+from tests.models.raven.tiny import RETROFITTED, some_state, some_tokens, tiny_config
 from tests.ranks import TWO_FIRST, run_on_ranks
 from torchtitan_rd.models.raven.init import inits
 from torchtitan_rd.models.raven.model import Raven
@@ -124,6 +124,7 @@ CASES = {
     "pre-norm, every option": Case(
         ac="iteration", fields={"block": "pre", "n_kv_heads": 2, "qk_norm": True, "clip_qkv": 0.1}
     ),
+    "retrofitted": Case(ac="block", fields=RETROFITTED),
     "no injection": Case(fields={"injection": "none"}),
     "no prelude, no coda": Case(ac="iteration", fields={"n_layers_prelude": 0, "n_layers_coda": 0}),
 }

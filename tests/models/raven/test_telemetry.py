@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tests.launch import rows
 from tests.models.raven.test_model import Restated
-from tests.models.raven.tiny import some_state, tiny_config, tiny_raven
+from tests.models.raven.tiny import RETROFITTED, some_state, tiny_config, tiny_raven
 from tests.ranks import run_on_ranks
 from tests.small_run import SEQ_LEN, VOCAB, Setup, batches_of, config_of
 from tests.test_trainer import ALONE, SMALL
@@ -45,7 +45,7 @@ def by_hand(config, weights, tokens, draw, state):
     e, previous, s = model.embed(tokens), None, state
     for _ in range(sum(draw)):
         previous, s = s, model.iterate(s, e)
-    x = model.norm(s, "transformer.ln_f")
+    x = model.latent(s)
     y = model.norm(model.blocks(x, "coda", config.n_layers_coda), "transformer.ln_f")
     return {
         "recurrent_residual": float(length(x - previous).mean()),
@@ -68,12 +68,12 @@ def scale_norms(model):
             weight *= 1 + 0.5 * torch.rand(weight.shape, generator=generator)
 
 
-def described_step(rank, world_size, mode):
+def described_step(rank, world_size, mode, fields):
     """One step of all microbatches; returns what telemetry read of it, and the same by hand."""
     sections = {"training": {"local_batch_size": MICROBATCH}, "activation_checkpoint": {"mode": mode}}
     config, spec = config_of(Setup(sections=sections), world_size), get_spec("raven")
     mesh = ParallelDims.resolve(config.parallelism, world_size).build_mesh("cpu")
-    model = build_model(config, spec, tiny_config(vocab_size=VOCAB), mesh, CPU)
+    model = build_model(config, spec, tiny_config(vocab_size=VOCAB, **fields), mesh, CPU)
     scale_norms(model)
     weights = {name: tensor.full_tensor().clone() for name, tensor in model.state_dict().items()}
     batches = batches_of(1, rank, world_size, config, padded=True)
@@ -96,8 +96,9 @@ def described_step(rank, world_size, mode):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_every_value_is_its_formula_for_the_last_microbatch_of_a_step(world_size, mode):
-    for found, expected in run_on_ranks(world_size, described_step, mode):
+@pytest.mark.parametrize("fields", [{}, RETROFITTED], ids=["huginn", "retrofitted"])
+def test_every_value_is_its_formula_for_the_last_microbatch_of_a_step(world_size, mode, fields):
+    for found, expected in run_on_ranks(world_size, described_step, mode, fields):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
         values = [abs(value) for value in expected.values()]
         assert min(values) > 1e-3, values

@@ -2,11 +2,24 @@
 
 import torch
 
+from torchtitan_rd.models.layers import RopeScaling
 from torchtitan_rd.models.raven.init import inits
 from torchtitan_rd.models.raven.model import Raven
 from torchtitan_rd.models.raven.shape import RavenShape
 
 VOCAB = 61
+RETROFITTED = {  # what a dense Llama becomes, every field away from Huginn's
+    "block": "pre",
+    "final_norm": "once",
+    "qk_bias": False,
+    "init_strategy": "scaled",
+    "n_kv_heads": 2,
+    "head_dim": 16,
+    "norm_eps": 1e-5,
+    "rope_theta": 100.0,
+    "rope_scaling": RopeScaling(factor=4.0, original_max_position_embeddings=16),
+    "tie_word_embeddings": False,
+}
 
 
 def tiny_config(**fields) -> RavenShape:

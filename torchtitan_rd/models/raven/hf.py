@@ -4,6 +4,7 @@ Both sides hold the same numbers under the same names, but for the two modules t
 fields of config.json are those of the released RavenConfig, so that its modelling file reads an export too.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ import torch
 
 from torchtitan_rd.model_spec import HuggingFaceLayout
 from torchtitan_rd.models.hf_fields import Fields
+from torchtitan_rd.models.layers import RopeScaling
 from torchtitan_rd.models.raven.model import Raven
-from torchtitan_rd.models.raven.released import BLOCK_OF, BLOCKS, COMPUTED, OPTIONS, ROTARY, SIZES
+from torchtitan_rd.models.raven.released import ADDED, BLOCK_OF, BLOCKS, COMPUTED, OPTIONS, ROTARY, SIZES
 from torchtitan_rd.models.raven.shape import RavenShape
 
 # What else the released class and transformers write: it says nothing about one forward,
 # or follows from the others.
 _UNUSED = (
     *("auto_map", "rope_settings", "n_layers", "num_hidden_layers", "hidden_size", "max_position_embeddings"),
-    *("num_attention_heads", "head_dim", "tie_word_embeddings", "padding_multiple", "padded_vocab_size"),
+    *("num_attention_heads", "tie_word_embeddings", "padding_multiple", "padded_vocab_size"),
     *("activation_checkpoint_impl", "init_values", "effective_expected_depth", "test_time_noise_type"),
 )
 # Beyond these a number is a mistake; a model of so many blocks would first be built, and run, for ever.
@@ -63,8 +65,16 @@ def config_fields(shape: RavenShape) -> dict[str, Any]:
         **{theirs: getattr(shape, ours) for ours, theirs in SIZES.items()},
         **{option.name: getattr(shape, ours) for ours, option in OPTIONS.items()},
     }
+
     if shape.attention_shape.n_kv_heads != shape.n_heads:
         fields["num_key_value_heads"] = shape.n_kv_heads
+    if shape.attention_shape.head_dim * shape.n_heads != shape.dim:
+        fields["head_dim"] = shape.head_dim
+    fields |= {
+        name: getattr(shape, name) for name, known in ADDED.items() if getattr(shape, name) != known[0]
+    }
+    if shape.rope_scaling is not None:
+        fields["llama3_rope"] = dataclasses.asdict(shape.rope_scaling)
     return fields
 
 
@@ -86,24 +96,42 @@ def shape_of(fields: Mapping[str, Any]) -> RavenShape:
         }
     )
 
-    for table, given in ((COMPUTED, read), (ROTARY, rotary)):
+    for table, given in ((COMPUTED, read), (ADDED, read), (ROTARY, rotary)):
         for key, known in table.items():
             given.only(key, *known)
+    for key in ("rope_scaling", "rope_parameters"):  # of other classes of transformers; ours is llama3_rope
+        read.only(key, None)
     kinds = {bool: read.boolean, float: read.number, int: read.whole, str: read.text, type(None): read.number}
 
     heads = read.whole("n_heads")
     kv_heads = read.whole("num_key_value_heads", heads)
+    head_dim = read.whole("head_dim", None, most=2**16)
+
     shape = RavenShape(
         n_heads=heads,
         n_kv_heads=None if kv_heads == heads else kv_heads,
+        head_dim=None if head_dim is None or head_dim * heads == read.whole("n_embd") else head_dim,
+        rope_scaling=_rope_scaling(read.table("llama3_rope")),
         vocab_size=read.whole("vocab_size"),
         block=BLOCK_OF[read.text("block_class_name", "SandwichBlock")],
         **{ours: read.whole(theirs, most=_MOST.get(ours, 2**24)) for ours, theirs in SIZES.items()},
         **{ours: kinds[type(one.released)](one.name, one.released) for ours, one in OPTIONS.items()},
+        **{name: read.text(name, known[0]) for name, known in ADDED.items()},
     )
 
     read.refuse_what_changes_the_computation(*COMPUTED, *_UNUSED, "clip_qkv")
     return shape
+
+
+def _rope_scaling(table: Fields) -> RopeScaling | None:
+    if not table.given:
+        return None
+    return RopeScaling(
+        factor=table.number("factor"),
+        low_freq_factor=table.number("low_freq_factor"),
+        high_freq_factor=table.number("high_freq_factor"),
+        original_max_position_embeddings=table.whole("original_max_position_embeddings"),
+    )
 
 
 def buffers(shape: RavenShape) -> dict[str, torch.Tensor]:
@@ -112,6 +140,8 @@ def buffers(shape: RavenShape) -> dict[str, torch.Tensor]:
     """
     head_dim = shape.attention_shape.head_dim
     frequencies = 1.0 / (shape.rope_theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim))
+    if shape.rope_scaling is not None:
+        frequencies = shape.rope_scaling.apply(frequencies)
     angles = torch.outer(torch.arange(shape.max_seq_len, dtype=torch.float32), frequencies)
     return {"freqs_cis": torch.stack((angles.cos(), angles.sin()), dim=-1)[None, :, None]}
 

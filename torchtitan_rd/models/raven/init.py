@@ -16,9 +16,9 @@ def inits(model: Raven) -> dict[str, InitFn]:
 
     std = sqrt(2 / (5 dim)); attn.proj and mlp.proj: std / sqrt(2 * effective depth); normals cut at 3 std,
     or orthogonal matrices (one for each of query, key and value, and of gate and up) whose entries have
-    that rms. Norms: 1; qk_bias: 0. Source: takase (arXiv 2312.16903) and scaled (arXiv 2210.15424) as
-    Huginn was trained with: both halves of fc have std, although the released modelling file gives the
-    second one that of the projections.
+    that rms. Norms: 1; qk_bias: 0. An adapter that starts as the identity: [0 | I]. Source: takase (arXiv
+    2312.16903) and scaled (arXiv 2210.15424) as Huginn was trained with: both halves of fc have std, although
+    the released modelling file gives the second one that of the projections.
     """
     shape = model.shape
     heads, kv_heads, head_dim = shape.attention_shape
@@ -30,6 +30,8 @@ def inits(model: Raven) -> dict[str, InitFn]:
             fills[name] = zeros_
         elif parts[-2].startswith(("norm_", "ln_f")):
             fills[name] = ones_
+        elif parts[-2] == "adapter" and shape.adapter_start == "identity":
+            fills[name] = pass_input_
         else:
             std = shape.weight_std / (math.sqrt(2 * shape.effective_depth) if parts[-2] == "proj" else 1.0)
             if shape.init_orthogonal:
@@ -47,6 +49,12 @@ def orthogonal_(
     """
     for part in tensor.split(rows) if rows else (tensor,):
         nn.init.orthogonal_(part, std * math.sqrt(max(part.shape)), generator)
+
+
+def pass_input_(tensor: torch.Tensor, generator: torch.Generator | None = None) -> None:
+    """Fills the adapter (E, 2 E) with [0 | I]: of [s, e] it gives e. The generator is not touched."""
+    nn.init.zeros_(tensor)
+    tensor[:, len(tensor) :].fill_diagonal_(1.0)
 
 
 def zeros_(tensor: torch.Tensor, generator: torch.Generator) -> None:

@@ -36,7 +36,7 @@ class Attention(nn.Module):
         self.copies = heads // kv_heads if shape.qk_bias else 1
         self.Wqkv = Linear(shape.dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
         self.qk_bias = nn.Parameter(torch.empty(2, 1, heads, self.head_dim)) if shape.qk_bias else None
-        self.proj = Linear(shape.dim, shape.dim, bias=False)
+        self.proj = Linear(heads * self.head_dim, shape.dim, bias=False)
         self.attend = attend
 
     def forward(self, x_BSE: torch.Tensor, rotary: torch.Tensor, mask: Mask) -> torch.Tensor:
@@ -223,7 +223,7 @@ class Raven(Model):
         super().__init__()
         self.shape = shape
         self.transformer = Transformer(shape)
-        self.rotary = Rotary(shape.attention_shape.head_dim, shape.rope_theta)
+        self.rotary = Rotary(shape.attention_shape.head_dim, shape.rope_theta, shape.rope_scaling)
         self.lm_head = Head(shape.dim, shape.vocab_size, bias=False)
         if shape.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
@@ -286,8 +286,12 @@ class Raven(Model):
     ) -> torch.Tensor:
         """Only called within forward: FSDP gathers the root's parameters for that and for nothing else."""
         layers = self.transformer
-        # ln_f twice, for the state first and then for the head: telemetry.py tells them apart by this order.
-        s_BSE = layers.ln_f(s_BSE)
+        # Where ln_f is called twice, telemetry.py tells the state from what the head sees by this order.
+        s_BSE = self.latent(s_BSE)
         for block in layers.coda:
             s_BSE = block(s_BSE, rotary, mask)
         return self.lm_head.read(layers.ln_f(s_BSE), read_out, head_dtype)
+
+    def latent(self, s_BSE: torch.Tensor) -> torch.Tensor:
+        """The state as the coda sees it: normalised, unless ln_f is applied once, after the coda."""
+        return self.transformer.ln_f(s_BSE) if self.shape.final_norm == "twice" else s_BSE

@@ -50,6 +50,11 @@ class RecurrenceConfig(Section):
     """The share of training.steps that this ramp takes."""
     mean_backprop_depth_warmup_type: Literal["linear", "1-sqrt"] = "linear"
     """Form of this ramp."""
+    backprop_depth_follows_mean: bool = False
+    """Where the mean recurrence is below the mean backprop depth, as at the start of a ramp, the
+    latter is the former (arXiv 2511.07384). Otherwise a ramp has no effect before it passes the
+    backprop depth.
+    """
     state_dtype: Literal["float32", "as_param"] = "float32"
     """Type of the state, the embedded input and the residual stream (docs/recurrence.md). as_param: that of
     training.mixed_precision_param."""
@@ -239,13 +244,18 @@ class DepthSampler:
 
         # Ramps may cross: each step is looked at, not the ends alone.
         for step in range(1, max(self.mean_recurrence.steps, self.mean_backprop_depth.steps, 1) + 1):
-            means = self.mean_recurrence.at(step), self.mean_backprop_depth.at(step)
+            means = self.means(step)
             if max(means[0] - means[1], 0) < self.scheme.least_t:
                 raise ConfigError(
                     f"sampling_scheme = {name!r} needs mean_recurrence > mean_backprop_depth, "
                     f"but they are {means[0]} and {means[1]} at step {step}: "
                     "change one, or use 'poisson-lognormal-filling'"
                 )
+
+    def means(self, step: int) -> tuple[int, int]:
+        """Mean recurrence and mean backprop depth in an update, before any curriculum."""
+        mean, backprop = self.mean_recurrence.at(step), self.mean_backprop_depth.at(step)
+        return mean, min(mean, backprop) if self.config.backprop_depth_follows_mean else backprop
 
     def draw(self, step: int, *, microbatch: int | None = None, rank: int = 0) -> Draw:
         """The depth of optimizer update `step` (the first is 1), or, with draw_per = "microbatch", of
@@ -272,8 +282,8 @@ class DepthSampler:
         return cut / draws
 
     def _uncapped(self, step: int, count: int, rank: int) -> tuple[int, int]:
-        s = self.mean_backprop_depth.at(step)
-        t = max(self.mean_recurrence.at(step) - s, 0)
+        mean, s = self.means(step)
+        t = max(mean - s, 0)
         if count <= self.curriculum:
             t = math.ceil(count / self.curriculum * t)
             s = max(math.ceil(count / self.curriculum * s), 1)

@@ -4,7 +4,13 @@
 
 from typing import Any, NamedTuple
 
-from torchtitan_rd.models.raven.shape import INJECTIONS, STATE_INITS, BlockName
+from torchtitan_rd.models.raven.shape import (
+    ADAPTER_STARTS,
+    FINAL_NORMS,
+    INJECTIONS,
+    STATE_INITS,
+    BlockName,
+)
 
 REQUIRED = object()
 
@@ -50,6 +56,14 @@ OPTIONS = {  # ours -> theirs
     "tie_word_embeddings": Option("tie_embeddings", True, False),
     "max_seq_len": Option("block_size", 4096, REQUIRED),
 }
+
+ADDED: dict[str, tuple[Any, ...]] = {
+    "final_norm": FINAL_NORMS,
+    "adapter_start": ADAPTER_STARTS,
+}
+"""Fields of the shape that Huginn's lacks, by our names -> what they may be, the default first. A config.json
+states them where they are not the default, and so `head_dim` and, for `rope_scaling`, `llama3_rope`: a name
+that no version of the transformers library reads, or rewrites, by itself."""
 
 NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "nonlin_name": ("SiLU",),

@@ -8,14 +8,17 @@ from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.model_spec import FlopCount
 from torchtitan_rd.models.attention import AttentionShape
+from torchtitan_rd.models.layers import RopeScaling
 from torchtitan_rd.models.raven.recurrence import parse_scheme
 
 INJECTIONS = ("linear", "add", "gate", "none")
 STATE_INITS = ("like-init", "normal", "embed", "zero", "unit")
+FINAL_NORMS = ("twice", "once")
+ADAPTER_STARTS = ("random", "identity")
 BlockName: TypeAlias = Literal["sandwich", "post", "pre"]
 ARITHMETIC = (
-    *("norm_eps", "rope_theta", "tie_word_embeddings"),
-    *("block", "injection", "init_strategy", "clip_qkv", "qk_norm"),
+    *("norm_eps", "rope_theta", "rope_scaling", "tie_word_embeddings"),
+    *("block", "final_norm", "injection", "init_strategy", "clip_qkv", "qk_norm"),
 )
 """Fields that change what the same tensors compute."""
 
@@ -27,10 +30,12 @@ class RavenShape:
     ffn_dim: hidden width of the gated feed-forward.
     n_layers_prelude, n_layers_core, n_layers_coda: blocks before, in and after the recurrence;
         0 prelude or coda blocks are legal.
-    n_kv_heads: n_heads unless given.
+    n_kv_heads: n_heads unless given. head_dim: dim / n_heads unless given.
     block: where a block's norms stand. sandwich: before and after each branch (Huginn). post:
-        after the residual sum. pre: before each branch, so that the residual stream is never
+        after the residual sum. pre: before each branch (Llama), so that the residual stream is never
         normalised between iterations.
+    final_norm: twice: ln_f is applied to the last state and again after the coda (Huginn).
+        once: after the coda alone, as in a dense model (arXiv 2511.07384).
     clip_qkv: queries, keys and values are clamped to +- this, right after their projection.
     qk_bias: one bias for queries and one for keys, added before the rotary embedding. Each query head has its
         own bias on the keys too, so with fewer kv heads the keys and values are copied for each query head,
@@ -39,6 +44,8 @@ class RavenShape:
         after the rotary embedding, without a weight.
     injection: how an iteration takes in the embedded input e. linear: a learned map of [s, e]; add: s + e;
         gate: s * e; none: not at all, the state starts at e.
+    adapter_start: how the map of a linear injection starts. random: as the other matrices. identity: [0 | I],
+        which passes e and ignores the state, so that every depth computes what one iteration does.
     state_init: the distribution of the first state (inputs.py).
     mean_recurrence, mean_backprop_depth: means of the iterations in all and of those that are differentiated.
     sampling_scheme: how depths are drawn in training, unless [recurrence] says otherwise (recurrence.py).
@@ -58,17 +65,21 @@ class RavenShape:
     mean_backprop_depth: int
     vocab_size: int = 65536
     n_kv_heads: int | None = None
+    head_dim: int | None = None
     block: BlockName = "sandwich"
+    final_norm: str = "twice"
     clip_qkv: float | None = None
     qk_bias: bool = True
     qk_norm: bool = False
     injection: str = "linear"
+    adapter_start: str = "random"
     state_init: str = "like-init"
     sampling_scheme: str = "poisson-lognormal-filling"
     init_strategy: Literal["takase", "scaled"] = "takase"
     init_orthogonal: bool = False
     norm_eps: float = 1e-6
     rope_theta: float = 50_000.0
+    rope_scaling: RopeScaling | None = None
     tie_word_embeddings: bool = True
     max_seq_len: int = 4096
 
@@ -79,27 +90,44 @@ class RavenShape:
                 raise ConfigError(f"{name} = {value} must be at least {least}")
             if isinstance(value, float) and not 0 < value < math.inf:
                 raise ConfigError(f"{name} = {value} must be positive and finite")
-        for name, known in (("injection", INJECTIONS), ("state_init", STATE_INITS)):
+        for name, known in (
+            ("injection", INJECTIONS),
+            ("state_init", STATE_INITS),
+            ("final_norm", FINAL_NORMS),
+            ("adapter_start", ADAPTER_STARTS),
+        ):
             if getattr(self, name) not in known:
                 raise ConfigError(
                     f"{name} = {getattr(self, name)!r} is unknown{nearest(getattr(self, name), known)}"
                 )
-        parse_scheme(self.sampling_scheme)
-        heads, kv_heads, head_dim = self.attention_shape
-        if self.dim % heads or head_dim % 2:
+
+        if self.adapter_start == "identity" and self.injection != "linear":
             raise ConfigError(
-                f"dim = {self.dim} must be an even multiple of n_heads = {heads}: rotary turns pairs"
+                f'adapter_start = "identity" needs injection = "linear": there is no adapter '
+                f"with {self.injection!r}"
             )
+        parse_scheme(self.sampling_scheme)
+
+        heads, kv_heads, head_dim = self.attention_shape
+        if self.head_dim is None and (self.dim % heads or head_dim % 2):
+            raise ConfigError(
+                f"dim = {self.dim} must be an even multiple of n_heads = {heads}: rotary turns pairs; "
+                f"or give head_dim"
+            )
+        if head_dim % 2:
+            raise ConfigError(f"head_dim = {head_dim} must be even: rotary turns pairs")
         if heads % kv_heads:
             raise ConfigError(f"n_heads = {heads} is not divisible by n_kv_heads = {kv_heads}")
 
     @property
     def attention_shape(self) -> AttentionShape:
-        return AttentionShape(self.n_heads, self.n_kv_heads or self.n_heads, self.dim // self.n_heads)
+        head_dim = self.head_dim or self.dim // self.n_heads
+        return AttentionShape(self.n_heads, self.n_kv_heads or self.n_heads, head_dim)
 
     def resolved(self) -> "RavenShape":
         """The same with every size stated that follows from others."""
-        return replace(self, n_kv_heads=self.attention_shape.n_kv_heads)
+        sizes = self.attention_shape
+        return replace(self, n_kv_heads=sizes.n_kv_heads, head_dim=sizes.head_dim)
 
     @property
     def effective_depth(self) -> int:
@@ -130,7 +158,7 @@ def count_flops(shape: RavenShape, seq_len: int, num_steps: tuple[float, float] 
         k = min(shape.mean_backprop_depth, shape.mean_recurrence)
         num_steps = (shape.mean_recurrence - k, k)
     heads, kv_heads, head_dim = shape.attention_shape
-    block = shape.dim * (heads + 2 * kv_heads) * head_dim + shape.dim**2 + 3 * shape.dim * shape.ffn_dim
+    block = 2 * shape.dim * (heads + kv_heads) * head_dim + 3 * shape.dim * shape.ffn_dim
     adapter = 2 * shape.dim**2 if shape.injection == "linear" else 0
     passes = num_steps[0] / 3 + num_steps[1]  # of the core, in forwards and backwards
     blocks = shape.n_layers_prelude + shape.n_layers_coda + shape.n_layers_core * passes
@@ -177,6 +205,33 @@ def _post_norm(
     return _huginn(dim, heads, ffn_dim, layers, mean, backprop, **{**before, **fields})
 
 
+def _retrofitted(dim: int, heads: int, ffn_dim: int, layers: Layers, **fields: Any) -> RavenShape:
+    """What conversion/retrofit.py makes of a dense Llama (arXiv 2511.07384)."""
+    llama = {
+        "block": "pre",
+        "final_norm": "once",
+        "qk_bias": False,
+        "adapter_start": "identity",
+        "init_strategy": "scaled",
+        "norm_eps": 1e-5,
+    }
+    return _huginn(dim, heads, ffn_dim, layers, 32, 8, **{**llama, **fields})
+
+
+_TINYLLAMA = {
+    "vocab_size": 32000,
+    "n_kv_heads": 4,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": False,
+    "max_seq_len": 2048,
+}
+_LLAMA_3_2_1B = {
+    "vocab_size": 128256,
+    "n_kv_heads": 8,
+    "rope_theta": 500_000.0,
+    "rope_scaling": RopeScaling(factor=32.0),
+    "max_seq_len": 131_072,
+}
 _UNTIED = {
     "vocab_size": 32000,
     "n_kv_heads": 8,
@@ -197,4 +252,6 @@ RAVEN_FLAVORS = {  # dim, heads, ffn dim, (prelude, core, coda), mean recurrence
     "corone-raven-3.5b": _huginn(5280, 55, 17920, (2, 4, 2), 32, 8, block="pre"),
     "nebel-baseline-3.5b": _huginn(5280, 55, 17920, (2, 4, 2), 1, 1, sampling_scheme="non-recurrent"),
     "deluge-raven-4b": _post_norm(7040, 64, 14080, (2, 4, 2), 32, 8),
+    "retrofit-tinyllama-1.1b": _retrofitted(2048, 32, 5632, (4, 8, 4), **_TINYLLAMA),
+    "retrofit-llama-3.2-1b": _retrofitted(2048, 32, 8192, (2, 4, 2), **_LLAMA_3_2_1B),
 }

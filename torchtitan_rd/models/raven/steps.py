@@ -79,7 +79,7 @@ class RavenSteps(Steps):
         self, s_BSE: torch.Tensor, rotary: torch.Tensor, caches: Sequence[KeyValues], keep: int
     ) -> torch.Tensor:
         layers = self.model.transformer
-        x_BSE = layers.ln_f(s_BSE)
+        x_BSE = self.model.latent(s_BSE)
         for block, cache in zip(layers.coda, caches, strict=True):
             x_BSE = block(x_BSE, rotary, cache)
         return self.model.lm_head(layers.ln_f(x_BSE[:, -keep:])).float()

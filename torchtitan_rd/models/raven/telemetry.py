@@ -12,12 +12,14 @@ class StateTelemetry:
     """A context around forward passes; `read` describes the last one of this rank.
     Costs nothing outside of it.
 
-    Letters: s_r the last state, e the embedded input, x = ln_f(s_r), y what the head sees.
+    Letters: s_r the last state, e the embedded input, x the state as the coda sees it (ln_f(s_r), or s_r
+    itself where the final norm is applied once), y what the head sees.
     Norms are L2 over the features of a token, means are over tokens.
     """
 
     def __init__(self, model: Raven):
         self.layers = model.transformer
+        self.normed_twice = model.shape.final_norm == "twice"
         self.seen: dict[str, torch.Tensor] = {}
         self._hooks = ExitStack()
 
@@ -25,6 +27,7 @@ class StateTelemetry:
         recurrence = self.layers.recurrence
         for handle in (
             recurrence.register_forward_pre_hook(lambda module, inputs: self._keep(embedded=inputs[1])),
+            recurrence.register_forward_hook(lambda module, inputs, states: self._left(states[-1])),
             # The input of the last iteration is the state before it.
             recurrence.iteration.register_forward_pre_hook(
                 lambda module, inputs: self._keep(previous=inputs[0])
@@ -42,8 +45,12 @@ class StateTelemetry:
         if "embedded" in tensors:
             self.seen.pop("state", None)  # a new forward: ln_f will be called for the state first
 
+    def _left(self, state: torch.Tensor) -> None:
+        if not self.normed_twice:  # the coda sees the state as it left the recurrence
+            self._keep(state=state)
+
     def _normed(self, output: torch.Tensor) -> None:
-        # `Raven._logits` calls ln_f twice, for the state and, behind the coda, for what the head sees.
+        # `Raven._predict` may call ln_f twice, for the state and, behind the coda, for what the head sees.
         # That order is all that tells the two apart; a forward with early read-outs calls it more
         # often, but is not watched.
         name = "hidden" if "state" in self.seen else "state"

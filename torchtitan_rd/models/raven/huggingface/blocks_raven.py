@@ -50,6 +50,10 @@ class Linear(nn.Linear):
         self.rows, self.ends_branch = rows, ends_branch
 
 
+class Adapter(Linear):
+    """Takes the embedded input into the state: [s, e] -> s. Only `_init_weights` tells it from a Linear."""
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Turns the pairs (2i, 2i + 1) of (B, S, H, D) by their angles, in float32."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
@@ -65,17 +69,13 @@ class Attention(nn.Module):
     def __init__(self, config: RavenConfig):
         super().__init__()
         self.config = config
-        heads, kv_heads, self.head_dim = (
-            config.n_heads,
-            config.num_key_value_heads,
-            config.n_embd // config.n_heads,
-        )
+        heads, kv_heads, self.head_dim = config.n_heads, config.num_key_value_heads, config.head_dim
         self.heads = (heads, kv_heads, kv_heads)
         self.clip_qkv = config.clip_qkv
         self.qk_norm = config.qk_norm
         self.Wqkv = Linear(config.n_embd, *(number * self.head_dim for number in self.heads))
         self.qk_bias = nn.Parameter(torch.zeros(2, 1, heads, self.head_dim)) if config.qk_bias else None
-        self.proj = Linear(config.n_embd, config.n_embd, ends_branch=True)
+        self.proj = Linear(heads * self.head_dim, config.n_embd, ends_branch=True)
 
     def forward(self, x: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
         qkv = self.Wqkv(x)

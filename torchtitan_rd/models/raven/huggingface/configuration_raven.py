@@ -8,23 +8,30 @@ from transformers import PretrainedConfig
 BLOCKS = ("SandwichBlock", "TransformerPostNormBlock", "TransformerPreNormBlock")
 INJECTIONS = ("linear", "add", "gate", "none")
 STATE_INITS = ("like-init", "normal", "embed", "zero", "unit")
+FINAL_NORMS = ("twice", "once")
+ADAPTER_STARTS = ("random", "identity")
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class RavenConfig(PretrainedConfig):
-    """The fields of the released `huginn_raven` config, and no other.
+    """The fields of the released `huginn_raven` config, and final_norm, adapter_start, head_dim, llama3_rope.
     Raises ValueError for what has no meaning here.
 
-    n_embd, n_heads, num_key_value_heads (n_heads unless given), intermediate_size, vocab_size: sizes.
+    n_embd, n_heads, num_key_value_heads (n_heads unless given), head_dim (n_embd / n_heads unless given),
+        intermediate_size, vocab_size: sizes.
     n_layers_in_prelude, n_layers_in_recurrent_block, n_layers_in_coda: blocks before, in and after the
         recurrence.
     mean_recurrence: iterations in evaluation, and their mean in training. mean_backprop_depth: the mean of
         those that are differentiated. sampling_scheme: how depths are drawn in training.
     block_class_name: SandwichBlock has norms before and after each branch,
         TransformerPostNormBlock after the sums, TransformerPreNormBlock before each branch.
+    final_norm: twice: ln_f is applied to the last state and again after the coda; once: after the coda alone.
+    llama3_rope: Llama 3.1's stretching of the slow rotary frequencies: a table of LLAMA3_ROPE; None: none.
     clip_qkv: bound of queries, keys and values, right after their projection; None: none.
     qk_norm: queries and keys are divided by their root mean square, after the rotary embedding.
     injection_type: how an iteration takes in the embedded input e. linear: a learned map of [s, e];
         add: s + e; gate: s * e; none: not at all, the state starts at e.
+    adapter_start: what a new adapter of a linear injection is: random, or the identity of e.
     state_init: the distribution of the first state. init_strategy: takase scales embeddings by sqrt(n_embd).
     block_size: the context of training; it sizes nothing.
     """
@@ -44,6 +51,7 @@ class RavenConfig(PretrainedConfig):
         n_embd: int = 5280,
         n_heads: int = 55,
         num_key_value_heads: int | None = None,
+        head_dim: int | None = None,
         intermediate_size: int = 17920,
         vocab_size: int = 65536,
         n_layers_in_prelude: int = 2,
@@ -53,7 +61,9 @@ class RavenConfig(PretrainedConfig):
         mean_backprop_depth: int = 8,
         sampling_scheme: str = "poisson-lognormal-filling",
         block_class_name: str = "SandwichBlock",
+        final_norm: str = "twice",
         injection_type: str = "linear",
+        adapter_start: str = "random",
         state_init: str = "like-init",
         init_strategy: str = "takase",
         init_orthogonal: bool = False,
@@ -62,6 +72,7 @@ class RavenConfig(PretrainedConfig):
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
         rope_base: float = 50_000.0,
+        llama3_rope: dict[str, Any] | None = None,
         tie_embeddings: bool = True,
         block_size: int = 4096,
         **kwargs: Any,
@@ -70,15 +81,20 @@ class RavenConfig(PretrainedConfig):
             ("block_class_name", block_class_name, BLOCKS),
             ("injection_type", injection_type, INJECTIONS),
             ("state_init", state_init, STATE_INITS),
+            ("final_norm", final_norm, FINAL_NORMS),
+            ("adapter_start", adapter_start, ADAPTER_STARTS),
         ):
             if value not in known:
                 raise ValueError(f"{name} = {value!r} is not one of {', '.join(known)}")
+        if llama3_rope is not None and sorted(llama3_rope) != sorted(LLAMA3_ROPE):
+            raise ValueError(f"llama3_rope = {llama3_rope!r} is not a table of {', '.join(LLAMA3_ROPE)}")
         for name in ("n_layers", "num_hidden_layers"):  # follows from the three parts
             kwargs.pop(name, None)
 
         self.n_embd = n_embd
         self.n_heads = kwargs.pop("num_attention_heads", n_heads)
         self.num_key_value_heads = num_key_value_heads or self.n_heads
+        self.head_dim = head_dim or n_embd // self.n_heads
         self.intermediate_size = intermediate_size
         self.vocab_size = vocab_size
 
@@ -92,7 +108,9 @@ class RavenConfig(PretrainedConfig):
         self.sampling_scheme = sampling_scheme
 
         self.block_class_name = block_class_name
+        self.final_norm = final_norm
         self.injection_type = injection_type
+        self.adapter_start = adapter_start
         self.state_init = state_init
         self.init_strategy = init_strategy
         self.init_orthogonal = init_orthogonal
@@ -102,6 +120,7 @@ class RavenConfig(PretrainedConfig):
         self.qk_norm = qk_norm
         self.norm_eps = norm_eps
         self.rope_base = rope_base
+        self.llama3_rope = llama3_rope
         self.block_size = block_size
 
         super().__init__(tie_word_embeddings=kwargs.pop("tie_word_embeddings", tie_embeddings), **kwargs)

@@ -3,7 +3,7 @@ Needs torch and transformers.
 
     e = prelude(embedding * scale);  s = noise
     num_steps times:  s = core([s, e])
-    logits = head(norm(coda(norm(s))))
+    logits = head(norm(coda(norm(s))))      # final_norm "once": head(norm(coda(s)))
 
 Shapes: B batch, S sequence, K keys (cached ones and S), E n_embd, H heads, D head dim, V vocabulary.
 """
@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple, logging
 # Of a local folder, older versions of transformers copy what this file itself imports and nothing else: so it
 # names every file that lies beside it, with what a program that steps through a forward needs of it.
 from .blocks_raven import (
+    Adapter,
     Attention,
     Context,
     Linear,
@@ -76,8 +77,8 @@ BLOCKS = {
 
 @dataclass
 class RavenOutput(CausalLMOutputWithPast):
-    """latent_states: ln_f(s_r), detached. hidden_states: on request, s_0 .. s_r and, last,
-    the input of lm_head.
+    """latent_states: s_r as the coda sees it, that is ln_f(s_r) unless final_norm is "once"; detached.
+    hidden_states: on request, s_0 .. s_r and, last, the input of lm_head.
     """
 
     latent_states: torch.Tensor | None = None
@@ -110,10 +111,10 @@ class RavenForCausalLM(StepMixin, PreTrainedModel, AdaptiveGenerationMixin):
             "prelude": nn.ModuleList(block(config) for _ in range(config.n_layers_in_prelude)),
             "core_block": nn.ModuleList(block(config) for _ in range(config.n_layers_in_recurrent_block)),
             "coda": nn.ModuleList(block(config) for _ in range(config.n_layers_in_coda)),
-            "ln_f": RMSNorm(config.n_embd, config.norm_eps),  # used before the coda and after it
+            "ln_f": RMSNorm(config.n_embd, config.norm_eps),  # used before the coda too, if twice
         }
         if config.injection_type == "linear":
-            parts["adapter"] = Linear(2 * config.n_embd, config.n_embd)
+            parts["adapter"] = Adapter(2 * config.n_embd, config.n_embd)
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = Linear(config.n_embd, config.vocab_size)
         self.gradient_checkpointing = False
@@ -140,6 +141,10 @@ class RavenForCausalLM(StepMixin, PreTrainedModel, AdaptiveGenerationMixin):
             nn.init.ones_(module.weight)
         elif isinstance(module, Attention) and module.qk_bias is not None:
             nn.init.zeros_(module.qk_bias)
+        elif isinstance(module, Adapter) and self.config.adapter_start == "identity":
+            if not getattr(module.weight, "_is_hf_initialized", False):
+                nn.init.zeros_(module.weight)
+                module.weight[:, self.config.n_embd :].fill_diagonal_(1.0)
         elif isinstance(module, nn.Linear | nn.Embedding):
             ends_branch = getattr(module, "ends_branch", False)
             std = self.config.weight_std / (
@@ -210,7 +215,7 @@ class RavenForCausalLM(StepMixin, PreTrainedModel, AdaptiveGenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         states = self.iterate(s, e, context, steps, output_hidden_states)
-        latent = x = self.transformer.ln_f(states[-1])
+        latent = x = self.latent(states[-1])
         for i, block in enumerate(self.transformer.coda):
             x = self._run(block, x, context, len(self.transformer.prelude) + i)
         x = self.transformer.ln_f(x)

@@ -13,6 +13,7 @@ Shapes: B batch, S sequence, E n_embd, V vocabulary.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -76,7 +77,7 @@ class StepMixin:
     ) -> CausalLMOutputWithPast:
         """s (B, S, E) -> logits (B, S, V) in float32; hidden_states: the input of lm_head."""
         context = self._context(latents, attention_mask, position_ids)
-        x = self.transformer.ln_f(latents)
+        x = self.latent(latents)
         for slot, block in enumerate(self.transformer.coda):
             x = block(x, context, slot)
         x = self.transformer.ln_f(x)
@@ -87,10 +88,17 @@ class StepMixin:
         return Context(*self._rotary(places), mask, None)
 
     def _rotary(self, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        dim = self.config.n_embd // self.config.n_heads
+        dim = self.config.head_dim
         exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=position_ids.device) / dim
-        angles = position_ids[..., None, None].float() * (1.0 / self.config.rope_base**exponents)
+        frequencies = 1.0 / self.config.rope_base**exponents
+        if self.config.llama3_rope is not None:
+            frequencies = stretched(frequencies, **self.config.llama3_rope)
+        angles = position_ids[..., None, None].float() * frequencies
         return angles.cos(), angles.sin()
+
+    def latent(self, s: torch.Tensor) -> torch.Tensor:
+        """The state as the coda sees it: normalised, unless ln_f is applied once, after the coda."""
+        return self.transformer.ln_f(s) if self.config.final_norm == "twice" else s
 
     def core_step(self, s: torch.Tensor, e: torch.Tensor, context: Context, slot: int) -> torch.Tensor:
         """One iteration: takes e into the state, then runs the core blocks, which cache from `slot` on."""
@@ -151,7 +159,7 @@ class RavenSteps(Steps):
         self.layout = CacheLayout(
             # With biases, each query head has keys of its own.
             kv_heads=config.n_heads if config.qk_bias else config.num_key_value_heads,
-            head_dim=config.n_embd // config.n_heads,
+            head_dim=config.head_dim,
             dtype=model.transformer.core_block[0].attn.Wqkv.weight.dtype,
             before=config.n_layers_in_prelude,
             core=config.n_layers_in_recurrent_block,
@@ -184,8 +192,25 @@ class RavenSteps(Steps):
         self, s_BSE: torch.Tensor, rotary: torch.Tensor, caches: Sequence[KeyValues], keep: int
     ) -> torch.Tensor:
         layers = self.model.transformer
-        x = _through(layers.coda, layers.ln_f(s_BSE), rotary, caches)
+        x = _through(layers.coda, self.model.latent(s_BSE), rotary, caches)
         return self.model.lm_head(layers.ln_f(x[:, -keep:])).float()
+
+
+def stretched(
+    frequencies: torch.Tensor,
+    factor: float,
+    low_freq_factor: float,
+    high_freq_factor: float,
+    original_max_position_embeddings: int,
+) -> torch.Tensor:
+    """Llama 3.1's rotary frequencies: radians per position -> the same, slow ones divided by `factor`.
+
+    Those that turn less than low_freq_factor times within the original context are divided, those that turn
+    more than high_freq_factor times are kept, and the share in between is linear in the number of turns.
+    """
+    turns = original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / factor)
 
 
 def _through(
