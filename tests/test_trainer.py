@@ -274,7 +274,7 @@ def test_a_save_is_waited_for_once_it_is_done_and_a_new_one_is_not_taken_for_it(
     )
     metrics = SimpleNamespace(pause=lambda _: nullcontext())
     heartbeat = SimpleNamespace(beat=lambda *_: None)
-    trainer.tokens_seen = 0
+    trainer.tokens_seen, trainer._plan = 0, SimpleNamespace()
     trainer._parts = SimpleNamespace(
         heartbeat=heartbeat, metrics=metrics, train_step=step, checkpointer=checkpointer
     )
