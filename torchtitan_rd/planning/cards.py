@@ -46,7 +46,7 @@ def find_card(name: str | None, memory_gib: float | None, tflops: float | None) 
         return Card("this card", memory_gib, tflops, "as given")
     if name not in CARDS:
         raise ConfigError(
-            f"--gpu {name}: unknown card{nearest(name, CARDS)}. Known are {', '.join(CARDS)}; "
+            f"--gpu {name}: unknown card{nearest(name, CARDS)} (known: {', '.join(CARDS)}); "
             "for another pass --gpu_memory_gb (and --gpu_tflops) instead"
         )
     card = CARDS[name]
