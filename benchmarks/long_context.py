@@ -19,7 +19,7 @@ from torchtitan_rd.job import Environment
 from torchtitan_rd.planning.cards import CARDS, GIB
 from torchtitan_rd.planning.draws import depths_of
 from torchtitan_rd.planning.making import resolve_without_data
-from torchtitan_rd.planning.memory import estimate
+from torchtitan_rd.planning.memory import measure
 
 CONFIGS = Path(__file__).parent.parent / "train_configs"
 CARD = CARDS["h100-80"]
@@ -74,7 +74,7 @@ def lines_of(row: Row) -> list[tuple[Any, ...]]:
 
     found = []
     for depth in [one for one in depths_of(plan, 2000).chosen if one.name != "max"]:
-        need = estimate(config, plan, depth).need
+        need = measure(config, plan, [depth]).depths[0].need
         drawn = f"{depth.name} {depth.num_steps}" if depth.name else ""
         own = ", ".join(f"{key.partition('.')[2]} = {value}" for key, value in row.keys.items())
         left = need.headroom(CARD) / GIB

@@ -10,6 +10,7 @@ from torchtitan_rd.config_loader import RenamedKey
 _ANY_BOOL = (True, False)
 _NOT_BUILT = "pipeline and asynchronous tensor parallelism are no part of this trainer; leave it out"
 _LOSS_PARALLEL = "under tensor parallelism the loss is always taken of each rank's own logits"
+_MEMORY = "use `torchtitan-rd plan FILE`"
 _NO_FLOAT8 = "float8 is not supported; leave it off"
 
 
@@ -68,8 +69,6 @@ OLD_KEYS: dict[str, RenamedKey] = {
     "float8.scaling_type_input": RenamedKey(None, harmless=("dynamic",), remedy=_NO_FLOAT8),
     "float8.scaling_type_weight": RenamedKey(None, harmless=("dynamic",), remedy=_NO_FLOAT8),
     "float8.scaling_type_grad_output": RenamedKey(None, harmless=("dynamic",), remedy=_NO_FLOAT8),
-    "memory_estimation.enabled": RenamedKey(
-        None, harmless=(False,), remedy="there is no memory estimator yet"
-    ),
-    "memory_estimation.disable_fake_mode": RenamedKey(None, harmless=_ANY_BOOL, remedy="no estimator yet"),
+    "memory_estimation.enabled": RenamedKey(None, harmless=(False,), remedy=_MEMORY),
+    "memory_estimation.disable_fake_mode": RenamedKey(None, harmless=_ANY_BOOL, remedy=_MEMORY),
 }

@@ -10,6 +10,7 @@ from torchtitan_rd.config import JobConfig
 from torchtitan_rd.job import Environment
 from torchtitan_rd.model_spec import ForwardInputs
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state
+from torchtitan_rd.parallelism import GradientExchange
 from torchtitan_rd.planning.draws import depths_of
 from torchtitan_rd.planning.memory import Measured, measure
 from torchtitan_rd.run_plan import RunPlan, resolve
@@ -56,8 +57,8 @@ def config_of(model: dict[str, Any], **sections: dict[str, Any]) -> JobConfig:
     return JobConfig(**{name: fields[name].annotation.model_validate(keys) for name, keys in given.items()})
 
 
-def plan_of(config: JobConfig, world_size: int) -> RunPlan:
-    return resolve(config, Environment(0, 0, world_size, world_size, "INFO"))
+def plan_of(config: JobConfig, world_size: int, rank: int = 0) -> RunPlan:
+    return resolve(config, Environment(rank, rank, world_size, world_size, "INFO"))
 
 
 def planned(config: JobConfig, world_size: int, *, on_gpu: bool = False) -> Measured:
@@ -73,7 +74,7 @@ def run_for_real(rank: int, world_size: int, configs: list[JobConfig]) -> list[d
 
 
 def _run(rank: int, world_size: int, config: JobConfig) -> dict[str, int]:
-    plan = plan_of(config, world_size)
+    plan = plan_of(config, world_size, rank)
     mesh = plan.dims.build_mesh("cpu")
     model = build_model(config, plan.spec, plan.shape, mesh, torch.device("cpu"))
     optimizer = build_optimizer(model, config.optimizer)
@@ -82,7 +83,16 @@ def _run(rank: int, world_size: int, config: JobConfig) -> dict[str, int]:
     def inputs(step: int, number: int, batch: Batch) -> ForwardInputs:
         return plan.draws.training(1, number, batch)
 
-    train_step = TrainStep(model, optimizer, config.training, torch.device("cpu"), forward_inputs=inputs)
+    train_step = TrainStep(
+        model,
+        optimizer,
+        config.training,
+        torch.device("cpu"),
+        forward_inputs=inputs,
+        exchange=GradientExchange(model, config.parallelism, config.training, mesh),
+        positions=plan.positions,
+        counts=plan.dims.counts(rank),
+    )
     shape = (config.training.local_batch_size, config.training.seq_len)
     ids = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
     number = plan.batch.accumulation

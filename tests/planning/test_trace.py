@@ -8,6 +8,7 @@ from tests.planning.common import LLAMA, RAVEN, config_of, plan_of, planned
 from torchtitan_rd.planning.compute import executed, model_flops
 from torchtitan_rd.planning.draws import Depth, depths_of
 from torchtitan_rd.planning.memory import estimate, measure
+from torchtitan_rd.planning.tracker import Collective
 
 FULL, ATTENTION = {"mode": "full"}, {"mode": "full", "keep": "attention"}
 OFFLOADED = {"mode": "full", "offload": True}
@@ -42,6 +43,30 @@ def test_offloaded_inputs_are_in_host_memory():
     left, on_host = left_by_forward(OFFLOADED, 4)
     assert on_host == 4 * TOKENS * DIM * 2
     assert left == left_by_forward(FULL, 4)[0]
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_cpu_offload_leaves_no_shard_of_a_layer_on_the_device(world_size):
+    def peak(number: int) -> int:
+        training = {**BFLOAT16, "enable_cpu_offload": True}
+        config = config_of(layers(number), activation_checkpoint=FULL, training=training)
+        return planned(config, world_size, on_gpu=True).worst.peak
+
+    of_a_block = TOKENS * DIM * 2  # its input, which forward leaves
+    assert peak(12) - peak(6) == pytest.approx(6 * of_a_block, abs=4096)
+
+
+def test_messages_between_ranks_that_share_matrices_are_counted_whole_and_once():
+    number = 6
+    config = config_of(layers(number), parallelism={"tensor_parallel_degree": 2})
+    collectives = planned(config, 2).depths[0].collectives
+    assert not any(name.startswith("wait") for name in collectives)
+    # Attention and feed-forward of each block, and the head gathers (backward scatters); the embedding
+    # scatters (backward gathers).
+    times = 2 * (2 * number) + 2
+    whole = Collective(times, times * TOKENS * DIM * 4)
+    assert collectives["all_gather_into_tensor"] == whole
+    assert collectives["reduce_scatter_tensor"] == whole
 
 
 def test_attention_holds_no_matrix_of_all_pairs_on_a_gpu():

@@ -1,5 +1,6 @@
 """The GPUs that a plan can be made for: memory and dense bfloat16 peak of each, and the source of both."""
 
+import math
 from typing import NamedTuple
 
 from torchtitan_rd.config_loader import nearest
@@ -40,14 +41,17 @@ def find_card(name: str | None, memory_gib: float | None, tflops: float | None) 
     """The card of a name, with figures in place of its own where they are given; or one of figures alone.
     Raises ConfigError.
     """
+    for flag, figure in (("--gpu_memory_gb", memory_gib), ("--gpu_tflops", tflops)):
+        if figure is not None and not 0 < figure < math.inf:
+            raise ConfigError(f"{flag} {figure}: must be a number above 0")
     if name is None:
         if memory_gib is None:
             raise ConfigError(f"--gpu says which card it is: {', '.join(CARDS)}; or pass --gpu_memory_gb")
         return Card("this card", memory_gib, tflops, "as given")
     if name not in CARDS:
         raise ConfigError(
-            f"--gpu {name}: unknown card{nearest(name, CARDS)} (known: {', '.join(CARDS)}); "
-            "for another pass --gpu_memory_gb (and --gpu_tflops) instead"
+            f"--gpu {name}: unknown card{nearest(name, CARDS)} (known are {', '.join(CARDS)}; "
+            "for another pass --gpu_memory_gb and --gpu_tflops instead)"
         )
     card = CARDS[name]
     return card._replace(memory_gib=memory_gib or card.memory_gib, tflops=tflops or card.tflops)

@@ -109,6 +109,7 @@ class TracedRun:
         self.model.train()
 
         self.parameters = self._label(self.model.parameters(), PARAMETERS)
+        self._know_gradients()
         _watch(self.model, self.plan.spec.wrap_plan(self.model), self._tracker)
         optimizer = build_optimizer(self.model, self.config.optimizer)
         state = optimizer_state(self.model, optimizer)
@@ -182,6 +183,19 @@ class TracedRun:
             for name, value in drawn.kwargs.items()
         }
         return ForwardInputs(kwargs, drawn.num_steps)
+
+    def _know_gradients(self) -> None:
+        """Labels each shard of a gradient as soon as FSDP has made it: CPU offload takes it off the device
+        at that moment.
+        """
+
+        def is_made(parameter: torch.Tensor) -> None:
+            if isinstance(parameter.grad, DTensor):
+                self._tracker.label([parameter.grad.to_local()], GRADIENTS)
+
+        for parameter in self.model.parameters():
+            if isinstance(parameter, DTensor):
+                parameter.register_post_accumulate_grad_hook(is_made)
 
     def _label(self, tensors: Any, label: str) -> int:
         """-> bytes of the storages that are known under it now."""

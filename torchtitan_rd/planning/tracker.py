@@ -199,7 +199,7 @@ class Tracker(TorchDispatchMode):
         if extra:  # its outputs are inside of it
             extra -= sum(tensor.untyped_storage().nbytes() for tensor in outputs)
 
-        self._relabel(func, args, kwargs)
+        self._relabel(func, args, kwargs, result)
         self._note_flops(func, args, kwargs, result, in_backward)
         workspace = _workspace(args) if self.gpu_kernels and func in _ATTENTION_BACKWARD else 0
         self._look(in_backward, {label: max(extra, 0), ATTENTION: workspace})
@@ -246,22 +246,23 @@ class Tracker(TorchDispatchMode):
             sums[made.label] += made.size
         return dict(sums)
 
-    def _relabel(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _relabel(self, func: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
         """FSDP's buffers are known by the operations that use them."""
         namespace, name = func.namespace, func._schema.name.partition("::")[2]
         if namespace == "fsdp":
             is_reduction = name == "chunk_cat"
             used = args if is_reduction else ()
             self.label(tensors_in([*used, kwargs.get("out", ())]), REDUCED if is_reduction else GATHERED)
-        elif namespace in ("c10d", "_c10d_functional"):
-            moved = list(tensors_in(args))
+        elif namespace in ("c10d", "_c10d_functional") and name != "wait_tensor":
+            moved = list(tensors_in([*args, result]))
             name = name.strip("_")
             before = self.collectives.get(name, Collective(0, 0))
             size = max((tensor.nbytes for tensor in moved), default=0)
             self.collectives[name] = Collective(before.calls + 1, before.bytes + size)
-            if name.startswith("allgather"):
+            # The functional ones move activations.
+            if namespace == "c10d" and name.startswith("allgather"):
                 self.label(moved, GATHERED)
-            elif name.startswith("reduce_scatter"):
+            elif namespace == "c10d" and name.startswith("reduce_scatter"):
                 self.label(moved, REDUCED)
 
     def _note_flops(self, func: Any, args: tuple, kwargs: dict, result: Any, in_backward: bool) -> None:
