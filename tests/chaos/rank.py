@@ -55,7 +55,8 @@ def disk_full(file: Path) -> None:
 
 
 def main() -> int:
-    os.setpgid(0, 0)
+    if os.getpgid(0) != os.getpid():  # torchrun has done so, and may not be asked again
+        os.setpgid(0, 0)
     split = sys.argv.index("--")
     install(sys.argv[1:split])
     return train.main(sys.argv[split + 1 :])

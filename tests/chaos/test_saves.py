@@ -83,6 +83,8 @@ def fails_once(monkeypatch, owner, name: str, number: int) -> list[int]:
     original, calls = getattr(owner, name), []
 
     def failing(*arguments, **options):
+        if owner is Path and not arguments[0].is_dir():  # .metadata, which torch renames
+            return original(*arguments, **options)
         calls.append(1)
         if len(calls) == 1:
             raise OSError(number, os.strerror(number))
