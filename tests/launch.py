@@ -24,9 +24,16 @@ class Run:
     """Processes of one run; always used as a context, so that none is left behind."""
 
     def __init__(
-        self, world_size: int, arguments: list[str], options: tuple[str, ...] = (), device: str = "cpu"
+        self,
+        world_size: int,
+        arguments: list[str],
+        options: tuple[str, ...] = (),
+        device: str = "cpu",
+        module: str = "tests.launched_rank",
     ):
-        """device: "cpu", where the ranks see no GPU, or "cuda": rank r takes GPU r."""
+        """device: "cpu", where the ranks see no GPU, or "cuda": rank r takes GPU r.
+        module: what each rank runs, as `python -m module *options -- *arguments`.
+        """
         if device == "cuda":
             needs_gpus(world_size)
         port = free_port()
@@ -42,7 +49,7 @@ class Run:
                 "OMP_NUM_THREADS": "1",
                 **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}),
             }
-            command = ("-m", "tests.launched_rank", *options, "--", *arguments)
+            command = ("-m", module, *options, "--", *arguments)
             self.processes.append(start_python(*command, env=environment))
 
     def __enter__(self) -> "Run":

@@ -118,7 +118,14 @@ def test_a_rank_that_is_there_already_is_refused_at_once_with_its_process(meetin
 def test_what_an_earlier_attempt_left_is_nobody_s_business(meeting, store):
     store.set("torchtitan_rd/0/2", '{"host": "elsewhere", "pid": 77}')
     again = [as_rank(meeting, rank, attempt="1") for rank in range(3)]
-    assert not [found for found in in_threads(*again) if isinstance(found, Exception)]
+    stores = in_threads(*again)
+    assert not [found for found in stores if isinstance(found, Exception)]
+
+    # Where a process of that attempt listened must not be found by the group of this one.
+    stores[0].set("address", "of a process that lives")
+    third = in_threads(*(as_rank(meeting, rank, attempt="2") for rank in range(3)))
+    assert [found.check(["address"]) for found in third] == [False] * 3
+    assert stores[1].check(["address"])
 
 
 @pytest.mark.parametrize("change", [{"world_size": 4}, {"run": "b"}], ids=str)

@@ -59,7 +59,9 @@ def meet(meeting: Meeting) -> dist.Store:
     store = _connect(meeting)
     _sign_in(store, meeting)
     _wait_for_all(store, meeting)
-    return store
+    # torchrun's store outlives a restart, with the addresses of processes that have died: a group of the next
+    # attempt that found them there would connect to nobody, for ever.
+    return dist.PrefixStore(f"torchtitan_rd/group/{meeting.attempt}", store)
 
 
 def _connect(meeting: Meeting) -> dist.Store:
