@@ -55,6 +55,7 @@ def read_profile(name: str) -> Profile:
             f"--profile {name}: no such profile{nearest(name, profiles())}. Known are "
             f"{', '.join(profiles())}; another one is named by its path, which ends in .sh"
         )
+
     found: dict[str, list[str]] = {key: [] for key in _KEYS}
     for line in path.read_text().splitlines():
         if not line.startswith("#LAUNCH"):
@@ -140,6 +141,7 @@ class Job:
         lines = ["#!/bin/bash", *(f"# {line}".rstrip() for line in remarks)]
         if profile.has_slurm:
             lines += [f"#SBATCH {option}" for option in self._sbatch()]
+
         lines += ["", f"cd {shlex.quote(str(self.folder))} || exit 1"]
         if profile.gpus_per_node is not None:
             lines.append(f"export GPUS_PER_NODE={profile.gpus_per_node}")

@@ -153,6 +153,7 @@ def measure_step(config: JobConfig, tiny: bool) -> Row:
         return {"note": "not here: torch offloads from a GPU only"}
     planned = _planned(config)
     told = planned.need.peak
+
     try:
         with _run(config) as run:
             first = run.step()
@@ -164,6 +165,7 @@ def measure_step(config: JobConfig, tiny: bool) -> Row:
                 told += planned.need.saved_on_host
     except torch.OutOfMemoryError as error:
         return {"failed": f"out of memory, planned were {told / GIB:.1f} GiB: {str(error)[:120]}"}
+
     if not last < first:
         return {"failed": f"the loss does not fall: {first:.4f}, then {last:.4f}"}
     tokens = config.training.local_batch_size * config.training.seq_len
@@ -209,6 +211,7 @@ def measure_checkpoint(config: JobConfig) -> Row:
             must_match=JobConfig.must_match_keys(),
             model_shape={"name": run.plan.spec.name},
         )
+
         before = {name: _whole(one).clone() for name, one in run.tensors["model"].items()}
         try:
             saving = _once(lambda: checkpointer.save(1, run.tensors, {"step": 1}))
@@ -218,6 +221,7 @@ def measure_checkpoint(config: JobConfig) -> Row:
             checkpointer.close()
         is_same = all(torch.equal(_whole(one), before[name]) for name, one in run.tensors["model"].items())
         size = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
     if not is_same:
         return {"failed": "the weights that were loaded are not those that were saved"}
     return {

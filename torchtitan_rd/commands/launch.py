@@ -39,6 +39,7 @@ def main(arguments: list[str]) -> int:
         raise ConfigError(
             f"{said[1]}. `torchtitan-rd plan` says what would make it fit; --anyway submits it nevertheless"
         )
+
     job = Job(
         name=chosen.name or Path(chosen.file).stem,
         profile=profile,
@@ -52,6 +53,7 @@ def main(arguments: list[str]) -> int:
         dependency=chosen.dependency,
         options=tuple(chosen.sbatch),
     )
+
     if chosen.dry_run:
         print(job.script(), end="")
         return 0
@@ -131,6 +133,7 @@ def _estimate(plan: Plan | None, minutes: int | None, jobs: int) -> list[str]:
         f"{worst.reserved / GIB:.1f} of {card.memory_gib:.1f} GiB a GPU, "
         + ("fits" if plan.fits else "DOES NOT FIT")
     ]
+
     took = plan.duration
     if took is not None:
         lines.append(
@@ -170,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--nodes", type=at_least_1, default=1)
     add("--time", type=_time, metavar="H:M:S", help="of one job (default: the longest the profile allows)")
     add("--chain", type=at_least_1, metavar="K", help="K jobs, each of which begins when the one before ends")
+
     add("--budget", type=_time, metavar="D-H:M:S", help="time in all, split into a chain of such jobs")
     add("--array", action="store_true", help="the chain as one job array, one task at a time")
     add("--dependency", metavar="KIND:JOB", help="of the first job, as sbatch takes it")
