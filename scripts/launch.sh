@@ -3,6 +3,7 @@
 #   NPROC=...          ranks on a node (default: its GPUs, else 2)
 #   CONFIG_FILE=...    another TOML than the script's own
 #   REHEARSE=1         in place of the run: its whole life once, small, on this machine (docs/rehearsal.md)
+#   REQUEUE=0          under Slurm: a run that was stopped is not requeued, since another job follows (a chain)
 #   MAX_RESTARTS=...   how often torchrun restarts the ranks after a failure (default 0; 3 under Slurm)
 # Settings of the allocator and of NCCL that every run wants are set here, unless the environment or a cluster's profile
 # (scripts/profiles/, sourced before this file) has set them.
@@ -164,7 +165,9 @@ _end_of() {  # $1: the status of the run, $2: the exit code of torchrun
     case "$1" in
         finished) return 0 ;;
         preempted)
-            if [ -n "${SLURM_JOB_ID:-}" ]; then
+            if [ -n "${SLURM_JOB_ID:-}" ] && [ "${REQUEUE:-1}" = 0 ]; then
+                echo "preempted with a checkpoint saved: the next job of the chain goes on from there" >&2
+            elif [ -n "${SLURM_JOB_ID:-}" ]; then
                 echo "preempted with a checkpoint saved: requeueing job $SLURM_JOB_ID" >&2
                 scontrol requeue "$SLURM_JOB_ID"
             else

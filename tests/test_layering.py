@@ -66,6 +66,7 @@ PLACES = {
     "planning": 6,
     "diagnosis": 4,
     "rehearsal": 6,
+    "slurm": 1,
     "parts": 6,
     "run_state": 6,
     "train": 7,

@@ -41,6 +41,9 @@ COMMANDS = {
         "torchtitan_rd.commands.doctor",
         "what this environment can do, what is missing, and which rank is slow",
     ),
+    "launch": Command(
+        "torchtitan_rd.commands.launch", "submit a run to Slurm, as one job or a chain, with what it takes"
+    ),
     "generate-cfg": Command(
         "torchtitan_rd.commands.generate_cfg", "write the config of a run of 22 tokens a parameter"
     ),
