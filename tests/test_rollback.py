@@ -122,6 +122,8 @@ def test_a_spike_is_what_lies_far_above_the_window_and_is_not_taken_into_it():
     assert watched([9.0, *usual[:3], 9.0], **keys) == [], "of a window that is not full yet"
     # A loss that does not move: 1 % of it is its deviation.
     assert watched([2.0] * 5 + [2.19, 2.21], **keys) == [6]
+    # The fourth would be usual in a window that had taken the three before it.
+    assert watched([2.0] * 5 + [3.0] * 4, **keys) == [5, 6, 7, 8]
     assert watched([*usual, float("nan"), 2.0], **keys) == []
 
 

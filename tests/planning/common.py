@@ -1,5 +1,6 @@
 """Small runs that are planned here, and run for real to compare."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,15 +102,13 @@ def _run(rank: int, world_size: int, config: JobConfig) -> dict[str, int]:
     optimizer.zero_grad()
     train_step.settle()
 
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        train_step(2, batches)
+    peak = allocated(lambda: train_step(2, batches))
     gradients = [p.grad for p in model.parameters()]
     return {
         "parameters": _bytes(model.parameters()),
         "gradients": _bytes(gradients),
         "optimizer": _bytes(state.values()),
-        "peak": _peak(profile),
+        "peak": peak,
     }
 
 
@@ -119,8 +118,13 @@ def _bytes(tensors: Any) -> int:
     return sum(storages.values())
 
 
-def _peak(profile: torch.profiler.profile) -> int:
-    """What the allocator says: each piece that it gives or takes back, in order."""
+def allocated(work: Callable[[], Any]) -> int:
+    """The most bytes that the allocator gave out during `work`, beyond what was there before: each piece that
+    it gives or takes back, in order.
+    """
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        work()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

@@ -1,9 +1,12 @@
 """What a plan says a GPU takes is what a run takes, where both can be had: on CPUs."""
 
 import pytest
+import torch
 
-from tests.planning.common import LLAMA, RAVEN, config_of, planned, run_for_real
+from tests.planning.common import LLAMA, RAVEN, allocated, config_of, planned, run_for_real
 from tests.ranks import run_on_ranks
+from torchtitan_rd.parallelism.tiled_mlp import swiglu
+from torchtitan_rd.planning.tracker import Tracker
 
 NONE, SELECTIVE, FULL = {"mode": "none"}, {"mode": "selective"}, {"mode": "full"}
 BY_OP = {"mode": "selective", "selective_ac_option": "op"}
@@ -43,6 +46,20 @@ def test_two_ranks_take_what_was_planned():
 
 def test_a_step_takes_what_was_planned():
     compare([case(deeper(LLAMA), SELECTIVE, TILES), case(deeper(RAVEN), ATTENTION, CHUNKS)], world_size=1)
+
+
+@pytest.mark.parametrize("tile_tokens", [64, 256])
+def test_a_feed_forward_in_tiles_takes_to_the_byte_what_is_planned(tile_tokens):
+    """Alone and wide: in a whole step of a small model something else is at work when most is taken."""
+
+    def work() -> None:
+        shapes = [(512, 8), (256, 8), (256, 8), (8, 256)]
+        x, gate, up, down = (torch.ones(shape, requires_grad=True) for shape in shapes)
+        swiglu(x, [gate, up], down, tile_tokens).sum().backward()
+
+    with Tracker() as tracker:
+        work()
+    assert tracker.peak.bytes == allocated(work)
 
 
 @pytest.mark.slow

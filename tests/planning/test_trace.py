@@ -76,6 +76,17 @@ def test_attention_holds_no_matrix_of_all_pairs_on_a_gpu():
     assert planned(config, 1, on_gpu=True).worst.peak < length * length
 
 
+def test_the_norms_of_a_block_keep_no_tokens_of_their_own_on_a_gpu():
+    """A CPU's norm keeps what it has normalized beside its input; a GPU's, fused, a number a token."""
+
+    def left_by_a_block(on_gpu: bool) -> int:
+        plans = [planned(config_of(layers(n), training=BFLOAT16), 1, on_gpu=on_gpu) for n in (2, 3)]
+        return plans[1].worst.saved - plans[0].worst.saved
+
+    of_two_norms = 2 * TOKENS * DIM * 2
+    assert left_by_a_block(False) - left_by_a_block(True) == pytest.approx(of_two_norms, abs=64)
+
+
 @pytest.mark.parametrize("model", [LLAMA, RAVEN], ids=["llama", "raven"])
 def test_flops_are_those_of_the_model(model):
     config = config_of(model)

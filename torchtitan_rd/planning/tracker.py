@@ -287,6 +287,7 @@ class Tracker(TorchDispatchMode):
         key = _key(func, args)
         if key not in self._inside:
             inner = Tracker()
+            inner.label(tensors_in(args), HOST)  # else a view of an input would be a storage more
             with inner, torch.no_grad():
                 _OPAQUE[func](*args)
             self._inside[key] = Inside(inner.peak.bytes, sum(inner.flops.values()))
