@@ -93,6 +93,8 @@ def test_every_shipped_file_becomes_small_by_the_rule_and_each_altered_key_is_to
     assert plan.count_parameters() < 20e6 and plan.vocab_size == tried.planned.vocab_size
     assert tried.life.ranks.total in (2, 4) and tried.life.ranks.resumed_total in (2, 4)
     assert tried.life.ranks.total != tried.life.ranks.resumed_total
+    told_ranks = f"on {tried.life.ranks.total} and {tried.life.ranks.resumed_total} ranks"
+    assert told_ranks in lines["shrink"].text
     assert load(["--job.config_file", str(tried.life.file)], ALONE).config == small.model_copy(
         update={"job": small.job.model_copy(update={"config_file": str(tried.life.file)})}
     )
@@ -145,6 +147,22 @@ def test_ranks_that_share_rows_are_two_of_the_four(key):
         {"data_parallel_replicate_degree": 1, "data_parallel_shard_degree": 1},
         2,
     )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "total", "resumed"),
+    [(16, (2, 2, 2), (1, 2, 2)), (4, (1, 2, 2), (2, 2, 2))],
+)
+def test_where_sequences_and_matrices_are_shared_a_run_resumes_on_other_ranks_too(ranks, total, resumed):
+    shared = ("context_parallel_degree", "tensor_parallel_degree")
+    config = load([f"--parallelism.{key}=2" for key in shared], ALONE).config
+    small = small_ranks(resolve(config, replace(ALONE, world_size=ranks)), config.parallelism.model_dump())
+    again = {**small.degrees, **small.resumed}
+    data = ("data_parallel_replicate_degree", "data_parallel_shard_degree")
+    for degrees, wanted in ((small.degrees, total), (again, resumed)):
+        found = (math.prod(degrees[key] for key in data), *(degrees[key] for key in shared))
+        assert found == wanted
+    assert (small.total, small.resumed_total) == (math.prod(total), math.prod(resumed))
 
 
 PRIMATE = ROOT / "train_configs" / "primate_8b_131k.toml"
