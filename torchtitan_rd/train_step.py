@@ -263,7 +263,7 @@ class TrainStep:
         """
         self.beat(step, "replay")
         batch = self._place(batches[0])
-        valid = ValidTokens([batch], self.token_weights)
+        valid = ValidTokens([batch], self.token_weights, counts=self.counts)
         self.optimizer.zero_grad()
         self.exchange.before_microbatch(is_last=True)
         loss = self._backward(batch, valid, self.forward_inputs(step, 0, batch))

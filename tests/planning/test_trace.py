@@ -127,6 +127,7 @@ def test_memory_does_not_grow_with_iterations_without_gradient():
     ("model", "recompute"),
     [
         pytest.param(layers(8), {"mode": "selective"}, id="llama"),
+        pytest.param(layers(8), FULL, id="gradients in flight"),
         pytest.param(RAVEN, FULL, id="raven", marks=pytest.mark.slow),
     ],
 )

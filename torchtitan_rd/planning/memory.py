@@ -14,7 +14,7 @@ from torchtitan_rd.run_plan import RunPlan
 # the allocator cannot use.
 RUNTIME_GIB = 2.0
 FRAGMENTATION = 0.05
-_SHORT = (2, 3)  # layers, or iterations with gradient, from which more follow
+_ITERATIONS = (2, 3)  # with gradient, from which more follow
 
 
 @dataclass(frozen=True)
@@ -98,23 +98,29 @@ def _of_whole_step(depth: Depth, trace: StepTrace, to_host: int, microbatches: i
 
 
 def estimate(config: JobConfig, plan: RunPlan, depth: Depth) -> Traced:
-    """As `measure`, in a fraction of the time: few layers or iterations are traced, and each further one
-    takes and does what the last one did.
+    """As `measure`, in a fraction of the time where it can be: few layers or iterations are traced, and each
+    further one takes and does what the last one did. Where the peaks of both are not the same point of a
+    step, all are traced.
     """
-    if depth.traced is not None and depth.traced[1] > _SHORT[1]:
-        n, k = depth.num_steps
-        few = [replace(depth, num_steps=(n, short)) for short in _SHORT]
-        fewer, more = measure(config, plan, few).depths
-        return _extrapolated(fewer, more, (k - _SHORT[0]) / (_SHORT[1] - _SHORT[0]))
+    short: tuple[int, int]
+    if depth.traced is not None and depth.traced[1] > _ITERATIONS[1]:
+        n, whole = depth.num_steps
+        short = _ITERATIONS
+        fewer, more = measure(config, plan, [replace(depth, num_steps=(n, k)) for k in short]).depths
+    else:
+        every = _period(config)
+        # Behind fewer blocks than are gathered ahead and reduced at a time, a peak is not that of many.
+        first = 2 + config.parallelism.fsdp_prefetch_units
+        whole, short = getattr(plan.shape, "n_layers", 0), (every * first, every * (first + 1))
+        if whole <= short[1] or whole % every:
+            return measure(config, plan, [depth]).depths[0]
+        shape: Any = plan.shape
+        plans = (replace(plan, shape=replace(shape, n_layers=number)) for number in short)
+        fewer, more = (measure(config, one, [depth]).depths[0] for one in plans)
 
-    every = _period(config)
-    layers, short = getattr(plan.shape, "n_layers", 0), (every * _SHORT[0], every * _SHORT[1])
-    if layers <= short[1] or layers % every:
+    if not _are_of_one_moment(fewer.need, more.need):
         return measure(config, plan, [depth]).depths[0]
-    shape: Any = plan.shape
-    plans = (replace(plan, shape=replace(shape, n_layers=number)) for number in short)
-    fewer, more = (measure(config, one, [depth]).depths[0] for one in plans)
-    return _extrapolated(fewer, more, (layers - short[0]) / (short[1] - short[0]))
+    return _extrapolated(fewer, more, (whole - short[0]) / (short[1] - short[0]))
 
 
 def _period(config: JobConfig) -> int:
@@ -125,6 +131,12 @@ def _period(config: JobConfig) -> int:
     return keys.keep_every
 
 
+def _are_of_one_moment(fewer: Need, more: Need) -> bool:
+    """Whether two peaks are the same point of a step: nothing is less where there is more."""
+    no_less = all(more.parts.get(label, 0) >= size for label, size in fewer.parts.items())
+    return fewer.moment == more.moment and no_less
+
+
 def _extrapolated(fewer: Traced, more: Traced, times: float) -> Traced:
     """times: how often the difference of the two is to be added to the first."""
 
@@ -132,8 +144,7 @@ def _extrapolated(fewer: Traced, more: Traced, times: float) -> Traced:
         return before + times * (after - before)
 
     parts = {
-        label: round(max(line(fewer.need.parts.get(label, 0), size), 0))
-        for label, size in more.need.parts.items()
+        label: round(line(fewer.need.parts.get(label, 0), size)) for label, size in more.need.parts.items()
     }
     need = Need(
         parts,
