@@ -3,6 +3,8 @@ mistake is a no-go line that names it. That whole rehearsals pass is among the s
 """
 
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -331,6 +333,27 @@ def life(rehearsal):
     return tried.life
 
 
+def test_a_run_that_is_to_be_killed_ends_with_an_interrupted_rehearsal(life, monkeypatch):
+    """It would take a million steps."""
+    started = []
+    monkeypatch.setattr(life, "_torchrun", lambda *args: started.append(endless(life)) or started[0])
+    monkeypatch.setattr(stages.time, "sleep", raising(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        life.kill()
+    assert started[0].poll() == -9
+
+
+def endless(life) -> subprocess.Popen:
+    return life._start("endless", ["timeit", "-s", "import time", "-n1", "time.sleep(60)"])
+
+
+def raising(error):
+    def raise_it(*args):
+        raise error
+
+    return raise_it
+
+
 def test_a_stage_that_takes_too_long_is_ended_and_says_so(life):
     life.limit = 0.2
     with pytest.raises(NoGo, match=r"not done after 0 s \(--limit\)"):
@@ -407,6 +430,20 @@ def test_validation_that_fails_does_not_keep_the_export_from_being_tried(tmp_pat
     acting(monkeypatch, validate=NoGo("no"))
     assert rehearsed(tmp_path, monkeypatch)[0] == 1
     assert "export was here" in capsys.readouterr().out
+
+
+def test_sigterm_leaves_no_folder_and_no_verdict(tmp_path, monkeypatch, capsys):
+    def ended(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    acting(monkeypatch)
+    monkeypatch.setattr(stages.Life, "resume", ended)
+    before = signal.getsignal(signal.SIGTERM)
+    code, made = rehearsed(tmp_path, monkeypatch)
+    told = capsys.readouterr()
+    assert code == 130 and not made.exists() and signal.getsignal(signal.SIGTERM) is before
+    assert "interrupted: no verdict" in told.err and "GO" not in told.out
 
 
 def test_the_folder_that_is_kept_must_be_empty_and_stays(tmp_path, monkeypatch, capsys):
