@@ -432,6 +432,12 @@ def test_validation_that_fails_does_not_keep_the_export_from_being_tried(tmp_pat
     assert "export was here" in capsys.readouterr().out
 
 
+def test_a_no_go_before_anything_was_written_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    acting(monkeypatch)
+    code, made = rehearsed(tmp_path, monkeypatch, "--trainin.steps=1")
+    assert code == 1 and not made.exists() and str(made) not in capsys.readouterr().out
+
+
 def test_sigterm_leaves_no_folder_and_no_verdict(tmp_path, monkeypatch, capsys):
     def ended(self):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -58,8 +58,8 @@ def main(arguments: list[str]) -> int:
         _clear(folder, chosen.keep, is_good=True)
         raise
     wrong = [line.stage for line in lines if line.verdict is Verdict.NO_GO]
-    _clear(folder, chosen.keep, is_good=not wrong)
-    print(_conclusion(lines, rehearsal.made_up, folder if wrong or chosen.keep else None))
+    _clear(folder, chosen.keep, is_good=not (wrong and any(folder.iterdir())))
+    print(_conclusion(lines, rehearsal.made_up, folder if folder.exists() else None))
     return int(bool(wrong))
 
 
