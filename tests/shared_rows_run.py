@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -169,3 +170,34 @@ def on(context: int = 1, *, tensor: int = 1, replicate: int = 1, rows: int = 1) 
         },
         "training": {"local_batch_size": rows},
     }
+
+
+def merged(case: Case, *sections: dict[str, dict[str, Any]]) -> Case:
+    """`case` with the keys of all `sections`; of a key that stands in two, the later."""
+    names = {name for each in sections for name in each}
+    together = {name: {k: v for each in sections for k, v in each.get(name, {}).items()} for name in names}
+    return replace(case, sections=together)
+
+
+def assert_alike(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    """Losses, both gradients, telemetry and validation, and that they could tell."""
+    assert found["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert found["norms"] == pytest.approx(alone["norms"], abs=1e-5)
+    for gradients, expected in zip(found["gradients"], alone["gradients"], strict=True):
+        for name, gradient in expected.items():
+            torch.testing.assert_close(gradients[name], gradient, atol=2e-7, rtol=1e-4, msg=name)
+            assert gradient.abs().max() > 1e-5, name
+    assert found["validation"] == pytest.approx(alone["validation"], abs=1e-5)
+    assert found["keys"] == alone["keys"]
+    if found["telemetry"] and found["rows"] == alone["rows"]:  # it is of the first rank's last microbatch
+        assert found["telemetry"] == pytest.approx(alone["telemetry"], rel=1e-4, abs=1e-6)
+
+
+def assert_recurrent_alike(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    """And depths and first states, which are drawn: each rank has its part of the same noise."""
+    for found in ranks:
+        assert found["depths"] == alone["depths"]
+        assert_alike(found, alone)
+    assert len(ranks[0]["telemetry"]) == 9
+    parts = [rank["states"][0] for rank in ranks]
+    assert torch.equal(torch.cat(parts, dim=1), alone["states"][0]), "the same noise, bit for bit"

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.ranks import run_on_ranks
-from tests.shared_rows_run import Case, on, train
+from tests.shared_rows_run import Case, assert_alike, assert_recurrent_alike, merged, on, train
 from tests.small_run import GLOBAL_BATCH, SEQ_LEN
 from torchtitan_rd.model_spec import WrapPlan
 from torchtitan_rd.models.attention import attend
@@ -34,20 +34,6 @@ class Moved(TorchDispatchMode):
             given = [x for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
             self.seen[function.overloadpacket.__name__] += sum(x.numel() for x in given)
         return function(*args, **(kwargs or {}))
-
-
-def assert_alike(found, alone):
-    """Losses, both gradients, telemetry and validation, and that they could tell."""
-    assert found["losses"] == pytest.approx(alone["losses"], abs=1e-5)
-    assert found["norms"] == pytest.approx(alone["norms"], abs=1e-5)
-    for gradients, expected in zip(found["gradients"], alone["gradients"], strict=True):
-        for name, gradient in expected.items():
-            torch.testing.assert_close(gradients[name], gradient, atol=2e-7, rtol=1e-4, msg=name)
-            assert gradient.abs().max() > 1e-5, name
-    assert found["validation"] == pytest.approx(alone["validation"], abs=1e-5)
-    assert found["keys"] == alone["keys"]
-    if found["telemetry"] and found["rows"] == alone["rows"]:  # it is of the first rank's last microbatch
-        assert found["telemetry"] == pytest.approx(alone["telemetry"], rel=1e-4, abs=1e-6)
 
 
 def gathers_and_sums(result):
@@ -77,12 +63,7 @@ def test_a_llama_whose_ranks_share_rows_trains_as_one_rank_does_and_exchanges_he
 def test_a_raven_whose_ranks_share_rows_draws_the_same_state_and_trains_and_reports_as_one_rank_does():
     alone = run_on_ranks(1, train, replace(RAVEN, sections=on(1, rows=GLOBAL_BATCH)))[0]
     ranks = run_on_ranks(2, train, replace(RAVEN, sections=on(2, rows=GLOBAL_BATCH)))
-    for found in ranks:
-        assert found["depths"] == alone["depths"]
-        assert_alike(found, alone)
-    assert len(ranks[0]["telemetry"]) == 9
-    parts = [rank["states"][0] for rank in ranks]
-    assert torch.equal(torch.cat(parts, dim=1), alone["states"][0]), "the same noise, bit for bit"
+    assert_recurrent_alike(ranks, alone)
 
 
 LAYOUTS = {
@@ -134,12 +115,6 @@ def test_with_every_other_technique_rows_are_shared_without_a_trace(case, other)
     alone = run_on_ranks(1, train, merged(case, on(1, rows=4), changes if other in own_objective else {}))[0]
     for found in run_on_ranks(2, train, merged(case, on(2, rows=4), changes), timeout=280):
         assert_alike(found, alone)
-
-
-def merged(case, *sections):
-    names = {name for each in sections for name in each}
-    together = {name: {k: v for each in sections for k, v in each.get(name, {}).items()} for name in names}
-    return replace(case, sections=together)
 
 
 def exchanged(rank, world_size, heads, kv_heads):

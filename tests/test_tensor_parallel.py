@@ -10,10 +10,10 @@ from torch.distributed.tensor import DTensor, Shard
 from tests.checkpoint.common import checkpointer
 from tests.launch import launch, rows
 from tests.ranks import run_on_ranks, stop_workers
-from tests.shared_rows_run import Case, make, on, train, whole
+from tests.shared_rows_run import Case, assert_alike, assert_recurrent_alike, make, merged, on, train, whole
 from tests.small_run import GLOBAL_BATCH, batches_of
 from tests.test_ancestor_configs import NEURAL
-from tests.test_context_parallel import OTHERS, assert_alike, merged
+from tests.test_context_parallel import OTHERS
 from tests.test_run_plan import plan as plan_of
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.loss import cross_entropy_sums
@@ -47,12 +47,7 @@ def test_a_raven_whose_ranks_share_matrices_draws_the_same_state_and_trains_and_
     sections = {"training": {"loss_chunk_tokens": 5, "z_loss_weight": 1e-3}}
     alone = run_on_ranks(1, train, merged(RAVEN, on(rows=GLOBAL_BATCH), sections))[0]
     ranks = run_on_ranks(2, train, merged(RAVEN, on(tensor=2, rows=GLOBAL_BATCH), sections))
-    for found in ranks:
-        assert found["depths"] == alone["depths"]
-        assert_alike(found, alone)
-    assert len(ranks[0]["telemetry"]) == 9
-    parts = [rank["states"][0] for rank in ranks]
-    assert torch.equal(torch.cat(parts, dim=1), alone["states"][0]), "the same noise, bit for bit"
+    assert_recurrent_alike(ranks, alone)
 
 
 LAYOUTS = {

@@ -1,4 +1,4 @@
-"""TOML file -> command-line overrides -> one validated, frozen config. Knows no section by name.
+"""TOML file -> environment -> command line -> one validated, frozen config. Knows no section by name.
 
 A section is a subclass of `Section` that stands in the room that uses it; `config.JobConfig` composes them.
 Every problem found is gathered, and all are raised as one ConfigError before anything expensive starts.

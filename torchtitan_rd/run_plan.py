@@ -1,5 +1,4 @@
-"""What will run, as a value: every decision that needs neither a disk nor a peer,
-and all that is wrong, at once.
+"""What will run, as a value: every decision that needs no peer, and all that is wrong, at once.
 
 Made from the config and the number of ranks alone, so `torchtitan-rd config` shows on a laptop, and the
 launch script before torchrun or Slurm, what a run would find. What is cheap to look at is looked at: whether

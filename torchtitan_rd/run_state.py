@@ -1,4 +1,4 @@
-"""What a run saves and goes on from: tensors, position in the data, generators."""
+"""What a run saves and goes on from (tensors, position in the data, generators), and going back to it."""
 
 import json
 from pathlib import Path

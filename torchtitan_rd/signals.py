@@ -1,5 +1,5 @@
-"""SIGINT, SIGTERM and SIGUSR1 (Ctrl-C, Slurm's preemption and time limit),
-and what `exit_status.json` says afterwards.
+"""SIGINT, SIGTERM and SIGUSR1 (Ctrl-C, Slurm's preemption and time limit): remembers what was asked, and
+writes the word that train.py chooses into `exit_status.json`.
 
 One state machine. Before the first step and during an export a signal ends what runs there, since no step is
 under way that could be saved. From the first step on it is remembered: the step is finished and saved on all

@@ -8,11 +8,13 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.conversion.common import tiny, weights_of
+from tests.models.raven.tiny import RETROFITTED
 from torchtitan_rd.conversion.pipeline import to_hf, with_tokenizer
 
 VERSIONS = {
@@ -21,6 +23,12 @@ VERSIONS = {
     "5.0": ("transformers==5.0.0", "huggingface-hub<2", "tokenizers<0.23"),
     "5.23": ("transformers==5.23.0", "huggingface-hub>=2", "tokenizers>=0.22"),
 }
+MODELS: list[tuple[str, dict[str, Any]]] = [
+    ("llama3", {}),
+    ("llama3", {"tie_word_embeddings": True}),
+    ("raven", {}),
+    ("raven", RETROFITTED),
+]
 CHILD = """
 import json, sys, torch, transformers
 sys.modules["torchtitan_rd"] = None  # what an export needs lies in it
@@ -80,7 +88,7 @@ def environment(folder: Path, packages: tuple[str, ...]) -> Path:
 def test_exported_folders_load_offline_and_compute_the_same(version, tmp_path):
     python = environment(tmp_path / "environment", VERSIONS[version])
     ids = torch.randint(0, 258, (2, 12), generator=torch.Generator().manual_seed(0))
-    for family, fields in (("llama3", {}), ("llama3", {"tie_word_embeddings": True}), ("raven", {})):
+    for family, fields in MODELS:
         model = tiny(family, vocab_size=258, **fields)
         weights = with_tokenizer(weights_of(model, family), "bytes")
         folder = tmp_path / f"{family}{len(fields)}"

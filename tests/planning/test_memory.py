@@ -72,3 +72,23 @@ def test_every_technique_takes_what_was_planned(model, world_size):
     configs += [case(model, NONE, {"global_batch_size": 4 * world_size})]
     configs += [case(model, FULL, {"mixed_precision_param": "bfloat16"})]
     compare(configs, world_size)
+
+
+SHARED = {
+    "2 of context": (2, {"context_parallel_degree": 2}),
+    "2 of matrices": (2, {"tensor_parallel_degree": 2}),
+    "4 of context": (4, {"context_parallel_degree": 4}),
+    "2 of context x 2 of matrices": (4, {"context_parallel_degree": 2, "tensor_parallel_degree": 2}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", SHARED)
+@pytest.mark.parametrize("model", [LLAMA, RAVEN], ids=["llama", "raven"])
+def test_ranks_that_share_rows_take_what_was_planned(model, layout):
+    world_size, degrees = SHARED[layout]
+    recomputations = [NONE, FULL, ATTENTION, OFFLOADED]
+    configs = [config_of(model, activation_checkpoint=one, parallelism=degrees) for one in recomputations]
+    tiled = {**TILES, **CHUNKS}
+    configs.append(config_of(model, activation_checkpoint=FULL, parallelism=degrees, training=tiled))
+    compare(configs, world_size)

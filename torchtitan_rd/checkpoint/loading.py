@@ -1,5 +1,5 @@
-"""What a run takes from a checkpoint folder: its documents, and tensors: all of them to resume,
-some of them as initial weights.
+"""What a run takes from the checkpoint folder that was chosen: its documents, and tensors: all of them to
+resume, some of them as initial weights.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A plan as a whole: made once, shown as tables or as JSON."""
+"""Shows a plan, as tables or as JSON."""
 
 import math
 import shutil

@@ -1,4 +1,4 @@
-"""What of a Llama to wrap, as data."""
+"""Which modules of a Llama are units of FSDP, and which parts of them ranks may share, as data."""
 
 from torchtitan_rd.model_spec import SharedModule, TensorPlan, WrapPlan
 from torchtitan_rd.models.layers import tensor_counts

@@ -1,4 +1,4 @@
-"""A raven's forward in parts. See `model_steps.Steps`."""
+"""A raven's forward in parts, for inference, and the noise a token starts from. See `model_steps.Steps`."""
 
 import hashlib
 from collections.abc import Sequence
