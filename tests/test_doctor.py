@@ -195,6 +195,13 @@ def test_a_rank_is_slow_against_the_median_by_a_time_that_matters(work, slow):
     assert ranks.slow_ones([ranks.Rank(n, "h", "CPU", w) for n, w in enumerate(work)]) == slow
 
 
+@pytest.mark.parametrize(("seconds", "said"), [(0.05, "0.00131"), (65536 / 4.5e11, "450")])
+def test_a_slow_link_is_a_figure_and_not_zero(seconds, said):
+    both = [ranks.Rank(number, "h", "CPU", 0.1, (seconds, seconds)) for number in (0, 1)]
+    table = doctor._rank_table(ranks.Findings(both, [], [], []), 2, CPU)
+    assert table.splitlines()[3].split()[-1] == said
+
+
 def alone(world_size, word=None):
     """What rank 0 learns where no other rank does anything, but that rank 1 has once answered `word`."""
     store = dist.TCPStore(

@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu.record import Record  # noqa: E402
 from benchmarks.gpu.steps import of_whole_model  # noqa: E402
+from torchtitan_rd.errors import ConfigError  # noqa: E402
 
 
 def gpu_sh(*arguments: str) -> subprocess.CompletedProcess:
@@ -61,6 +62,14 @@ def test_a_record_goes_on_where_it_was_cut_off_and_tries_failures_again(tmp_path
     assert not Record(tmp_path, "card", {"torch": "2"}).is_done("train", "good"), (
         "another torch, other figures"
     )
+
+
+def test_a_folder_that_takes_no_file_and_a_file_that_is_no_record_are_said_first(tmp_path):
+    (tmp_path / "torn.json").write_text('{"environment": {')
+    with pytest.raises(ConfigError, match=r"torn\.json is no JSON"):
+        Record(tmp_path, "torn", {"torch": "1"})
+    with pytest.raises(ConfigError, match="--output = '/dev/null/tables'"):
+        Record(Path("/dev/null/tables"), "card", {"torch": "1"})
 
 
 def test_a_whole_model_is_extrapolated_from_the_layers_between_two_steps():

@@ -52,6 +52,13 @@ def test_the_header_holds_the_plan_s_estimate(capsys):
     assert "a checkpoint: " in remarks[4]
 
 
+def test_a_card_that_has_no_name_is_planned_by_its_figures(capsys):
+    figures = ["--gpu_memory_gb", "48", "--gpu_tflops", "100"]
+    script = printed(capsys, "--profile", "generic-slurm", "--nodes", "1", "--time", "60", *figures)
+    remarks = [line for line in script.splitlines() if line.startswith("# ")]
+    assert "4 x this card" in remarks[1] and "of 48.0 GiB a GPU, fits" in remarks[1]
+
+
 def test_what_does_not_fit_is_said_and_not_submitted(capsys):
     # 16384 sequences of 2048 tokens on a GPU: 32 GiB of logits in float32, of 258 bytes each.
     big = [*DEBUG, *GPUS, "--training.local_batch_size=16384", "--training.global_batch_size=65536"]

@@ -3,6 +3,8 @@ mistake is a no-go line that names it. That whole rehearsals pass is among the s
 """
 
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -93,6 +95,8 @@ def test_every_shipped_file_becomes_small_by_the_rule_and_each_altered_key_is_to
     assert plan.count_parameters() < 20e6 and plan.vocab_size == tried.planned.vocab_size
     assert tried.life.ranks.total in (2, 4) and tried.life.ranks.resumed_total in (2, 4)
     assert tried.life.ranks.total != tried.life.ranks.resumed_total
+    told_ranks = f"on {tried.life.ranks.total} and {tried.life.ranks.resumed_total} ranks"
+    assert told_ranks in lines["shrink"].text
     assert load(["--job.config_file", str(tried.life.file)], ALONE).config == small.model_copy(
         update={"job": small.job.model_copy(update={"config_file": str(tried.life.file)})}
     )
@@ -145,6 +149,22 @@ def test_ranks_that_share_rows_are_two_of_the_four(key):
         {"data_parallel_replicate_degree": 1, "data_parallel_shard_degree": 1},
         2,
     )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "total", "resumed"),
+    [(16, (2, 2, 2), (1, 2, 2)), (4, (1, 2, 2), (2, 2, 2))],
+)
+def test_where_sequences_and_matrices_are_shared_a_run_resumes_on_other_ranks_too(ranks, total, resumed):
+    shared = ("context_parallel_degree", "tensor_parallel_degree")
+    config = load([f"--parallelism.{key}=2" for key in shared], ALONE).config
+    small = small_ranks(resolve(config, replace(ALONE, world_size=ranks)), config.parallelism.model_dump())
+    again = {**small.degrees, **small.resumed}
+    data = ("data_parallel_replicate_degree", "data_parallel_shard_degree")
+    for degrees, wanted in ((small.degrees, total), (again, resumed)):
+        found = (math.prod(degrees[key] for key in data), *(degrees[key] for key in shared))
+        assert found == wanted
+    assert (small.total, small.resumed_total) == (math.prod(total), math.prod(resumed))
 
 
 PRIMATE = ROOT / "train_configs" / "primate_8b_131k.toml"
@@ -313,6 +333,27 @@ def life(rehearsal):
     return tried.life
 
 
+def test_a_run_that_is_to_be_killed_ends_with_an_interrupted_rehearsal(life, monkeypatch):
+    """It would take a million steps."""
+    started = []
+    monkeypatch.setattr(life, "_torchrun", lambda *args: started.append(endless(life)) or started[0])
+    monkeypatch.setattr(stages.time, "sleep", raising(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        life.kill()
+    assert started[0].poll() == -9
+
+
+def endless(life) -> subprocess.Popen:
+    return life._start("endless", ["timeit", "-s", "import time", "-n1", "time.sleep(60)"])
+
+
+def raising(error):
+    def raise_it(*args):
+        raise error
+
+    return raise_it
+
+
 def test_a_stage_that_takes_too_long_is_ended_and_says_so(life):
     life.limit = 0.2
     with pytest.raises(NoGo, match=r"not done after 0 s \(--limit\)"):
@@ -389,6 +430,26 @@ def test_validation_that_fails_does_not_keep_the_export_from_being_tried(tmp_pat
     acting(monkeypatch, validate=NoGo("no"))
     assert rehearsed(tmp_path, monkeypatch)[0] == 1
     assert "export was here" in capsys.readouterr().out
+
+
+def test_a_no_go_before_anything_was_written_leaves_no_folder(tmp_path, monkeypatch, capsys):
+    acting(monkeypatch)
+    code, made = rehearsed(tmp_path, monkeypatch, "--trainin.steps=1")
+    assert code == 1 and not made.exists() and str(made) not in capsys.readouterr().out
+
+
+def test_sigterm_leaves_no_folder_and_no_verdict(tmp_path, monkeypatch, capsys):
+    def ended(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    acting(monkeypatch)
+    monkeypatch.setattr(stages.Life, "resume", ended)
+    before = signal.getsignal(signal.SIGTERM)
+    code, made = rehearsed(tmp_path, monkeypatch)
+    told = capsys.readouterr()
+    assert code == 130 and not made.exists() and signal.getsignal(signal.SIGTERM) is before
+    assert "interrupted: no verdict" in told.err and "GO" not in told.out
 
 
 def test_the_folder_that_is_kept_must_be_empty_and_stays(tmp_path, monkeypatch, capsys):

@@ -52,8 +52,8 @@ def read_profile(name: str) -> Profile:
         )
     if not path.is_file():
         raise ConfigError(
-            f"--profile {name}: no such profile{nearest(name, profiles())}. Known are "
-            f"{', '.join(profiles())}; another one is named by its path, which ends in .sh"
+            f"--profile {name}: no such profile{nearest(name, profiles())} "
+            "(another one is named by its path, which ends in .sh)"
         )
 
     found: dict[str, list[str]] = {key: [] for key in _KEYS}

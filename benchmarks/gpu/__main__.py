@@ -26,6 +26,7 @@ from benchmarks.gpu.steps import (
     of_whole_model,
     raven,
 )
+from torchtitan_rd.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 NOT_YET = 75
@@ -123,7 +124,12 @@ def main() -> int:
         return 1
 
     name = "tiny" if chosen.tiny else re.sub(r"[^a-z0-9]+", "-", str(here["device"]).lower()).strip("-")
-    record, deadline = Record(chosen.output, name, here), time.monotonic() + 60 * chosen.minutes
+    deadline = time.monotonic() + 60 * chosen.minutes
+    try:
+        record = Record(chosen.output, name, here)
+    except ConfigError as error:
+        print(f"ConfigError: {error}", file=sys.stderr)
+        return 1
     for case, run in PARTS[chosen.part](record, chosen.tiny):
         if record.is_done(chosen.part, case):
             continue

@@ -7,6 +7,9 @@ from typing import Any
 
 from tabulate import tabulate
 
+from torchtitan_rd.diagnosis.disk import check_writable
+from torchtitan_rd.errors import ConfigError
+
 Row = dict[str, Any]
 
 
@@ -14,14 +17,19 @@ class Record:
     """A file that is written after each case, so that a call which was cut off goes on where it ended.
 
     environment: of the machine. A file that another torch or device has measured is begun anew.
+    Raises ConfigError for a folder that cannot be written, and for a file that is no record.
     """
 
     def __init__(self, folder: Path, name: str, environment: Mapping[str, Any]):
         self.json = folder / f"{name}.json"
         self.markdown = folder / f"{name}.md"
         self._found: dict[str, Any] = {"environment": dict(environment), "parts": {}}
+        check_writable(folder, "--output")  # before minutes of a GPU, not after them
         if self.json.is_file():
-            before = json.loads(self.json.read_text())
+            try:
+                before = json.loads(self.json.read_text())
+            except ValueError as error:
+                raise ConfigError(f"{self.json} is no JSON ({error}): move it away to begin anew") from None
             if before["environment"] == self._found["environment"]:
                 self._found = before
             else:

@@ -81,6 +81,11 @@ def test_mistakes_beside_the_data_are_not_hidden():
         (("--gpu", "h200", "--mfu", "1.5"), "share of the peak"),
         (("--gpu", "h200", "--calibrate", "/nowhere"), "no run"),
         (("--gpu", "h200", "--num_gpus", "2", "--parallelism.data_parallel_shard_degree=3"), "2 ranks"),
+        (("--gpu", "h200", "--num_gpus", "0"), "argument --num_gpus: 0 must be at least 1"),
+        (("--gpu", "h200", "--num_gpus", "-1"), "argument --num_gpus: -1 must be at least 1"),
+        (("--gpu",), "argument --gpu: expected one argument"),
+        (("--gpu", "h200", "--num_gpu", "2"), "num_gpu"),
+        (("--gpu", "h200", "--training.sqe_len=5"), "did you mean 'seq_len'"),
     ],
 )
 def test_a_mistake_is_one_message(arguments, says, capsys):

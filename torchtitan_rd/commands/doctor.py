@@ -91,7 +91,9 @@ def _rank_table(told: ranks.Findings, world_size: int, place: torch.device) -> s
         rows.append((rank, "", "", None, None, None, None, "DEAD"))
 
     headers = ("rank", "host", "device", "own work ms", "first ms", "largest ms", "GB/s", "")
-    table = tabulate(sorted(rows), headers=headers, floatfmt=".2f", missingval="-")
+    # Gloo between processes of a busy CPU may move a megabyte a second, NCCL hundreds of gigabytes.
+    formats = ("", "", "", ".2f", ".2f", ".2f", ".3g", "")
+    table = tabulate(sorted(rows), headers=headers, floatfmt=formats, missingval="-")
     return "\n".join(
         [f"ranks ({world_size}): the same work on each alone, then all-reduces", table, *_verdicts(told)]
     )

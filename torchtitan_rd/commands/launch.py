@@ -109,14 +109,14 @@ def _plan(chosen: argparse.Namespace, profile: Profile, keys: list[str]) -> Plan
     loaded = load(["--job.config_file", chosen.file, *keys], environment)
     for warning in loaded.warnings:
         logger.warning("%s", warning)
-    if card is None or gpus is None:
+    if (card is None and chosen.gpu_memory_gb is None) or gpus is None:
         if gpus is not None:  # nothing to plan for, but what contradicts itself is said now
             resolve_without_data(loaded.config, environment)
         return None
     return make_plan(
         loaded.config,
         environment,
-        find_card(card, None, None),
+        find_card(card, chosen.gpu_memory_gb, chosen.gpu_tflops),
         stated_pace(chosen.mfu),
         propose=False,
         gpus_per_node=gpus,
@@ -180,6 +180,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--sbatch", action="append", default=[], type=_option, metavar="OPTION", help="a further option")
     add("--name", help="of the job (default: that of the file)")
     add("--gpu", help="the card, in place of the profile's")
+    add("--gpu_memory_gb", type=float, metavar="GIB", help="that a program can have, in place of the card's")
+    add("--gpu_tflops", type=float, help="dense bfloat16 peak in 1e12 FLOP/s, in place of the card's")
     add("--mfu", type=float, help="for the time (docs/planning.md)")
     add("--anyway", action="store_true", help="submit what does not fit, too")
     add("--dry_run", action="store_true", help="print the script, and submit nothing")

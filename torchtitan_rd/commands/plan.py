@@ -6,12 +6,13 @@ torchtitan-rd plan X.toml --num_gpus 8 --gpu h100-80 --training.mlp_tile_tokens 
 torchtitan-rd plan X.toml --num_gpus 8 --gpu_memory_gb 48 --gpu_tflops 181 --mfu 0.35
 torchtitan-rd plan X.toml --num_gpus 144 --gpu gh200-96 --calibrate outputs/run --json    # for programs
 
-Status 0 if it fits, 2 if not. docs/planning.md says how to read it.
+Status 0 if it fits, 2 if not, 1 for a mistake. docs/planning.md says how to read it.
 """
 
 import argparse
 import json
 from pathlib import Path
+from typing import NoReturn
 
 from torchtitan_rd.commands.arguments import at_least_1
 from torchtitan_rd.config import load
@@ -54,8 +55,15 @@ def main(arguments: list[str]) -> int:
     return 0 if plan.fits else DOES_NOT_FIT
 
 
+class _Parser(argparse.ArgumentParser):
+    """Status 2 of argparse says here that a run does not fit: a mistake must not look like it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `{self.prog} --help` lists them")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="torchtitan-rd plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -11,8 +11,12 @@ number of ranks, validate, export, generate. Status 0: all is go. docs/rehearsal
 
 import argparse
 import shutil
+import signal
+import sys
 import tempfile
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tabulate import tabulate
@@ -24,10 +28,11 @@ from torchtitan_rd.job import Environment, work_offline
 from torchtitan_rd.rehearsal import Change, Line, Options, Rehearsal, Verdict
 
 LIMIT = 300
+INTERRUPTED = 130  # as shells say it of Ctrl-C
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a line a stage as it ends; returns 1 if one is a no-go."""
+    """Prints a line a stage as it ends; returns 1 if one is a no-go, 130 if it was interrupted."""
     chosen, overrides = _parser().parse_known_args(arguments)
     environment = Environment.read()
     if environment.world_size > 1:
@@ -39,18 +44,33 @@ def main(arguments: list[str]) -> int:
     print(f"rehearsal of {chosen.config}", flush=True)
     rehearsal, lines = Rehearsal(options), []
     try:
-        for line in rehearsal.lines():
-            lines.append(line)
-            print(_shown(line), flush=True)
-            if line.stage == "shrink" and rehearsal.changes:
-                print(_table(rehearsal.changes), flush=True)
+        with _sigterm_is_ctrl_c():
+            for line in rehearsal.lines():
+                lines.append(line)
+                print(_shown(line), flush=True)
+                if line.stage == "shrink" and rehearsal.changes:
+                    print(_table(rehearsal.changes), flush=True)
+    except KeyboardInterrupt:
+        _clear(folder, chosen.keep, is_good=True)  # nobody will look there
+        print("interrupted: no verdict", file=sys.stderr)
+        return INTERRUPTED
     except BaseException:
-        _clear(folder, chosen.keep, is_good=True)  # interrupted: nobody will look there
+        _clear(folder, chosen.keep, is_good=True)
         raise
     wrong = [line.stage for line in lines if line.verdict is Verdict.NO_GO]
-    _clear(folder, chosen.keep, is_good=not wrong)
-    print(_conclusion(lines, rehearsal.made_up, folder if wrong or chosen.keep else None))
+    _clear(folder, chosen.keep, is_good=not (wrong and any(folder.iterdir())))
+    print(_conclusion(lines, rehearsal.made_up, folder if folder.exists() else None))
     return int(bool(wrong))
+
+
+@contextmanager
+def _sigterm_is_ctrl_c() -> Iterator[None]:
+    """So that the processes of a stage end, and the folder is cleared, where a job or a service is ended."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _hub_answers() -> bool:

@@ -204,7 +204,11 @@ class Rehearsal:
             has_rows=bool(self.paths),
             is_offline=self.is_offline,
         )
-        return f"{plan.count_parameters():,} parameters; {len(self.changes)} keys are altered"
+        other_ranks = "" if config.training.stream else f" and {ranks.resumed_total}"
+        return (
+            f"{plan.count_parameters():,} parameters on {ranks.total}{other_ranks} ranks; "
+            f"{len(self.changes)} keys are altered"
+        )
 
     def _small(self) -> Small:
         ranks = small_ranks(self.planned, self.completed.parallelism.model_dump())

@@ -55,8 +55,11 @@ REPLICATE, SHARD = "data_parallel_replicate_degree", "data_parallel_shard_degree
 
 
 def small_ranks(plan: RunPlan, parallelism: Mapping[str, Any]) -> Ranks:
-    """Two ranks where the run has one degree over 1, four where it has several: each such degree becomes 2.
-    The run resumes on 4 in place of 2, or on 2 in place of 4.
+    """Each degree over 1 becomes 2, so that the ranks are 2 where the run has one of them, 4 where it has
+    two, 8 where sequences and matrices are shared beside shards. Copies become 1 where 4 ranks are taken.
+
+    The run resumes on other ranks: on 4 in place of 2, on 2 in place of 4, or, where sequences and matrices
+    are shared, on 4 in place of 8 and on 8 in place of 4.
     """
     others = {
         key: min(value, 2)
@@ -68,14 +71,16 @@ def small_ranks(plan: RunPlan, parallelism: Mapping[str, Any]) -> Ranks:
     is_sharded = plan.dims.shard > 1 or plan.dims.replicate == other == 1
     shard = 2 if is_sharded else 1
     replicate = 2 if plan.dims.replicate > 1 and 2 * shard * other <= MOST_RANKS else 1
-    total = replicate * shard * other
+    own, total = replicate * shard, replicate * shard * other
     data = max((2 if total == MOST_RANKS else MOST_RANKS) // other, 1)
+    if data == own:  # the ranks that share rows are four already, and there must be more or fewer of the rest
+        data = 2
     return Ranks(
         degrees={REPLICATE: replicate, SHARD: shard, **others},
         total=total,
         resumed={REPLICATE: 1, SHARD: data} if is_sharded else {REPLICATE: data, SHARD: 1},
         resumed_total=data * other,
-        data=max(replicate * shard, data),
+        data=max(own, data),
     )
 
 

@@ -67,23 +67,24 @@ class Life:
         """The same command trains on, and all of its processes end without a word behind a checkpoint."""
         before = self._saved()[-1]
         process = self._torchrun("kill", self.ranks.total, f"--training.steps={ENDLESS}")
-        deadline = time.monotonic() + self.limit
-        while True:
-            saved = self._saved()[-1]
-            if saved > before and self._last_step() > saved:
-                break
-            if process.poll() is not None:
-                raise NoGo(self._why_it_ended(process))
-            if time.monotonic() > deadline:
-                kill_tree(process)
-                raise NoGo(f"no checkpoint behind step {before} within {self.limit:.0f} s")
-            time.sleep(0.05)
-
-        kill_tree(process)
+        try:
+            self._wait_for_checkpoint(process, before)
+        finally:  # an interrupted rehearsal must not leave a run that trains on
+            kill_tree(process)
         return (
             f"all processes were killed (SIGKILL) after step {self._last_step()}; "
             f"the last checkpoint is of {self._saved()[-1]}"
         )
+
+    def _wait_for_checkpoint(self, process: "subprocess.Popen[bytes]", before: int) -> None:
+        """Until there is one behind the step `before`, and a step behind that."""
+        deadline = time.monotonic() + self.limit
+        while not (before < self._saved()[-1] < self._last_step()):
+            if process.poll() is not None:
+                raise NoGo(self._why_it_ended(process))
+            if time.monotonic() > deadline:
+                raise NoGo(f"no checkpoint behind step {before} within {self.limit:.0f} s")
+            time.sleep(0.05)
 
     def resume(self) -> str:
         """From the last good checkpoint, on another number of ranks."""
