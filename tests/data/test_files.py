@@ -5,11 +5,14 @@ import gzip
 import json
 import logging
 import os
+import re
+import resource
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.checkpoint.forked import run_forked
 from tests.data.helpers import build
 from torchtitan_rd.data import DATASETS, DatasetKeys
 from torchtitan_rd.data.arrow import TableSource, open_table
@@ -272,6 +275,20 @@ def test_an_error_of_the_library_names_the_file_of_many_and_the_cause(suffix, co
     message = str(caught.value)
     assert message.startswith(f"text: cannot read {bad}: ")
     assert ", caused by " in message and cause in message and "\n" not in message
+
+
+def test_a_full_cache_is_told_as_that_and_not_as_damaged_files(tmp_path, own_cache):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": "a" * 1000}) + "\n" for _ in range(200)))
+
+    def body(rank, world_size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        with pytest.raises(DataError) as told:
+            open_table("text", str(path), None, False)
+        assert re.search(r"has no room in the cache .*: [\d,]+ bytes are free in", str(told.value))
+        assert "set HF_DATASETS_CACHE" in str(told.value) and "damaged" not in str(told.value)
+
+    assert run_forked(1, body, store=tmp_path / "store", timeout=60) == [0]
 
 
 def test_a_cache_that_cannot_be_written_serves_what_it_holds(tmp_path, own_cache, monkeypatch):

@@ -17,7 +17,9 @@ from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data.content import digest_of
 from torchtitan_rd.data.files import HUB_NAME, FileList, find_files
 from torchtitan_rd.data.json_text import JsonKind, check_json
+from torchtitan_rd.data.row_files import naming_the_file
 from torchtitan_rd.errors import DataError
+from torchtitan_rd.whole_file import NO_ROOM, reason_of
 
 if TYPE_CHECKING:
     import datasets
@@ -52,14 +54,15 @@ class Encoder(Protocol):
 
 
 class TableSource:
-    """The rows of a memory-mapped table, as ids."""
+    """The rows of a memory-mapped table, as ids. found: the files that hold them, for messages."""
 
-    def __init__(self, name: str, table: "datasets.Dataset", encoder: Encoder):
+    def __init__(self, name: str, table: "datasets.Dataset", encoder: Encoder, found: FileList | None = None):
         if not len(table):
             raise DataError(f"{name}: holds no rows")
         check_columns(table.column_names, encoder.columns, name)
         encoder.check_type(cells_of(table.data.table, encoder.columns), name)
         self.name = name
+        self.found = found
         self.encoder = encoder
         self.border_id = encoder.border_id
         self.table = table.with_format("arrow", columns=list(encoder.columns))
@@ -68,11 +71,13 @@ class TableSource:
         return len(self.table)
 
     def tokens(self, index: int) -> np.ndarray:
-        return encode_row(self.table[index], self.encoder, self.where(index))
+        with naming_the_file(self.found, index, len(self)):
+            return encode_row(self.table[index], self.encoder, self.where(index))
 
     def piece(self, index: int, part: int, parts: int) -> np.ndarray:
         where = self.where(index)
-        return self.encoder.piece(read_row(self.table[index], self.encoder, where), where, part, parts)
+        with naming_the_file(self.found, index, len(self)):
+            return self.encoder.piece(read_row(self.table[index], self.encoder, where), where, part, parts)
 
     def where(self, index: int) -> str:
         """What messages call a row."""
@@ -205,6 +210,14 @@ def _complaint(error: Exception, found: FileList, subset: str | None) -> str:
             "and holds no converted copy: set HF_DATASETS_CACHE to a folder that can be written, "
             "or name a save_to_disk folder or .arrow files with training.dataset_path, "
             "which are mapped where they lie"
+        )
+    if full := _no_room(error):
+        import datasets
+
+        cache = Path(datasets.config.HF_DATASETS_CACHE)
+        return (
+            f"{found.path}: a converted copy has no room in the cache of the datasets library "
+            f"({reason_of(full, cache)}): free some space, or set HF_DATASETS_CACHE to a folder that has it"
         )
     reason, file = causes(error), _file_being_read(error)
     if found.files or found.saved:
@@ -365,6 +378,15 @@ def _load_prepared(*arguments: Any, split: str, **options: Any) -> "datasets.Dat
 
 def _read_only(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _no_room(error: BaseException | None) -> OSError | None:
+    """The full disk that led to an error of the datasets library."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _split_of(loaded: Any, path: str, split: str) -> "datasets.Dataset":
