@@ -1,6 +1,8 @@
 """Documents become packed rows: none is lost or doubled, whatever the processes, tasks and kills."""
 
+import errno
 import json
+import os
 import signal
 import time
 from collections import Counter
@@ -245,6 +247,19 @@ def test_a_full_disk_is_one_message_and_the_same_line_goes_on(packed, corpus, to
     assert "no room to write" in error and "Traceback" not in error
     assert run(*line) == 0
     assert contents(tmp_path / "p") == contents(packed)
+
+
+@pytest.mark.parametrize("place", ["save", "locked"])
+def test_no_room_for_what_only_the_work_needs_is_the_same_message(
+    place, corpus, tokenizer, tmp_path, capsys, monkeypatch
+):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Output, place, full)
+    assert run(*arguments(corpus, tokenizer, tmp_path / "p")) == 1
+    error = capsys.readouterr().err
+    assert "no room to write (No space left on device: " in error and "Traceback" not in error
 
 
 def test_inputs_are_read_once_for_their_sha256(corpus, tokenizer, tmp_path, monkeypatch):

@@ -4,7 +4,6 @@
 """
 
 import errno
-import glob
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,9 @@ from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data.content import digest_of
 from torchtitan_rd.data.files import HUB_NAME, FileList, find_files
 from torchtitan_rd.data.json_text import JsonKind, check_json
+from torchtitan_rd.data.row_files import naming_the_file
 from torchtitan_rd.errors import DataError
+from torchtitan_rd.whole_file import NO_ROOM, reason_of
 
 if TYPE_CHECKING:
     import datasets
@@ -52,14 +53,15 @@ class Encoder(Protocol):
 
 
 class TableSource:
-    """The rows of a memory-mapped table, as ids."""
+    """The rows of a memory-mapped table, as ids. found: the files that hold them, for messages."""
 
-    def __init__(self, name: str, table: "datasets.Dataset", encoder: Encoder):
+    def __init__(self, name: str, table: "datasets.Dataset", encoder: Encoder, found: FileList | None = None):
         if not len(table):
             raise DataError(f"{name}: holds no rows")
         check_columns(table.column_names, encoder.columns, name)
         encoder.check_type(cells_of(table.data.table, encoder.columns), name)
         self.name = name
+        self.found = found
         self.encoder = encoder
         self.border_id = encoder.border_id
         self.table = table.with_format("arrow", columns=list(encoder.columns))
@@ -68,11 +70,13 @@ class TableSource:
         return len(self.table)
 
     def tokens(self, index: int) -> np.ndarray:
-        return encode_row(self.table[index], self.encoder, self.where(index))
+        with naming_the_file(self.found, index, len(self)):
+            return encode_row(self.table[index], self.encoder, self.where(index))
 
     def piece(self, index: int, part: int, parts: int) -> np.ndarray:
         where = self.where(index)
-        return self.encoder.piece(read_row(self.table[index], self.encoder, where), where, part, parts)
+        with naming_the_file(self.found, index, len(self)):
+            return self.encoder.piece(read_row(self.table[index], self.encoder, where), where, part, parts)
 
     def where(self, index: int) -> str:
         """What messages call a row."""
@@ -206,6 +210,14 @@ def _complaint(error: Exception, found: FileList, subset: str | None) -> str:
             "or name a save_to_disk folder or .arrow files with training.dataset_path, "
             "which are mapped where they lie"
         )
+    if full := _no_room(error):
+        import datasets
+
+        cache = Path(datasets.config.HF_DATASETS_CACHE)
+        return (
+            f"{found.path}: a converted copy has no room in the cache of the datasets library "
+            f"({reason_of(full, cache)}): free some space, or set HF_DATASETS_CACHE to a folder that has it"
+        )
     reason, file = causes(error), _file_being_read(error)
     if found.files or found.saved:
         return f"{file or found.path}: {reason}; is the file damaged or of another format?"
@@ -272,7 +284,7 @@ def _open_files(
     options: dict[str, Any] = {}
     if builder == "text":  # a byte order mark is no text
         options = {"sample_by": "document", "encoding": "utf-8-sig"}
-    options["data_files"] = [glob.escape(str(p)) for p in found.files]  # the library takes names for patterns
+    options["data_files"] = {"train": _resolved(found.files)}
     if stream:
         if builder == "json" and expected and _refuses_mixed_types():
             options["on_mixed_types"] = None
@@ -290,6 +302,16 @@ def _open_files(
         for column, kind in checked.items():
             check_json(found.files, column, kind)
     return _load(builder, split="train", streaming=False, **options)
+
+
+def _resolved(files: list[Path]) -> Any:
+    """Files as the datasets library notes them once it has found them, each with the time of its last change.
+    Names it would take for patterns, and look for every one of them, which takes a second for some thousands.
+    """
+    from datasets.data_files import DataFilesList
+
+    changed = [(str(file.stat().st_mtime),) for file in files]
+    return DataFilesList([str(file.absolute()) for file in files], changed)
 
 
 def _is_copy_called(name: str, file: Path) -> bool:
@@ -365,6 +387,15 @@ def _load_prepared(*arguments: Any, split: str, **options: Any) -> "datasets.Dat
 
 def _read_only(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _no_room(error: BaseException | None) -> OSError | None:
+    """The full disk that led to an error of the datasets library."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _split_of(loaded: Any, path: str, split: str) -> "datasets.Dataset":

@@ -10,7 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan_rd.data.arrow import SOURCE_COLUMN, Encoder, SampleSource, TableSource, open_table, read_row
+from torchtitan_rd.data.arrow import (
+    SOURCE_COLUMN,
+    Encoder,
+    SampleSource,
+    TableSource,
+    check_path,
+    open_table,
+    read_row,
+)
 from torchtitan_rd.data.check import count_of, each_row
 from torchtitan_rd.data.prepacked import PackedEncoder
 from torchtitan_rd.data.raster import draw
@@ -36,7 +44,8 @@ def open_path(
 
     Raises ConfigError, DataError.
     """
-    table = open_table(path, path, None, False, split)
+    found = check_path(path, split)
+    table = open_table(path, path, None, False, split, found)
     if column is None:
         column = next((name for name in COLUMNS if name in table.column_names), None)
     if column is None or column not in table.column_names:
@@ -59,7 +68,7 @@ def open_path(
     else:
         # The rows' own length says how long they are; and any id may be there.
         encoder = PackedEncoder(0, tokenizer.vocab_size if tokenizer else 0, column=column)
-    return TableSource(path, table, encoder), encoder
+    return TableSource(path, table, encoder, found), encoder
 
 
 def look_at_tokens(source: Source, tokenizer: Tokenizer | None, *, shown: int, most_rows: int | None) -> dict:
