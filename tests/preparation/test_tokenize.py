@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import preparation as benchmark
 from tests.data.helpers import build
 from tests.fork_server import start_python
 from tests.preparation.common import (
@@ -328,3 +329,10 @@ def test_a_byte_order_mark_and_the_kind_of_line_ends_are_no_text(tokenizer, tmp_
             table = pq.read_table(folder / "train" / "000_00000.parquet")
             rows[source.name] = table["input_ids"].to_pylist()
     assert all(found == rows["plain.txt"] for found in rows.values())
+
+
+def test_the_benchmark_compares_ways_that_make_the_same_number_of_tokens(tokenizer, tmp_path):
+    *_, source = benchmark.make_sources(tmp_path, megabytes=0.4)
+    ours = benchmark.by_us(source, str(tokenizer), tmp_path, processes=1)
+    # What fills no row is encoded too, and stands in the counts.
+    assert benchmark.by_library(source, str(tokenizer)) == ours > 50_000

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def find_files(path: str, split: str = "train") -> FileList:
         found = FileList(path, split, root, saved=any((root / name).is_file() for name in _SAVED))
         if found.saved:
             return found
-        for file in sorted(_walk(root)):
+        for file in sorted(_walk(root), key=attrgetter("parts")):  # the order of paths, found faster
             if reason := _not_data(file):
                 found.left_out.setdefault(reason, []).append(found.name(file))
             else:
@@ -245,8 +246,10 @@ def _data_suffix(file: Path) -> str:
     a compressed file.
     """
     suffix = file.suffix.lower()
+    if suffix not in _COMPRESSIONS:
+        return suffix
     inner = Path(file.stem).suffix.lower()
-    return inner if suffix in _COMPRESSIONS and BUILDERS.get(inner) in _COMPRESSIBLE else suffix
+    return inner if BUILDERS.get(inner) in _COMPRESSIBLE else suffix
 
 
 def _is_refused(file: Path) -> bool:
