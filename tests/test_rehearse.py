@@ -185,7 +185,8 @@ PRIMATE = ROOT / "train_configs" / "primate_8b_131k.toml"
     ],
     ids=lambda value: value if isinstance(value, str) and value.isalpha() else "",
 )
-def test_a_planted_mistake_is_a_no_go_line_that_names_it(overrides, stage, named, rehearsal):
+def test_a_planted_mistake_is_a_no_go_line_that_names_it(overrides, stage, named, rehearsal, monkeypatch):
+    acting(monkeypatch)  # if the mistake is overlooked, that is known without a run
     lines = list(rehearsal(PRIMATE, 144, *overrides).lines())
     wrong = [line for line in lines if line.verdict is Verdict.NO_GO]
     assert [line.stage for line in wrong] == [stage] and named in wrong[0].text, wrong
