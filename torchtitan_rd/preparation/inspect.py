@@ -20,9 +20,10 @@ from torchtitan_rd.data.arrow import (
     read_row,
 )
 from torchtitan_rd.data.check import count_of, each_row
+from torchtitan_rd.data.column_types import is_list
 from torchtitan_rd.data.prepacked import PackedEncoder
 from torchtitan_rd.data.raster import draw
-from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE, SpikeEncoder, is_list
+from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE, SpikeEncoder
 from torchtitan_rd.data.text import TextEncoder
 from torchtitan_rd.data.tokenizer import Tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
