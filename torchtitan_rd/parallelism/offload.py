@@ -30,7 +30,9 @@ class OnHost:
 
     def __init__(self, tensor: torch.Tensor, before: "OnHost | None", stream: "torch.cuda.Stream | None"):
         """stream: of both copies; None on a CPU. `let_go` must be called before `tensor` is dropped."""
-        self.device, self.dtype, self.shape = tensor.device, tensor.dtype, tensor.shape
+        self.device = tensor.device
+        self.dtype = tensor.dtype
+        self.shape = tensor.shape
         self.before = None if before is None else weakref.ref(before)
         self.stream = stream
         self.back: torch.Tensor | None = None
