@@ -35,6 +35,7 @@ class RavenModel(nn.Module):
         self.config = config = vllm_config.model_config.hf_config
         self.serving = config.serving()
         self.wte = VocabParallelEmbedding(config.vocab_size, config.n_embd, prefix=f"{prefix}.wte")
+
         block = BLOCKS[config.block_class_name]
         for name, number in (
             ("prelude", config.n_layers_in_prelude),
@@ -43,6 +44,7 @@ class RavenModel(nn.Module):
         ):
             blocks = (block(vllm_config, f"{prefix}.{name}.{i}") for i in range(number))
             self.add_module(name, nn.ModuleList(blocks))
+
         if config.injection_type == "linear":
             self.adapter = ColumnParallelLinear(
                 2 * config.n_embd,
@@ -52,6 +54,7 @@ class RavenModel(nn.Module):
                 quant_config=vllm_config.quant_config,
                 prefix=f"{prefix}.adapter",
             )
+
         self.ln_f = RMSNorm(config.n_embd, eps=config.norm_eps)
         turning = frequencies(config).to(self.ln_f.weight.device)
         self.register_buffer("frequencies", turning, persistent=False)

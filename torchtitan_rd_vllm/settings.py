@@ -91,7 +91,8 @@ class KVCache:
                 f"kv_cache = {name!r} is no strategy that is served, only {WORDS}"
                 f"{nearest(str(name), known, '')}"
             )
-        self.name, self.core, self.depth = name, core, depth
+        self.name = name
+        self.core, self.depth = core, depth
         self.fills = name.startswith("latest-m4")
         self.most = None if match["n"] is None else int(match["n"])
         if self.most is not None and (self.most == 0 or (core and self.most % core)):
