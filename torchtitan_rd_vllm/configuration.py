@@ -32,12 +32,12 @@ class RavenConfig(PretrainedConfig):
         kwargs.pop("n_layers", None)  # follows from the three parts
         for name, default in FIELDS.items():
             setattr(self, name, kwargs.pop(name, default))
+        check_fields(vars(self))
 
         self.num_key_value_heads = self.num_key_value_heads or self.n_heads
         self.head_dim = self.head_dim or self.n_embd // self.n_heads
         parts = (self.n_layers_in_prelude, self.n_layers_in_recurrent_block, self.n_layers_in_coda)
         self.n_layers = sum(parts)
-        check_fields(vars(self))
         super().__init__(tie_word_embeddings=kwargs.pop("tie_embeddings", True), **kwargs)
 
     def update(self, config_dict: dict[str, Any]) -> None:

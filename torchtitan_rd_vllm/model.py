@@ -25,6 +25,7 @@ from torchtitan_rd_vllm.first_state import is_noise, noise, table
 from torchtitan_rd_vllm.layers import BLOCKS, Place, Rotary, heads_of_this_rank
 from torchtitan_rd_vllm.rotary import frequencies
 from torchtitan_rd_vllm.settings import KVCache, ServingError
+from torchtitan_rd_vllm.weights import checked, shapes
 
 
 class RavenModel(nn.Module):
@@ -180,12 +181,10 @@ def means(x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
 class RavenForCausalLM(nn.Module):
     """What vLLM builds: `embed_input_ids`, `forward` and `compute_logits` have its signatures."""
 
-    packed_modules_mapping = {"Wqkv": ["Wqkv"], "fc": ["fc"]}  # noqa: RUF012 (fused in the file already)
-
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         config = vllm_config.model_config.hf_config
-        self.config = config
+        self.config, self.quant_config = config, vllm_config.quant_config
         self.transformer = RavenModel(vllm_config, maybe_prefix(prefix, "transformer"))
         self.lm_head = ParallelLMHead(
             config.vocab_size,
@@ -219,6 +218,8 @@ class RavenForCausalLM(nn.Module):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Names as exported. freqs_cis is a table for the released class; a tied head is the embedding."""
-        tied = self.config.tie_word_embeddings
-        skipped = ("freqs_cis", "lm_head.weight") if tied else ("freqs_cis",)
-        return AutoWeightsLoader(self).load_weights(pair for pair in weights if pair[0] not in skipped)
+        skipped = ("freqs_cis", "lm_head.weight") if self.config.tie_word_embeddings else ("freqs_cis",)
+        kept = (pair for pair in weights if pair[0] not in skipped)
+        # Quantised matrices have shapes and companions of their own.
+        wanted = shapes(self.config) if self.quant_config is None else {}
+        return AutoWeightsLoader(self).load_weights(checked(kept, wanted))

@@ -15,8 +15,10 @@ from tests.models.raven.remote import export, fresh_code, load  # noqa: F401 (a 
 from tests.models.raven.tiny import RETROFITTED, tiny_config, tiny_raven
 from torchtitan_rd.inference.sharing import Sharing
 from torchtitan_rd.models.raven.hf import HF
+from torchtitan_rd.models.raven.model import Raven
 from torchtitan_rd_vllm import first_state, rotary
 from torchtitan_rd_vllm.settings import KVCache, Serving, ServingError, check_parallel
+from torchtitan_rd_vllm.weights import checked, shapes
 
 ROOT = Path(__file__).parents[2]
 PLUGIN = ROOT / "torchtitan_rd_vllm"
@@ -216,6 +218,27 @@ def test_an_override_that_nothing_would_read_is_refused():
         served.update({"kv_cahce": "full"})
     with pytest.raises(ServingError, match="block_class_name = 'Block' is not one of SandwichBlock"):
         type(served)(block_class_name="Block")
+    with pytest.raises(ServingError, match="n_heads = 'four' must be a whole number of at least 1"):
+        type(served)(n_heads="four")
+
+
+@pytest.mark.parametrize("fields", [{}, RETROFITTED, {"block": "post", "injection": "add"}])
+def test_the_tensors_that_are_wanted_are_those_of_an_export(fields):
+    with torch.device("meta"):
+        parameters = dict(Raven(tiny_config(**fields)).named_parameters())
+    names = HF.key_map(tiny_config(**fields))
+    wanted = shapes(configs(**fields)[1])
+    assert wanted == {theirs: tuple(parameters[ours].shape) for ours, theirs in names.items()}
+
+
+def test_a_missing_tensor_and_one_of_another_shape_are_refused_by_name():
+    wanted = {"a": (2, 3), "b": (4,)}
+    tensors = [("a", torch.zeros(2, 3)), ("freqs", torch.zeros(1)), ("b", torch.zeros(4))]
+    assert list(checked(tensors, wanted)) == tensors
+    with pytest.raises(ServingError, match=r"lacks b \(1 tensors of 2\)"):
+        list(checked(tensors[:2], wanted))
+    with pytest.raises(ServingError, match=r"b is \(5,\), but config.json says \(4,\)"):
+        list(checked([tensors[0], ("b", torch.zeros(5))], wanted))
 
 
 @pytest.mark.parametrize("kind", ["like-init", "normal", "embed", "unit"])
