@@ -38,6 +38,7 @@ class RavenConfig(PretrainedConfig):
         self.head_dim = self.head_dim or self.n_embd // self.n_heads
         parts = (self.n_layers_in_prelude, self.n_layers_in_recurrent_block, self.n_layers_in_coda)
         self.n_layers = sum(parts)
+
         super().__init__(tie_word_embeddings=kwargs.pop("tie_embeddings", True), **kwargs)
 
     def update(self, config_dict: dict[str, Any]) -> None:
@@ -49,16 +50,12 @@ class RavenConfig(PretrainedConfig):
             if name not in known and not hasattr(self, name):
                 raise ServingError(f"hf_overrides: a raven has no field {name!r}{nearest(name, FIELDS)}")
         super().update(config_dict)
+        check_fields(vars(self))
         self.serving()
 
     def serving(self) -> Serving:
         """Raises ServingError."""
         return Serving.of(self, self.n_layers_in_recurrent_block)
-
-    @property
-    def cached_kv_heads(self) -> int:
-        """With biases, each query head has keys of its own."""
-        return self.n_heads if self.qk_bias else self.num_key_value_heads
 
     @property
     def embedding_scale(self) -> float:
