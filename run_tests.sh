@@ -2,7 +2,7 @@
 # Runs the tests, a file at a time in each of 2 processes (2 CPU cores: minutes; RESULTS.md has the figure).
 #   --quick        the inner loop, under a minute: the files that start no process (ranks, programs, workers of a
 #                  loader), compile nothing and import no library that takes seconds; tests/conftest.py has the rule
-#   --all          adds the slow ones
+#   --all          adds the slow ones (those of tests/vllm where VLLM_PYTHON names a Python with vLLM, docs/serving.md)
 #   --newest       runs them in .venv-newest with the newest version of every dependency that pyproject.toml allows,
 #                  which it installs or upgrades first: some gigabytes and minutes
 #   --mutations    shows instead that tests fail when they should: it makes small wrong edits in a copy and reports which

@@ -24,7 +24,11 @@ from torchtitan_rd.train import Trainer
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "torchtitan_rd"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-TOOLS = [path for folder in ("convert", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+TOOLS = [
+    path
+    for folder in ("convert", "benchmarks", "torchtitan_rd_vllm")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+]
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ENVIRONMENT = Environment(rank=0, local_rank=0, world_size=1, local_world_size=1, log_level="WARNING")
 
