@@ -85,7 +85,7 @@ def by_library(source: Source, tokenizer: str) -> int:
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
-    texts = source.texts(range(len(source)))
+    texts = list(source.read(range(len(source))))
     return sum(
         len(encoding)
         for i in range(0, len(texts), AT_ONCE)

@@ -11,6 +11,19 @@ from pathlib import Path
 from tests.fork_server import start_python
 from tests.ranks import needs_gpus
 
+TOLD = """
+[metrics]
+log_freq = 1
+log_data_hash = true
+[comm]
+init_timeout_seconds = 60
+train_timeout_seconds = 20
+heartbeat_seconds = 0
+"""
+"""For the config of a run: every step is a row with the digest of its batch, and a rank that waits in vain
+for another one ends soon.
+"""
+
 
 @dataclass
 class Finished:
@@ -102,3 +115,11 @@ def wait_for_step(folder: Path, step: int, timeout: float = 60.0) -> None:
             return
         time.sleep(0.05)
     raise TimeoutError(f"no row of step {step} in {folder}")
+
+
+def arguments_of(folder: Path, config: str, **values: object) -> list[str]:
+    """Of a run on `config`, in which {dump} and the other values are filled in, below `folder`."""
+    folder.mkdir(exist_ok=True)
+    path = folder / "run.toml"
+    path.write_text(config.format(dump=folder / "dump", **values))
+    return ["--job.config_file", str(path)]

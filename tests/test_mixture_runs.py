@@ -8,7 +8,7 @@ import pytest
 
 from tests.data.helpers import documents_of_letters
 from tests.data.test_hub import NEW, OLD, FakeHub
-from tests.launch import launch, rows
+from tests.launch import TOLD, arguments_of, launch, rows
 from tests.test_resume import compare_across_ranks, history
 from tests.test_run_plan import plan, problems
 from torchtitan_rd import train
@@ -38,13 +38,6 @@ warmup_steps = 3
 enable = true
 interval = 3
 async_mode = "async"
-[metrics]
-log_freq = 1
-log_data_hash = true
-[comm]
-init_timeout_seconds = 60
-train_timeout_seconds = 20
-heartbeat_seconds = 0
 
 [[training.mixture]]
 name = "own"
@@ -61,6 +54,7 @@ dataset = "pydoc-validation"
 weight = 0.3
 max_epochs = 1
 """
+CONFIG += TOLD
 
 
 @pytest.fixture(scope="module")
@@ -70,10 +64,7 @@ def documents(tmp_path_factory):
 
 
 def arguments_for(folder, documents, stages=2):
-    folder.mkdir(exist_ok=True)
-    path = folder / "run.toml"
-    path.write_text(CONFIG.format(dump=folder / "dump", data=documents, steps=STEPS, stages=stages))
-    return ["--job.config_file", str(path)]
+    return arguments_of(folder, CONFIG, data=documents, steps=STEPS, stages=stages)
 
 
 def of_sources(folder):

@@ -1,5 +1,7 @@
 """activation_checkpoint.offload: the inputs of recomputed blocks in host memory, and the same numbers."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -69,10 +71,10 @@ def what_happens(rank, world_size, compiled):
             numbers[id(self)] = len(order) % 8
             order.append(f"sent {numbers[id(self)]}")
 
-        def fetch(self, stream):
+        def fetch(self):
             if self.back is None:
                 order.append(f"fetched {numbers[id(self)]}")
-            return super().fetch(stream)
+            return super().fetch()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("torchtitan_rd.parallelism.offload.OnHost", Noting)
@@ -92,6 +94,106 @@ def test_what_backward_needs_next_is_fetched_when_one_is_taken():
     # The next microbatch: what comes before it is gone.
     del sent
     assert torch.equal(offload._unpack(offload._send(tensors[0])), tensors[0])
+
+
+class Streams:
+    """Two streams of a GPU that is not there: what the host asks of each, in its order. A stream does what is
+    asked of it one after the other; what one does before the other is known by waiting alone.
+    """
+
+    def __init__(self, monkeypatch):
+        self.log = []
+        self.computing, self.copying = Stream("computing", self.log), Stream("copying", self.log)
+        self.current = self.computing
+        monkeypatch.setattr("torch.cuda.current_stream", lambda device: self.current)
+        monkeypatch.setattr("torch.cuda.stream", self._on)
+        monkeypatch.setattr(Offload, "_stream", lambda offload, device: self.copying)
+        copy = OnHost._copy
+
+        def logged(sent, sources, targets):
+            self.log.append("copy begins")
+            return copy(sent, sources, targets)
+
+        monkeypatch.setattr(OnHost, "_copy", logged)
+
+    @contextmanager
+    def _on(self, stream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+
+class Stream:
+    def __init__(self, name, log):
+        self.name, self.log, self.copies = name, log, 0
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.copies += 1
+        return f"copy {self.copies}"
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+
+def test_computing_and_copying_wait_in_order_for_what_the_other_one_uses(monkeypatch):
+    """However far the host is ahead of a GPU, memory of the one is not written by the other."""
+    streams = Streams(monkeypatch)
+    blocks = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    for number, block in enumerate(blocks):
+        block.forward = said(streams.log, f"block {number}", block.forward)
+    apply_activation_checkpointing(blocks, ActivationCheckpointConfig(mode="full"))
+    apply_offload(blocks, True)
+    output = blocks[1](blocks[0](torch.ones(2, 4, requires_grad=True)))
+
+    a_copy = ["copy begins", "copying waits for computing"]
+    # Each copy out has its block's time, and is over before the input's memory can be let go.
+    assert streams.log == [
+        *a_copy,
+        *("block 0", "computing waits for copy 1"),
+        *a_copy,
+        *("block 1", "computing waits for copy 2"),
+    ]
+    streams.log.clear()
+
+    output.sum().backward()
+    # Input 1, then input 0 beside the recomputation of block 1.
+    assert streams.log == [
+        *a_copy,
+        "computing waits for copy 3",
+        *a_copy,
+        "block 1",
+        *("computing waits for copy 4", "block 0"),
+    ]
+
+
+def said(log, name, forward):
+    def saying(x):
+        log.append(name)
+        return forward(x)
+
+    return saying
+
+
+def test_what_was_fetched_and_not_taken_is_written_before_its_memory_is_let_go(monkeypatch):
+    streams, offload = Streams(monkeypatch), Offload()
+    sent = [offload._send(torch.ones(2)) for _ in range(2)]
+    offload._unpack(sent[1])  # fetches the other one too, by the fourth copy
+    streams.log.clear()
+    del sent
+    assert streams.log == ["computing waits for copy 4"]
+
+
+@pytest.mark.parametrize(("numbers", "sizes"), [(10, [4, 4, 2]), (8, [4, 4]), (3, [3])])
+def test_host_memory_is_taken_in_pieces_so_that_little_is_lost_to_rounding(numbers, sizes, monkeypatch):
+    """Torch rounds each page-locked piece up to a power of two."""
+    monkeypatch.setattr("torchtitan_rd.parallelism.offload.PIECE_BYTES", 16)
+    tensor = torch.arange(float(numbers)).view(1, numbers, 1).expand(1, numbers, 1)
+    sent = Offload()._send(tensor)
+    assert [piece.numel() for piece in sent.host] == sizes
+    assert torch.equal(sent.take(), tensor)
 
 
 def test_the_input_of_a_block_is_let_go_until_backward():
@@ -134,23 +236,30 @@ def test_keys_without_an_effect_are_refused(keys, message):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_inputs_of_blocks_leave_its_memory():
+def test_on_a_gpu_the_inputs_of_blocks_leave_its_memory_however_far_the_host_is_ahead():
+    """Memory counts until the streams that use it are done, which torch's `max_memory_allocated` leaves out.
+    The first of two steps makes the page-locked memory, for which the host waits.
+    """
     needs_gpus(1)
     device = torch.device("cuda")
     peaks, gradients = {}, {}
     for offload in (False, True):
         torch.manual_seed(0)
-        blocks = [nn.Linear(1024, 1024, device=device) for _ in range(16)]
+        blocks = [nn.Linear(4096, 4096, device=device) for _ in range(16)]
         apply_activation_checkpointing(blocks, ActivationCheckpointConfig(mode="full"))
         apply_offload(blocks, offload)
-        x = torch.randn(8192, 1024, device=device, requires_grad=True)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        y = x
-        for block in blocks:
-            y = block(y)
-        y.square().sum().backward()
-        peaks[offload] = torch.cuda.max_memory_allocated() - before
+        x = torch.randn(16384, 4096, device=device, requires_grad=True)
+        for _ in range(2):
+            x.grad = None
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_stats()["active_bytes.all.current"]
+            y = x
+            for block in blocks:
+                y = block(y)
+            y.square().sum().backward()
+            torch.cuda.synchronize()
+            peaks[offload] = torch.cuda.memory_stats()["active_bytes.all.peak"] - before
         gradients[offload] = x.grad
     assert torch.equal(gradients[True], gradients[False])
     assert peaks[False] - peaks[True] > 10 * x.nbytes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launch import launch, rows
+from tests.launch import TOLD, arguments_of, launch, rows
 from torchtitan_rd.checkpoint.manifest import verify
 from torchtitan_rd.conversion.dcp import open_dcp
 
@@ -50,14 +50,8 @@ mode = "full"
 [checkpoint]
 enable = true
 interval = 4
-[metrics]
-log_freq = 1
-log_data_hash = true
-[comm]
-init_timeout_seconds = 60
-train_timeout_seconds = 20
-heartbeat_seconds = 0
 """
+CONFIG += TOLD
 TELEMETRY = (
     "num_steps_no_grad",
     "num_steps_with_grad",
@@ -68,9 +62,7 @@ TELEMETRY = (
 
 
 def arguments_for(folder: Path) -> list[str]:
-    path = folder / "run.toml"
-    path.write_text(CONFIG.format(dump=folder / "dump"))
-    return ["--job.config_file", str(path)]
+    return arguments_of(folder, CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.helpers import documents_of_letters
-from tests.launch import Run, launch, rows, wait_for_step
+from tests.launch import TOLD, Run, arguments_of, launch, rows, wait_for_step
 
 STEPS = 24
 CONFIG = """
@@ -36,14 +36,8 @@ enable = true
 interval = 5
 keep_latest_k = 3
 async_mode = "async"
-[metrics]
-log_freq = 1
-log_data_hash = true
-[comm]
-init_timeout_seconds = 60
-train_timeout_seconds = 20
-heartbeat_seconds = 0
 """
+CONFIG += TOLD
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +47,7 @@ def documents(tmp_path_factory):
 
 
 def arguments_for(folder: Path, documents: Path, workers: int = 0) -> list[str]:
-    folder.mkdir(exist_ok=True)
-    path = folder / "run.toml"
-    path.write_text(CONFIG.format(dump=folder / "dump", data=documents, steps=STEPS, workers=workers))
-    return ["--job.config_file", str(path)]
+    return arguments_of(folder, CONFIG, data=documents, steps=STEPS, workers=workers)
 
 
 def history(folder: Path) -> list[tuple]:

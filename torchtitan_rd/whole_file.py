@@ -1,11 +1,25 @@
 """Files that are there whole or not at all."""
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torchtitan_rd.errors import ConfigError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""A full disk, an exhausted quota, a file above the size that is allowed."""
+
+
+def reason_of(error: OSError, path: Path) -> str:
+    """Why `path` cannot be written; where there is no room, with the bytes that are left."""
+    reason = error.strerror or str(error)
+    if error.errno not in NO_ROOM:
+        return reason
+    folder = next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+    return f"{reason}: {shutil.disk_usage(folder).free:,} bytes are free in {folder}"
 
 
 @contextmanager
@@ -28,7 +42,7 @@ def whole_file(path: Path, what: str) -> Iterator[Path]:
         if part != target:
             part.replace(target)
     except OSError as error:
-        raise ConfigError(f"{what} {path} cannot be written: {error.strerror or error}") from None
+        raise ConfigError(f"{what} {path} cannot be written: {reason_of(error, path)}") from None
     finally:
         if part != target:
             with suppress(OSError):

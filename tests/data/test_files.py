@@ -1,15 +1,21 @@
 """Which files become training data, and what is said of those that do not."""
 
 import errno
+import glob
 import gzip
 import json
 import logging
 import os
+import re
+import resource
+from pathlib import Path
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.checkpoint.forked import run_forked
 from tests.data.helpers import build
 from torchtitan_rd.data import DATASETS, DatasetKeys
 from torchtitan_rd.data.arrow import TableSource, open_table
@@ -23,8 +29,6 @@ from torchtitan_rd.log import logger
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    import datasets
-
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
     monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", folder / "downloads")
@@ -272,6 +276,35 @@ def test_an_error_of_the_library_names_the_file_of_many_and_the_cause(suffix, co
     message = str(caught.value)
     assert message.startswith(f"text: cannot read {bad}: ")
     assert ", caused by " in message and cause in message and "\n" not in message
+
+
+def test_a_converted_copy_is_the_one_that_the_library_finds_for_these_files(tmp_path, own_cache):
+    """Else a new version of this program would convert anew what an older one has converted."""
+    for name in ("a b", "c[1]", "d*", "~e"):
+        write(tmp_path / f"{name}.jsonl", name)
+    table = open_table("text", f"{tmp_path}/../{tmp_path.name}", None, False)
+    assert table["text"][:] == ["a b", "c[1]", "d*", "~e"]
+
+    (mapped,) = table.cache_files
+    folder = Path(mapped["filename"]).parent
+    content = folder.relative_to(own_cache).parts[1].rsplit("-", 1)[0]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    files = [glob.escape(f"{tmp_path}/../{tmp_path.name}/{name}") for name in names]
+    assert Path(datasets.load_dataset_builder("json", content, data_files=files).cache_dir) == folder
+
+
+def test_a_full_cache_is_told_as_that_and_not_as_damaged_files(tmp_path, own_cache):
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": "a" * 1000}) + "\n" for _ in range(200)))
+
+    def body(rank, world_size):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        with pytest.raises(DataError) as told:
+            open_table("text", str(path), None, False)
+        assert re.search(r"has no room in the cache .*: [\d,]+ bytes are free in", str(told.value))
+        assert "set HF_DATASETS_CACHE" in str(told.value) and "damaged" not in str(told.value)
+
+    assert run_forked(1, body, store=tmp_path / "store", timeout=60) == [0]
 
 
 def test_a_cache_that_cannot_be_written_serves_what_it_holds(tmp_path, own_cache, monkeypatch):

@@ -1,6 +1,8 @@
 """Documents become packed rows: none is lost or doubled, whatever the processes, tasks and kills."""
 
+import errno
 import json
+import os
 import signal
 import time
 from collections import Counter
@@ -11,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks import preparation as benchmark
 from tests.data.helpers import build
 from tests.fork_server import start_python
 from tests.preparation.common import (
@@ -247,6 +250,19 @@ def test_a_full_disk_is_one_message_and_the_same_line_goes_on(packed, corpus, to
     assert contents(tmp_path / "p") == contents(packed)
 
 
+@pytest.mark.parametrize("place", ["save", "locked"])
+def test_no_room_for_what_only_the_work_needs_is_the_same_message(
+    place, corpus, tokenizer, tmp_path, capsys, monkeypatch
+):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Output, place, full)
+    assert run(*arguments(corpus, tokenizer, tmp_path / "p")) == 1
+    error = capsys.readouterr().err
+    assert "no room to write (No space left on device: " in error and "Traceback" not in error
+
+
 def test_inputs_are_read_once_for_their_sha256(corpus, tokenizer, tmp_path, monkeypatch):
     line = arguments(corpus, tokenizer, tmp_path / "p")
     assert killed(line, Output, "save", 3, tmp_path / "store")
@@ -313,3 +329,10 @@ def test_a_byte_order_mark_and_the_kind_of_line_ends_are_no_text(tokenizer, tmp_
             table = pq.read_table(folder / "train" / "000_00000.parquet")
             rows[source.name] = table["input_ids"].to_pylist()
     assert all(found == rows["plain.txt"] for found in rows.values())
+
+
+def test_the_benchmark_compares_ways_that_make_the_same_number_of_tokens(tokenizer, tmp_path):
+    *_, source = benchmark.make_sources(tmp_path, megabytes=0.4)
+    ours = benchmark.by_us(source, str(tokenizer), tmp_path, processes=1)
+    # What fills no row is encoded too, and stands in the counts.
+    assert benchmark.by_library(source, str(tokenizer)) == ours > 50_000

@@ -3,8 +3,6 @@
 `datasets` is imported where it is used: importing this package must stay light.
 """
 
-import errno
-import glob
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,6 +15,8 @@ from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data.content import digest_of
 from torchtitan_rd.data.files import HUB_NAME, FileList, find_files
 from torchtitan_rd.data.json_text import JsonKind, check_json
+from torchtitan_rd.data.read_errors import complaint, is_read_only
+from torchtitan_rd.data.row_files import naming_the_file
 from torchtitan_rd.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,14 +52,15 @@ class Encoder(Protocol):
 
 
 class TableSource:
-    """The rows of a memory-mapped table, as ids."""
+    """The rows of a memory-mapped table, as ids. found: the files that hold them, for messages."""
 
-    def __init__(self, name: str, table: "datasets.Dataset", encoder: Encoder):
+    def __init__(self, name: str, table: "datasets.Dataset", encoder: Encoder, found: FileList | None = None):
         if not len(table):
             raise DataError(f"{name}: holds no rows")
         check_columns(table.column_names, encoder.columns, name)
         encoder.check_type(cells_of(table.data.table, encoder.columns), name)
         self.name = name
+        self.found = found
         self.encoder = encoder
         self.border_id = encoder.border_id
         self.table = table.with_format("arrow", columns=list(encoder.columns))
@@ -68,11 +69,13 @@ class TableSource:
         return len(self.table)
 
     def tokens(self, index: int) -> np.ndarray:
-        return encode_row(self.table[index], self.encoder, self.where(index))
+        with naming_the_file(self.found, index, len(self)):
+            return encode_row(self.table[index], self.encoder, self.where(index))
 
     def piece(self, index: int, part: int, parts: int) -> np.ndarray:
         where = self.where(index)
-        return self.encoder.piece(read_row(self.table[index], self.encoder, where), where, part, parts)
+        with naming_the_file(self.found, index, len(self)):
+            return self.encoder.piece(read_row(self.table[index], self.encoder, where), where, part, parts)
 
     def where(self, index: int) -> str:
         """What messages call a row."""
@@ -179,7 +182,7 @@ def open_table(
     except DataError:
         raise
     except Exception as error:  # of the hub, the network, the file system and arrow: a library boundary
-        raise DataError(f"{name}: cannot read {_complaint(error, found, subset)}") from error
+        raise DataError(f"{name}: cannot read {complaint(error, found, subset)}") from error
 
 
 def rows_of(table: "datasets.Dataset", source: str, name: str) -> "datasets.Dataset":
@@ -197,68 +200,6 @@ def rows_of(table: "datasets.Dataset", source: str, name: str) -> "datasets.Data
     return table.select(rows)
 
 
-def _complaint(error: Exception, found: FileList, subset: str | None) -> str:
-    """What was looked for, what is wrong with it, in one line, and the remedy."""
-    if _read_only(error):
-        return (
-            f"{found.path}: {_first_line(error)}; the cache of the datasets library cannot be written "
-            "and holds no converted copy: set HF_DATASETS_CACHE to a folder that can be written, "
-            "or name a save_to_disk folder or .arrow files with training.dataset_path, "
-            "which are mapped where they lie"
-        )
-    reason, file = causes(error), _file_being_read(error)
-    if found.files or found.saved:
-        return f"{file or found.path}: {reason}; is the file damaged or of another format?"
-    return (
-        f"{found.path!r} (subset {subset or 'default'}, split {found.split}) on the hub or in its cache: "
-        f"{reason}; download it where the hub can be reached, or name an existing local copy "
-        "with training.dataset_path; with HF_HUB_OFFLINE=1 only the cache is looked at"
-    )
-
-
-def causes(error: BaseException) -> str:
-    """An error of the datasets library with those that led to it, in one line."""
-    reasons: list[str] = []
-    shown: BaseException | None = error
-    while shown is not None:
-        if _first_line(shown) not in reasons:
-            reasons.append(_first_line(shown))
-        shown = shown.__cause__
-    return ", caused by ".join(reasons)
-
-
-def _first_line(error: BaseException) -> str:
-    line = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    if "BatchSize must be greater than 0" in line:
-        return f"{line} (a parquet file without rows: remove it)"
-    here, expected = (set(getattr(error, f"{whose}_column_names", ())) for whose in ("table", "requested"))
-    if here != expected:
-        return (
-            f"{line}: the files have different columns: here {_listed(here - expected)} more and "
-            f"{_listed(expected - here)} less than in the first"
-        )
-    return line
-
-
-def _listed(columns: set[str]) -> str:
-    return ", ".join(sorted(columns)) or "none"
-
-
-def _file_being_read(error: BaseException | None) -> str | None:
-    """The file that a reader of `datasets` had open when it failed;
-    the library says so only in its own log.
-    """
-    file = None
-    while error is not None:
-        trace = error.__traceback__
-        while trace is not None:
-            if trace.tb_frame.f_code.co_name == "_generate_tables":
-                file = trace.tb_frame.f_locals.get("file", file)
-            trace = trace.tb_next
-        error = error.__cause__
-    return None if file is None else str(getattr(file, "name", file))
-
-
 def _open_files(
     found: FileList, stream: bool, expected: Mapping[str, JsonKind], prepared: Sequence[str] = ()
 ) -> "datasets.Dataset | datasets.IterableDataset":
@@ -272,7 +213,7 @@ def _open_files(
     options: dict[str, Any] = {}
     if builder == "text":  # a byte order mark is no text
         options = {"sample_by": "document", "encoding": "utf-8-sig"}
-    options["data_files"] = [glob.escape(str(p)) for p in found.files]  # the library takes names for patterns
+    options["data_files"] = {"train": _resolved(found.files)}
     if stream:
         if builder == "json" and expected and _refuses_mixed_types():
             options["on_mixed_types"] = None
@@ -290,6 +231,16 @@ def _open_files(
         for column, kind in checked.items():
             check_json(found.files, column, kind)
     return _load(builder, split="train", streaming=False, **options)
+
+
+def _resolved(files: list[Path]) -> Any:
+    """Files as the datasets library notes them once it has found them, each with the time of its last change.
+    Names it would take for patterns, and look for every one of them, which takes a second for some thousands.
+    """
+    from datasets.data_files import DataFilesList
+
+    changed = [(str(file.stat().st_mtime),) for file in files]
+    return DataFilesList([str(file.absolute()) for file in files], changed)
 
 
 def _is_copy_called(name: str, file: Path) -> bool:
@@ -322,7 +273,7 @@ def _is_converted(builder: str, **options: Any) -> bool:
     try:
         return Path(datasets.load_dataset_builder(builder, **options).cache_dir).is_dir()
     except OSError as error:
-        if _read_only(error):  # nothing can be converted either
+        if is_read_only(error):  # nothing can be converted either
             return True
         raise
 
@@ -334,7 +285,7 @@ def _load(*arguments: Any, split: str, streaming: bool, **options: Any) -> Any:
     try:
         return datasets.load_dataset(*arguments, split=split, streaming=streaming, **options)
     except OSError as error:
-        if streaming or not _read_only(error):
+        if streaming or not is_read_only(error):
             raise
         prepared = _load_prepared(*arguments, split=split, **options)
         if prepared is None:
@@ -361,10 +312,6 @@ def _load_prepared(*arguments: Any, split: str, **options: Any) -> "datasets.Dat
         return datasets.concatenate_datasets(
             [datasets.Dataset.from_file(str(Path(f).resolve())) for f in files]
         )
-
-
-def _read_only(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def _split_of(loaded: Any, path: str, split: str) -> "datasets.Dataset":

@@ -11,10 +11,10 @@ import numpy as np
 
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.data.chat_template import ASSISTANTS, ChatTemplate, Message
+from torchtitan_rd.data.column_types import is_list, is_text
 from torchtitan_rd.data.content import digest_of
 from torchtitan_rd.data.cursor import piece_of
-from torchtitan_rd.data.spikes import is_list
-from torchtitan_rd.data.text import check_ids, is_text
+from torchtitan_rd.data.text import check_ids
 from torchtitan_rd.data.tokenizer import Tokenizer
 from torchtitan_rd.errors import DataError
 

@@ -10,6 +10,7 @@ from torchtitan_rd.data import get_dataset
 from torchtitan_rd.data.arrow import SampleSource, TableSource, cells_of
 from torchtitan_rd.data.chat import ChatEncoder
 from torchtitan_rd.data.config import DatasetKeys
+from torchtitan_rd.data.row_files import naming_the_file
 from torchtitan_rd.data.sources import build_encoder, open_source
 from torchtitan_rd.data.tokenizer import Tokenizer
 from torchtitan_rd.data.windows import has_label
@@ -72,12 +73,13 @@ def scan(keys: DatasetKeys, *, tokenizer: Tokenizer | None, vocab_size: int, see
             report.skipped += 1
             continue
         try:
-            value, where = read(), source.where(index)
-            size = encoder.check(value, where)
-            report.size += size
-            report.empty += size == 0
-            if isinstance(encoder, ChatEncoder) and encoder.row_length is not None:
-                report.unlearned += not has_label(encoder.encode(value, where))
+            with naming_the_file(found, index, len(source)):
+                value, where = read(), source.where(index)
+                size = encoder.check(value, where)
+                report.size += size
+                report.empty += size == 0
+                if isinstance(encoder, ChatEncoder) and encoder.row_length is not None:
+                    report.unlearned += not has_label(encoder.encode(value, where))
         except DataError as error:
             report.problems[index] = str(error)
 

@@ -1,7 +1,5 @@
 """`training.lane_per_file`: which rows lie in which file, and whether files and global batch agree."""
 
-from pathlib import Path
-
 from torchtitan_rd.data.arrow import check_path
 from torchtitan_rd.data.batch_dims import BatchDims
 from torchtitan_rd.data.config import DatasetKeys
@@ -42,8 +40,7 @@ def file_order(config: DatasetKeys, found: FileList, num_rows: int, num_lanes: i
     """
     if not config.lane_per_file:
         return None
-    builder = found.builder()  # looks at all files
-    rows = [_rows_in(file, builder) for file in found.files]
+    rows = found.rows
     if 0 in rows:
         raise DataError(f"training.lane_per_file: {found.files[rows.index(0)]} holds no rows; remove it")
     if sum(rows) != num_rows:
@@ -52,16 +49,6 @@ def file_order(config: DatasetKeys, found: FileList, num_rows: int, num_lanes: i
             "read; did one change meanwhile? Begin again"
         )
     return FileOrder(rows, num_lanes)
-
-
-def _rows_in(file: Path, builder: str) -> int:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if builder == "parquet":
-        return pq.read_metadata(file).num_rows
-    with pa.memory_map(str(file)) as mapped:
-        return sum(batch.num_rows for batch in pa.ipc.open_stream(mapped))
 
 
 def _sizes_that_work(files: int, dims: BatchDims) -> str:

@@ -39,6 +39,15 @@ def check_json(files: list[Path], column: str, kind: JsonKind) -> None:
             continue
 
 
+def rows_of_json(file: Path) -> int:
+    """The rows of a file of JSON lines, or of one list."""
+    with _opened(file) as stream:
+        content = stream.read().removeprefix(b"\xef\xbb\xbf").lstrip()
+    if content.startswith(b"["):
+        return len(json.loads(content))
+    return sum(bool(line.strip()) for line in content.split(b"\n"))
+
+
 def _opened(file: Path) -> "pa.NativeFile":
     """Decompressed, whatever the case of its suffix."""
     import pyarrow as pa

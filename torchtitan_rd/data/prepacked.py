@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from torchtitan_rd.data.column_types import is_integer, is_list
 from torchtitan_rd.data.cursor import piece_of
-from torchtitan_rd.data.spikes import is_integer, is_list
 from torchtitan_rd.data.text import check_ids
 from torchtitan_rd.errors import DataError
 

@@ -62,6 +62,9 @@ class DataRanks:
         """The arrow files into which data is converted, which takes long even where it was done before:
         the datasets library looks at every file. None for data that is mapped where it lies, and for streams.
         """
+        if not row.samples:
+            # Needed on every rank, and slow to import: now, at once, and not after one rank has converted.
+            import datasets  # noqa: F401
         return self.on_each_node(
             lambda: prepared_files(config, row, split, encoder),
             lambda files: all(Path(file).is_file() for file in files),

@@ -109,19 +109,26 @@ def prepared_files(config: DatasetKeys, row: Dataset, split: str, encoder: Encod
     """
     if row.samples or config.stream:
         return []
+    here = None
     if config.dataset_path is not None:
         here = check_path(config.dataset_path, split)
         if here.saved or (here.files and here.builder() == "arrow"):
             return []
     # Of all sources: the files are the same, and which rows count is asked when they are read.
-    table, _ = open_rows(config.model_copy(update={"source_dataset": None}), row, encoder, split)
+    table, _ = open_rows(config.model_copy(update={"source_dataset": None}), row, encoder, split, found=here)
     return [entry["filename"] for entry in table.cache_files]
 
 
 def open_rows(
-    config: DatasetKeys, row: Dataset, encoder: Encoder | None, split: str, prepared: Sequence[str] = ()
+    config: DatasetKeys,
+    row: Dataset,
+    encoder: Encoder | None,
+    split: str,
+    prepared: Sequence[str] = (),
+    found: FileList | None = None,
 ) -> tuple[Any, FileList]:
     """The table (or stream) of a data set that has files, and these files. prepared: see `open_table`.
+    found: the files, where they were looked for already.
 
     Raises DataError.
     """
@@ -129,7 +136,8 @@ def open_rows(
     if path is None:
         raise ConfigError(f"training.dataset = {config.dataset!r} needs training.dataset_path")
     subset = None if config.dataset_path else row.subset
-    found = check_path(path, split) if config.dataset_path else FileList(path, split, Path(path))
+    if found is None:
+        found = check_path(path, split) if config.dataset_path else FileList(path, split, Path(path))
     revision = config.dataset_revision
     table = open_table(
         config.dataset, path, subset, config.stream, split, found, revision, _expected_json(encoder), prepared
@@ -163,7 +171,7 @@ def open_source(
             "this program", split, Path()
         )
     table, found = open_rows(config, row, encoder, split, prepared)
-    return TableSource(config.dataset, table, encoder), found
+    return TableSource(config.dataset, table, encoder, found), found
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from torchtitan_rd.data.column_types import is_integer, is_list
 from torchtitan_rd.data.cursor import piece_of
 from torchtitan_rd.errors import DataError
 
@@ -124,19 +125,6 @@ def read_matrix(cell: "pa.Array", where: str) -> np.ndarray:
             f"{where}: neuron {neuron} has {lengths[neuron]} time bins, but neuron 0 has {lengths[0]}"
         )
     return values.to_numpy().reshape(len(lengths), lengths[0])
-
-
-def is_integer(type_: "pa.DataType") -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_integer(type_)
-
-
-def is_list(type_: "pa.DataType") -> bool:
-    """Whether an arrow type is a list of any kind."""
-    import pyarrow as pa
-
-    return pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
 
 
 @dataclass(frozen=True)

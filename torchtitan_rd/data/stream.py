@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchtitan_rd.data.arrow import Encoder, causes, check_columns, encode_row
+from torchtitan_rd.data.arrow import Encoder, check_columns, encode_row
+from torchtitan_rd.data.read_errors import causes
 from torchtitan_rd.data.windows import Window, cut, pack
 from torchtitan_rd.errors import DataError
 

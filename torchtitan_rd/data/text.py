@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from torchtitan_rd.data.column_types import is_text
 from torchtitan_rd.data.cursor import piece_of
 from torchtitan_rd.data.tokenizer import Tokenizer
 from torchtitan_rd.errors import DataError
@@ -70,12 +71,6 @@ class TextEncoder:
         ids = np.concatenate([np.atleast_1d(part) for part in parts if part is not None], dtype=np.int32)
         check_ids(ids, self.vocab_size, where)
         return ids
-
-
-def is_text(type_: "pa.DataType") -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_string_view(type_)
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, where: str) -> None:

@@ -286,7 +286,7 @@ def _marks_host_memory(tracker: Tracker) -> Iterator[None]:
 
     def init(self: OnHost, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        tracker.label([self.host], HOST)
+        tracker.label(self.host, HOST)
 
     with replaced(OnHost, "__init__", init):
         yield

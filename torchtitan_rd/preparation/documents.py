@@ -19,6 +19,8 @@ from torchtitan_rd.data.arrow import cells_of
 from torchtitan_rd.data.chat import check_conversations, read_conversation
 from torchtitan_rd.data.chat_template import Message
 from torchtitan_rd.data.cursor import permuted
+from torchtitan_rd.data.files import FileList
+from torchtitan_rd.data.row_files import naming_the_file
 from torchtitan_rd.data.text import TextEncoder
 from torchtitan_rd.data.tokenizer import ByteTokenizer
 from torchtitan_rd.errors import ConfigError, DataError
@@ -43,6 +45,7 @@ class Entry:
 class Source:
     """name: for messages and counts. table: a `datasets.Dataset`, of which `column` holds the texts.
     chat_columns: where the rows are conversations, the columns of these in place of `column` (data/chat.py).
+    found: the files that hold the rows, for messages.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Source:
     column: str = "text"
     weight: float = 1.0
     chat_columns: tuple[str, ...] = ()
+    found: FileList | None = None
 
     def __post_init__(self):
         if not (math.isfinite(self.weight) and self.weight >= 0):
@@ -91,7 +95,16 @@ class Source:
         return self.table.with_format("arrow", columns=list(self.columns))
 
     def read(self, rows: Sequence[int]) -> Sequence[Document]:
-        """Raises DataError, naming the row, for one that is no text or no conversation."""
+        """Raises DataError, naming the row and its file, for one that is no text or no conversation."""
+        try:
+            return self._read(rows)
+        except DataError:
+            for row in rows:
+                with naming_the_file(self.found, row, len(self)):
+                    self._read([row])
+            raise
+
+    def _read(self, rows: Sequence[int]) -> Sequence[Document]:
         # Neighbours are a slice, which is not copied.
         is_slice = list(rows) == list(range(rows[0], rows[-1] + 1))
         table = self.cells[rows[0] : rows[-1] + 1] if is_slice else self.cells[list(rows)]

@@ -192,7 +192,7 @@ def download(sources: list[OpenSource], output: Output) -> dict[str, Any]:
     """
     if done := output.result:
         return done
-    with output.locked("staging"), disk_errors(output.folder):
+    with disk_errors(output.folder), output.locked("staging"):
         # Another process may have finished the folder between the two.
         if done := output.result:
             return done

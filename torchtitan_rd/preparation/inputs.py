@@ -14,7 +14,15 @@ from torchtitan_rd.data.json_text import JsonKind
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.preparation.conversations import CHAT_COLUMN
 from torchtitan_rd.preparation.documents import Source
-from torchtitan_rd.preparation.manifest import MANIFEST, WORK, Output, describe, progress_bar, read_finished
+from torchtitan_rd.preparation.manifest import (
+    MANIFEST,
+    WORK,
+    Output,
+    describe,
+    disk_errors,
+    progress_bar,
+    read_finished,
+)
 
 _HASHES = "inputs.json"
 
@@ -79,7 +87,8 @@ def open_inputs(keys: InputKeys, output: Path) -> Inputs:
 
 def keep_hashes(inputs: Inputs, output: Output) -> None:
     """For the next run, should this one be killed, and for other tasks of the same folder."""
-    output.save(_HASHES, inputs.hashes)
+    with disk_errors(output.folder):
+        output.save(_HASHES, inputs.hashes)
 
 
 def _check_apart(path: Path, output: Path) -> None:
@@ -119,7 +128,7 @@ def _open_staging(
             found = FileList(name, "train", folder, files)
             table = open_table(name, str(folder), None, False, found=found)
             is_chat = facts.get("needs_chat_templating", False)
-            sources.append(Source(name, table, "text", weight, (CHAT_COLUMN,) if is_chat else ()))
+            sources.append(Source(name, table, "text", weight, (CHAT_COLUMN,) if is_chat else (), found))
     return sources, manifest["files"]
 
 
@@ -133,7 +142,7 @@ def _open_path(
     if keys.chat_columns:
         expected = dict.fromkeys(keys.chat_columns, "messages" if len(keys.chat_columns) == 1 else "text")
     table = open_table(path, path, keys.subset, False, keys.split, found, keys.revision, expected)
-    source = Source(path, table, keys.column, weight, keys.chat_columns)
+    source = Source(path, table, keys.column, weight, keys.chat_columns, found)
     if not len(source):
         raise DataError(f"{path}: holds no rows")
 

@@ -10,11 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan_rd.data.arrow import SOURCE_COLUMN, Encoder, SampleSource, TableSource, open_table, read_row
+from torchtitan_rd.data.arrow import (
+    SOURCE_COLUMN,
+    Encoder,
+    SampleSource,
+    TableSource,
+    check_path,
+    open_table,
+    read_row,
+)
 from torchtitan_rd.data.check import count_of, each_row
+from torchtitan_rd.data.column_types import is_list
 from torchtitan_rd.data.prepacked import PackedEncoder
 from torchtitan_rd.data.raster import draw
-from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE, SpikeEncoder, is_list
+from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE, SpikeEncoder
 from torchtitan_rd.data.text import TextEncoder
 from torchtitan_rd.data.tokenizer import Tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
@@ -36,7 +45,8 @@ def open_path(
 
     Raises ConfigError, DataError.
     """
-    table = open_table(path, path, None, False, split)
+    found = check_path(path, split)
+    table = open_table(path, path, None, False, split, found)
     if column is None:
         column = next((name for name in COLUMNS if name in table.column_names), None)
     if column is None or column not in table.column_names:
@@ -59,7 +69,7 @@ def open_path(
     else:
         # The rows' own length says how long they are; and any id may be there.
         encoder = PackedEncoder(0, tokenizer.vocab_size if tokenizer else 0, column=column)
-    return TableSource(path, table, encoder), encoder
+    return TableSource(path, table, encoder, found), encoder
 
 
 def look_at_tokens(source: Source, tokenizer: Tokenizer | None, *, shown: int, most_rows: int | None) -> dict:

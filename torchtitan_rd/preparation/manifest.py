@@ -5,7 +5,6 @@ then `.work` keeps what a further run of the same line needs; nothing in there i
 a step that was killed and run again ends with the bytes of one that was not.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -22,9 +21,9 @@ from torchtitan_rd import __version__
 from torchtitan_rd.checkpoint.folders import fsync, write_durably
 from torchtitan_rd.checkpoint.manifest import hash_files
 from torchtitan_rd.errors import DataError
+from torchtitan_rd.whole_file import NO_ROOM, reason_of
 
 MANIFEST, WORK = "manifest.json", ".work"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SHOWN = 4  # differences in one message
 
 
@@ -71,7 +70,7 @@ class Output:
             try:
                 output._begin()
             except OSError as error:
-                if error.errno in _NO_ROOM:
+                if error.errno in NO_ROOM:
                     raise
                 raise DataError(
                     f"{folder}: cannot be written: {error.strerror or error}; name another output folder"
@@ -225,10 +224,10 @@ def disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
+        if error.errno not in NO_ROOM:
             raise
         raise DataError(
-            f"{folder}: no room to write ({error.strerror or error}): free some space or raise the quota, "
+            f"{folder}: no room to write ({reason_of(error, folder)}): free some space or raise the quota, "
             "then run the same line again: it goes on where it stopped"
         ) from error
 

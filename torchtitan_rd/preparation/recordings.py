@@ -144,7 +144,7 @@ def read_train(file: Path, scale: int) -> np.ndarray:
                 if line.strip() and not line.lstrip().startswith("#"):
                     times.append(time_of(line, scale, f"{file}: line {number}"))
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: is not UTF-8 text: {error}") from None
+        raise DataError(f"{file}: line {_line_of_no_text(file)}: is not UTF-8 text: {error.reason}") from None
     if not lines:
         raise DataError(f"{file}: the file is empty")
     return np.sort(np.asarray(times, np.int64))
@@ -178,7 +178,7 @@ def read_csv(file: Path, scale: int) -> SpikeTimes:
                     raise DataError(f"{where}: names no unit")
                 times.setdefault(unit, array("q")).append(time_of(row["time"] or "", scale, where))
     except UnicodeDecodeError as error:
-        raise DataError(f"{file}: is not UTF-8 text: {error}") from None
+        raise DataError(f"{file}: line {_line_of_no_text(file)}: is not UTF-8 text: {error.reason}") from None
     except csv.Error as error:
         raise DataError(f"{file}: line {reader.line_num}: {error}") from None
 
@@ -215,3 +215,17 @@ def _train_of(entry: object, file: Path, number: int) -> np.ndarray:
         return np.asarray(np.asarray(entry).tolist())
     except ValueError:  # of lists of unequal lengths
         raise DataError(f"{file}: unit {number}: holds lists in a list; expected one list of times") from None
+
+
+def _line_of_no_text(file: Path) -> int:
+    """The number of the first line that is not UTF-8: who reads text decodes many lines at once."""
+    with file.open("rb") as stream:
+        return next(number for number, line in enumerate(stream, 1) if not _is_text(line))
+
+
+def _is_text(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

@@ -106,7 +106,7 @@ def shuffle(packed: Packed, order: Order, output: Output) -> dict[str, Any]:
     """
     if done := output.result:
         return done
-    with output.locked("shuffle"), disk_errors(output.folder):
+    with disk_errors(output.folder), output.locked("shuffle"):
         # Another process may have finished the folder between the two.
         if done := output.result:
             return done

@@ -17,6 +17,7 @@ import numpy as np
 from torchtitan_rd.data import load_tokenizer
 from torchtitan_rd.data.chat import ChatEncoder
 from torchtitan_rd.data.chat_template import ChatTemplate
+from torchtitan_rd.data.row_files import naming_the_file
 from torchtitan_rd.data.text import check_ids
 from torchtitan_rd.data.tokenizer import Tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
@@ -141,8 +142,10 @@ class Encoder:
             if isinstance(document, str):
                 yield [np.asarray(part, np.int32) for part in (bos, next(texts), eos)]
             elif self._chat is not None:
-                where = self.documents.sources[entry.source].where(entry.row)
-                yield [self._chat.encode(document, where)]
+                source = self.documents.sources[entry.source]
+                with naming_the_file(source.found, entry.row, len(source)):
+                    ids = self._chat.encode(document, source.where(entry.row))
+                yield [ids]
 
     def _is_held_out(self, document: Document) -> bool:
         """Decided by the text, so that no copy of a document, wherever it stands, is on the other side."""
@@ -179,7 +182,7 @@ def tokenize(
     if done := output.result:
         return done
 
-    with output.locked(f"task {task}"), disk_errors(output.folder):
+    with disk_errors(output.folder), output.locked(f"task {task}"):
         # Another task may have finished the folder between the two.
         if done := output.result:
             return done

@@ -144,7 +144,7 @@ def train_tokenizer(
     if done := output.result:
         return done
 
-    with output.locked("tokenizer"), disk_errors(output.folder):
+    with disk_errors(output.folder), output.locked("tokenizer"):
         # Another process may have finished the folder between the two.
         if done := output.result:
             return done
