@@ -189,6 +189,7 @@ class Builder:
             open_released=lambda path: WeightsReader(open_released(path, model=config.model.name)),
             run_lock=lock,
             row_orders=plan.row_orders,
+            grace=self.environment.grace_seconds,
         )
         self.closing.callback(checkpointer.close)
         return checkpointer

@@ -365,7 +365,7 @@ class Trainer:
         extra = self.plan.draws.describe(telemetry, result.depths, sum_over_tokens(self.parts.mesh))
         if self.config.validation.is_due(self.step, self.config.training.steps):
             extra |= self._validate()
-        extra |= self.parts.loader.describe(job.gather_numbers)
+        extra |= self.parts.loader.describe(job.gather_numbers) | self.parts.checkpointer.describe()
         extra |= self.parts.stragglers.report(job.gather_numbers)
         extra |= {"batch": self.parts.queue.number} if self.parts.queue.passes_over else {}
         data_hash = hash_ids(batches) if self.config.metrics.log_data_hash else None
@@ -389,10 +389,10 @@ class Trainer:
             train_step.settle()  # counts on the host must be right, and a run that must stop saves nothing
             heartbeat.beat(self.step, "saving")
             with self.parts.metrics.pause("checkpoint"):
-                tensors = run_state.tensors_of(self.parts)
-                state = run_state.state_of(self.parts, self.plan, self.step, self.tokens_seen)
-                own = {"rng": job.rng_state()}
-                checkpointer.save(self.step, tensors, state, own_state=own, last_step=last_step)
+                done = (self.step, self.tokens_seen)
+                run_state.save(
+                    self.parts, self.plan, *done, last_step=last_step, required=last_step or stopping
+                )
             train_step.saved = False  # that was of the save before
 
 
