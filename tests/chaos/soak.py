@@ -42,6 +42,7 @@ class Soak:
         self.full = job.dump.parent / "full"
         self.options = ("--slow-steps", str(pause), "--disk-full", str(self.full))
         self.faults: Counter[str] = Counter()
+        self.bag: list[str] = []
         self.starts = self.redone = 0
 
     def run(self, ranks: int, last: int) -> None:
@@ -61,14 +62,23 @@ class Soak:
     def _attack(self, run: Attacked) -> None:
         """Faults until one of them ends the run, it ends by itself, or the time is over."""
         while run.sleep(self.rng.uniform(*self.every)) and time.monotonic() < self.deadline:
-            fault = self.rng.choice(FAULTS)
-            if fault == "flip a bit" and len(self.job.checkpoints()) < 3:
-                continue  # a run may lose one checkpoint, not all
+            fault = self._draw()
             self.faults[fault] += 1
             if self._strike(run, fault):
                 return
         while run.is_alive():  # the time is over: in peace
             run.sleep(1.0)
+
+    def _draw(self) -> str:
+        """From a bag that is filled again once it is empty: each kind comes as often as any other."""
+        if not self.bag:
+            self.bag = self.rng.sample(FAULTS, len(FAULTS))
+        possible = list(self.bag)
+        if len(self.job.checkpoints()) < 3:  # a run may lose one checkpoint, not all
+            possible = [fault for fault in self.bag if fault != "flip a bit"] or ["kill all"]
+        if possible[0] in self.bag:
+            self.bag.remove(possible[0])
+        return possible[0]
 
     def _strike(self, run: Attacked, fault: str) -> bool:
         """Whether this ends the run."""
