@@ -19,11 +19,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.chaos.harness import LIMIT, Attacked, Job, flip_a_bit
+from tests.chaos.harness import Attacked, Job, flip_a_bit
 from tests.launch import rows
 
 LEGS = (2, 1, 2)  # ranks
 FAULTS = ("kill one", "kill all", "terminate", "stop and continue", "flip a bit", "disk full")
+LIMIT = 300.0  # seconds, of what takes a tenth of it on a machine that does nothing else
 ACTIVE_SHARE = 0.6  # of the time; the rest is what starts take
 
 
@@ -107,9 +108,9 @@ class Soak:
 
 
 def undisturbed(job: Job, steps: int) -> float:
-    """-> seconds of a step, the median, without the starts"""
+    """-> seconds of a step, the median, without the starts. It saves at the ends of its legs alone."""
     for ranks, last in legs(steps):
-        job.finish(ranks, f"--training.steps={last}")
+        job.finish(ranks, f"--training.steps={last}", f"--checkpoint.interval={steps}", limit=LIMIT)
     return statistics.median(row["step_seconds"] for row in rows(job.dump))
 
 
