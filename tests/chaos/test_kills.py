@@ -1,4 +1,4 @@
-"""Whole runs that are killed, stopped or damaged: rows 1, 3, 4, 14, 15, 17 of docs/reliability.md."""
+"""Whole runs that are killed, stopped or damaged: rows 1, 3, 4, 12, 14, 15, 17 of docs/reliability.md."""
 
 import os
 import random
@@ -30,7 +30,7 @@ def test_without_options_a_rank_is_the_program_itself():
     rank_module.install([])
     assert TrainStep.__call__ is call
     write = rank_module.FileSystemWriter.write_data
-    rank_module.install(["--slow-steps", "0"])
+    rank_module.install(["--slow-steps", "0", "--slow-saves", "0"])
     assert (TrainStep.__call__, rank_module.FileSystemWriter.write_data) == (call, write)
 
 
@@ -119,6 +119,25 @@ def test_a_rank_that_is_stopped_is_named_and_ends_the_run_at_the_time_out(tmp_pa
     assert "no sign of life from rank 1" in error
     assert list((job.dump / "heartbeat").glob("*")), "the stacks of the living"
     assert 4 < took < 6 + 45
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_save_after_a_signal_loses_that_step_alone_and_the_next_start_warns(tmp_path):
+    job = Job(tmp_path, training__steps=12, checkpoint__async_mode="disabled", checkpoint__grace_seconds=0.5)
+    with job.start(2, ("--slow-saves", "1.0")) as run:
+        while job.last_step() < 4:
+            assert run.sleep(0.05), "the run ended before it was attacked"
+        for rank in range(2):
+            run.strike(rank, signal.SIGTERM)
+        time.sleep(0.5)
+        for rank in range(2):
+            run.strike(rank, signal.SIGKILL)
+        assert run.wait(LIMIT).codes == [-signal.SIGKILL] * 2
+    last = job.last_step()
+    (error, _) = job.finish(2).errors
+    before, _, after = error.partition(f"resuming after step {last - 1} of 12")
+    assert "a job is killed 0.5 s after the signal" in before and after, error
+    assert len(job.history()) == 12
 
 
 def children(pid: int) -> list[int]:

@@ -182,15 +182,19 @@ def test_a_failed_seed_is_an_error(tmp_path, failing):
 LONG = "a job is killed 1 s after the signal"
 
 
+@pytest.mark.parametrize("who_says", ["the key", "torchrun"])
 def test_saves_longer_than_half_the_grace_are_told_at_once_and_at_the_next_start(
-    tmp_path, monkeypatch, capfd
+    who_says, tmp_path, monkeypatch, capfd
 ):
     write = Writer.write
     monkeypatch.setattr(Writer, "write", lambda self, snapshot: (time.sleep(0.6), write(self, snapshot)))
-    keys = ["--checkpoint.grace_seconds=1", "--training.steps=2"]
+    keys = ["--training.steps=2", *(["--checkpoint.grace_seconds=1"] if who_says == "the key" else [])]
+    if who_says == "torchrun":
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1")
     assert run(tmp_path, *keys) == 0
     assert capfd.readouterr().err.count(LONG) == 1
-    monkeypatch.undo()
+    monkeypatch.setattr(Writer, "write", write)
     assert run(tmp_path, *keys) == 0  # nothing is left to save
     (line,) = [line for line in capfd.readouterr().err.splitlines() if LONG in line]
     assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in line and "checkpoint.grace_seconds" in line

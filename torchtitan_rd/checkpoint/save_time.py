@@ -41,7 +41,7 @@ class SaveTime:
         if self.seconds > max(SHARE * self._grace, 2 * self._warned_at):
             self._warned_at = self.seconds
             logger.warning(
-                "a save takes %.1f s and a job is killed %.0f s after the signal that ends it: a preemption "
+                "a save takes %.1f s and a job is killed %g s after the signal that ends it: a preemption "
                 "may lose the steps since the last checkpoint; raise that time, or save more often "
                 "(TORCH_ELASTIC_SHUTDOWN_TIMEOUT, Slurm's --signal; checkpoint.grace_seconds says it)",
                 *(self.seconds, self._grace),
