@@ -25,7 +25,7 @@ from tests.launch import rows
 LEGS = (2, 1, 2)  # ranks
 FAULTS = ("kill one", "kill all", "terminate", "stop and continue", "flip a bit", "disk full")
 LIMIT = 300.0  # seconds, of what takes a tenth of it on a machine that does nothing else
-ACTIVE_SHARE = 0.6  # of the time; the rest is what starts take
+ACTIVE_SHARE = 0.8  # of the time; the rest is what starts take
 
 
 def legs(steps: int) -> list[tuple[int, int]]:
