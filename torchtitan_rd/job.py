@@ -240,6 +240,18 @@ def shorten_timeouts(comm: CommConfig, mesh: DeviceMesh) -> None:
     set_timeouts(mesh, comm.train_timeout_seconds)
 
 
+# Of gloo's messages, which come as a plain RuntimeError.
+_LOST_RANK = ("gloo", "timed out", "timeout", "pair closure", "connection ", "broken pipe")
+
+
+def is_of_a_lost_rank(error: BaseException | None) -> bool:
+    """Whether a collective has failed: a rank has died, or was silent for as long as it may."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return type(error) is RuntimeError and any(word in text for word in _LOST_RANK)
+
+
 def gather(value: Any) -> list[Any]:
     """`value` of every rank, in rank order, on every rank."""
     values = [None] * dist.get_world_size()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from torchtitan_rd import job, run_plan, run_state
 from torchtitan_rd.batch import Batch
-from torchtitan_rd.checkpoint import locked_run_folder, saved_states
+from torchtitan_rd.checkpoint import leave_stuck_saves, locked_run_folder, saved_states
 from torchtitan_rd.checkpoint.lock import FolderLock
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
@@ -62,9 +62,7 @@ train_*.sh launch the shipped TOMLs, on one node or under Slurm."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains; returns the exit status. A user's mistake is one message,
-    any other error a traceback naming the rank.
-    """
+    """Trains; returns the exit status. A user's mistake is one message, another error a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "-h" in arguments or "--help" in arguments:
         print(USAGE)
@@ -74,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
         # A process that was started by hand may outlive its shell.
         watched = launcher_watched(stop.ask, stop.end) if job.is_started_by_torchrun() else nullcontext()
         with watched:
-            return _main(arguments, stop)
+            code = _main(arguments, stop)
+    leave_stuck_saves(code)
+    return code
 
 
 def _main(arguments: list[str], stop: StopRequest) -> int:

@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import signal
+import threading
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 
@@ -14,7 +16,8 @@ from tests.checkpoint.common import checkpointer, digest, load_once, names, save
 from tests.checkpoint.test_durability import ARGUMENTS
 from tests.launch import rows
 from tests.ranks import run_on_ranks
-from torchtitan_rd import train
+from torchtitan_rd import job, train
+from torchtitan_rd.checkpoint import saves
 from torchtitan_rd.checkpoint.save_errors import LostRankError
 from torchtitan_rd.checkpoint.save_time import SAVE_SECONDS, SaveTime
 from torchtitan_rd.checkpoint.writer import Writer
@@ -239,3 +242,51 @@ def test_the_grace_is_what_torchrun_waits(monkeypatch, variables, grace):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert Environment.read().grace_seconds == grace
+
+
+@pytest.mark.parametrize("patience", [0.2, None])
+def test_a_run_that_has_lost_a_rank_gives_the_save_in_flight_up(tmp_path, monkeypatch, patience, log_lines):
+    """Its thread waits for that rank, and Python's end would wait for the thread. Others wait for it."""
+    rank_is_back, left = threading.Event(), []
+    write = Writer.write
+    monkeypatch.setattr(Writer, "write", lambda *arguments: (rank_is_back.wait(60), write(*arguments)))
+    monkeypatch.setattr(saves, "_STUCK", [])
+    monkeypatch.setattr(os, "_exit", left.append)
+    checkpoints = checkpointer(tmp_path, async_mode="async")
+    checkpoints.save(1, training_state(1), {"step": 1})
+    if patience is None:
+        threading.Timer(0.3, rank_is_back.set).start()
+    started = time.monotonic()
+    checkpoints.close(patience)
+    assert 0.2 <= time.monotonic() - started < 30
+    assert names(tmp_path)[-1:] == (["step-1"] if patience is None else [])
+    saves.leave_stuck_saves(7)
+    assert left == ([] if patience is None else [7])
+    assert any("is given up after 0.2 s" in line for line in log_lines) == (patience is not None)
+    rank_is_back.set()
+    checkpoints._saves._executor.shutdown()
+
+
+def test_a_save_that_ends_in_time_is_kept_however_little_patience_there_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(saves, "_STUCK", [])
+    checkpoints = checkpointer(tmp_path, async_mode="async")
+    checkpoints.save(1, training_state(1), {"step": 1})
+    checkpoints.close(30)
+    assert names(tmp_path) == ["step-1"] and saves._STUCK == []
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("Application timeout caused pair closure"), True),
+        (RuntimeError("[third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
+        (RuntimeError("Timed out waiting 6000ms for recv operation to complete"), True),
+        (dist.DistBackendError("NCCL error: remote process exited"), True),
+        (torch.OutOfMemoryError("the connection of a timeout"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (CheckpointError("lost contact with another rank: timeout"), False),
+        (None, False),
+    ],
+)
+def test_which_errors_tell_of_a_lost_rank(error, lost):
+    assert job.is_of_a_lost_rank(error) is lost

@@ -254,10 +254,14 @@ class Checkpointer:
         excluded = self.config.exclude_from_loading
         loading.load_initial_weights(reader, path, model, excluded, self._ranks, self._row_orders)
 
-    def close(self) -> None:
+    def close(self, patience: float | None = None) -> None:
         """Waits for the save in flight and gives the folder free. Idempotent;
         before destroy_process_group.
+
+        patience: seconds after which the save is given up; for a run that has lost a rank, without which no
+        save ends (`leave_stuck_saves`).
         """
+        given_up = patience is not None and self._saves.give_up_after(patience)
         try:
             self.wait()
         finally:
@@ -265,7 +269,8 @@ class Checkpointer:
             if self._lock is not None and self._lock is not self._run_lock:
                 self._lock.release()
             self._lock = None
-            self._ranks.close()
+            if not given_up:  # its thread still uses the group
+                self._ranks.close()
 
     def _reader_of(self, path: Path) -> TensorReader:
         if (path / METADATA).exists() or self._open_released is None:

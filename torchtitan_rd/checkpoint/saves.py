@@ -1,8 +1,10 @@
 """The saves of a run, one at a time: at once or in the background, and what becomes of one that fails."""
 
 import dataclasses
+import os
+import sys
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 
 from torchtitan_rd.checkpoint.config import CheckpointConfig
@@ -12,6 +14,16 @@ from torchtitan_rd.checkpoint.save_time import SaveTime
 from torchtitan_rd.checkpoint.writer import Snapshot, Writer, writer_thread
 from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.log import logger
+
+_STUCK: list[ThreadPoolExecutor] = []
+
+
+def leave_stuck_saves(code: int) -> None:
+    """Ends the process if a save was given up: Python would wait for its thread, and that for a lost rank."""
+    if _STUCK:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class Saves:
@@ -79,10 +91,20 @@ class Saves:
                 "waited %.1f s for the previous save; a larger checkpoint.interval avoids it", waited
             )
 
+    def give_up_after(self, seconds: float) -> bool:
+        """Waits so long for the save in flight, and leaves it to its thread then; returns whether it did."""
+        if self._in_flight is None or wait([self._in_flight], timeout=seconds).done:
+            return False
+        logger.error("the save in flight is given up after %g s: another rank does not answer", seconds)
+        self._in_flight = None
+        _STUCK.append(self._executor)
+        return True
+
     def close(self) -> None:
         """Idempotent; after `wait`."""
-        self._executor.shutdown()
-        self._copies.close()
+        if self._executor not in _STUCK:
+            self._executor.shutdown()
+            self._copies.close()
 
     def _write(self, snapshot: Snapshot, started: float) -> None:
         """In any thread."""
