@@ -71,6 +71,8 @@ class Environment:
     log_level: str
     overrides: dict[str, Any] = field(default_factory=dict)
     """Config keys that environment variables set (`section.key` -> value)."""
+    grace_seconds: float | None = None
+    """How long torchrun waits for its ranks after it has passed a signal on, before it kills them."""
 
     @classmethod
     def read(cls) -> "Environment":
@@ -91,7 +93,8 @@ class Environment:
             )
         stream = os.environ.get("STREAM_HF_DATA")
         overrides = {} if stream is None else {"training.stream": stream.lower() in ("1", "true", "yes")}
-        return cls(*numbers, local_world_size, os.environ.get("LOGLEVEL", "INFO").upper(), overrides)
+        log_level = os.environ.get("LOGLEVEL", "INFO").upper()
+        return cls(*numbers, local_world_size, log_level, overrides, _grace_seconds())
 
     def device(self) -> torch.device:
         """This rank's accelerator, or the CPU. Raises ConfigError if there are more local ranks than GPUs."""
@@ -108,6 +111,13 @@ class Environment:
 def is_started_by_torchrun() -> bool:
     """Whether this process's parent is a torchrun, which signals it, waits for it and restarts it."""
     return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _grace_seconds() -> float | None:
+    if not is_started_by_torchrun():
+        return None
+    told = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")  # torchrun's own default
+    return float(told) if told.isdecimal() and int(told) > 0 else None
 
 
 # What torchrun tells its ranks; prefixes of names.
@@ -228,6 +238,18 @@ def shorten_timeouts(comm: CommConfig, mesh: DeviceMesh) -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     set_timeouts(mesh, comm.train_timeout_seconds)
+
+
+# Of gloo's messages, which come as a plain RuntimeError.
+_LOST_RANK = ("gloo", "timed out", "timeout", "pair closure", "connection ", "broken pipe")
+
+
+def is_of_a_lost_rank(error: BaseException | None) -> bool:
+    """Whether a collective has failed: a rank has died, or was silent for as long as it may."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    return type(error) is RuntimeError and any(word in text for word in _LOST_RANK)
 
 
 def gather(value: Any) -> list[Any]:

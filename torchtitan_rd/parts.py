@@ -34,6 +34,9 @@ from torchtitan_rd.signals import StopRequest
 from torchtitan_rd.train_step import TrainStep
 from torchtitan_rd.validation import held_out_set
 
+LAST_WAIT_SECONDS = 30.0
+"""For the save in flight of a run that has lost a rank: it may be beyond the part that needs all ranks."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -189,8 +192,13 @@ class Builder:
             open_released=lambda path: WeightsReader(open_released(path, model=config.model.name)),
             run_lock=lock,
             row_orders=plan.row_orders,
+            grace=self.environment.grace_seconds,
         )
-        self.closing.callback(checkpointer.close)
+
+        def close(kind: object, error: BaseException | None, trace: object) -> None:
+            checkpointer.close(LAST_WAIT_SECONDS if job.is_of_a_lost_rank(error) else None)
+
+        self.closing.push(close)
         return checkpointer
 
 

@@ -35,6 +35,15 @@ def state_of(parts: Parts, plan: RunPlan, step: int, tokens_seen: int) -> dict[s
     return {"step": step, "tokens_seen": tokens_seen, "data": {**data, "batch": parts.queue.number}}
 
 
+def save(
+    parts: Parts, plan: RunPlan, step: int, tokens_seen: int, *, last_step: bool, required: bool
+) -> None:
+    """Saves all that the run goes on from. Collective. The last two as `Checkpointer.save` has them."""
+    tensors, state = tensors_of(parts), state_of(parts, plan, step, tokens_seen)
+    ends = {"last_step": last_step, "required": required}
+    parts.checkpointer.save(step, tensors, state, own_state={"rng": job.rng_state()}, **ends)
+
+
 def restore(
     parts: Parts, plan: RunPlan, config: JobConfig, environment: job.Environment
 ) -> dict[str, Any] | None:
@@ -75,7 +84,7 @@ def save_seed(parts: Parts, step: int) -> None:
         raise CheckpointError(
             "checkpoint.create_seed_checkpoint: this run has checkpoints; use another folder"
         )
-    parts.checkpointer.save(0, {"model": tensors_of(parts)["model"]}, {})
+    parts.checkpointer.save(0, {"model": tensors_of(parts)["model"]}, {}, required=True)
 
 
 def export_hf(parts: Parts, step: int, export_dtype: str) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from torchtitan_rd import job, run_plan, run_state
 from torchtitan_rd.batch import Batch
-from torchtitan_rd.checkpoint import locked_run_folder, saved_states
+from torchtitan_rd.checkpoint import leave_stuck_saves, locked_run_folder, saved_states
 from torchtitan_rd.checkpoint.lock import FolderLock
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.config_loader import Loaded
@@ -62,9 +62,7 @@ train_*.sh launch the shipped TOMLs, on one node or under Slurm."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains; returns the exit status. A user's mistake is one message,
-    any other error a traceback naming the rank.
-    """
+    """Trains; returns the exit status. A user's mistake is one message, another error a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "-h" in arguments or "--help" in arguments:
         print(USAGE)
@@ -74,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
         # A process that was started by hand may outlive its shell.
         watched = launcher_watched(stop.ask, stop.end) if job.is_started_by_torchrun() else nullcontext()
         with watched:
-            return _main(arguments, stop)
+            code = _main(arguments, stop)
+    leave_stuck_saves(code)
+    return code
 
 
 def _main(arguments: list[str], stop: StopRequest) -> int:
@@ -365,7 +365,7 @@ class Trainer:
         extra = self.plan.draws.describe(telemetry, result.depths, sum_over_tokens(self.parts.mesh))
         if self.config.validation.is_due(self.step, self.config.training.steps):
             extra |= self._validate()
-        extra |= self.parts.loader.describe(job.gather_numbers)
+        extra |= self.parts.loader.describe(job.gather_numbers) | self.parts.checkpointer.describe()
         extra |= self.parts.stragglers.report(job.gather_numbers)
         extra |= {"batch": self.parts.queue.number} if self.parts.queue.passes_over else {}
         data_hash = hash_ids(batches) if self.config.metrics.log_data_hash else None
@@ -389,10 +389,10 @@ class Trainer:
             train_step.settle()  # counts on the host must be right, and a run that must stop saves nothing
             heartbeat.beat(self.step, "saving")
             with self.parts.metrics.pause("checkpoint"):
-                tensors = run_state.tensors_of(self.parts)
-                state = run_state.state_of(self.parts, self.plan, self.step, self.tokens_seen)
-                own = {"rng": job.rng_state()}
-                checkpointer.save(self.step, tensors, state, own_state=own, last_step=last_step)
+                done = (self.step, self.tokens_seen)
+                run_state.save(
+                    self.parts, self.plan, *done, last_step=last_step, required=last_step or stopping
+                )
             train_step.saved = False  # that was of the save before
 
 

@@ -55,10 +55,10 @@ class Job:
         """options: failpoints of tests/chaos/rank.py; more: arguments for this time alone."""
         return Attacked(world_size, [*self.arguments, *more], options, module="tests.chaos.rank")
 
-    def finish(self, world_size: int, *more: str) -> Finished:
-        """The whole run; an error if it does not end well."""
+    def finish(self, world_size: int, *more: str, limit: float = LIMIT) -> Finished:
+        """The whole run; an error if it does not end well, or takes longer than `limit` seconds."""
         with self.start(world_size, (), *more) as run:
-            finished = run.wait(LIMIT)
+            finished = run.wait(limit)
         assert finished.codes == [0] * world_size, finished.errors
         return finished
 

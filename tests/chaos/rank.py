@@ -3,6 +3,7 @@
     python -m tests.chaos.rank [--slow-steps SECONDS] [--disk-full FILE] -- --training.steps=10 ...
 
     --slow-steps SECONDS    each step is so much longer, which changes none of its numbers
+    --slow-saves SECONDS    each save is so much longer before its first byte is written
     --disk-full FILE        while FILE exists a save finds no space
 
 Without options nothing is replaced. The package itself has no such switches.
@@ -25,10 +26,13 @@ def install(options: list[str]) -> None:
     """Replaces what the options name, and nothing else."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--slow-steps", type=float)
+    parser.add_argument("--slow-saves", type=float)
     parser.add_argument("--disk-full", type=Path)
     chosen = parser.parse_args(options)
     if chosen.slow_steps:
         slow_steps(chosen.slow_steps)
+    if chosen.slow_saves:
+        slow_saves(chosen.slow_saves)
     if chosen.disk_full:
         disk_full(chosen.disk_full)
 
@@ -41,6 +45,16 @@ def slow_steps(seconds: float) -> None:
         return call(self, *arguments)
 
     TrainStep.__call__ = slowed
+
+
+def slow_saves(seconds: float) -> None:
+    write_data = FileSystemWriter.write_data
+
+    def slowed(self, plan, planner):
+        time.sleep(seconds)
+        return write_data(self, plan, planner)
+
+    FileSystemWriter.write_data = slowed
 
 
 def disk_full(file: Path) -> None:

@@ -19,12 +19,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from tests.chaos.harness import LIMIT, Attacked, Job, flip_a_bit
+from tests.chaos.harness import Attacked, Job, flip_a_bit
 from tests.launch import rows
 
 LEGS = (2, 1, 2)  # ranks
 FAULTS = ("kill one", "kill all", "terminate", "stop and continue", "flip a bit", "disk full")
-ACTIVE_SHARE = 0.6  # of the time; the rest is what starts take
+LIMIT = 300.0  # seconds, of what takes a tenth of it on a machine that does nothing else
+ACTIVE_SHARE = 0.8  # of the time; the rest is what starts take
 
 
 def legs(steps: int) -> list[tuple[int, int]]:
@@ -42,6 +43,7 @@ class Soak:
         self.full = job.dump.parent / "full"
         self.options = ("--slow-steps", str(pause), "--disk-full", str(self.full))
         self.faults: Counter[str] = Counter()
+        self.bag: list[str] = []
         self.starts = self.redone = 0
 
     def run(self, ranks: int, last: int) -> None:
@@ -61,14 +63,23 @@ class Soak:
     def _attack(self, run: Attacked) -> None:
         """Faults until one of them ends the run, it ends by itself, or the time is over."""
         while run.sleep(self.rng.uniform(*self.every)) and time.monotonic() < self.deadline:
-            fault = self.rng.choice(FAULTS)
-            if fault == "flip a bit" and len(self.job.checkpoints()) < 3:
-                continue  # a run may lose one checkpoint, not all
+            fault = self._draw()
             self.faults[fault] += 1
             if self._strike(run, fault):
                 return
         while run.is_alive():  # the time is over: in peace
             run.sleep(1.0)
+
+    def _draw(self) -> str:
+        """From a bag that is filled again once it is empty: each kind comes as often as any other."""
+        if not self.bag:
+            self.bag = self.rng.sample(FAULTS, len(FAULTS))
+        possible = list(self.bag)
+        if len(self.job.checkpoints()) < 3:  # a run may lose one checkpoint, not all
+            possible = [fault for fault in self.bag if fault != "flip a bit"] or ["kill all"]
+        if possible[0] in self.bag:
+            self.bag.remove(possible[0])
+        return possible[0]
 
     def _strike(self, run: Attacked, fault: str) -> bool:
         """Whether this ends the run."""
@@ -97,9 +108,9 @@ class Soak:
 
 
 def undisturbed(job: Job, steps: int) -> float:
-    """-> seconds of a step, the median, without the starts"""
+    """-> seconds of a step, the median, without the starts. It saves at the ends of its legs alone."""
     for ranks, last in legs(steps):
-        job.finish(ranks, f"--training.steps={last}")
+        job.finish(ranks, f"--training.steps={last}", f"--checkpoint.interval={steps}", limit=LIMIT)
     return statistics.median(row["step_seconds"] for row in rows(job.dump))
 
 

@@ -1,5 +1,6 @@
-"""Whole runs that are killed, stopped or damaged: rows 1, 3, 4, 14, 15, 17 of docs/reliability.md."""
+"""Whole runs that are killed, stopped or damaged: rows 1, 3, 4, 12, 14, 15, 17 of docs/reliability.md."""
 
+import json
 import os
 import random
 import re
@@ -30,7 +31,7 @@ def test_without_options_a_rank_is_the_program_itself():
     rank_module.install([])
     assert TrainStep.__call__ is call
     write = rank_module.FileSystemWriter.write_data
-    rank_module.install(["--slow-steps", "0"])
+    rank_module.install(["--slow-steps", "0", "--slow-saves", "0"])
     assert (TrainStep.__call__, rank_module.FileSystemWriter.write_data) == (call, write)
 
 
@@ -105,12 +106,14 @@ def test_a_rank_that_dies_ends_the_other_within_5_seconds(victim, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_stopped_is_named_and_ends_the_run_at_the_time_out(tmp_path):
-    job = Job(
-        tmp_path, comm__train_timeout_seconds=6, comm__heartbeat_seconds=0.5, comm__hang_warning_seconds=2
-    )
-    with job.start(2, ("--slow-steps", "0.2")) as run:
-        while job.last_step() < 5:
+@pytest.mark.parametrize("in_flight", [False, True], ids=["without a save", "with a save in flight"])
+def test_a_rank_that_is_stopped_is_named_and_ends_the_run_at_the_time_out(in_flight, tmp_path):
+    """A save needs all ranks, and may wait half an hour for one of them; a run that has lost it does not."""
+    waits = {"train_timeout_seconds": 6, "heartbeat_seconds": 0.5, "hang_warning_seconds": 2}
+    keys = {f"comm__{name}": seconds for name, seconds in waits.items()}
+    job = Job(tmp_path, checkpoint__interval=5 if in_flight else 1000, **keys)
+    with job.start(2, ("--slow-steps", "0.2", "--slow-saves", "30" if in_flight else "0")) as run:
+        while job.last_step() < 5 + in_flight:
             assert run.sleep(0.05), "the run ended before it was attacked"
         run.strike(1, signal.SIGSTOP)
         stopped = time.monotonic()
@@ -118,7 +121,29 @@ def test_a_rank_that_is_stopped_is_named_and_ends_the_run_at_the_time_out(tmp_pa
         took, error = time.monotonic() - stopped, run.processes[0].output()[1]
     assert "no sign of life from rank 1" in error
     assert list((job.dump / "heartbeat").glob("*")), "the stacks of the living"
+    assert ("the save in flight is given up" in error) == in_flight
+    assert "rank 0 failed:" in error and "RuntimeError: " in error, "what failed is said all the same"
+    assert json.loads((job.dump / "exit_status.json").read_text())["status"] == "failed"
     assert 4 < took < 6 + 45
+
+
+@pytest.mark.slow
+def test_a_kill_in_the_save_after_a_signal_loses_that_step_alone_and_the_next_start_warns(tmp_path):
+    job = Job(tmp_path, training__steps=12, checkpoint__async_mode="disabled", checkpoint__grace_seconds=0.5)
+    with job.start(2, ("--slow-saves", "1.0")) as run:
+        while job.last_step() < 4:
+            assert run.sleep(0.05), "the run ended before it was attacked"
+        for rank in range(2):
+            run.strike(rank, signal.SIGTERM)
+        time.sleep(0.5)
+        for rank in range(2):
+            run.strike(rank, signal.SIGKILL)
+        assert run.wait(LIMIT).codes == [-signal.SIGKILL] * 2
+    last = job.last_step()
+    (error, _) = job.finish(2).errors
+    before, _, after = error.partition(f"resuming after step {last - 1} of 12")
+    assert "a job is killed 0.5 s after the signal" in before and after, error
+    assert len(job.history()) == 12
 
 
 def children(pid: int) -> list[int]:

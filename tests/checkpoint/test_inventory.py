@@ -1,14 +1,18 @@
 """`torchtitan-rd checkpoints`: what lies in a folder, and what --prune takes away."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tests.checkpoint.common import names, save_steps
 from torchtitan_rd.__main__ import main
+from torchtitan_rd.checkpoint import inventory as inventory_module
+from torchtitan_rd.checkpoint import manifest as manifest_module
 from torchtitan_rd.checkpoint.folders import CheckpointFolder
 from torchtitan_rd.checkpoint.lock import FolderLock
 from torchtitan_rd.checkpoint.manifest import read_manifest
+from torchtitan_rd.commands import verify as verify_command
 
 HEX = "0123456789abcdef" * 2
 
@@ -98,3 +102,49 @@ def test_the_table_is_for_people(folder, tmp_path, capsys):
     assert main(["checkpoints", str(empty)]) == 0 and "no checkpoint" in capsys.readouterr().out
     assert main(["checkpoints", str(tmp_path / "nothing")]) == 1
     assert "is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["checkpoints", "--verify"], ["checkpoints"], ["verify"]])
+def test_what_a_living_run_removes_under_a_look_is_no_damage(command, folder, capsys, monkeypatch):
+    """A run commits, renames and removes while this looks; each of these goes as it is looked at."""
+    going = ("step-3", f".tmp-step-5-{HEX}")
+    verify, rglob = manifest_module.verify, Path.rglob
+
+    def rename(path):
+        if path.name in going:
+            path.rename(path.with_name(f"now{path.name}"))
+
+    def verify_late(path, **options):
+        rename(path)
+        return verify(path, **options)
+
+    def glob_late(path, pattern):
+        if path.name.startswith("."):
+            rename(path)
+        return rglob(path, pattern)
+
+    for module in (inventory_module, verify_command):
+        monkeypatch.setattr(module, "verify", verify_late)
+    monkeypatch.setattr(Path, "rglob", glob_late)
+    assert main([command[0], str(folder), *command[1:]]) == 0
+    out = capsys.readouterr().out
+    assert "step-4" in out and "step-3 " not in out and ".tmp-step-5" not in out
+    assert ("step-3: a run has removed" in out) == (command == ["verify"])
+    if command == ["verify"]:
+        assert "DAMAGED" not in out
+
+
+def test_a_file_that_is_renamed_under_a_look_is_left_out_of_the_size(folder, capsys, monkeypatch):
+    part = folder / f".tmp-step-5-{HEX}"
+    (part / ".metadata.tmp").write_bytes(b"123")
+    is_file = Path.is_file
+
+    def renamed(path):
+        found = is_file(path)
+        if path.name == ".metadata.tmp":
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "is_file", renamed)
+    _, entries, _ = listed(capsys, folder)
+    assert entries[part.name]["bytes"] == 7

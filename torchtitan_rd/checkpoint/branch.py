@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchtitan_rd.checkpoint.folders import STATE
+from torchtitan_rd.checkpoint.folders import STATE, CheckpointFolder
 from torchtitan_rd.checkpoint.manifest import check_file, read_manifest, second_look
 from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.log import logger
 
 BRANCH = "branch"  # the key in state.json; absent where nothing was asked
 
@@ -50,6 +51,26 @@ def descendants(root: Path, newer: Sequence[int], load_step: int) -> list[int]:
             continue
         return list(newer) if branch.get("branched_from") == load_step else []
     return []
+
+
+def steps_to_try(folder: CheckpointFolder, wanted: int) -> list[int]:
+    """The steps that a run with `load_step = wanted` may go on from, in order. Raises CheckpointError."""
+    steps = folder.steps()
+    if wanted == -1 and not steps and (damaged := folder.quarantined()):
+        raise CheckpointError(
+            f"{folder.root} holds only damaged checkpoints ({', '.join(damaged)}); "
+            f"move them, or set another checkpoint.folder, to start afresh"
+        )
+    if wanted == -1:
+        return steps
+    newer = [n for n in steps if n > wanted]
+    if served := descendants(folder.root, newer, wanted):
+        logger.info("checkpoint.load_step = %d has acted: steps %s branched from it", wanted, served)
+    elif wanted not in steps:
+        raise CheckpointError(f"checkpoint.load_step = {wanted}: {folder.root} has the steps {steps}")
+    elif newer:
+        logger.warning("going back to step %d: steps %s are set aside at the next save", wanted, newer)
+    return served + [wanted] * (wanted in steps)
 
 
 def _branch_of(folder: Path) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 docs/checkpoints.md tells the protocol and its promises.
 """
 
-import dataclasses
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,14 @@ from torch import Tensor
 from torchtitan_rd.checkpoint import branch, contract, loading, rank_state
 from torchtitan_rd.checkpoint.arranged_rows import RowOrders
 from torchtitan_rd.checkpoint.config import CheckpointConfig
-from torchtitan_rd.checkpoint.cpu_copies import CpuCopies
 from torchtitan_rd.checkpoint.folders import CONFIG, STATE, CheckpointFolder
 from torchtitan_rd.checkpoint.loading import TensorReader, Tensors
 from torchtitan_rd.checkpoint.lock import FolderLock
 from torchtitan_rd.checkpoint.manifest import is_damage, tensor_table, verify
 from torchtitan_rd.checkpoint.rank_group import RankGroup
 from torchtitan_rd.checkpoint.safe_reader import METADATA, MODEL_SHAPE, SafeReader
+from torchtitan_rd.checkpoint.save_time import SaveTime
+from torchtitan_rd.checkpoint.saves import Saves
 from torchtitan_rd.checkpoint.writer import Snapshot, Writer, find_aliases
 from torchtitan_rd.config_values import without_none
 from torchtitan_rd.errors import CheckpointError, ConfigError
@@ -46,6 +45,7 @@ class Checkpointer:
     run_lock: rank 0's lock of a folder around this one, which is then enough.
         The checkpoints have a lock of their own without it, and where a symbolic link leads them elsewhere.
     row_orders: of the matrices whose rows this run has arranged otherwise than checkpoints have them.
+    grace: seconds from a signal to the kill, where the launcher says it and `grace_seconds` does not.
 
     Raises CheckpointError if a living run uses the folder, ConfigError if `async_mode` cannot work here.
     """
@@ -63,6 +63,7 @@ class Checkpointer:
         open_released: Callable[[Path], TensorReader] | None = None,
         run_lock: FolderLock | None = None,
         row_orders: RowOrders | None = None,
+        grace: float | None = None,
     ):
         if config.async_mode == "async_with_pinned_mem" and not torch.cuda.is_available():
             raise ConfigError('checkpoint.async_mode = "async_with_pinned_mem" needs CUDA; use "async" here')
@@ -87,20 +88,11 @@ class Checkpointer:
         if config.enable:
             self._ranks.from_rank0(self._take_folder)
         self._row_orders = row_orders or {}
-        self._writer = Writer(self._folder, self._ranks, self._lock, config.keep_latest_k, self._row_orders)
-
-        # Its thread is waited for at interpreter exit, so that a run that ends without close() keeps its
-        # save. A new thread would otherwise open a CUDA context on device 0, whichever device this rank uses.
-        on_device = (
-            (torch.cuda.set_device, (torch.cuda.current_device(),))
-            if torch.cuda.is_initialized()
-            else (None, ())
-        )
-        self._executor = ThreadPoolExecutor(1, "checkpoint", *on_device)
-        self._in_flight: Future[None] | None = None
-        self._copies = CpuCopies(pinned=config.async_mode == "async_with_pinned_mem")
+        writer = Writer(self._folder, self._ranks, self._lock, config.keep_latest_k, self._row_orders)
+        saves_here = config.enable and self._world.rank == 0
+        save_time = SaveTime(Path(dump_folder), (config.grace_seconds or grace) if saves_here else None)
+        self._saves = Saves(config, writer, save_time)
         self._last_save = time.monotonic()
-        self._saved_step = -1
 
     def should_save(self, step: int, *, last_step: bool) -> bool:
         """Whether to save now. In seconds mode rank 0's clock decides, so every rank must ask
@@ -121,6 +113,7 @@ class Checkpointer:
         *,
         own_state: Mapping[str, Any] | None = None,
         last_step: bool = False,
+        required: bool = False,
     ) -> None:
         """Saves step `step`; in the async modes it returns once the tensors are copied.
 
@@ -129,50 +122,38 @@ class Checkpointer:
         state: JSON values, equal on every rank. own_state: those of this rank, with the same keys on every
         rank; `load` gives them back among the others, if the number of ranks is the same.
         Step 0 is a seed and holds only `tensors["model"]`, as does the last step under
-        `last_save_model_only`. Raises CheckpointError, on every rank, if this save or the previous one
-        failed.
+        `last_save_model_only`. required: no later save makes up for this one, so it may not fail.
+        Raises CheckpointError, on every rank, if this save or the previous one failed, unless
+        `checkpoint.on_save_error` lets the run go on.
         """
         self.wait()
         export = last_step and self.config.last_save_model_only
-        if step == self._saved_step and not export:
+        if step == self._saves.step and not export:
             logger.info("step %d is saved already", step)
             return
-        snapshot = self._snapshot(step, tensors, state, own_state or {}, export)
-        self._ranks.from_rank0(lambda: self._folder.require_free(snapshot.stored_bytes()))
         self._last_save = time.monotonic()
-        if self.config.async_mode == "disabled":
-            self._writer.write(snapshot)
-        else:
-            copied = dataclasses.replace(snapshot, tensors=self._copies.make(snapshot.tensors))
-            self._in_flight = self._executor.submit(self._writer.write, copied)
-        self._saved_step = -1 if export else step
+        snapshot = self._snapshot(step, tensors, state, own_state or {}, export)
+        self._saves.begin(snapshot, self._last_save, required=required)
 
     def has_saved(self) -> bool:
         """Whether this rank's share of the save in flight is written, or has failed;
         False if none is in flight.
         """
-        return self._in_flight is not None and self._in_flight.done()
+        return self._saves.has_ended()
 
     def wait(self) -> None:
-        """Waits for the save in flight. Raises CheckpointError on every rank if it failed."""
-        if self._in_flight is None:
-            return
-        in_flight, self._in_flight = self._in_flight, None
-        started = time.monotonic()
-        try:
-            in_flight.result()
-        except CheckpointError:
-            self._saved_step = -1
-            raise
-        waited = time.monotonic() - started
-        if waited > 1:
-            logger.warning(
-                "waited %.1f s for the previous save; a larger checkpoint.interval avoids it", waited
-            )
+        """Waits for the save in flight. Raises CheckpointError on every rank if it failed, unless
+        `checkpoint.on_save_error` lets the run go on.
+        """
+        self._saves.wait()
+
+    def describe(self) -> dict[str, int]:
+        """For a row of metrics, where a run goes on after a failed save: how many have failed."""
+        return {"failed_saves": self._saves.errors.total} if self.config.on_save_error == "warn" else {}
 
     def is_committed(self, step: int) -> bool:
         """Whether the run can go on from `step`. Not while its save is in flight."""
-        return self._in_flight is None and self._saved_step == step
+        return not self._saves.is_in_flight() and self._saves.step == step
 
     def lost_at(self, step: int) -> str:
         """What a run that ended now, at `step`, would lose; for any thread."""
@@ -195,7 +176,10 @@ class Checkpointer:
         """
         if not self.config.enable:
             return None
-        return self._load_first(tensors, self._ranks.from_rank0(self._candidates))
+        return self._load_first(
+            tensors,
+            self._ranks.from_rank0(lambda: branch.steps_to_try(self._folder, self.config.load_step)),
+        )
 
     def go_back(self, tensors: Tensors, before: int) -> dict[str, Any] | None:
         """As `load`, in the midst of a run, from the newest good checkpoint of a step below `before`; all
@@ -270,19 +254,23 @@ class Checkpointer:
         excluded = self.config.exclude_from_loading
         loading.load_initial_weights(reader, path, model, excluded, self._ranks, self._row_orders)
 
-    def close(self) -> None:
+    def close(self, patience: float | None = None) -> None:
         """Waits for the save in flight and gives the folder free. Idempotent;
         before destroy_process_group.
+
+        patience: seconds after which the save is given up; for a run that has lost a rank, without which no
+        save ends (`leave_stuck_saves`).
         """
+        given_up = patience is not None and self._saves.give_up_after(patience)
         try:
             self.wait()
         finally:
-            self._executor.shutdown()
-            self._copies.close()
+            self._saves.close()
             if self._lock is not None and self._lock is not self._run_lock:
                 self._lock.release()
             self._lock = None
-            self._ranks.close()
+            if not given_up:  # its thread still uses the group
+                self._ranks.close()
 
     def _reader_of(self, path: Path) -> TensorReader:
         if (path / METADATA).exists() or self._open_released is None:
@@ -341,27 +329,6 @@ class Checkpointer:
         name = f"step-{step}-model" if export else f"step-{step}"
         return Snapshot(name, step, resumable, stored, aliases, tensor_table(kept), documents, own_documents)
 
-    def _candidates(self) -> list[int]:
-        """The steps to try, in order."""
-        steps, wanted = self._folder.steps(), self.config.load_step
-        if wanted == -1 and not steps and (damaged := self._folder.quarantined()):
-            raise CheckpointError(
-                f"{self._folder.root} holds only damaged checkpoints ({', '.join(damaged)}); "
-                f"move them, or set another checkpoint.folder, to start afresh"
-            )
-        if wanted == -1:
-            return steps
-        newer = [n for n in steps if n > wanted]
-        if served := branch.descendants(self._folder.root, newer, wanted):
-            logger.info("checkpoint.load_step = %d has acted: steps %s branched from it", wanted, served)
-        elif wanted not in steps:
-            raise CheckpointError(
-                f"checkpoint.load_step = {wanted}: {self._folder.root} has the steps {steps}"
-            )
-        elif newer:
-            logger.warning("going back to step %d: steps %s are set aside at the next save", wanted, newer)
-        return served + [wanted] * (wanted in steps)
-
     def _verify(self, path: Path) -> list[str]:
         """What is wrong with a checkpoint; collective, each rank reads its share of the files."""
         share = (self._ranks.rank, self._ranks.world_size)
@@ -392,7 +359,7 @@ class Checkpointer:
             if moved != name:
                 logger.warning("%s is now %s", name, moved)
 
-        self._saved_step = manifest.step
+        self._saves.step = manifest.step
         logger.info("resumed from %s", path)
         state = rank_state.unite(state, path, manifest, self._ranks)
         state.pop(branch.BRANCH, None)

@@ -31,6 +31,18 @@ class CheckpointConfig(Section):
     """`async`: copy the state to CPU memory, then write in the background while training goes on.
     `async_with_pinned_mem`: the same through page-locked buffers, kept between saves (CUDA only)."""
 
+    on_save_error: Literal["raise", "warn"] = "raise"
+    """What a save that fails does to the run. `raise`: it ends. `warn`: it goes on, counts it (`failed_saves`
+    of a row), and tries again at the next interval; `max_save_errors` in a row end it. The last save of a
+    run, a seed, and a save that lost a rank or the folder's lock end it in any case."""
+
+    max_save_errors: int = Field(3, ge=1)
+    """With on_save_error = "warn": the run ends once so many saves in a row have failed."""
+
+    grace_seconds: float | None = Field(None, gt=0)
+    """Seconds from the signal that ends a job to the kill. Saves that take longer than half of it are warned
+    about. None: what torchrun waits (TORCH_ELASTIC_SHUTDOWN_TIMEOUT, else 30), without torchrun nothing."""
+
     load_step: int = Field(-1, ge=-1)
     """Go back to exactly this step, once: the same command again goes on from the checkpoints written since.
     -1: from the newest good checkpoint."""

@@ -1,7 +1,7 @@
 """What lies in a folder of checkpoints, for people: nothing is loaded, and nothing changed but by `prune`."""
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,10 +56,14 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def inventory(root: Path, *, hashes: bool) -> list[Entry]:
-    """All that runs have made in `root`, by step. hashes: read every byte of what has a manifest."""
+    """All that runs have made in `root`, by step. hashes: read every byte of what has a manifest.
+
+    A run may live there: what it renames or removes under this look is left out.
+    """
     kinds = _kinds(root)
     ordered = sorted(kinds, key=lambda name: (_step(name), name))
-    return [_entry(root / name, kinds[name], hashes) for name in ordered]
+    entries = (_entry_if_there(root / name, kinds[name], hashes) for name in ordered)
+    return [entry for entry in entries if entry is not None]
 
 
 def prune(root: Path) -> list[Path]:
@@ -94,10 +98,21 @@ def _kind(name: str) -> str | None:
     return "leftover" if LEFTOVER.fullmatch(name) else None
 
 
+def _entry_if_there(path: Path, kind: str, hashes: bool) -> Entry | None:
+    entry = None
+    with suppress(FileNotFoundError):
+        entry = _entry(path, kind, hashes)
+    return entry if path.is_dir() else None
+
+
 def _entry(path: Path, kind: str, hashes: bool) -> Entry:
-    files = [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]
-    size = sum(file.stat().st_size for file in files)
-    written = max((file.stat().st_mtime for file in files), default=path.stat().st_mtime)
+    files = []
+    for file in path.rglob("*"):
+        with suppress(FileNotFoundError):  # as torch gives `.metadata` its name
+            if file.is_file() and not file.is_symlink():
+                files.append(file.stat())
+    size = sum(file.st_size for file in files)
+    written = max((file.st_mtime for file in files), default=path.stat().st_mtime)
 
     complete: bool | None = None
     verified: bool | None = None

@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from torchtitan_rd.checkpoint.lock import FolderLock
 from torchtitan_rd.checkpoint.manifest import FileTable, Manifest, TensorTable, hash_files, verify
 from torchtitan_rd.checkpoint.rank_group import RankGroup
 from torchtitan_rd.checkpoint.safe_reader import METADATA
+from torchtitan_rd.checkpoint.save_errors import LostRankError
 from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.log import logger
 
@@ -101,6 +103,15 @@ class _AliasWriter(FileSystemWriter):
         super().finish(metadata, [*results, again])
 
 
+def writer_thread() -> ThreadPoolExecutor:
+    """One thread, which is waited for at interpreter exit, so that a run that ends without close() keeps its
+    save. A new thread would otherwise open a CUDA context on device 0, whichever device this rank uses.
+    """
+    if not torch.cuda.is_initialized():
+        return ThreadPoolExecutor(1, "checkpoint")
+    return ThreadPoolExecutor(1, "checkpoint", torch.cuda.set_device, (torch.cuda.current_device(),))
+
+
 class Writer:
     """Writes snapshots into `folder`, one at a time. Rank 0 holds `lock`."""
 
@@ -135,9 +146,7 @@ class Writer:
         except CheckpointError as error:
             raise CheckpointError(f"{where} was not saved ({self._room()}): {error}") from error
         except RuntimeError as error:  # of gloo: a rank died or was silent for too long
-            raise CheckpointError(
-                f"{where} was not saved: lost contact with another rank: {error}"
-            ) from error
+            raise LostRankError(f"{where} was not saved: lost contact with another rank: {error}") from error
 
     def _room(self) -> str:
         try:

@@ -4,10 +4,12 @@ torchtitan-rd verify outputs/debug/checkpoint
 """
 
 import argparse
+import os
 from pathlib import Path
 
 from torchtitan_rd.checkpoint import read_manifest, verify
 from torchtitan_rd.checkpoint.folders import MANIFEST, MODEL_ONLY, STEP, step_of
+from torchtitan_rd.checkpoint.manifest import FileTable
 from torchtitan_rd.errors import CheckpointError
 
 
@@ -20,14 +22,24 @@ def main(arguments: list[str]) -> int:
     folders = _checkpoints(parser.parse_args(arguments).dir.resolve())
     damaged = False
     for folder in folders:
-        problems = verify(folder)
+        problems, files = verify(folder), _files(folder)
+        if not os.path.lexists(folder):
+            print(f"gone {folder}: a run has removed or renamed it meanwhile")
+            continue
         damaged = damaged or bool(problems)
         for problem in problems:
             print(f"DAMAGED {folder}: {problem}")
         if not problems:
-            files = read_manifest(folder).files
             print(f"ok {folder} ({len(files)} files, {sum(f.size for f in files.values()):,} bytes)")
     return int(damaged)
+
+
+def _files(folder: Path) -> FileTable:
+    """Of the manifest; none where `verify` has a problem with it."""
+    try:
+        return read_manifest(folder).files
+    except CheckpointError:
+        return {}
 
 
 def _checkpoints(path: Path) -> list[Path]:
