@@ -1,11 +1,15 @@
 """What a plan says a GPU takes is what a run takes, where both can be had: on CPUs."""
 
+from contextlib import nullcontext
+from unittest.mock import patch
+
 import pytest
 import torch
 
 from tests.planning.common import LLAMA, RAVEN, allocated, config_of, planned, run_for_real
 from tests.ranks import run_on_ranks
 from torchtitan_rd.parallelism.tiled_mlp import swiglu
+from torchtitan_rd.planning import trace
 from torchtitan_rd.planning.tracker import Tracker
 
 NONE, SELECTIVE, FULL = {"mode": "none"}, {"mode": "selective"}, {"mode": "full"}
@@ -30,12 +34,13 @@ def compare(configs: list, world_size: int) -> None:
     """Shards to the byte; what else the step takes within 10 %."""
     real = run_on_ranks(world_size, run_for_real, configs, timeout=900.0)[0]
     for config, seen in zip(configs, real, strict=True):
-        plan = planned(config, world_size)
+        # On a CPU, host memory is the device's too: offloaded inputs count while they live there.
+        with patch.object(trace, "_marks_host_memory", lambda tracker: nullcontext()):
+            plan = planned(config, world_size)
         assert (plan.parameters, plan.optimizer) == (seen["parameters"], seen["optimizer"])
         assert plan.gradients == seen["gradients"]
         need = plan.worst
-        saved_away = need.saved_on_host  # on a CPU, host memory is the device's too
-        told = need.peak + saved_away - plan.parameters - plan.optimizer
+        told = need.peak - plan.parameters - plan.optimizer
         assert told == pytest.approx(seen["peak"], rel=0.1), (config.activation_checkpoint, need.parts)
 
 
