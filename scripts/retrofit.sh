@@ -1,5 +1,5 @@
 # Sourced after launch.sh. `retrofit X.toml [--section.key value ...]` trains a dense Llama, makes a recurrent model of its
-# layers 0-1, 3-5 (the core) and 6-7, and trains this as X.toml says. Beside it, at equal training FLOPs: the dense model
+# layers 0-1, 4 (the core) and 7, and trains this as X.toml says. Beside it, at equal training FLOPs: the dense model
 # continued, and the recurrent one from random weights. Then it prints the held-out losses of all of them. A run that
 # stands is continued by `launch`, so the same command goes on after an interruption.
 
@@ -10,7 +10,7 @@ retrofit() {
     _trained "$dense" "$folder/dense" "$@" || return
     start=$(ls -d "$folder"/dense/checkpoint/step-* | sort -V | tail -n 1)
     python convert/llama_to_raven.py --input_dir "$start" --output_dir "$folder/start" --dcp --force \
-        --prelude 0-1 --core 3-5 --coda 6-7 --mean_recurrence 4 --mean_backprop_depth 4 || return
+        --prelude 0-1 --core 4 --coda 7 --mean_recurrence 8 --mean_backprop_depth 4 || return
 
     _trained "$config" "$folder/retrofitted" "$@" --checkpoint.initial_load_path "$folder/start" || return
     _trained "$config" "$folder/random" "$@" --model.overrides.adapter_start random || return
