@@ -249,7 +249,7 @@ def test_a_run_that_has_lost_a_rank_gives_the_save_in_flight_up(tmp_path, monkey
     """Its thread waits for that rank, and Python's end would wait for the thread. Others wait for it."""
     rank_is_back, left = threading.Event(), []
     write = Writer.write
-    monkeypatch.setattr(Writer, "write", lambda *arguments: (rank_is_back.wait(60), write(*arguments)))
+    monkeypatch.setattr(Writer, "write", lambda *arguments: (rank_is_back.wait(10), write(*arguments)))
     monkeypatch.setattr(saves, "_STUCK", [])
     monkeypatch.setattr(os, "_exit", left.append)
     checkpoints = checkpointer(tmp_path, async_mode="async")
