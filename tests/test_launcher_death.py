@@ -12,7 +12,8 @@ import pytest
 
 from tests.fork_server import start_python
 from tests.launch import free_port, wait_for_step
-from torchtitan_rd.reliability.launcher import GRACE_SECONDS, POLL_SECONDS
+from torchtitan_rd.reliability.launcher import GRACE_SECONDS, POLL_SECONDS, launcher_watched
+from torchtitan_rd.signals import StopRequest
 
 ROOT = Path(__file__).parent.parent
 SMALL = [
@@ -110,6 +111,18 @@ def test_ranks_whose_launcher_is_killed_save_and_end_or_end_at_least(hang, tmp_p
         assert status["status"] == "preempted", error
         assert (tmp_path / "checkpoint" / f"step-{status['step']}" / "manifest.json").exists()
         assert not (tmp_path / ".lock").exists()
+
+
+def test_a_rank_that_hears_of_the_end_before_it_has_looked_names_the_launcher_too(monkeypatch):
+    """The other rank may look first, and its flag ends this one's step too."""
+    stop = StopRequest()
+    with launcher_watched(lambda reason: None, lambda reason: None) as stop.look:
+        assert stop.reason() == "another rank was told to stop"
+        launcher = os.getppid()
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert stop.reason() == f"the launcher (process {launcher}) has died"
+        stop.signal_name = "SIGINT"
+        assert stop.reason() == "received SIGINT"
 
 
 def test_a_process_without_torchrun_outlives_the_shell_that_started_it(tmp_path):

@@ -64,6 +64,7 @@ class StopRequest:
     cause: why this process asked itself (`ask`); None where somebody else did.
     agreed: whether all ranks know of a request, through `agree`.
     lost: says what would be lost if the process ended now. record: writes that it does, with the reason.
+    look: a cause that is there already, though nobody has asked for an end yet.
     """
 
     def __init__(self) -> None:
@@ -73,6 +74,7 @@ class StopRequest:
         self.agreed = False
         self.lost: Callable[[], str] = lambda: "training had not begun"
         self.record: Callable[[str], object] = lambda reason: None
+        self.look: Callable[[], str | None] = lambda: None
         self._has_interrupted = False
         self._count, self._last_time = 0, -SAME_EVENT
 
@@ -103,7 +105,10 @@ class StopRequest:
         """For `exit_status.json`."""
         if self.cause is not None:
             return self.cause
-        return f"received {self.signal_name}" if self.received() else "another rank was told to stop"
+        if self.received():
+            return f"received {self.signal_name}"
+        # Another rank may have seen first what this one would see in a moment.
+        return self.look() or "another rank was told to stop"
 
     def ask(self, cause: str) -> None:
         """Asks for an end as a SIGTERM does; for any thread."""

@@ -5,7 +5,7 @@ python -m torchtitan_rd.train --job.config_file train_configs/debug.toml      # 
 """
 
 import sys
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE)
         return 0
     # First of all and until all is closed: whatever this waits for, a signal must not end it in the midst.
-    with StopRequest() as stop:
-        # A process that was started by hand may outlive its shell.
-        watched = launcher_watched(stop.ask, stop.end) if job.is_started_by_torchrun() else nullcontext()
-        with watched:
-            code = _main(arguments, stop)
+    # A process that was started by hand may outlive its shell.
+    by_torchrun = job.is_started_by_torchrun()
+    with StopRequest() as stop, launcher_watched(stop.ask, stop.end, by_torchrun) as stop.look:
+        code = _main(arguments, stop)
     leave_stuck_saves(code)
     return code
 

@@ -17,19 +17,28 @@ GRACE_SECONDS = 8.0
 
 
 @contextmanager
-def launcher_watched(ask: Callable[[str], None], end: Callable[[str], None]) -> Iterator[None]:
-    """Within it the death of this process's parent ends the process, in a thread.
+def launcher_watched(
+    ask: Callable[[str], None], end: Callable[[str], None], is_launched: bool = True
+) -> Iterator[Callable[[], str | None]]:
+    """Within it the death of this process's parent ends the process, in a thread. Gives what says, when it is
+    called, that the parent has died, or None.
 
+    is_launched: without a launcher nobody is watched.
     ask: told the reason at once; asks the main thread to end. end: told it again after GRACE_SECONDS; ends
     the process.
     """
+    if not is_launched:
+        yield lambda: None
+        return
     launcher, closing = os.getppid(), threading.Event()
 
+    def look() -> str | None:
+        return None if os.getppid() == launcher else f"the launcher (process {launcher}) has died"
+
     def watch() -> None:
-        while os.getppid() == launcher:
+        while (reason := look()) is None:
             if closing.wait(POLL_SECONDS):
                 return
-        reason = f"the launcher (process {launcher}) has died"
         ask(reason)
         if not closing.wait(GRACE_SECONDS):
             end(reason)
@@ -37,7 +46,7 @@ def launcher_watched(ask: Callable[[str], None], end: Callable[[str], None]) -> 
     thread = threading.Thread(target=watch, name="launcher", daemon=True)
     thread.start()
     try:
-        yield
+        yield look
     finally:
         closing.set()
         thread.join()
