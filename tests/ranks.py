@@ -82,7 +82,6 @@ EACH_DEVICE = pytest.mark.parametrize(
 )
 # For a body that two ranks put to a harder test than one does, and that is long: one rank is tried at night.
 TWO_FIRST = [pytest.param(1, marks=pytest.mark.slow), 2]
-MOST_THREADS = 24  # of a worker, after which it collects garbage
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -130,6 +129,7 @@ def _serve(pipe: Connection, device: str) -> None:
 
     torch.set_num_threads(1)
     sys.path[:], current_process().authkey = pipe.recv()
+    gc.freeze()  # what is imported by now stays, and need not be looked through after each body
     while True:
         try:
             body, args, rank, world_size, store = pipe.recv()
@@ -151,9 +151,9 @@ def _serve(pipe: Connection, device: str) -> None:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            if len(list(Path("/proc/self/task").glob("*"))) > MOST_THREADS:
-                # Models in circles keep their groups, whose threads wake up a hundred times a second.
-                gc.collect()
+            # Models in circles keep their groups, whose threads wake up a hundred times a second; and a group
+            # that dies during the next body takes the name from that body's group.
+            gc.collect()
         pipe.send(result)
 
 
