@@ -8,6 +8,7 @@ import base64
 import gc
 import os
 import random
+import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -240,16 +241,20 @@ def shorten_timeouts(comm: CommConfig, mesh: DeviceMesh) -> None:
     set_timeouts(mesh, comm.train_timeout_seconds)
 
 
-# Of gloo's messages, which come as a plain RuntimeError.
-_LOST_RANK = ("gloo", "timed out", "timeout", "pair closure", "connection ", "broken pipe")
+# gloo's errors come as a plain RuntimeError. Nearly all begin with the place in gloo's source; the
+# others are what the remaining operations of a rank end with once one of them has taken too long.
+_LOST_RANK = re.compile(
+    r"/gloo/\S+\.(cc|h):\d+\]|application timeout caused pair closure|"
+    r"timed out waiting \d+ms for (send|recv) operation",
+    re.IGNORECASE,
+)
 
 
 def is_of_a_lost_rank(error: BaseException | None) -> bool:
     """Whether a collective has failed: a rank has died, or was silent for as long as it may."""
     if isinstance(error, dist.DistError):
         return True
-    text = str(error).lower()
-    return type(error) is RuntimeError and any(word in text for word in _LOST_RANK)
+    return type(error) is RuntimeError and _LOST_RANK.search(str(error)) is not None
 
 
 def gather(value: Any) -> list[Any]:

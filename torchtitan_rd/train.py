@@ -67,9 +67,10 @@ def main(arguments: list[str] | None = None) -> int:
     if "-h" in arguments or "--help" in arguments:
         print(USAGE)
         return 0
-    # First of all and until all is closed: whatever this waits for, a signal must not end it in the midst.
     # A process that was started by hand may outlive its shell.
     by_torchrun = job.is_started_by_torchrun()
+
+    # First of all and until all is closed: whatever this waits for, a signal must not end it in the midst.
     with StopRequest() as stop, launcher_watched(stop.ask, stop.end, by_torchrun) as stop.look:
         code = _main(arguments, stop)
     leave_stuck_saves(code)

@@ -284,6 +284,7 @@ def test_a_save_that_ends_in_time_is_kept_however_little_patience_there_is(tmp_p
         (dist.DistBackendError("NCCL error: remote process exited"), True),
         (torch.OutOfMemoryError("the connection of a timeout"), False),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RuntimeError("rows.parquet: connection reset by peer, read timed out"), False),
         (CheckpointError("lost contact with another rank: timeout"), False),
         (None, False),
     ],

@@ -23,7 +23,7 @@ from torchtitan_rd.planning.cards import GIB, find_card
 from torchtitan_rd.planning.compute import SECONDS_A_DAY, stated_pace
 from torchtitan_rd.planning.making import make_plan, on_gpus, resolve_without_data
 from torchtitan_rd.planning.report import Plan, checkpoint_bytes
-from torchtitan_rd.slurm import Job, Profile, as_time, minutes_of, profiles, read_profile
+from torchtitan_rd.slurm import SIGNAL_SECONDS, Job, Profile, as_time, minutes_of, profiles, read_profile
 
 
 def main(arguments: list[str]) -> int:
@@ -84,8 +84,11 @@ def _minutes(chosen: argparse.Namespace, profile: Profile) -> int | None:
             f"--time {as_time(minutes)}: profile {chosen.profile} allows {chosen.nodes} nodes "
             f"{as_time(longest)} a job. For longer runs pass --budget or --chain"
         )
-    if minutes * 60 <= 2 * 300:
-        raise ConfigError(f"--time {as_time(minutes)}: 5 minutes before its end a job saves and stops")
+
+    if minutes * 60 <= 2 * SIGNAL_SECONDS:
+        raise ConfigError(
+            f"--time {as_time(minutes)}: {SIGNAL_SECONDS // 60} minutes before its end a job saves and stops"
+        )
     return minutes
 
 
@@ -141,7 +144,7 @@ def _estimate(plan: Plan | None, minutes: int | None, jobs: int) -> list[str]:
             f"({took.pace.source}): {took.days * 24:.1f} h"
         )
     if took is not None and minutes is not None:
-        needed = max(1, -(-int(took.days * SECONDS_A_DAY) // (minutes * 60 - 300)))
+        needed = max(1, -(-int(took.days * SECONDS_A_DAY) // (minutes * 60 - SIGNAL_SECONDS)))
         lines.append(f"{jobs} of the {needed} jobs of {as_time(minutes)} that this takes")
     lines.append(f"a checkpoint: {checkpoint_bytes(plan)['bytes'] / 1e9:.1f} GB")
     return [*lines, *(f"could not be planned: {gap}" for gap in plan.gaps)]
