@@ -64,9 +64,13 @@ def run_on_ranks(
         workers.append(_Worker(device))
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"
-        for rank, worker in enumerate(workers[:world_size]):
-            worker.pipe.send((body, args, rank, world_size, str(store)))
-        return _collect(workers[:world_size], timeout)
+        try:
+            for rank, worker in enumerate(workers[:world_size]):
+                worker.pipe.send((body, args, rank, world_size, str(store)))
+            return _collect(workers[:world_size], timeout)
+        except BaseException:  # pytest's own limit too: the group is in any state, and answers may still come
+            stop_workers()
+            raise
 
 
 # For `@EACH_DEVICE` above a test of (device, world_size): the same body on 1 and 2 CPU ranks
@@ -106,7 +110,6 @@ def _collect(workers: list[_Worker], timeout: float) -> list[Any]:
         if not ok:
             failures.append(f"rank {rank}:\n{result}")
     if failures:
-        stop_workers()  # their process group may be in any state
         raise AssertionError("\n".join(failures))
     return results
 
@@ -149,12 +152,21 @@ def _serve(pipe: Connection, device: str) -> None:
         except BaseException:  # CheckpointException of torch is not an Exception
             result = (False, traceback.format_exc())
         finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            # Models in circles keep their groups, whose threads wake up a hundred times a second; and a group
-            # that dies during the next body takes the name from that body's group.
-            gc.collect()
+            _forget_groups()
         pipe.send(result)
+
+
+def _forget_groups() -> None:
+    """Ends the process groups of a body, and all that would bring them into the next one."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if "torchtitan_rd.job" in sys.modules:  # in whose place the harness makes groups
+        from torchtitan_rd.job import forget_meshes
+
+        forget_meshes()
+    gc.collect()  # models in circles keep their groups, whose threads wake up a hundred times a second
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from tests.ranks import run_on_ranks
 from tests.small_run import Setup, batches_of, make
@@ -144,6 +146,18 @@ def timeouts(rank, world_size, replicate):
     after = seconds_of_all_groups()
     slow.close()
     return before, after
+
+
+def test_sharded_tensors_use_the_groups_of_this_run_and_not_of_one_before_in_the_process():
+    names = []
+    for others in (0, 1):  # the second time the mesh's group has another name
+        job.init_process_group(job.Environment.read(), torch.device("cpu"), COMM, Path("unused"))
+        group = [dist.new_group([0]) for _ in range(1 + others)][-1]
+        mesh = DeviceMesh.from_group(group, "cpu", mesh=[0], mesh_dim_names=("tensor",))
+        tensor = distribute_tensor(torch.ones(2, 2), mesh, [Replicate()])
+        names.append((mesh.get_group().group_name, (tensor @ tensor).device_mesh.get_group().group_name))
+        dist.destroy_process_group()
+    assert names == [("1", "1"), ("2", "2")]
 
 
 def test_a_run_of_two_copies_has_start_up_s_timeouts_until_its_first_step_is_done(tmp_path):

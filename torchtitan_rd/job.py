@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from torchtitan_rd.config_loader import OptionalUserPath, Section, Subfolder, UserPath
 from torchtitan_rd.errors import ConfigError
@@ -189,7 +190,17 @@ def init_process_group(
             "start ranks with torchrun"
         )
     options |= {"store": store, "rank": environment.rank, "world_size": environment.world_size}
+    forget_meshes()
     dist.init_process_group(**options)
+
+
+def forget_meshes() -> None:
+    """Clears what DTensor remembers of its operations, on the mesh of that time. The mesh of an earlier run
+    in this process equals this run's if ranks and dimensions do; its groups' names are others' by now.
+    """
+    # What torch.distributed.tensor.debug does, whose import takes half a second.
+    DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+    torch._C._clear_DTensor_sharding_propagator_cache()
 
 
 def _meeting(environment: Environment, comm: CommConfig, dump_folder: Path) -> Meeting:
