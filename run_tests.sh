@@ -1,5 +1,6 @@
 #!/bin/bash
-# Runs the tests, a file at a time in each of 2 processes (2 CPU cores: minutes; RESULTS.md has the figure).
+# Runs the tests, a file at a time in each of 3 processes, as tests also wait (2 CPU cores: minutes; RESULTS.md has the
+# figure).
 #   --quick        the inner loop, under a minute: the files that start no process (ranks, programs, workers of a
 #                  loader), compile nothing and import no library that takes seconds; tests/conftest.py has the rule
 #   --all          adds the slow ones (those of tests/vllm where VLLM_PYTHON names a Python with vLLM, docs/serving.md)
@@ -25,5 +26,7 @@ if [ "${1:-}" = "--mutations" ]; then
 fi
 selection=(-m "not slow")
 [ "${1:-}" != "--all" ] || { selection=(); shift; }
+# Hundreds of programs start from these modules, and each would compile them anew.
+unset PYTHONDONTWRITEBYTECODE
 # The order is that of tests/conftest.py: the longest files first.
-exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"
+exec python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "${selection[@]}" "$@"

@@ -175,6 +175,17 @@ def test_after_a_spike_a_run_is_one_that_never_saw_those_batches(late, tmp_path,
     assert (told["step"], told["to_step"], told["batches"]) == (7, 4, [6, last])
 
 
+def test_a_run_that_dies_as_it_goes_back_cannot_return_to_what_it_left(tmp_path, monkeypatch):
+    def die(*_):
+        raise RuntimeError("as a kill would")
+
+    spiking(monkeypatch, {7})
+    monkeypatch.setattr(Rollbacks, "add", die)
+    assert start(tmp_path, *ON_SPIKES, "--training.steps=10") == 1
+    names = {path.name for path in (tmp_path / "checkpoint").iterdir()}
+    assert {"step-4", "step-6.superseded"} <= names and "step-6" not in names
+
+
 def test_a_restart_passes_over_what_a_rollback_did_and_a_new_run_does_not(tmp_path, monkeypatch):
     spiking(monkeypatch, {5})
     go_on = [*ON_SPIKES, "--checkpoint.interval=1"]

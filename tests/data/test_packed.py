@@ -49,6 +49,28 @@ def test_padding_is_eos_in_the_inputs_and_ignored_in_the_labels(write):
     assert batch.labels.tolist() == [[2, EOS, -100, -100]]
 
 
+@pytest.mark.parametrize(
+    ("row", "labels"),
+    [
+        ([1, EOS, 2, EOS, EOS, EOS], [EOS, 2, EOS, -100, -100]),
+        ([1, EOS, EOS, 2, 3, EOS], [EOS, EOS, 2, 3, EOS]),
+        ([1, EOS, 2, 3, 4, 5], [EOS, 2, 3, 4, 5]),
+        ([EOS, EOS, EOS, EOS, EOS, 6], [EOS, EOS, EOS, EOS, 6]),
+    ],
+)
+def test_rows_padded_with_eos_keep_the_ends_of_their_documents(row, labels, write):
+    keys = write([row], local_batch_size=1, pad_id=EOS, eos_id=EOS, document_mask=True)
+    batch = first(keys.model_copy(update={"seq_len": 5}))
+    assert batch.inputs.tolist() == [row[:-1]] and batch.labels.tolist() == [labels]
+    ends = [0, *(token == EOS for token in row[:-2])]
+    assert batch.document_ids.tolist() == [[sum(ends[: place + 1]) for place in range(5)]]
+
+
+def test_a_document_after_padding_sees_nothing_of_what_stands_before_it(write):
+    config = write([[1, 2, PAD, 3, 4]], local_batch_size=1, pad_id=PAD, eos_id=EOS, document_mask=True)
+    assert first(config).document_ids.tolist() == [[0, 0, 0, 1]]
+
+
 def test_padding_may_lie_outside_the_vocabulary(write):
     batch = first(write([[1, 2, EOS, -1, -1]], local_batch_size=1, pad_id=-1, eos_id=EOS))
     assert batch.labels.tolist() == [[2, EOS, -100, -100]]

@@ -210,7 +210,8 @@ class DatasetKeys(BatchKeys):
 
     pad_id: int | None = Field(None, json_schema_extra=MUST_MATCH)
     """Packed rows only: the id that marks padding.
-    It becomes `eos_id` in the inputs and is ignored in the labels.
+    It becomes `eos_id` in the inputs and is ignored in the labels. May be `eos_id` itself:
+    then padding is what follows the last document's eos at a row's end.
     """
 
     eos_id: int | None = Field(None, ge=0, json_schema_extra=MUST_MATCH)

@@ -64,6 +64,16 @@ class PackedEncoder:
         if self.pad_id is None or self.border_id is None:
             check_ids(row, self.vocab_size, where)
             return row
-        padding = row == self.pad_id
+        padding = self._padding(row, self.pad_id)
         check_ids(np.where(padding, 0, row), self.vocab_size, where)
         return np.where(padding, ~self.border_id, row.astype(np.int64))
+
+    def _padding(self, row: np.ndarray, pad_id: int) -> np.ndarray:
+        """Which ids are padding: all that are pad_id. Where that is border_id too, as in data padded with eos,
+        those at the row's end, but for the first of them, which ends the last document.
+        """
+        found = row == pad_id
+        if pad_id == self.border_id:
+            others = np.flatnonzero(~found)
+            found[: others[-1] + 2 if len(others) else 1] = False
+        return found

@@ -45,15 +45,15 @@ def cut(take: Callable[[int], np.ndarray], seq_len: int) -> list[np.ndarray]:
 
 
 def pack(parts: list[np.ndarray], position: object, document_mask: bool, border_id: int | None) -> Window:
-    """One window of consecutive parts of samples. Documents are the parts,
-    or end at `border_id` if that is given.
+    """One window of consecutive parts of samples. Documents are the parts, or end at `border_id` if that is
+    given, at its complement too: what is read as an end is one.
     """
     ids = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if not document_mask:
         return Window(ids, None, position)
     if border_id is not None:
         starts = np.zeros(len(ids) - 1, np.int32)
-        starts[1:] = ids[:-2] == border_id
+        starts[1:] = (ids[:-2] == border_id) | (ids[:-2] == ~border_id)
         return Window(ids, np.cumsum(starts, dtype=np.int32), position)
     documents = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
     return Window(ids, documents[:-1], position)
