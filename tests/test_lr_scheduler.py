@@ -75,6 +75,24 @@ def test_a_cool_down_that_jumps_is_warned_of(schedule):
     assert not schedule_warnings(LRSchedulerConfig(schedule="trapezoid", cooldown_steps=5))
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"schedule": "trapezoid"}, ['schedule = "trapezoid" is constant']),
+        ({"schedule": "constant", "min_lr_factor": 0.1}, ["min_lr_factor has no effect"]),
+        (
+            {"schedule": "cosine", "min_lr_factor": 0.1, "cooldown_type": "1-sqrt"},
+            ["cooldown_type has no effect"],
+        ),
+        ({"schedule": "constant"}, []),
+    ],
+)
+def test_keys_that_wait_for_a_cool_down_are_warned_of(keys, said):
+    wanted = [f"[lr_scheduler] {what} without cooldown_steps" for what in said]
+    assert schedule_warnings(LRSchedulerConfig(**keys)) == wanted
+    assert not schedule_warnings(LRSchedulerConfig(**{**keys, "schedule": "trapezoid", "cooldown_steps": 5}))
+
+
 def test_beyond_the_end_the_floor_holds():
     assert factors(
         [11, 99], 10, schedule="trapezoid", warmup_steps=0, cooldown_steps=4, min_lr_factor=0.1

@@ -5,7 +5,7 @@ import torch
 
 from tests.ranks import run_on_ranks
 from tests.small_run import Setup, batches_of, hash_of, make
-from torchtitan_rd.data import BatchDims, DatasetKeys, load_tokenizer
+from torchtitan_rd.data import BatchDims, DatasetKeys, get_dataset, load_tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.model_spec import SINGLE_READ_OUT
 from torchtitan_rd.validation import ValidationConfig, read_held_out, validate, validation_keys
@@ -83,6 +83,25 @@ def test_the_source_of_training_is_that_of_its_own_data_set_s_held_out_rows_alon
     own, other = (ValidationConfig(dataset=name, sequences=1) for name in ("rodent", "primate"))
     assert validation_keys(own, training, 1).source_dataset == "lab 1"
     assert validation_keys(other, training, 1).source_dataset is None
+
+
+def test_packed_held_out_rows_have_ids_of_their_own_beside_training_on_text(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = pa.array([[5, 7, 6, 9, 9]] * 4, pa.list_(pa.int32()))
+    pq.write_table(pa.table({"input_ids": rows}), tmp_path / "rows.parquet")
+    training = DatasetKeys(dataset="text", seq_len=4, local_batch_size=1, document_mask=True)
+    packed = {"dataset": "packed", "dataset_path": str(tmp_path / "rows.parquet"), "sequences": 1}
+    keys = validation_keys(ValidationConfig(**packed, pad_id=9, eos_id=7), training, 1)
+    assert held_out_ids(1, keys).tolist() == [[5, 7, 6, 7]]
+    with pytest.raises(
+        ConfigError, match=r"needs validation\.eos_id for validation\.pad_id or document_mask"
+    ):
+        get_dataset(validation_keys(ValidationConfig(**packed), training, 1), "validation")
+    with pytest.raises(ConfigError, match=r"unset validation\.pad_id and validation\.eos_id"):
+        own = ValidationConfig(dataset="pydoc-validation", sequences=1, eos_id=7)
+        get_dataset(validation_keys(own, training, 1), "validation")
 
 
 def test_a_set_that_does_not_divide_is_refused_by_its_own_key():

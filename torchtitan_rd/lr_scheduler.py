@@ -53,6 +53,14 @@ def lr_factor(config: LRSchedulerConfig, step: int, total_steps: int) -> float:
 
 def schedule_warnings(config: LRSchedulerConfig) -> list[str]:
     """What is legal but seldom meant, one line each."""
+    if not config.cooldown_steps:
+        has_no_decay = config.schedule in ("constant", "trapezoid")
+        idle = (
+            (config.schedule == "trapezoid", 'schedule = "trapezoid" is constant'),
+            (has_no_decay and config.min_lr_factor > 0, "min_lr_factor has no effect"),
+            (config.cooldown_type != "linear", "cooldown_type has no effect"),
+        )
+        return [f"[lr_scheduler] {what} without cooldown_steps" for holds, what in idle if holds]
     if config.cooldown_steps and config.schedule in ("linear", "cosine"):
         return [
             f'[lr_scheduler] cooldown_steps = {config.cooldown_steps} after schedule = "{config.schedule}": '

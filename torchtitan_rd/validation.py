@@ -37,6 +37,10 @@ class ValidationConfig(Section):
     """Where to read it; unset: [training] dataset_path if the data set is the same."""
     split: str = "validation"
     """The split to read of data that has several: of a hub data set, or of files named after their split."""
+    pad_id: int | None = None
+    """Packed rows only: the id of padding, as [training] pad_id; unset: that one."""
+    eos_id: int | None = Field(None, ge=0)
+    """Packed rows only: the id that ends a document, as [training] eos_id; unset: that one."""
     freq: int = Field(500, ge=1)
     """Steps from one validation to the next."""
     sequences: int = Field(64, ge=1)
@@ -75,6 +79,8 @@ def validation_keys(config: ValidationConfig, training: DatasetKeys, data_degree
     same = name == training.dataset
     kind = DATASETS[name].kind if name in DATASETS else None
     of_its_kind = {key: getattr(training, key) for key in _KEYS_OF_KIND.get(kind, ())}
+    given = {"pad_id": config.pad_id, "eos_id": config.eos_id}
+    of_its_kind |= {key: value for key, value in given.items() if value is not None}
 
     return DatasetKeys(
         dataset=name,

@@ -105,12 +105,13 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
         ),
     )
 
+    packed = "validation" if section == "validation" else "training"  # has these keys of its own
     packed_keys = config.pad_id is not None or config.eos_id is not None
     needs_eos = row.kind == "packed" and (config.pad_id is not None or config.document_mask)
     pair = (config.question_column, config.answer_column)
     chat_keys = any(pair) or config.chat_loss != "assistant" or not config.pack_samples
     of_its_kind = (
-        (row.kind != "packed" and packed_keys, "is not packed: unset training.pad_id and training.eos_id"),
+        (row.kind != "packed" and packed_keys, f"is not packed: unset {packed}.pad_id and {packed}.eos_id"),
         (
             row.kind != "chat" and chat_keys,
             "is no chat: unset training.question_column, answer_column, chat_loss and pack_samples",
@@ -125,7 +126,7 @@ def get_dataset(config: DatasetKeys, section: str = "training", split: str = "tr
             "is read in the order of its files with training.lane_per_file: unset training.stream, "
             "shuffle_seed and source_dataset",
         ),
-        (needs_eos and config.eos_id is None, "needs training.eos_id for training.pad_id or document_mask"),
+        (needs_eos and config.eos_id is None, f"needs {packed}.eos_id for {packed}.pad_id or document_mask"),
     )
 
     problems = [problem for wrong, problem in (*remarks, *of_its_kind) if wrong]

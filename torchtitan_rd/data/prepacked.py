@@ -69,8 +69,8 @@ class PackedEncoder:
         return np.where(padding, ~self.border_id, row.astype(np.int64))
 
     def _padding(self, row: np.ndarray, pad_id: int) -> np.ndarray:
-        """Which ids are padding: all that are pad_id. Where that is border_id too, as in data padded with eos,
-        those at the row's end, but for the first of them, which ends the last document.
+        """Which ids are padding: all that are pad_id. Where that is border_id too, as in data padded with
+        eos, those at the row's end, but for the first of them, which ends the last document.
         """
         found = row == pad_id
         if pad_id == self.border_id:

@@ -25,7 +25,7 @@ class DataRanks:
     gather: the value of every rank, in rank order, on every rank. It may wait for hours: a large data set is
     converted by one rank while the others wait. rank: among all; local_rank: among those of this node,
     numbered in one row.
-    states: the `state.json` of the run's checkpoints, newest first,
+    states: the `state.json` of the run's checkpoints, the likeliest first,
         which note the commits that the run reads.
     """
 

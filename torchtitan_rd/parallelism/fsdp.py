@@ -160,7 +160,7 @@ def kept_whole(plan: WrapPlan, keys: ShardingKeys) -> tuple[str, ...]:
 
     FSDP gathers and reduces a unit in one type, so a float32 norm in a bfloat16 block would need a unit of
     its own: three more collectives a block. They are small; held whole, their gradients are summed once a
-    step (train_step.py).
+    step (step_sums.py).
     """
     return () if keys.mixed_precision_param == "float32" else plan.full_precision
 
