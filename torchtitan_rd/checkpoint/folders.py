@@ -1,8 +1,8 @@
 """The folder of a run's checkpoints: names, staging, the one commit, retention.
 
-Rank 0 alone makes, renames and removes here; all ranks write into what it made. A checkpoint is a real folder `step-N` with a manifest. Everything that this module makes, renames or
-removes has one of the names below; whatever else lies in the folder, symbolic links included, is the user's
-and is never touched.
+Rank 0 alone makes, renames and removes here; all ranks write into what it made. A checkpoint is a real folder
+`step-N` with a manifest. Everything that this module makes, renames or removes has one of the names below;
+whatever else lies in the folder, symbolic links included, is the user's and is never touched.
 """
 
 import os
