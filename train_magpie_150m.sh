@@ -8,6 +8,7 @@
 #SBATCH --job-name=train_magpie_150m
 #SBATCH --output=train_magpie_150m_%j.out
 #SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@300
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
 source scripts/env.sh

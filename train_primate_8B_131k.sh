@@ -9,6 +9,7 @@
 #SBATCH --job-name=train_primate_8b_131k
 #SBATCH --output=train_primate_8b_131k_%j.out
 #SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@300
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
 source scripts/env.sh

@@ -8,6 +8,7 @@
 #SBATCH --job-name=train_raven_3.5b
 #SBATCH --output=train_raven_3.5b_%j.out
 #SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@300
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
 source scripts/env.sh

@@ -8,6 +8,7 @@
 #SBATCH --job-name=train_raven_primate_131k
 #SBATCH --output=train_raven_primate_131k_%j.out
 #SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@300
 cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
 source scripts/env.sh

@@ -141,18 +141,24 @@ launch() {
         local head
         head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
         rendezvous=(--rdzv_id "$SLURM_JOB_ID" --rdzv_backend c10d --rdzv_endpoint "$head:$((20000 + SLURM_JOB_ID % 20000))")
+        # The nodes' torchruns count restarts each for itself, so ranks cannot tell by the count which attempt is theirs: each
+        # attempt gets a store and a port of its own.
+        export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+        # srun does not take it from the job by itself, and one core would serve all ranks of a node.
+        [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
     fi
-    # torchrun passes a signal on and then waits this long for the ranks to save their checkpoint.
+    # torchrun passes a signal on and then waits this long for the ranks to save their checkpoint (torch 2.11: 30 s).
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
     set -- --nnodes "$nodes" --nproc_per_node "$per_node" \
         --max_restarts "${MAX_RESTARTS:-$([ -n "${SLURM_JOB_ID:-}" ] && echo 3 || echo 0)}" \
         --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
         "${rendezvous[@]}" -m torchtitan_rd.train --job.config_file "$config" "$@"
     if [ "$nodes" -gt 1 ]; then
-        # --propagate: the limit that was raised here holds on every node. srun passes every signal on to each node.
+        # --propagate: the limit that was raised here holds on every node. srun passes USR1 on to each node's shell; a TERM
+        # it answers by killing all tasks at once.
         srun --propagate=NOFILE bash -c 'source "$0" && _torchrun "$@"' "${BASH_SOURCE[0]}" "$@" &
         local srun=$!
-        trap 'was_signalled=1; kill -TERM "$srun" 2>/dev/null' TERM INT USR1 HUP QUIT
+        trap 'was_signalled=1; kill -USR1 "$srun" 2>/dev/null' TERM INT USR1 HUP QUIT
         _wait_for "$srun"; code=$?
         trap - TERM INT USR1 HUP QUIT
     else

@@ -148,6 +148,28 @@ def timeouts(rank, world_size, replicate):
     return before, after
 
 
+@pytest.mark.parametrize(
+    ("told", "attempt", "warns"),
+    [
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True"}, "2", False),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "True", "GROUP_WORLD_SIZE": "3"}, "2", True),
+        ({"TORCHELASTIC_USE_AGENT_STORE": "False", "GROUP_WORLD_SIZE": "3"}, "0", False),
+    ],
+)
+def test_ranks_of_several_torchruns_do_not_tell_attempts_apart_by_their_counts(
+    told, attempt, warns, monkeypatch, caplog
+):
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    for name, value in {**common, "TORCHELASTIC_RESTART_COUNT": "2", **told}.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr(job, "meet", lambda meeting: asked.append(meeting) or dist.HashStore())
+    job.init_process_group(job.Environment.read(), torch.device("cpu"), COMM, Path("unused"))
+    dist.destroy_process_group()
+    assert [(meeting.attempt, meeting.is_host) for meeting in asked] == [(attempt, attempt == "0")]
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE" in caplog.text) == warns
+
+
 def test_sharded_tensors_use_the_groups_of_this_run_and_not_of_one_before_in_the_process():
     names = []
     for others in (0, 1):  # the second time the mesh's group has another name
@@ -164,24 +186,30 @@ def test_a_run_of_two_copies_has_start_up_s_timeouts_until_its_first_step_is_don
     groups = ("default_pg", "mesh_dp_shard")
     for code, seen in run_on_ranks(2, run_with_watched_timeouts, str(tmp_path)):
         assert code == 0
-        first, last = ({name: found[name] for name in groups} for found in (seen[0], seen[-1]))
+        first, last, closing = ({name: found[name] for name in groups} for found in seen)
         assert first == dict.fromkeys(groups, 701.0) and last == dict.fromkeys(groups, 101.0)
-        assert {found["checkpoint"] for found in seen} == {1234.0}
+        assert closing == first, "rank 0 may upload while the others wait"
+        assert {found["checkpoint"] for found in seen[:2]} == {1234.0}, "it is closed before"
 
 
 def run_with_watched_timeouts(rank, world_size, folder):
-    """The trainer itself; what the time-outs are when each of its two steps begins."""
+    """The trainer itself; what the time-outs are when each of its two steps begins, and when it closes."""
     from tests.test_bad_input import GOOD
     from torchtitan_rd import train
+    from torchtitan_rd.metrics import Metrics
     from torchtitan_rd.train_step import TrainStep
 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(master_port()))
     dist.destroy_process_group()
-    seen, call = [], TrainStep.__call__
+    seen, call, close = [], TrainStep.__call__, Metrics.close
 
     def watched(self, *arguments):
         seen.append(seconds_of_all_groups())
         return call(self, *arguments)
+
+    def closed(self):
+        seen.append(seconds_of_all_groups())
+        close(self)
 
     arguments = [
         "--comm.init_timeout_seconds=701",
@@ -190,10 +218,10 @@ def run_with_watched_timeouts(rank, world_size, folder):
     ]
     arguments += ["--checkpoint.timeout_seconds=1234", "--parallelism.data_parallel_replicate_degree=2"]
     try:
-        TrainStep.__call__ = watched
+        TrainStep.__call__, Metrics.close = watched, closed
         code = train.main([*GOOD, "--training.steps=2", *arguments])
     finally:
-        TrainStep.__call__ = call
+        TrainStep.__call__, Metrics.close = call, close
         del os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the harness ends one
     return code, seen

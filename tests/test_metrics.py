@@ -57,10 +57,10 @@ def result_of(step: int) -> StepResult:
     return known(step, 1 / 3 + 1 / step, 1 / 3 + 1 / step + 0.1, 1 / step)
 
 
-def train(folder: Path, start: int, stop: int, **keys) -> None:
+def train(folder: Path, start: int, stop: int, *, differs: bool = False, **keys) -> None:
     """The training loop of steps start + 1 .. stop, ended as by kill -9: nothing is closed."""
     metrics = make(folder, log_freq=5, **keys)
-    metrics.start(start, start * TOKENS)
+    metrics.start(start, start * TOKENS, differs=differs)
     for step in range(start + 1, stop + 1):
         with metrics.time_data():
             pass

@@ -146,6 +146,15 @@ def test_wandb_continues_one_run_over_restarts_with_each_step_once(tmp_path, mon
     assert len(wandb.runs) == 2
 
 
+def test_after_going_back_to_other_batches_wandb_has_a_run_of_its_own(tmp_path, monkeypatch):
+    """It cannot take rows back, and those of the batches that were left are not this run's."""
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    train(tmp_path, 0, 10, enable_wandb=True)
+    train(tmp_path, 4, 10, enable_wandb=True, differs=True)
+    assert [[step for step, _ in history] for history in wandb.runs.values()] == [[1, 5, 10], [5, 10]]
+
+
 @pytest.mark.parametrize("field", ["x_disable_meta", "_disable_meta", "of_a_later_version"])
 def test_wandb_does_not_upload_the_command_line_or_says_that_it_does(field, tmp_path, monkeypatch, caplog):
     wandb = FakeWandb(field)

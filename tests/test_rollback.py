@@ -157,9 +157,17 @@ def spiking(monkeypatch, bad_batches, late=False):
 @pytest.mark.parametrize("late", [False, True])
 def test_after_a_spike_a_run_is_one_that_never_saw_those_batches(late, tmp_path, monkeypatch, capfd):
     """Spikes at the step of batch 7, which is step 7; where numbers come late it is noticed in step 8."""
+    outputs, begin = [], parts.Metrics.start
+
+    def started(self, step, tokens_seen, **how):
+        outputs.append((step, how.get("differs", False)))
+        begin(self, step, tokens_seen, **how)
+
     with monkeypatch.context() as patch:
         spiking(patch, {7}, late)
+        patch.setattr(parts.Metrics, "start", started)
         assert start(tmp_path / "run", *ON_SPIKES, "--training.steps=10") == 0
+    assert outputs == [(0, False), (4, True)], "a tracker must not take the rows for those it has"
     last = 8 if late else 7
     error = capfd.readouterr().err
     assert "step 7: the loss is 1000.0000, where" in error

@@ -132,12 +132,26 @@ print("torchrun was told", len(told), flush=True)
 """
 
 
-def with_false_torchrun(folder: Path, signals: int) -> tuple[list[str], Path]:
-    """(a command that launches a rank which waits for so many signals,
-    the file that it makes once it listens).
+# As Slurm's own (src/srun/libsrun/srun_job.c): passes USR1 and USR2 on, and has all tasks killed at a TERM.
+FALSE_SRUN = """
+import os, signal, subprocess, sys
+task = subprocess.Popen(sys.argv[2:], start_new_session=True)
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, lambda *_: os.killpg(task.pid, signal.SIGKILL))
+signal.signal(signal.SIGINT, lambda *_: None)
+for number in (signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, lambda number, _: task.send_signal(number))
+sys.exit(task.wait())
+"""
+
+
+def with_false_torchrun(folder: Path, signals: int, nodes: int = 1) -> tuple[list[str], Path]:
+    """(a command that launches a rank which waits for so many signals, on several nodes under a srun that
+    starts one of them; the file that the rank makes once it listens).
     """
     (folder / "rank.py").write_text(FALSE_RANK)
     (folder / "torchrun.py").write_text(FALSE_TORCHRUN)
+    (folder / "srun.py").write_text(FALSE_SRUN)
     program = f"{sys.executable} {folder}/torchrun.py {folder}/rank.py {folder}/ready {signals}"
     script = f"""
         source scripts/launch.sh
@@ -145,17 +159,25 @@ def with_false_torchrun(folder: Path, signals: int) -> tuple[list[str], Path]:
             [ "$2" != torch.distributed.run ] || exec {program}
             [ "$2" != torchtitan_rd ] || echo {folder}
         }}
+        export -f python
+        srun() {{ exec {sys.executable} {folder}/srun.py "$@"; }}
+        scontrol() {{ echo n; }}
         _ranks_per_node() {{ echo 1; }}
+        [ {nodes} = 1 ] || SLURM_NNODES={nodes} SLURM_JOB_ID=1
         launch x.toml
     """
     return ["bash", "-c", script], folder / "ready"
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT]
+    ("number", "nodes"),
+    [
+        *((number, 1) for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT)),
+        *((signal.SIGTERM, nodes) for nodes in (1, 2)),
+    ],
 )
-def test_torchrun_hears_one_signal_and_its_ranks_hear_all(number, tmp_path):
-    command, ready = with_false_torchrun(tmp_path, 3)
+def test_torchrun_hears_one_signal_and_its_ranks_hear_all(number, nodes, tmp_path):
+    command, ready = with_false_torchrun(tmp_path, 3, nodes)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
     deadline = time.monotonic() + 30
@@ -245,6 +267,12 @@ def test_under_slurm_every_node_joins_the_rendezvous_of_the_first(cluster):
     assert code == 0
     assert "--nnodes 36 --nproc_per_node 4" in calls and "--rdzv_id 4711" in calls
     assert "--rdzv_endpoint node7:24711" in calls and "requeue" not in calls
+
+
+def test_a_script_that_is_requeued_goes_on_in_its_own_output():
+    for script in ROOT.glob("train_*.sh"):
+        text = script.read_text()
+        assert ("#SBATCH --requeue" in text) == ("#SBATCH --open-mode=append" in text), script.name
 
 
 def test_only_a_preempted_job_is_requeued(cluster):
@@ -414,6 +442,15 @@ def test_a_profile_adds_its_cluster_s_settings_and_leaves_those_of_the_user():
     assert environment["GLOO_SOCKET_IFNAME"] == "hsn0" and environment["NCCL_CROSS_NIC"] == "1"
     assert environment["NCCL_SOCKET_IFNAME"] == "eth7" and environment["NCCL_NET_GDR_LEVEL"] == ""
     assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+
+
+def test_on_several_nodes_each_attempt_has_its_own_store_and_srun_has_the_cores_of_the_job():
+    alone, _ = launched_with(SLURM_CPUS_PER_TASK="72")
+    assert not {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "SRUN_CPUS_PER_TASK"} & alone.keys()
+    many, _ = launched_with(nodes=2, SLURM_CPUS_PER_TASK="72")
+    assert (many["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"], many["SRUN_CPUS_PER_TASK"]) == ("1", "72")
+    chosen, _ = launched_with(nodes=2, SLURM_CPUS_PER_TASK="72", SRUN_CPUS_PER_TASK="8")
+    assert chosen["SRUN_CPUS_PER_TASK"] == "8"
 
 
 def test_the_limit_of_open_files_is_raised_to_what_is_allowed():

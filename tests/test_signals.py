@@ -14,8 +14,9 @@ from tests.fork_server import run_python
 from tests.launch import Run, launch, wait_for_step
 from tests.ranks import run_on_ranks
 from tests.small_run import Setup, batches_of, make
-from torchtitan_rd import parts, run_state, train, validation
+from torchtitan_rd import job, parts, run_state, signals, train, validation
 from torchtitan_rd.checkpoint.writer import Writer
+from torchtitan_rd.config import load
 from torchtitan_rd.model_spec import SINGLE_READ_OUT
 from torchtitan_rd.signals import HANDLED, Interrupted, StopRequest, remove_exit_status, write_exit_status
 
@@ -120,6 +121,36 @@ def test_a_hasty_third_signal_and_a_deaf_start_end_even_a_rank_that_hangs(phase,
         assert status_of(tmp_path)["status"] == "stopped" and "steps after 7" in status_of(tmp_path)["reason"]
     if phase == "training":
         assert "received SIGINT again: still stopping" in found.stderr
+
+
+@pytest.mark.parametrize("storage", ["fails", "hangs"])
+def test_storage_that_is_gone_does_not_keep_a_rank_from_ending(storage, monkeypatch, caplog):
+    def gone(*_):
+        if storage == "fails":
+            raise OSError(116, "Stale file handle")
+        time.sleep(3)
+
+    ended = []
+    monkeypatch.setattr(signals, "PATIENCE", 0.1)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    stop = StopRequest()
+    stop.lost = stop.record = gone
+    started = time.monotonic()
+    stop.end("the launcher has died")
+    assert ended == [130] and time.monotonic() - started < 2
+    [line] = [line for line in caplog.messages if "ended at once" in line]
+    assert "the launcher has died" in line and "what is lost is not known" in line
+
+
+def test_a_rank_that_ends_at_once_says_whether_the_run_can_go_on(tmp_path):
+    """As one that waits while rank 0 exports: its word may come first, and a requeue depends on it."""
+    for name, keys in {"stopped": [], "preempted": ["--checkpoint.enable"]}.items():
+        arguments = [*SMALL, f"--job.dump_folder={tmp_path / name}", "--training.steps=2", *keys]
+        environment = job.Environment.read()
+        run = train.Trainer(load(arguments, environment), environment)
+        assert run.run() == "finished"
+        run.stop.record("received SIGTERM while waiting")
+        assert status_of(tmp_path / name)["status"] == name
 
 
 def test_the_rank_that_ends_first_is_the_one_that_tells(tmp_path):

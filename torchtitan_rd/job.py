@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan_rd.config_loader import OptionalUserPath, Section, Subfolder, UserPath
 from torchtitan_rd.errors import ConfigError
+from torchtitan_rd.log import logger
 from torchtitan_rd.parallelism import groups_of
 from torchtitan_rd.reliability.rendezvous import Meeting, meet
 
@@ -119,6 +120,8 @@ def _grace_seconds() -> float | None:
     if not is_started_by_torchrun():
         return None
     told = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")  # torchrun's own default
+    if torch.__version__.startswith("2.11."):  # whose torchrun does not know the variable
+        told = "30"
     return float(told) if told.isdecimal() and int(told) > 0 else None
 
 
@@ -209,18 +212,37 @@ def _meeting(environment: Environment, comm: CommConfig, dump_folder: Path) -> M
     if not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ConfigError(f"environment: MASTER_PORT is {port!r}, not a port; start ranks with torchrun")
     is_torchrun_s = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if is_torchrun_s and _restarts_on_several_nodes() and environment.rank == 0:
+        logger.warning(
+            "torchrun on several nodes restarts ranks with a store that remembers those that died: set "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on all of them, as scripts/launch.sh does"
+        )
     return Meeting(
         os.environ["MASTER_ADDR"],
         int(port),
         environment.rank,
         environment.world_size,
         is_host=environment.rank == 0 and not is_torchrun_s,
-        attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        # A store of rank 0's is of one attempt; torchrun's outlives it.
+        attempt=os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if is_torchrun_s else "0",
         run=f"job.dump_folder = {str(dump_folder)!r}",
         connect_seconds=comm.rendezvous_timeout_seconds,
         warn_seconds=comm.hang_warning_seconds,
         limit_seconds=comm.init_timeout_seconds,
     )
+
+
+def _restarts_on_several_nodes() -> bool:
+    """Whether there are several torchruns, each of which counts the restarts for itself."""
+    told = (os.environ.get("GROUP_WORLD_SIZE", "1"), os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    return told[0] != "1" and told[1] != "0"
+
+
+def raise_where_nccl_times_out() -> None:
+    """For groups that are made after this: a collective raises in the rank that waits for it, where NCCL's
+    watchdog would end the process.
+    """
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
 
 
 def make_traces_folder(device: torch.device, comm: CommConfig, dump_folder: Path) -> None:

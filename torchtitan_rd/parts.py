@@ -103,6 +103,12 @@ class Builder:
         )
         data = (loader, BatchQueue(loader, plan.batch, config.training.skip_batches), held_out)
         watch = (stragglers, heartbeat)
+
+        def allow_slow_ends(kind: object, error: BaseException | None, trace: object) -> None:
+            if error is None:  # rank 0 may upload to a tracker while the others wait
+                job.set_timeouts(mesh, config.comm.init_timeout_seconds)
+
+        self.closing.push(allow_slow_ends)
         return Parts(mesh, *data, model, optimizer, *watch, metrics, checkpointer, train_step)
 
     @property

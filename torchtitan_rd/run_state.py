@@ -124,5 +124,5 @@ def roll_back(
     parts.queue.pass_over(rollbacks.add(spike, state["step"]))
     parts.train_step.saved = False
     parts.metrics.close()  # as after a restart: rows of the steps that are run again go
-    parts.metrics.start(state["step"], state["tokens_seen"])
+    parts.metrics.start(state["step"], state["tokens_seen"], differs=True)
     return state

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,10 @@ HASTE = 2.0
 SAME_EVENT = 0.1
 """Seconds. A terminal, torchrun and srun may each pass the same Ctrl-C on:
 signals that come together are one.
+"""
+PATIENCE = 5.0
+"""Seconds for storage to say what would be lost, or to take an exit status: an end at once
+waits no longer.
 """
 UNWINDING = 10.0
 """Seconds that the main thread may stay deaf to a signal before the first step (it waits for a
@@ -184,15 +188,32 @@ class StopRequest:
         else:
             logger.warning(
                 "received %s again: still stopping; another one within %g s ends the run at once (%s)",
-                *(name, HASTE, self.lost()),
+                *(name, HASTE, self._losses()),
             )
 
     def end(self, reason: str) -> None:
         """Ends the process whatever the main thread does; for any thread."""
-        reason = f"{reason}: ended at once; {self.lost()}"
+        reason = f"{reason}: ended at once; {self._losses()}"
         logger.error("%s", reason)
-        self.record(reason)
+        _within_patience(lambda: self.record(reason))
         os._exit(STOPPED)
+
+    def _losses(self) -> str:
+        return _within_patience(self.lost) or "what is lost is not known, as the storage does not answer"
+
+
+def _within_patience(call: Callable[[], Any]) -> Any:
+    """What `call` gives; None if it fails or takes too long, as on a file system that is gone."""
+    answers: list[Any] = []
+
+    def ask() -> None:
+        with suppress(Exception):
+            answers.append(call())
+
+    thread = threading.Thread(target=ask, name="storage", daemon=True)
+    thread.start()
+    thread.join(PATIENCE)
+    return answers[0] if answers else None
 
 
 def write_exit_status(

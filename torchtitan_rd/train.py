@@ -154,7 +154,7 @@ class Trainer:
             raise
         # An earlier run's status must not stand for this one's, however early this one ends.
         had_status = rank == 0 and remove_exit_status(self.dump_folder)
-        self.stop.record = lambda reason: self._tell("stopped", reason)
+        self.stop.record = lambda reason: self._tell(self._cut_short(), reason)
         with ExitStack() as holding:  # the dump folder, until this run's status stands in it
             return self._run(holding, had_status)
 

@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from tests.chaos import rank as rank_module
 from tests.chaos.harness import LIMIT, Job, flip_a_bit
 from tests.fork_server import start_python
+from tests.launch import free_port
 from tests.whole_run import FAMILIES
 from torchtitan_rd.train_step import TrainStep
 
@@ -148,6 +150,28 @@ def test_a_kill_in_the_save_after_a_signal_loses_that_step_alone_and_the_next_st
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+def test_the_torchruns_of_two_nodes_restart_a_killed_run_though_their_counts_differ(undisturbed, tmp_path):
+    """As scripts/launch.sh starts them. A torchrun counts restarts of which its own ranks are the cause."""
+    job, port = Job(tmp_path), free_port()
+    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=2"]
+    launcher += ["--rdzv_id=4711", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}"]
+    program = ("-m", "tests.chaos.rank", "--slow-steps", "0.1", "--", *job.arguments)
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with ExitStack() as nodes:
+        torchruns = [nodes.enter_context(start_python(*launcher, *program, env=environment)) for _ in "ab"]
+        for _ in range(2):
+            wanted, deadline = job.last_step() + 5, time.monotonic() + LIMIT
+            while job.last_step() < wanted:
+                assert time.monotonic() < deadline, [node.output()[1] for node in torchruns]
+                time.sleep(0.05)
+            [rank] = children(torchruns[1].pid)
+            os.kill(rank, signal.SIGKILL)
+        codes = [node.wait(LIMIT) for node in torchruns]
+        assert codes == [0, 0], [node.output()[1] for node in torchruns]
+    assert job.history() == undisturbed[0].history()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,17 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once(tmp_path, log_lines):
     dead.wait()
     write_lock(tmp_path, pid=dead.pid)
     FolderLock(tmp_path).release()
+    assert any(f"from process {dead.pid}" in line for line in log_lines)
+
+
+def test_the_lock_of_a_zombie_is_taken_over_at_once(tmp_path, log_lines):
+    """As in a container whose first process does not wait for its children."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+    ticks = int(Path(f"/proc/{dead.pid}/stat").read_text().rpartition(")")[2].split()[19])
+    write_lock(tmp_path, pid=dead.pid, start_ticks=ticks)
+    FolderLock(tmp_path).release()
+    dead.wait()
     assert any(f"from process {dead.pid}" in line for line in log_lines)
 
 

@@ -237,11 +237,19 @@ def test_without_a_known_grace_nothing_is_written_and_a_torn_file_is_none(tmp_pa
     ],
 )
 def test_the_grace_is_what_torchrun_waits(monkeypatch, variables, grace):
+    monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
     for name in ("TORCHELASTIC_RUN_ID", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert Environment.read().grace_seconds == grace
+
+
+def test_the_torchrun_of_2_11_waits_30_seconds_whatever_the_variable_says(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu128")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "240")
+    assert Environment.read().grace_seconds == 30.0
 
 
 @pytest.mark.parametrize("patience", [0.2, None])

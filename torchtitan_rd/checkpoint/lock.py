@@ -157,14 +157,15 @@ def _named(owner: dict[str, Any]) -> str:
 
 
 def _start_ticks(pid: int) -> int | None:
-    """When process `pid` started, in clock ticks since boot (field 22 of /proc/PID/stat);
-    None if there is none.
+    """When process `pid` started, in clock ticks since boot (field 22 of /proc/PID/stat); None if there is
+    none, or a zombie, for which nobody waits.
     """
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return None
-    return int(text.rpartition(")")[2].split()[19])
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
 def _changed(path: Path) -> int | None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from torchtitan_rd.errors import ClusterError
+from torchtitan_rd.job import raise_where_nccl_times_out
 from torchtitan_rd.preflight import bus_bandwidth, ladder
 
 SLOW = 2.0
@@ -128,7 +129,11 @@ def _reduce(
     """The ladder in a process group of its own, or in the one that there is."""
     is_own = not dist.is_initialized()
     if is_own:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "gloo"
+        if device.type == "cuda":
+            backend = "cpu:gloo,cuda:nccl"
+            raise_where_nccl_times_out()  # else a rank that hangs would end those that are to name it
+
         dist.init_process_group(
             backend,
             store=dist.PrefixStore("doctor", store),

@@ -128,28 +128,34 @@ class Metrics:
         self._data_seconds = 0.0
         self._paused: defaultdict[str, float] = defaultdict(float)
 
-    def start(self, step: int, tokens_seen: int) -> None:
+    def start(self, step: int, tokens_seen: int, *, differs: bool = False) -> None:
         """Opens the outputs for the steps after `step` (0: a new run) and starts the clock.
 
         Rows that an earlier run left beyond `step` are dropped, since those steps are computed again.
-        Raises ConfigError if wandb is enabled and not installed.
+        differs: to other values. Raises ConfigError if wandb is enabled and not installed.
         """
         if self._writes:
-            self._open(step)
+            self._open(step, differs)
         self._memory = PeakMemory(self._device)
         self._resumed_from = step
         self._begin_interval(step, tokens_seen)
 
-    def _open(self, step: int) -> None:
+    def _open(self, step: int, differs: bool) -> None:
         config = self._config
         self._peak = config.peak_tflops * 1e12 if config.peak_tflops else peak_flops(self._device)
         if self._peak is None and self._device.type == "cuda":
             name = torch.cuda.get_device_name(self._device)
             logger.warning("MFU is n/a: the peak FLOP/s of %r are not known; set metrics.peak_tflops", name)
         self._dump_folder.mkdir(parents=True, exist_ok=True)
+
         if config.enable_wandb:
             self._sinks.append(
-                WandbSink(self._dump_folder, step, project=config.wandb_project, job_config=self._job_config)
+                WandbSink(
+                    self._dump_folder,
+                    0 if differs else step,
+                    project=config.wandb_project,
+                    job_config=self._job_config,
+                )
             )
         if config.enable_tensorboard:
             self._sinks.append(TensorBoardSink(self._dump_folder / config.save_tb_folder, step))

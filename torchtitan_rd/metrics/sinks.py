@@ -64,7 +64,8 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """One Weights & Biases run for the whole life of a dump folder: its id is kept in `wandb_run_id`.
+    """One Weights & Biases run for the whole life of a dump folder: its id is kept in `wandb_run_id`. step: 0
+    begins another one, since wandb cannot take rows back.
 
     Raises ConfigError if wandb is not installed.
     """
