@@ -38,9 +38,11 @@ _ranks_per_node() {
 }
 
 _status_of() {  # the "status" that the last run left in its dump folder, or nothing
-    python - "$1/exit_status.json" <<'PY' 2>/dev/null
-import json, sys
-print(json.load(open(sys.argv[1]))["status"])
+    # Where rank 0 was on another node, NFS may remember here that there is no such file; opening its folder asks anew.
+    python - "$1" <<'PY' 2>/dev/null
+import json, os, sys
+os.listdir(sys.argv[1])
+print(json.load(open(os.path.join(sys.argv[1], "exit_status.json")))["status"])
 PY
 }
 
