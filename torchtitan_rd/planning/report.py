@@ -192,9 +192,12 @@ class Plan:
         if self.duration is None:
             return [("step", "not known: pass --gpu_tflops")]
         took = self.duration
+        depth = "" if self.depths.mean is None else " at the mean depth"
+        if self.run.draws.own_depths and depth:
+            depth += " of each update's deepest rank"
         return [
             ("MFU", f"{took.pace.mfu:.1%} ({took.pace.source})"),
-            ("step", f"{took.seconds:.2f} s" + ("" if self.depths.mean is None else " at the mean depth")),
+            ("step", f"{took.seconds:.2f} s{depth}"),
             ("tokens", f"{took.tokens_per_second:,.0f} a second"),
             ("run", f"{took.days:.2f} days, {took.days * 24 * self.run.dims.world_size:,.0f} GPU hours"),
         ]
