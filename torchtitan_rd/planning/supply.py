@@ -39,6 +39,7 @@ def _supply(one: DataSet, rows_needed: int | None) -> Supply:
         found = check_path(one.keys.dataset_path, "train")
     except DataError as error:
         return Supply(name, note=str(error))
+
     files = sorted(Path(file) for file in found.files)
     if one.keys.source_dataset:
         note = f"its rows of {one.keys.source_dataset} are only counted by reading: see `data check`"
@@ -48,6 +49,7 @@ def _supply(one: DataSet, rows_needed: int | None) -> Supply:
         return Supply(
             name, len(files), note="rows of these files are only counted by reading: see `data check`"
         )
+
     rows -= _skipped(one.keys.skip_ranges, rows)
     if one.row.kind != "packed" or rows_needed is None:
         return Supply(name, len(files), rows, note="a row is a sample of any length: see `data check`")

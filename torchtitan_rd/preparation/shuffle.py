@@ -250,7 +250,7 @@ class _Buckets:
         for bucket, own in enumerate(by_bucket):
             if len(own):
                 with self._path(bucket).open("ab") as file:
-                    file.write(records[own])
+                    file.write(records[own].data)
                 self._note["sizes"][bucket] += len(own) * self._record.itemsize
 
     def _keep(self) -> None:
