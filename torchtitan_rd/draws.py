@@ -4,6 +4,8 @@ the depth and the noise of each microbatch.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,6 +59,12 @@ class Draws:
         self.family: DrawnInputs | None = None
         if spec.inputs is not None:
             self.family = spec.inputs(shape, recurrence, seed=seed, total_steps=total_steps)
+
+    def of_rank(self, data_rank: int) -> "Draws":
+        """Those of another data rank of the run."""
+        other = copy(self)
+        other.dims = replace(self.dims, data_rank=data_rank)
+        return other
 
     def training(self, step: int, number: int, batch: Batch) -> ForwardInputs:
         """For microbatch `number` (from 0) of this rank in update `step`."""

@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import sys
+import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +14,10 @@ import pytest
 
 from tests.preparation.common import contents, killed, rows_of, run, without_room
 from torchtitan_rd.preparation import shuffle as shuffle_module
-from torchtitan_rd.preparation.manifest import Output
-from torchtitan_rd.preparation.rows import digest_of_rows
-from torchtitan_rd.preparation.shuffle import _Buckets, keys_of
+from torchtitan_rd.preparation.manifest import Output, Recipe
+from torchtitan_rd.preparation.rows import ROWS_TOGETHER, RowWriter, digest_of_rows, read_rows
+from torchtitan_rd.preparation.shuffle import Order, Packed, _Buckets, keys_of
+from torchtitan_rd.preparation.shuffle import shuffle as shuffle_rows
 
 SMALL = 1e-5  # GiB: some buckets, each of some rows
 
@@ -77,7 +80,8 @@ def test_rows_go_everywhere():
     ("owner", "method", "call", "after"),
     [
         pytest.param(_Buckets, "_deal", 2, False, marks=pytest.mark.slow),
-        (_Buckets, "_deal", 2, True),  # rows are in buckets, and nothing is noted
+        (_Buckets, "_deal", 2, True),  # rows are read, and in no bucket
+        (_Buckets, "_flush", 2, True),  # rows are in buckets, and not noted
         (_Buckets, "_keep", 2, True),
         pytest.param(Output, "commit", 5, False, marks=pytest.mark.slow),
         (Output, "commit", 5, True),
@@ -110,6 +114,85 @@ def test_a_full_disk_is_one_message_and_the_same_line_goes_on(packed, shuffled, 
     assert "no room to write" in error and "Traceback" not in error
     assert run(*line) == 0
     assert contents(tmp_path / "s") == contents(shuffled)
+
+
+RECORDS = 40 * ROWS_TOGETHER  # of 64 bytes: a key and 14 ids
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A folder with one file of many rows that do not compress, and what it would take in memory."""
+    folder = tmp_path_factory.mktemp("many") / "rows"
+    output, rows = open_output(folder), some_rows(RECORDS, 14)
+    with output.locked("write"):
+        writer = RowWriter(output, folder / "train" / "a.parquet")
+        writer.write(rows)
+        writer.commit()
+    (folder / "manifest.json").unlink()
+    return folder
+
+
+def open_output(folder):
+    return Output.open(folder, Recipe("shuffle", {}, {}, None, {}))
+
+
+def some_rows(number, width):
+    return np.random.default_rng(0).integers(0, 2**31 - 1, (number, width), dtype=np.int32)
+
+
+def peak_of(work):
+    """Bytes that NumPy and Python hold at most while `work` runs."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_is_the_same_in_whatever_pieces_its_rows_come_and_one_group_of_them_is_held(tmp_path):
+    rows = some_rows(16 * ROWS_TOGETHER + 5, 64)
+    output = open_output(tmp_path / "out")
+
+    def write(name, pieces):
+        writer = RowWriter(output, tmp_path / "out" / name)
+        for piece in pieces:
+            writer.write(piece)
+        writer.commit()
+
+    with output.locked("write"):
+        peak = peak_of(lambda: write("a", [rows]))
+        write("b", np.split(rows, [1, 700, ROWS_TOGETHER + 1, 9000, 9000]))
+    assert peak < rows.nbytes / 2  # a group, and the 1 MiB at a time of which the sha256 is taken
+    assert (tmp_path / "out" / "a").read_bytes() == (tmp_path / "out" / "b").read_bytes()
+    assert np.array_equal(np.concatenate([*read_rows(tmp_path / "out" / "a")]), rows)
+
+
+def test_a_file_is_read_without_keeping_it_in_memory(many):
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in read_rows(many / "train" / "a.parquet")]
+    assert len(held) == RECORDS / ROWS_TOGETHER
+    assert 0 < max(held) < (many / "train" / "a.parquet").stat().st_size / 4
+
+
+@pytest.mark.parametrize("buckets", [1, 4])
+def test_memory_is_what_was_allowed_and_a_bucket_is_opened_once_for_many_rows(
+    buckets, many, tmp_path, monkeypatch
+):
+    opened, real = [], Path.open
+    memory = 64 * RECORDS // buckets
+    packed, output = Packed.open(many), open_output(tmp_path / "s")
+
+    def counted(path, *args, **kwargs):
+        opened.extend([path.name] if path.name.startswith("bucket-") else [])
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", counted)
+    peak = peak_of(lambda: shuffle_rows(packed, Order(0, {"train": 1, "val": 0}, memory), output))
+    # Beside a bucket: its order, some groups of rows, and the program's own.
+    assert peak < 1.4 * memory + 16 * 64 * ROWS_TOGETHER
+    # A bucket is opened when dealing begins, when it is forced to storage, and for each half of the memory.
+    assert len(opened) == buckets * (2 + 2 * buckets)
 
 
 def test_a_terminal_is_shown_how_long_it_takes(packed, tmp_path, capsys, monkeypatch):

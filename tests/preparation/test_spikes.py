@@ -143,6 +143,20 @@ def test_counts_are_taken_as_they_are_and_clipped_on_request_alone(tmp_path, cap
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["sessions"][0]["clipped"] == 2
 
 
+@pytest.mark.parametrize("kind", ["int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_counts_may_be_of_any_integer_type(kind, tmp_path, capsys):
+    most = min(np.iinfo(kind).max, 2**40)
+    counts = np.array([[0, 127, most], [1, 2, 3]], kind)
+    np.savez(tmp_path / "a.npz", spike_counts=counts)
+    assert prepare(tmp_path / "out", tmp_path / "a.npz", "--clip") == 0
+    assert sessions_of(tmp_path / "out").popitem()[1].tolist() == [[0, 127, min(most, 254)], [1, 2, 3]]
+
+    if np.iinfo(kind).min < 0:
+        np.savez(tmp_path / "b.npz", spike_counts=-counts)
+        assert prepare(tmp_path / "none", tmp_path / "b.npz") == 1
+        assert "unit 0, time bin 1: the count -127 is not in 0..254" in capsys.readouterr().err
+
+
 def test_long_sessions_are_cut_equally_into_as_few_rows_as_possible():
     for bins, neurons, most in ((1000, 9, 999), (1000, 9, 1000), (1000, 9, 1001), (7, 3, 1), (999, 0, 100)):
         ranges = cut(bins, neurons, most)

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--files", type=int, help="of train (default: as many as there are)")
     parser.add_argument("--val-files", type=int, help="of val (default: as many as there are)")
     parser.add_argument(
-        "--memory", type=float, default=1.0, help="GiB; the peak is about three times that (default: 1)"
+        "--memory", type=float, default=1.0, help="GiB, beside the program and 8192 rows (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order (default: 0)")
     return parser

@@ -57,7 +57,7 @@ def stated_pace(mfu: float | None) -> Pace:
 
 
 def model_flops(plan: RunPlan, depths: Depths) -> float:
-    """Of all ranks in a full step, without recomputation, at the mean depth."""
+    """Of all ranks in a full step, without recomputation, if all go at the mean pace."""
     count = plan.spec.flops(plan.shape, plan.seq_len, num_steps=depths.mean)
     return plan.tokens_per_step * (count.matmul + count.attention_causal)
 

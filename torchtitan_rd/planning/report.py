@@ -11,7 +11,7 @@ from tabulate import tabulate
 
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.planning.cards import GIB, Card
-from torchtitan_rd.planning.compute import Duration, executed, total_tokens
+from torchtitan_rd.planning.compute import SECONDS_A_DAY, Duration, executed, total_tokens
 from torchtitan_rd.planning.draws import Depths
 from torchtitan_rd.planning.memory import FRAGMENTATION, RUNTIME_GIB, Measured, Traced, staging_bytes
 from torchtitan_rd.planning.proposals import Proposal
@@ -171,9 +171,15 @@ class Plan:
             return [*rows, ("checkpoints", "none: checkpoint.enable is false")]
         kept = "all" if disk["kept"] is None else f"{disk['kept']} at most"
         free = "" if disk["free_bytes"] is None else f"; free there now: {_gib(disk['free_bytes'])} GiB"
-        rows.append(("a checkpoint", f"{_gib(disk['bytes'])} GiB, {disk['saves']} of them in the run"))
-        rows.append(("kept", f"{kept}: {_gib(disk['kept_bytes'])} GiB{free}"))
-        if disk["free_bytes"] is not None and disk["free_bytes"] < disk["kept_bytes"]:
+        saves = f"{disk['saves']} of them in the run"
+        if self.config.checkpoint.interval_type == "seconds":
+            saves = "how many is not known: pass --gpu_tflops" if disk["saves"] is None else f"about {saves}"
+        room = "not known"
+        if disk["peak_bytes"] is not None:
+            room = f"{_gib(disk['kept_bytes'])} GiB, and {_gib(disk['peak_bytes'])} while one is written"
+        rows.append(("a checkpoint", f"{_gib(disk['bytes'])} GiB, {saves}"))
+        rows.append(("kept", f"{kept}: {room}{free}"))
+        if None not in (disk["free_bytes"], disk["peak_bytes"]) and disk["free_bytes"] < disk["peak_bytes"]:
             rows.append(("", "NOT ENOUGH here; elsewhere, look at job.dump_folder's own disk"))
         return rows
 
@@ -192,9 +198,12 @@ class Plan:
         if self.duration is None:
             return [("step", "not known: pass --gpu_tflops")]
         took = self.duration
+        depth = "" if self.depths.mean is None else " at the mean depth"
+        if self.run.draws.own_depths and depth:
+            depth += " of each update's deepest rank"
         return [
             ("MFU", f"{took.pace.mfu:.1%} ({took.pace.source})"),
-            ("step", f"{took.seconds:.2f} s" + ("" if self.depths.mean is None else " at the mean depth")),
+            ("step", f"{took.seconds:.2f} s{depth}"),
             ("tokens", f"{took.tokens_per_second:,.0f} a second"),
             ("run", f"{took.days:.2f} days, {took.days * 24 * self.run.dims.world_size:,.0f} GPU hours"),
         ]
@@ -217,24 +226,45 @@ def host_bytes(plan: Plan) -> dict[str, int]:
 
 
 def checkpoint_bytes(plan: Plan) -> dict[str, Any]:
-    """bytes: of one, on disk, in float32 with the optimizer's state. kept: None: all of them."""
-    keys, steps = plan.config.checkpoint, plan.config.training.steps
+    """bytes: of one, on disk, in float32 with the optimizer's state. saves: None: not known. kept: None: all.
+    kept_bytes: of those that stay. peak_bytes: while one is written, since the oldest goes only after that;
+    None: not known.
+    """
+    keys = plan.config.checkpoint
     per_parameter = 4 * (1 + plan.measured.optimizer / plan.measured.parameters)
     size = round(plan.run.count_parameters() * per_parameter)
-    saves = (
-        0 if not keys.enable else math.ceil(steps / keys.interval) if keys.interval_type == "steps" else None
-    )
-    kept = keys.keep_latest_k or None
-    count = min(number for number in (saves, kept) if number is not None) if (saves or kept) else 1
+    saves, kept = _saves(plan), keys.keep_latest_k or None
+
+    def at_most(number: int | None) -> int | None:
+        known = [one for one in (saves, number) if one is not None]
+        return size * min(known) if known else None
+
     folder = Path(plan.config.job.dump_folder).resolve()
     there = next((one for one in (folder, *folder.parents) if one.is_dir()), None)
     return {
         "bytes": size,
         "saves": saves,
         "kept": kept,
-        "kept_bytes": size * count,
+        "kept_bytes": at_most(kept),
+        "peak_bytes": at_most(None if kept is None else kept + 1),
         "free_bytes": None if there is None else shutil.disk_usage(there).free,
     }
+
+
+def _saves(plan: Plan) -> int | None:
+    """How many checkpoints the run writes. None where that depends on the time of a step, which is not
+    known.
+    """
+    keys, steps = plan.config.checkpoint, plan.config.training.steps
+    if not keys.enable:
+        return 0
+    interval = keys.interval
+    if keys.interval_type == "seconds":
+        if plan.duration is None:
+            return None
+        # It is asked after each step whether a save is due.
+        interval = math.ceil(interval / (plan.duration.days * SECONDS_A_DAY / steps))
+    return math.ceil(steps / interval)
 
 
 def _named(traced: Traced) -> str:

@@ -12,7 +12,9 @@ from torchtitan_rd.run_plan import RunPlan
 
 @dataclass(frozen=True)
 class Supply:
-    """name: of the data set. files, rows, epochs: None where they are not known. note: why."""
+    """name: of the data set. rows: those that are read. files, rows, epochs: None where they are not known.
+    note: why.
+    """
 
     name: str
     files: int | None = None
@@ -37,15 +39,31 @@ def _supply(one: DataSet, rows_needed: int | None) -> Supply:
         found = check_path(one.keys.dataset_path, "train")
     except DataError as error:
         return Supply(name, note=str(error))
+
     files = sorted(Path(file) for file in found.files)
+    if one.keys.source_dataset:
+        note = f"its rows of {one.keys.source_dataset} are only counted by reading: see `data check`"
+        return Supply(name, len(files), note=note)
     rows = _rows(files)
     if rows is None:
         return Supply(
             name, len(files), note="rows of these files are only counted by reading: see `data check`"
         )
+
+    rows -= _skipped(one.keys.skip_ranges, rows)
     if one.row.kind != "packed" or rows_needed is None:
         return Supply(name, len(files), rows, note="a row is a sample of any length: see `data check`")
-    return Supply(name, len(files), rows, rows_needed / rows, "a row is a sequence")
+    return Supply(name, len(files), rows, rows_needed / rows if rows else None, "a row is a sequence")
+
+
+def _skipped(ranges: list[list[int]], rows: int) -> int:
+    """How many of so many rows lie in ranges (first, last), which may overlap and go beyond."""
+    skipped = behind = 0
+    for first, last in sorted(ranges):
+        end = min(last + 1, rows)
+        skipped += max(end - max(first, behind), 0)
+        behind = max(behind, end)
+    return skipped
 
 
 def _rows(files: list[Path]) -> int | None:

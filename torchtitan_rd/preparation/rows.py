@@ -17,7 +17,8 @@ _MASK = (1 << 64) - 1
 class RowWriter:
     """Writes one file of rows, which appears when it is complete; without rows there is none.
 
-    Row groups do not depend on how rows arrive, so neither do the bytes.
+    Row groups do not depend on how rows arrive, so neither do the bytes. It holds the rows of one group, and
+    nothing of the arrays that it was given.
     """
 
     def __init__(self, output: Output, path: Path):
@@ -27,17 +28,19 @@ class RowWriter:
         self._staged = output.stage(path)
         self._file: BinaryIO | None = None
         self._writer: Any = None
-        self._waiting: list[np.ndarray] = []
-        self._count = 0
+        self._group = np.empty((0, 0), np.int32)  # made for the width of the first rows
+        self._count = 0  # of its rows that are filled
 
     def write(self, rows: np.ndarray) -> None:
-        """rows: (N, width) integers."""
-        if not len(rows):
-            return
-        self._waiting.append(rows.astype(np.int32, copy=False))
-        self._count += len(rows)
-        while self._count >= ROWS_TOGETHER:
-            self._flush()
+        """rows: (N, width) integers, each time of the same width."""
+        if len(rows) and not len(self._group):
+            self._group = np.empty((ROWS_TOGETHER, rows.shape[1]), np.int32)
+        while len(rows):
+            part, rows = np.split(rows, [ROWS_TOGETHER - self._count])
+            self._group[self._count : self._count + len(part)] = part
+            self._count += len(part)
+            if self._count == ROWS_TOGETHER:
+                self._flush()
 
     def commit(self) -> dict[str, Any] | None:
         """Finishes the file. Returns its rows, size and sha256, or None if there is none."""
@@ -54,9 +57,7 @@ class RowWriter:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        together = np.concatenate(self._waiting)
-        rows, rest = together[:ROWS_TOGETHER], together[ROWS_TOGETHER:]
-        self._waiting, self._count = [rest], len(rest)
+        rows, self._count = self._group[: self._count], 0
         ends = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
         column = pa.ListArray.from_arrays(pa.array(ends), pa.array(rows.reshape(-1)))
         table = pa.table({COLUMN: column})
@@ -87,7 +88,7 @@ def read_rows(file: Path) -> Iterator[np.ndarray]:
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(file)
+        parquet = pq.ParquetFile(file, pre_buffer=False)  # which would keep the whole file in memory
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{file}: is no readable parquet file: {error}") from None
     kind = _type_of(parquet.schema_arrow, file)

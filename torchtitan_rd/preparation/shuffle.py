@@ -25,7 +25,7 @@ from torchtitan_rd.preparation.manifest import (
     read_finished,
     read_manifest,
 )
-from torchtitan_rd.preparation.rows import RowWriter, count_rows, digest_of_rows, read_rows
+from torchtitan_rd.preparation.rows import ROWS_TOGETHER, RowWriter, count_rows, digest_of_rows, read_rows
 from torchtitan_rd.preparation.tokenize import SPLITS
 
 _NOTED_SECONDS = 30.0  # between two notes of what is dealt out
@@ -158,13 +158,23 @@ class _Buckets:
         return f"shuffle-{self._split}.json"
 
     def deal(self) -> None:
-        """Appends every row to the bucket of its key. Goes on behind the last input that is noted."""
+        """Appends every row to the bucket of its key. Goes on behind the last input that is noted.
+
+        A bucket is opened for many rows at a time: with thousands of buckets hardly two of a thousand rows
+        go to the same one.
+        """
         note, noted_at = self._note, time.monotonic()
         if note["inputs"] == len(self._inputs):
             return
         for bucket, size in enumerate(note["sizes"]):
             with self._path(bucket).open("ab") as file:
                 file.truncate(size)  # rows of an input that was dealt out in part
+
+        # Half of the memory, as the share of a bucket is copied out of it.
+        held = max(self._order.memory // 2 // self._record.itemsize, ROWS_TOGETHER)
+        self._held = np.empty(min(held, self._total), self._record)
+        self._count = 0  # of its rows that are filled
+
         with progress_bar(self._total, note["rows"], "row", f"deal {self._split}") as bar:
             for number in range(note["inputs"], len(self._inputs)):
                 for rows in read_rows(self._packed.folder / self._inputs[number]):
@@ -174,6 +184,7 @@ class _Buckets:
                 if time.monotonic() - noted_at >= _NOTED_SECONDS or note["inputs"] == len(self._inputs):
                     self._keep()
                     noted_at = time.monotonic()
+        del self._held
 
     def write(self) -> dict[str, Any]:
         """The files, of nearly equal numbers of rows. Goes on behind the last file that is noted."""
@@ -218,30 +229,48 @@ class _Buckets:
         records = np.empty(len(rows), self._record)
         records["key"] = keys_of(note["rows"], len(rows), self._order.seed, self._split)
         records["ids"] = rows
-        owners = (
-            records["key"] >> np.uint64(64 - self._bits) if self._bits else np.zeros(len(rows), np.uint64)
-        )
-        for bucket in np.unique(owners).tolist():
-            with self._path(bucket).open("ab") as file:
-                file.write(records[owners == bucket].tobytes())
-            note["sizes"][bucket] += int((owners == bucket).sum()) * self._record.itemsize
+        while len(records):
+            part, records = np.split(records, [len(self._held) - self._count])
+            self._held[self._count : self._count + len(part)] = part
+            self._count += len(part)
+            if self._count == len(self._held):
+                self._flush()
         note["rows"] += len(rows)
         note["digest"] = (note["digest"] + digest_of_rows(rows)) & _MASK
 
+    def _flush(self) -> None:
+        """Appends the rows that are held to their buckets."""
+        records, self._count = self._held[: self._count], 0
+        owners = np.zeros(len(records), np.int64)
+        if self._bits:  # a shift by all 64 is not defined
+            owners = (records["key"] >> np.uint64(64 - self._bits)).astype(np.int64)
+        borders = np.bincount(owners, minlength=1 << self._bits).cumsum()
+        by_bucket = np.split(np.argsort(owners, kind="stable"), borders[:-1])
+
+        for bucket, own in enumerate(by_bucket):
+            if len(own):
+                with self._path(bucket).open("ab") as file:
+                    file.write(records[own].data)
+                self._note["sizes"][bucket] += len(own) * self._record.itemsize
+
     def _keep(self) -> None:
         """Notes how far the dealing is, once the buckets are on storage."""
+        self._flush()
         for bucket in range(1 << self._bits):
             with self._path(bucket).open("ab") as file:
                 os.fsync(file.fileno())
         self._output.save(self._note_name, self._note)
 
     def _sorted_rows(self, first: int) -> Iterator[np.ndarray]:
-        """All rows in their new order, from number `first` on, a bucket at a time."""
+        """All rows in their new order, from number `first` on, of one bucket in memory."""
         for bucket, size in enumerate(self._note["sizes"]):
             count = size // self._record.itemsize
             if count > first:
                 records = np.fromfile(self._path(bucket), self._record)
-                yield records["ids"][np.argsort(records["key"])[first:]]
+                order = np.argsort(records["key"])[first:]
+                for begin in range(0, len(order), ROWS_TOGETHER):
+                    yield records["ids"][order[begin : begin + ROWS_TOGETHER]]
+                del records  # before the next bucket is read
             first = max(0, first - count)
 
     def _path(self, bucket: int) -> Path:

@@ -124,7 +124,8 @@ def rows_of(found: SpikeTimes | SpikeCounts, facts: Facts, settings: Settings, w
                 counts = found.counts[:, begin:end]
             counted += int(counts.sum(dtype=np.int64))
             facts.clipped += _check(counts, found.units, begin, settings, where)
-            yield Row(name, begin, np.minimum(counts, LARGEST_COUNT).astype(np.uint8))
+            # As uint8, since int8 cannot hold the bound.
+            yield Row(name, begin, np.minimum(counts, np.uint8(LARGEST_COUNT)).astype(np.uint8))
 
             facts.rows += 1
             facts.bins += end - begin
