@@ -21,6 +21,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -243,7 +244,7 @@ class SafeReader(PlainReader):
 
 def _prefixed(found: Metadata, prefix: str) -> Metadata:
     """The same tensors, each under its key with the prefix; what is no tensor is left out."""
-    entries = {
+    entries: dict[str, STORAGE_TYPES] = {
         prefix + key: entry
         for key, entry in found.state_dict_metadata.items()
         if not isinstance(entry, BytesStorageMetadata)
