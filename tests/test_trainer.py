@@ -20,7 +20,7 @@ from tests.test_job import master_port
 from torchtitan_rd import job, parts, run_state, train, train_step
 from torchtitan_rd.config import JobConfig, load
 from torchtitan_rd.draws import Draws
-from torchtitan_rd.errors import ConfigError, TrainingError
+from torchtitan_rd.errors import CheckpointError, ConfigError, TrainingError
 from torchtitan_rd.heartbeat import Heartbeat
 from torchtitan_rd.models.raven.shape import count_flops
 from torchtitan_rd.signals import StopRequest
@@ -183,6 +183,14 @@ def test_initial_weights_that_were_made_for_other_arithmetic_are_told(tmp_path, 
         line for line in caplog.messages if line.startswith("initial weights: ") and "in this run" in line
     ]
     assert told == ["initial weights: norm_eps is 0.25 in this run, 1e-05 where the weights were made"]
+
+
+def test_initial_weights_of_another_split_into_heads_are_refused_though_all_shapes_are_equal(tmp_path):
+    trainer(tmp_path / "a", *CHECKPOINTS, "--checkpoint.create_seed_checkpoint").run()
+    seed = f"--checkpoint.initial_load_path={tmp_path / 'a' / 'checkpoint' / 'step-0'}"
+    sizes = ("--model.overrides.n_heads=2", "--model.overrides.n_kv_heads=1")
+    with pytest.raises(CheckpointError, match=r"n_heads: 4 there, 2 here\n  n_kv_heads: 2 there, 1 here"):
+        trainer(tmp_path / "b", seed, "--training.steps=1", *sizes).run()
 
 
 def test_a_signal_stops_the_run_with_a_checkpoint_and_says_so(tmp_path, monkeypatch, caplog):

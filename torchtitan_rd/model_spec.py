@@ -347,6 +347,8 @@ class ModelSpec(Generic[Shape, Family]):
         tell who overrides it.
     steps: module -> its forward in parts, for inference (torchtitan_rd/inference);
         None for a family that has none.
+    derived: names under which checkpoints of other programs hold, beside the weights, what follows from the
+        shape (rotary tables); they are passed over.
     """
 
     name: str
@@ -362,3 +364,4 @@ class ModelSpec(Generic[Shape, Family]):
     telemetry: Callable[[Family], Telemetry] | None = None
     foreign: Mapping[str, str] = field(default_factory=dict)
     steps: Callable[[Family], Steps] | None = None
+    derived: tuple[str, ...] = ()

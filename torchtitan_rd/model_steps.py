@@ -1,5 +1,6 @@
-"""A model's forward in parts: what inference needs of a family, as types. Imports torch alone: a raven's
-weights leave with this file too (models/raven/huggingface).
+"""A model's forward in parts: what inference needs of a family, as types; and the attention of grouped heads,
+which training calls too. Imports torch alone: a raven's weights leave with this file too
+(models/raven/huggingface).
 """
 
 from abc import ABC, abstractmethod
@@ -8,6 +9,35 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
+
+
+def grouped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, causal: bool
+) -> torch.Tensor:
+    """Attention of q (B, H, S, D) to k and v (B, H_kv, T, D), each of whose heads serves H / H_kv query heads
+    -> (B, H, S, D).
+
+    mask: as `attn_mask` of torch's scaled_dot_product_attention; causal: its `is_causal`.
+    """
+    k, v = heads_for_kernel(q, k, v, mask)
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
+
+
+def heads_for_kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """k and v as the kernel takes them: (B, H_kv, T, D), or copied for each query head, (B, H, T, D).
+
+    Of a GPU's kernels those that know groups take no float32, and FlashAttention takes no mask. torch would
+    fall back to plain math, which holds all B x H x S x T scores, while copies let the memory-efficient
+    kernel run. The CPU's kernels know groups in every case.
+    """
+    if q.is_cpu or q.shape[1] == k.shape[1] or (mask is None and q.dtype != torch.float32):
+        return k, v
+    copies = q.shape[1] // k.shape[1]
+    return k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)
 
 
 class KeyValues(ABC):

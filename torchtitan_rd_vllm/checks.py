@@ -43,6 +43,7 @@ def _compute_prompts_whole(vllm_config: Any) -> None:
     scheduler, longest = vllm_config.scheduler_config, vllm_config.model_config.max_model_len
     vllm_config.cache_config.enable_prefix_caching = False
     scheduler.enable_chunked_prefill = False
+    scheduler.long_prefill_token_threshold = 0  # else longer prompts are cut there, chunked prefill or not
     if scheduler.max_num_batched_tokens < longest:
         scheduler.max_num_batched_tokens = longest
     logger.info(

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.checkpoint.common import JOB, SHAPE, checkpointer, digest, load_once, save_steps, training_state
-from torchtitan_rd.checkpoint.contract import arithmetic_differences
+from torchtitan_rd.checkpoint.contract import arithmetic_differences, check_heads
 from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.models.raven import RAVEN
 from torchtitan_rd.parts import field_defaults
@@ -56,6 +56,20 @@ def test_initial_weights_of_other_arithmetic_in_the_attention_are_told():
         "qk_norm",
     ]
     assert arithmetic_differences(other, other, RAVEN.arithmetic) == []
+
+
+def test_heads_of_another_width_are_refused_and_sizes_that_follow_from_others_are_not():
+    stated = {"dim": 2048, "n_heads": 32, "n_kv_heads": 8, "head_dim": 64}
+    left_out = {**stated, "head_dim": None}
+    for saved, wanted in ((stated, left_out), (left_out, stated), ({}, stated), (stated, {})):
+        check_heads(saved, wanted, "step-1")
+    check_heads({**stated, "n_kv_heads": 32}, {**stated, "n_kv_heads": None}, "step-1")
+    for other_shape in ({"n_kv_heads": 4}, {"dim": 1024, "head_dim": 32}):  # they have a remedy of their own
+        check_heads(stated, {**stated, **other_shape}, "step-1")
+    with pytest.raises(CheckpointError) as raised:
+        check_heads(left_out, {**left_out, "n_heads": 16, "n_kv_heads": None}, "step-1")
+    lines = ("n_heads: 32 there, 16 here", "n_kv_heads: 8 there, 16 here", "head_dim: 64 there, 128 here")
+    assert all(line in str(raised.value) for line in lines) and "step-1 was made" in str(raised.value)
 
 
 def test_settings_that_must_match_are_refused_all_at_once_with_the_remedy(saved):

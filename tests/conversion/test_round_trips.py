@@ -52,6 +52,35 @@ def test_hugging_face_to_dcp_to_hugging_face_gives_the_same_bits_and_config(case
     assert configs[0] == configs[1] and configs[0]["torch_dtype"] == "bfloat16"
 
 
+KNOWN = {"none": {}, "spikes": {"bos_token_id": 60, "eos_token_id": None}, "text": {"eos_token_id": [3, 4]}}
+
+
+@pytest.mark.parametrize("known", KNOWN)
+@pytest.mark.parametrize("family", ["llama3", "raven"])
+def test_token_ids_that_are_not_known_are_none_to_transformers_and_after_a_round_trip(
+    family, known, tmp_path
+):
+    """LlamaConfig has 1 and 2 by default: spikes would end at the first count of 2."""
+    transformers = pytest.importorskip("transformers")
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    expected = [KNOWN[known].get(name) for name in names]
+    to_hf(weights_of(tiny(family), family, token_ids=KNOWN[known]), tmp_path / "hf", verify=False)
+
+    code = {"trust_remote_code": True} if family == "raven" else {}
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf", **code)
+    generation = transformers.GenerationConfig.from_model_config(config)
+    for found in (config, generation):
+        assert [getattr(found, name) for name in names] == expected
+
+    to_dcp(open_hf(tmp_path / "hf", model=family), tmp_path / "step-0", verify=False)
+    to_hf(open_dcp(tmp_path / "step-0"), tmp_path / "again", verify=False)
+    files = [
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir() if path.name != "README.md"}
+        for name in ("hf", "again")
+    ]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize("shape", LLAMAS)
 def test_a_folder_that_transformers_wrote_comes_back_with_the_same_bits(shape, tmp_path):
     transformers = pytest.importorskip("transformers")

@@ -1,15 +1,19 @@
 """torchtitan_rd_vllm without vLLM: what it refuses, and that its copies of our rules are ours."""
 
 import ast
+import importlib
 import json
+import logging
+import math
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import tomli
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.raven.remote import export, fresh_code, load  # noqa: F401 (a fixture)
 from tests.models.raven.tiny import RETROFITTED, tiny_config, tiny_raven
@@ -248,6 +252,79 @@ def test_the_first_state_is_that_of_the_exported_code_bit_by_bit(kind, exported)
     expected = exported.initial_state(torch.zeros(1, 5, 32), torch.arange(5)[None], state_seed=3)
     assert torch.equal(first_state.table(served, 5, 3), expected[0])
     assert not torch.equal(first_state.table(served, 5, 4), expected[0])
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """checks.py without vLLM, of which it takes a logger and a base class."""
+    config = "vllm.model_executor.models.config"
+    for name in ("vllm", "vllm.logger", "vllm.model_executor", "vllm.model_executor.models", config):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["vllm.logger"].init_logger = logging.getLogger
+    sys.modules[config].VerifyAndUpdateConfig = object
+    monkeypatch.delitem(sys.modules, "torchtitan_rd_vllm.checks", raising=False)
+    yield importlib.import_module("torchtitan_rd_vllm.checks")
+    del sys.modules["torchtitan_rd_vllm.checks"]
+
+
+@pytest.mark.parametrize("kv_cache, whole", [("latest-m4-compress-s2", True), ("latest-m4", False)])
+def test_prompts_are_computed_whole_where_iterations_share_keys(kv_cache, whole, checks):
+    raven, _ = configs(**RETROFITTED)
+    raven.serving = lambda: Serving(mean_recurrence=4, kv_cache=kv_cache)
+    given = SimpleNamespace(
+        model_config=SimpleNamespace(hf_config=raven, enforce_eager=True, max_model_len=512),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1),
+        cache_config=SimpleNamespace(enable_prefix_caching=True),
+        scheduler_config=SimpleNamespace(
+            enable_chunked_prefill=True, max_num_batched_tokens=128, long_prefill_token_threshold=64
+        ),
+    )
+    checks.RavenChecks.verify_and_update_config(given)
+    scheduler = given.scheduler_config
+    assert given.cache_config.enable_prefix_caching is scheduler.enable_chunked_prefill is not whole
+    assert scheduler.max_num_batched_tokens == (512 if whole else 128)
+    assert scheduler.long_prefill_token_threshold == (0 if whole else 64)
+
+
+class Operators(TorchDispatchMode):
+    """Remembers the names of all operators within it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["like-init", "normal", "embed", "unit"])
+def test_a_first_state_without_a_seed_is_drawn_without_asking_the_device(kind):
+    """What waits for the device breaks the capture of a CUDA graph."""
+    _, served = configs(**RETROFITTED, state_init=kind)
+    with Operators() as seen:
+        first_state.noise(served, torch.empty(8, 32))
+    assert "uniform_" in seen.names or "normal_" in seen.names
+    assert seen.names.isdisjoint({"_local_scalar_dense", "item", "nonzero", "masked_select"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_first_state_without_a_seed_is_the_normal_cut_at_three_deviations(dtype):
+    _, served = configs(**RETROFITTED, state_init="like-init")
+    x = torch.empty(20_000, 32, dtype=dtype)
+    torch.manual_seed(0)
+    drawn = first_state.noise(served, x)
+    assert drawn.dtype == dtype and drawn.shape == x.shape
+    deviations = drawn.double() / (math.sqrt(2 / (5 * 32)) * served.embedding_scale)
+
+    assert float(deviations.abs().max()) == pytest.approx(3.0, abs=0.02)
+    # Of a normal cut at c the variance is 1 - 2 c density(c) / mass(-c, c).
+    mass = math.erf(3 / math.sqrt(2))
+    variance = 1 - 2 * 3 * math.exp(-4.5) / math.sqrt(2 * math.pi) / mass
+    assert float(deviations.var()) == pytest.approx(variance, rel=0.01)
+    assert abs(float(deviations.mean())) < 0.01
+    below = float((deviations < 1.0).double().mean())
+    assert below == pytest.approx(0.5 + math.erf(1 / math.sqrt(2)) / 2 / mass, abs=5e-3)
 
 
 def test_noise_is_none_of_a_state_that_starts_elsewhere():

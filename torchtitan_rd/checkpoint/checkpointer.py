@@ -220,8 +220,8 @@ class Checkpointer:
         returns what was loaded.
 
         Tensors that it lacks, or that `exclude_from_loading` names, keep their values, and each is logged; a
-        type may differ and is converted, which is logged. Raises CheckpointError if it is missing, damaged
-        or has other shapes.
+        type may differ and is converted, which is logged. Raises CheckpointError if it is missing, damaged,
+        has other shapes or is cut into heads of another width.
         """
         own = self._folder.root if self.config.enable else None
         candidates = self._ranks.from_rank0(
@@ -248,8 +248,9 @@ class Checkpointer:
 
     def _load_initial_from(self, path: Path, model: Mapping[str, Tensor]) -> None:
         reader = self._reader_of(path)
-        wanted = json.loads(self._model_text)
-        for line in contract.arithmetic_differences(reader.model_shape(), wanted, self._arithmetic):
+        saved, wanted = reader.model_shape(), json.loads(self._model_text)
+        contract.check_heads(saved, wanted, str(path))
+        for line in contract.arithmetic_differences(saved, wanted, self._arithmetic):
             logger.warning("initial weights: %s", line)
         excluded = self.config.exclude_from_loading
         loading.load_initial_weights(reader, path, model, excluded, self._ranks, self._row_orders)

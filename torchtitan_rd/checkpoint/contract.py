@@ -46,6 +46,37 @@ def arithmetic_differences(saved: Tables, wanted: Tables, arithmetic: Iterable[s
     ]
 
 
+def check_heads(saved: Tables, wanted: Tables, name: str) -> None:
+    """Initial weights must be cut into heads as this run cuts them: where the width of a head differs,
+    tensors of the same shape mean something else. Where it is the same, another number of heads is another
+    shape, and so is another width of the model: `plan_initial_load` tells of these.
+    """
+    there, here = _head_sizes(saved), _head_sizes(wanted)
+    alike = there and here and saved["dim"] == wanted["dim"]
+    if alike and there["head_dim"] != here["head_dim"]:
+        differences = _lines(
+            f"{field}: {there[field]} there, {here[field]} here"
+            for field in there
+            if there[field] != here[field]
+        )
+        raise CheckpointError(
+            f"{name} was made with other attention heads, so that its tensors would be cut elsewhere:\n"
+            f"{differences}\nset model.flavor, or these in [model.overrides], to what it was made with"
+        )
+
+
+def _head_sizes(fields: Tables) -> dict[str, int]:
+    """As `attention_shape` of the model's shape has them; empty for a shape that is not known."""
+    if not {"dim", "n_heads"} <= fields.keys():
+        return {}
+    heads = fields["n_heads"]
+    return {
+        "n_heads": heads,
+        "n_kv_heads": fields.get("n_kv_heads") or heads,
+        "head_dim": fields.get("head_dim") or fields["dim"] // heads,
+    }
+
+
 def check_config(saved: Tables, wanted: Tables, must_match: Collection[str], name: str) -> list[str]:
     """Keys in `must_match` (`section.key`) must be the same;
     the other differences are returned, one line each.

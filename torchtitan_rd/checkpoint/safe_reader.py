@@ -21,6 +21,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -74,7 +75,8 @@ class SafeReader(PlainReader):
 
     folder: holds `.metadata` and its data files.
     prefix: only the tensors whose key starts with it are there at all; what a foreign program stored beside
-        them (an optimizer, pickled loader states) is neither checked nor read.
+        them (an optimizer, pickled loader states) is neither checked nor read. Where no key starts with it,
+        as in a model that torchtitan 0.1 saved alone, all tensors are there as if theirs did.
     """
 
     def __init__(self, folder: Path | str, prefix: str = ""):
@@ -196,6 +198,8 @@ class SafeReader(PlainReader):
         """The part of `found` under the prefix, after checking every number in it against the files."""
         if not isinstance(found, Metadata):
             raise CheckpointError(f"holds a {type(found).__name__}, not the metadata of a checkpoint")
+        if not any(key.startswith(self.prefix) for key in found.state_dict_metadata):
+            found = _prefixed(found, self.prefix)
         entries = {key: e for key, e in found.state_dict_metadata.items() if key.startswith(self.prefix)}
         storage = {index: info for index, info in found.storage_data.items() if index.fqn in entries}
 
@@ -236,6 +240,20 @@ class SafeReader(PlainReader):
         if not _is_regular(self.folder / name):
             raise CheckpointError(f"{name} is missing, or not a regular file")
         return (self.folder / name).stat().st_size
+
+
+def _prefixed(found: Metadata, prefix: str) -> Metadata:
+    """The same tensors, each under its key with the prefix; what is no tensor is left out."""
+    entries: dict[str, STORAGE_TYPES] = {
+        prefix + key: entry
+        for key, entry in found.state_dict_metadata.items()
+        if not isinstance(entry, BytesStorageMetadata)
+    }
+    storage = {
+        MetadataIndex(prefix + index.fqn, index.offset, index.index): info
+        for index, info in found.storage_data.items()
+    }
+    return Metadata(entries, storage_data=storage, version=found.version)
 
 
 def _check_chunk(key: str, entry: TensorStorageMetadata, chunk: dcp_metadata.ChunkStorageMetadata) -> None:

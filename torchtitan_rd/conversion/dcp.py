@@ -40,7 +40,8 @@ def open_dcp(
     flavor: str | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> Weights:
-    """The `model.*` tensors of a checkpoint; what else it holds (an optimizer) is not read.
+    """The `model.*` tensors of a checkpoint; what else it holds (an optimizer, a rotary table) is not read.
+    One without such names is that of a model alone.
 
     model: the family that it must be of. flavor, overrides: the shape of a checkpoint that does not store
     one, which another program wrote; of one that does, overrides replace single fields.
@@ -49,8 +50,6 @@ def open_dcp(
     """
     reader = SafeReader(folder, prefix=PREFIX)
     found = {key.removeprefix(PREFIX): info for key, info in reader.tensors().items()}
-    if not found:
-        raise CheckpointError(f"{folder} holds no model: none of its tensors is named {PREFIX}*")
     step = step_of(folder.name)
     if (folder / MANIFEST).exists():
         if problems := verify(folder, hashes=False):
@@ -58,9 +57,15 @@ def open_dcp(
         step = read_manifest(folder).step
     spec, shape, flavor = _stored_shape(folder, reader.model_shape(), model, flavor, dict(overrides or {}))
     wanted, _ = model_tensors(spec, shape)
+    if wanted.keys().isdisjoint(found):
+        raise CheckpointError(
+            f"{folder} holds no {spec.name}: none of its tensors is named as one of these, with or without "
+            f"{PREFIX} before it"
+        )
     # A seed may lack the embedding and the head; whoever needs the whole model checks that it is there.
     here = {name: size for name, size in wanted.items() if name in found}
-    check_shapes({name: info.shape for name, info in found.items()}, here, str(folder))
+    weights = {name: info.shape for name, info in found.items() if name not in spec.derived}
+    check_shapes(weights, here, str(folder))
     travelling = files_in(folder)
     return Weights(
         spec=spec,

@@ -32,6 +32,8 @@ CONFIG_JSON = "config.json"
 INDEX = "{}.index.json"
 HEAD = "lm_head.weight"  # in every family's folders; there may be one though it is tied to the embedding
 MAX_SHARD_BYTES = 5 * 10**9  # as Hugging Face's own folders
+# Stated where an id is not known: the defaults of transformers' LlamaConfig, 1 and 2, may be any token here.
+NO_TOKEN_IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
 def open_hf(folder: Path, *, model: str | None = None) -> Weights:
@@ -103,7 +105,8 @@ def write_hf(weights: Weights, folder: Path) -> None:
 
     _write_shards(infos, read, folder)
     dtype = dtype_name(weights.tensors[next(iter(names))].dtype)
-    _write_json(folder / CONFIG_JSON, {**fields, "torch_dtype": dtype, **weights.token_ids})
+    fields |= {"torch_dtype": dtype, **NO_TOKEN_IDS, **weights.token_ids}
+    _write_json(folder / CONFIG_JSON, fields)
     card = model_card(weights, dtype=dtype, config=weights.job_config)
     files = {"README.md": card.encode(), **travelling_files(weights)}
     files |= layout.code_files()

@@ -25,7 +25,11 @@ def open_state_dict(
     shape = get_flavor(spec, flavor, overrides)
     found = open_pth(file)
     inner = found.get("model") if isinstance(found, dict) else None
-    tensors = named_tensors(inner if isinstance(inner, dict) else found, str(file))
+    held = inner if isinstance(inner, dict) else found
+    if isinstance(held, dict):
+        # Before anything is asked of them: a rotary table of complex numbers is no tensor to the reader.
+        held = {name: value for name, value in held.items() if name not in spec.derived}
+    tensors = named_tensors(held, str(file))
 
     wanted, tied = model_tensors(spec, shape)
     present: dict[str, torch.Tensor] = {}

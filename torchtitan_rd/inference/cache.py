@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.sharing import Sharing
-from torchtitan_rd.model_steps import CacheLayout, KeyValues
+from torchtitan_rd.model_steps import CacheLayout, KeyValues, grouped_attention
 
 
 class KVCache:
@@ -145,11 +145,8 @@ class _Slot(KeyValues):
             place.copy_(new if writers is None else torch.where(writers, new, place))
         mask, causal = cache.visible(self.core)
         keys, values = self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
-        gqa = q.shape[1] != keys.shape[1]
-        if gqa and q.shape[2] == 1:
+        if q.shape[1] != keys.shape[1] and q.shape[2] == 1:
             # The query heads of a group are as many queries to one head: no copies of keys for them.
             grouped = q.reshape(q.shape[0], keys.shape[1], -1, q.shape[3])
             return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).reshape(q.shape)
-        return F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, is_causal=causal, enable_gqa=gqa
-        )
+        return grouped_attention(q, keys, values, mask, causal)

@@ -31,7 +31,7 @@ from torchtitan_rd.inference.loading import Loaded
 from torchtitan_rd.inference.sharing import Sharing
 from torchtitan_rd.inference.stepper import Stepper, steps_of, think
 from torchtitan_rd.model_spec import ModelSpec
-from torchtitan_rd.model_steps import KeyValues
+from torchtitan_rd.model_steps import KeyValues, grouped_attention
 from torchtitan_rd.whole_file import whole_file
 
 Windows = Iterable[tuple[torch.Tensor, torch.Tensor]]
@@ -118,8 +118,7 @@ class _OwnBeside(KeyValues):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = torch.cat((self.keys, k), dim=2), torch.cat((self.values, v), dim=2)
-        gqa = q.shape[1] != keys.shape[1]
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask, enable_gqa=gqa)
+        return grouped_attention(q, keys, values, self.mask, causal=False)
 
 
 @torch.inference_mode()

@@ -27,7 +27,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.model_spec import AttentionShape
-from torchtitan_rd.model_steps import KeyValues
+from torchtitan_rd.model_steps import KeyValues, grouped_attention, heads_for_kernel
 
 Mask: TypeAlias = "torch.Tensor | BlockMask | KeyValues | None"
 BackendName: TypeAlias = Literal["sdpa", "fa3", "fa4", "flex"]
@@ -179,10 +179,13 @@ def probe(
     """
     length, batch = 256, 2
     generator = torch.Generator().manual_seed(0)  # not the global one, whose state belongs to the run
-    heads = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads, shape.n_heads)
-    q, k, v, grad = (
-        torch.randn(batch, h, length, shape.head_dim, generator=generator).to(device, dtype) for h in heads
+    heads = (shape.n_heads, shape.n_kv_heads, shape.n_kv_heads)
+    # Strided as in training: parts of one projection, whose heads become the second dimension.
+    qkv, grad = (
+        torch.randn(batch, length, h, shape.head_dim, generator=generator).to(device, dtype)
+        for h in (sum(heads), shape.n_heads)
     )
+    q, k, v, grad = (t.transpose(1, 2) for t in (*qkv.split(heads, dim=2), grad))
     tokens = torch.zeros(batch, length, dtype=torch.int64, device=device)
     documents = (torch.arange(length, device=device) // 100).expand(batch, length) if document_mask else None
     allowed = _visible(tokens if documents is None else documents)
@@ -222,13 +225,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Mask) -> tor
     """
     if isinstance(mask, KeyValues):
         return mask.attend(q, k, v)
-    gqa = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         # A block that is compiled as a whole takes flex in; nested compilation would break its graph.
         plain: Callable[..., Any] = flex_attention
         flex = plain if torch.compiler.is_compiling() else _compiled_flex(plain)
-        return flex(q, k, v, block_mask=mask, enable_gqa=gqa)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
+        return flex(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    return grouped_attention(q, k, v, mask, causal=mask is None)
 
 
 @cache
@@ -283,7 +285,7 @@ def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, allowed: torch
 
 def _sdpa_kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> str:
     """The kernel that SDPA takes for such tensors when they need gradients, by torch's name for it."""
-    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    q, k, v = (t.detach().requires_grad_() for t in (q, *heads_for_kernel(q, k, v, mask)))
     chosen = torch._fused_sdp_choice(q, k, v, mask, 0.0, mask is None, enable_gqa=q.shape[1] != k.shape[1])
     return SDPBackend(chosen).name
 

@@ -21,5 +21,6 @@ LLAMA3 = ModelSpec(
     flops=count_flops,
     hf=HF,
     steps=LlamaSteps,
+    derived=("freqs_cis",),  # complex64; torchtitan 0.1 saves its rotary table with the weights
 )
 AIXSIM = dataclasses.replace(LLAMA3, name="aixsim", flavors=AIXSIM_FLAVORS)

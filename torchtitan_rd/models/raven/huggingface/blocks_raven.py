@@ -12,7 +12,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from .configuration_raven import RavenConfig
-from .model_steps import KeyValues
+from .model_steps import KeyValues, grouped_attention
 
 
 class Context(NamedTuple):
@@ -102,11 +102,7 @@ class Attention(nn.Module):
             k, v = context.cache.update(k, v, slot)
         if self.config._attn_implementation == "eager":
             return attend(q, k, v, context.mask)
-        causal = context.mask is None and q.shape[2] > 1
-        gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=gqa
-        )
+        return grouped_attention(q, k, v, context.mask, causal=context.mask is None and q.shape[2] > 1)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
