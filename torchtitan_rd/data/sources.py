@@ -215,7 +215,8 @@ class Cutting:
         """One reader a lane."""
         c = self.config
         common = (self.num_lanes, c.seq_len, c.shuffle_seed, c.document_mask, self.units_per_lane)
-        return [LaneReader(source, lane, *common, files=self.files) for lane in lanes]
+        how = {"files": self.files, "skip_ranges": c.skip_ranges}
+        return [LaneReader(source, lane, *common, **how) for lane in lanes]
 
 
 def source_fingerprint(
