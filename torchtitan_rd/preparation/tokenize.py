@@ -309,7 +309,12 @@ def _finish(documents: Documents, packing: Packing, output: Output) -> dict[str,
 
     counts = [sum((Counts(**n["counts"][i]) for n in done), Counts()) for i in range(len(documents.sources))]
     sources = {
-        source.name: {"weight": source.weight, "rows": len(source), **asdict(count)}
+        source.name: {
+            "weight": source.weight,
+            "rows": len(source),
+            **asdict(count),
+            "left_out": source.found.noted_left_out if source.found else {},
+        }
         for source, count in zip(documents.sources, counts, strict=True)
     }
     tokenizer = load_tokenizer(packing.tokenizer)
