@@ -103,14 +103,14 @@ class FileList:
     def log(self, name: str, size: str, remedy: str = "name them alone in dataset_path") -> None:
         """Says what is read and what is not. remedy: how to read what is named otherwise."""
         listed = (
-            f", {len(self.files)} files: {_some([self.name(p) for p in self.files])}" if self.files else ""
+            f", {len(self.files)} files: {some([self.name(p) for p in self.files])}" if self.files else ""
         )
         logger.info("data: %s reads split %s of %s: %s%s", name, self.split, self.path, size, listed)
         for reason, names in self.left_out.items():
             by_name = reason in (_OTHER_SPLIT, self.not_as_others)
             how = f"; a whole word of a name tells the split: rename them, or {remedy}" if by_name else ""
             logger.info(
-                "data: %s does not read %d files (%s): %s%s", name, len(names), reason, _some(names), how
+                "data: %s does not read %d files (%s): %s%s", name, len(names), reason, some(names), how
             )
 
     @property
@@ -242,16 +242,17 @@ def _keep_split(found: FileList) -> None:
         )
     else:
         kept = unnamed
+
     if not kept and is_folder:
         raise DataError(
             f"{found.path}: each of its {len(found.files)} data files is named after another split than "
-            f"{found.split!r} ({_some([found.name(p) for p in found.files])}); "
+            f"{found.split!r} ({some([found.name(p) for p in found.files])}); "
             "name them with a pattern to read them"
         )
     if not kept and found.split != "train":
         raise DataError(
             f"{found.path}: each of the {len(found.files)} files that match is named after another split "
-            f"than {found.split!r} ({_some([found.name(p) for p in found.files])}); name other files, or the "
+            f"than {found.split!r} ({some([found.name(p) for p in found.files])}); name other files, or the "
             "split that these are of"
         )
 
@@ -347,6 +348,6 @@ def _plain_part(pattern: str) -> str:
     return str(Path(*plain)) if plain else "."
 
 
-def _some(names: list[str]) -> str:
-    """`a, b, ... y, z`."""
+def some(names: list[str]) -> str:
+    """`a, b, ... y, z`, for messages."""
     return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])

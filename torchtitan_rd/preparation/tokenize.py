@@ -298,6 +298,7 @@ def _finish(documents: Documents, packing: Packing, output: Output) -> dict[str,
         # They are gone once another task, which ended at the same time, has committed.
         return output.result
     files = {name: facts for note in done for name, facts in note["files"].items()}
+
     rows = {s: sum(facts["rows"] for name, facts in files.items() if name.startswith(s)) for s in SPLITS}
     if not rows["train"]:
         raise DataError(
@@ -318,6 +319,7 @@ def _finish(documents: Documents, packing: Packing, output: Output) -> dict[str,
         for source, count in zip(documents.sources, counts, strict=True)
     }
     tokenizer = load_tokenizer(packing.tokenizer)
+
     return output.finish(
         {
             "files": dict(sorted(files.items())),
