@@ -145,6 +145,7 @@ def test_a_run_is_refused_before_its_first_step(folder, capfd):
     arguments = ["--training.dataset=text", f"--training.dataset_path={folder / 'a.jsonl'}"]
     arguments += [f"--validation.dataset_path={folder / 'held.jsonl'}", "--validation.sequences=1"]
     arguments += ["--training.mixed_precision_param=float32", "--comm.heartbeat_seconds=0"]
+    arguments += ["--training.steps=1"]
     assert train.main([*SMALL, *arguments, f"--job.dump_folder={folder / 'run'}"]) == 1
     assert "held.jsonl: holds the very rows that training reads: name other" in capfd.readouterr().err
     assert not (folder / "run" / "metrics.jsonl").exists()
