@@ -275,6 +275,9 @@ def test_made_up_rows_are_such_as_the_run_s_own_encoder_reads(name, keys, tmp_pa
     rows.make_up_rows(wanted, tmp_path / "rows")
     table = pq.read_table(tmp_path / "rows")
     assert len(table) == rows.ROWS and len(list((tmp_path / "rows").iterdir())) == rows.FILES
+    rows.make_up_rows(replace(wanted, split="validation"), tmp_path / "held")
+    held = pq.read_table(tmp_path / "held").to_pylist()
+    assert all(one != other for one, other in zip(held, table.to_pylist(), strict=True))
     encoder = build_encoder(config, row.kind, tokenizer, 300)
     assert all(len(encode_row(table.slice(n, 1), encoder, "row")) > 1 for n in range(len(table)))
 

@@ -143,7 +143,8 @@ class Builder:
             config.training, plan.batch, **reading, pin_memory=self.device.type == "cuda"
         )
         self.closing.callback(loader.close)
-        held_out = held_out_set(config.validation, config.training, plan.batch, **reading)
+        trained = loader.fingerprint
+        held_out = held_out_set(config.validation, config.training, plan.batch, trained=trained, **reading)
         job.set_timeouts(mesh, config.comm.init_timeout_seconds)
         return loader, held_out
 

@@ -22,6 +22,7 @@ from torchtitan_rd.data import (
     Tokenizer,
     build_encoder,
     check_file_lanes,
+    check_held_out,
     dataset_vocab_size,
     get_dataset,
     is_hub_name,
@@ -154,7 +155,10 @@ def resolve(
         held_out = (
             problems.found_by(get_dataset, keys, "validation", config.validation.split) if keys else None
         )
-        read += [(keys, held_out)] if keys and held_out else []
+        if keys and held_out:
+            read.append((keys, held_out))
+            held = DataSet(keys, held_out, section="validation")
+            problems.found_by(check_held_out, sets or [], held, config.validation.split)
 
     if any(row.needs_tokenizer for _, row in read) and tokenizer is None:
         tokenizer = problems.found_by(load_tokenizer, config.model.tokenizer_path)

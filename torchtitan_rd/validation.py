@@ -1,7 +1,7 @@
 """[validation]: the loss on a fixed held-out set, weighted by tokens; training is left exactly as it was."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,15 @@ from torch.distributed.fsdp import FSDPModule
 from torchtitan_rd.batch import Batch, at_positions
 from torchtitan_rd.chunked_loss import loss_read_out
 from torchtitan_rd.config_loader import OptionalUserPath, Section
-from torchtitan_rd.data import DATASETS, BatchDims, DataRanks, DatasetKeys, Tokenizer, build_dataloader
+from torchtitan_rd.data import (
+    DATASETS,
+    BatchDims,
+    DataRanks,
+    DatasetKeys,
+    Tokenizer,
+    build_dataloader,
+    check_other_rows,
+)
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
 from torchtitan_rd.loss import count_valid
@@ -32,11 +40,13 @@ class ValidationConfig(Section):
     enable: bool = False
     """Measure the loss on held-out data every `freq` steps and after the last one."""
     dataset: str | None = None
-    """Name of the data set; unset: that of [training], of which `split` must then be other data."""
+    """Name of the data set; unset: that of [training], of which `split` must then be other data. What is
+    trained on is refused as held-out data."""
     dataset_path: OptionalUserPath = None
     """Where to read it; unset: [training] dataset_path if the data set is the same."""
     split: str = "validation"
-    """The split to read of data that has several: of a hub data set, or of files named after their split."""
+    """The split to read of data that has several: of a hub data set, or of files named after their split. A
+    single file has none."""
     pad_id: int | None = None
     """Packed rows only: the id of padding, as [training] pad_id; unset: that one."""
     eos_id: int | None = Field(None, ge=0)
@@ -102,7 +112,7 @@ def held_out_set(
     config: ValidationConfig, training: DatasetKeys, dims: BatchDims, **reading: Any
 ) -> list[Batch]:
     """What `config` names, nothing if it is not enabled. dims: of training.
-    reading: as for `read_held_out`.
+    reading: as for `read_held_out`, with `trained`.
     """
     if not config.enable:
         return []
@@ -121,8 +131,12 @@ def read_held_out(
     vocab_size: int,
     seed: int,
     ranks: DataRanks | None = None,
+    trained: Mapping[str, Any] | None = None,
 ) -> list[Batch]:
-    """This rank's share of the held-out set: the first global batch of `keys`, which is kept in memory."""
+    """This rank's share of the held-out set: the first global batch of `keys`, which is kept in memory.
+
+    trained: the fingerprint of what a run trains on, which must be other rows. Raises ConfigError, DataError.
+    """
     loader = build_dataloader(
         keys,
         dims,
@@ -134,6 +148,8 @@ def read_held_out(
         ranks=ranks,
     )
     try:
+        if trained is not None:
+            check_other_rows(trained, loader.fingerprint)
         return loader.next_step()
     finally:
         loader.close()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from torchtitan_rd.data.cursor import Cursor, LaneReader, permuted, piece_of
+from torchtitan_rd.data.cursor import Cursor, LaneReader, SkippingSource, permuted, piece_of
 from torchtitan_rd.errors import DataError
 
 
@@ -165,3 +165,37 @@ def test_document_ids_change_where_a_sample_ends():
     assert row.ids.tolist() == [1, 2, 3, 4, 5, 6]
     assert row.document_ids.tolist() == [0, 0, 0, 1, 2]
     assert row.document_ids.dtype == np.int32
+
+
+def skipping(ranges, lane, rows=8, lanes=2, **options):
+    """A lane of rows of one window each: row r is the ids r, r."""
+    source = SkippingSource(Counted([[row, row] for row in range(rows)]), ranges)
+    return LaneReader(source, lane, lanes, seq_len=1, skip_ranges=ranges, **options)
+
+
+def rows_of_epoch_0(reader, cursor=Cursor()):  # noqa: B008 (a tuple)
+    found = []
+    while cursor[0] == 0:
+        window = reader.read(cursor)
+        found.append(int(window.ids[0]))
+        cursor = window.position
+    return found, cursor
+
+
+def test_an_epoch_ends_with_the_last_row_that_is_not_skipped():
+    for lane, rows in ((0, [0, 2, 4]), (1, [1, 3, 5])):
+        assert rows_of_epoch_0(skipping([[6, 7]], lane)) == (rows, (1, 0, 0))
+    # A share that is skipped as a whole is passed too: in epoch 1 lane 0 would read the odd rows.
+    odd = [[row, row] for row in (1, 3, 5, 7)]
+    assert rows_of_epoch_0(skipping(odd, 0)) == ([0, 2, 4, 6], (2, 0, 0))
+    even, odd = (rows_of_epoch_0(skipping([[3, 9]], lane, 23, shuffle_seed=5))[0] for lane in range(2))
+    assert sorted(even + odd) == [0, 1, 2, *range(10, 23)]
+
+
+def test_skipped_rows_inside_an_epoch_keep_their_places_and_old_positions_go_on():
+    reader = skipping([[2, 3], [6, 7]], 0)
+    assert reader.read(Cursor()).position == (0, 1, 0)  # row 2, which a resume may read again
+    found, cursor = windows(reader, 4)
+    assert found == [[0, 0], [4, 4], [1, 1], [5, 5]] and cursor == (2, 0, 0)
+    # Versions before stopped in front of the rows that are skipped at the end.
+    assert windows(reader, 2, [0, 3, 0]) == ([[1, 1], [5, 5]], (2, 0, 0))

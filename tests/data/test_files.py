@@ -130,6 +130,79 @@ def test_a_folder_with_nothing_for_the_split_is_refused_and_files_that_are_writt
         find_files(str(tmp_path / "empty"))
 
 
+def test_held_out_data_is_never_read_from_files_that_are_named_after_another_split(tmp_path):
+    for name in ("train-0", "train-1", "held", "dev"):
+        write(tmp_path / f"{name}.jsonl", name)
+    with pytest.raises(
+        DataError,
+        match=r"each of the 2 files that match is named after another split than 'validation' \(train-0",
+    ):
+        find_files(str(tmp_path / "train-*.jsonl"), "validation")
+    assert texts(tmp_path / "[ht]*.jsonl", "validation") == ["held"]
+    assert texts(tmp_path / "*.jsonl", "validation") == ["dev"]
+
+
+def test_the_log_says_which_files_a_name_left_out_and_how_to_read_them(tmp_path, caplog):
+    for name in ("books", "trains_manual", "train_manuals", "dev-docs"):
+        write(tmp_path / f"{name}.jsonl", name)
+    logger.propagate = True
+    with caplog.at_level(logging.INFO, logger=logger.name):
+        build(keys(tmp_path))
+    how = "; a whole word of a name tells the split: rename them, or name them alone in dataset_path"
+    for reason, names in (
+        ("named after another split", "1 files (named after another split): dev-docs.jsonl"),
+        ("not named", "2 files (not named 'train' as others are): books.jsonl, trains_manual.jsonl"),
+    ):
+        (line,) = [line for line in caplog.messages if reason in line]
+        assert line == f"data: text does not read {names}{how}"
+
+
+def test_what_the_datasets_library_keeps_beside_its_data_doubles_no_row(tmp_path):
+    saved = tmp_path / "all" / "saved"
+    datasets.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(str(saved))
+    datasets.load_from_disk(str(saved)).map(lambda row: {"text": row["text"] * 2}, load_from_cache_file=False)
+    (cache,) = saved.glob("cache-*.arrow")
+    (saved / "tmp1234.arrow").write_bytes(cache.read_bytes())
+    (saved / "of_mine.arrow").write_bytes(cache.read_bytes())
+    assert texts(saved) == ["a", "b"]
+    # A folder above it, and a glob, look at files.
+    for path in (tmp_path / "all", tmp_path / "all" / "*" / "*.arrow"):
+        assert texts(path) == ["a", "b"]
+    reason = "not among the files that state.json lists"
+    left_out = find_files(str(tmp_path / "all")).left_out[reason]
+    assert left_out == [f"saved/{name}" for name in (cache.name, "of_mine.arrow", "tmp1234.arrow")]
+
+    # Elsewhere, such as in the cache of the library itself, names alone tell.
+    (saved / "state.json").unlink()
+    found = find_files(str(tmp_path / "all"))
+    assert [file.name for file in found.files] == ["data-00000-of-00001.arrow", "of_mine.arrow"]
+    assert texts(saved / "cache-*.arrow") == ["aa", "bb"], "written out"
+
+
+def test_a_link_to_a_file_that_is_gone_is_an_error_and_not_one_file_less(tmp_path):
+    write(tmp_path / "a.jsonl", "a")
+    (tmp_path / "b.jsonl.gz").symlink_to("../blobs/1f2e")
+    (tmp_path / "LICENSE").symlink_to("../blobs/3d4c")
+    for path in (tmp_path, tmp_path / "*", tmp_path / "b.jsonl.gz"):
+        with pytest.raises(
+            DataError, match=r"b\.jsonl\.gz: is a link to \.\./blobs/1f2e, which is not there"
+        ):
+            find_files(str(path))
+    # Of another split it is not missed.
+    (tmp_path / "b.jsonl.gz").rename(tmp_path / "test.jsonl.gz")
+    assert [file.name for file in find_files(str(tmp_path)).files] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["b.parquet.gz", "b.ARROW.ZST"])
+def test_a_format_that_is_not_read_compressed_is_refused_by_name(name, tmp_path):
+    write(tmp_path / "a.parquet")
+    (tmp_path / name).write_bytes(b"")
+    suffixes = re.escape(name.removeprefix("b"))
+    for path in (tmp_path, tmp_path / name):
+        with pytest.raises(DataError, match=rf"{re.escape(name)}: {suffixes} files are not read: unpack it$"):
+            find_files(str(path))
+
+
 def test_compressed_files_that_are_not_read_are_refused_by_name(tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", "a")
     (tmp_path / "b.jsonl.bz2").write_bytes(b"BZh9")

@@ -280,7 +280,7 @@ def _hold_out(rank, world_size, folder):
     training = DatasetKeys(dataset="text", dataset_path=str(held), seq_len=2, local_batch_size=1)
     with pytest.raises(DataError) as caught:
         dims = BatchDims.resolve(training, rank, world_size)
-        held_out_set(validation, training, dims, **reading, ranks=DataRanks(gather, rank, rank))
+        held_out_set(validation, training, dims, **reading, trained={}, ranks=DataRanks(gather, rank, rank))
     return str(caught.value)
 
 

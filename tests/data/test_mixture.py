@@ -215,13 +215,16 @@ def test_the_checkpoint_holds_a_cursor_of_each_source_by_its_name(packed):
     assert json.loads(json.dumps(state)) == state
 
 
-def test_a_source_ends_after_its_epochs_with_each_row_as_often(packed):
-    sources = [packed.source(0, 22, weight=5, max_epochs=2), packed.source(1, 50, weight=1)]
+@pytest.mark.parametrize("skipped", [[], [[2, 2], [17, 21]]])
+def test_a_source_ends_after_its_epochs_with_each_row_as_often(skipped, packed):
+    ends = packed.source(0, 22, weight=5, max_epochs=2, skip_ranges=skipped)
+    sources = [ends, packed.source(1, 50, weight=1)]
+    kept = [row for row in range(22) if not any(first <= row <= last for first, last in skipped)]
     with run(keys(sources)) as ranks:
         seen = Counter(row for step in rows_read(ranks.read(80)) for row in step)
         described = ranks.loaders[0].describe(lambda numbers: [numbers])
-    assert {row: count for row, count in seen.items() if row[0] == 0} == {(0, row): 2 for row in range(22)}
-    assert described["tokens_s0"] == 2 * 22 * 2 and described["epoch_s0"] == 2
+    assert {row: count for row, count in seen.items() if row[0] == 0} == {(0, row): 2 for row in kept}
+    assert described["tokens_s0"] == 2 * len(kept) * 2 and described["epoch_s0"] == 2
     assert (described["weight_s0"], described["weight_s1"]) == (0.0, 1.0)
 
 

@@ -95,10 +95,10 @@ def units_of(rank, world_size, held_out):
     return count_units(held_out)
 
 
-def spikes(folder):
+def spikes(folder, split="test", seed=0):
     import datasets
 
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(seed)
     rows = [generator.poisson(rate, (7, 80)).astype(np.uint8).tolist() for rate in (0.1, 0.1, 5.0, 5.0)]
     table = {"spike_counts": rows, "source_dataset": ["quiet", "quiet", "loud", "loud"]}
     features = datasets.Features(
@@ -107,16 +107,16 @@ def spikes(folder):
             "source_dataset": datasets.Value("string"),
         }
     )
-    datasets.Dataset.from_dict(table, features=features).to_parquet(folder / "test.parquet")
-    return folder / "test.parquet"
+    datasets.Dataset.from_dict(table, features=features).to_parquet(folder / f"{split}.parquet")
+    return folder / f"{split}.parquet"
 
 
 @pytest.fixture(scope="module")
 def spike_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spikes")
-    data = spikes(folder)
+    data, trained = spikes(folder), spikes(folder, "train", seed=1)
     replaced = {
-        'dataset = "pydoc-train"': f'dataset = "rodent"\ndataset_path = "{data}"',
+        'dataset = "pydoc-train"': f'dataset = "rodent"\ndataset_path = "{trained}"',
         'dataset = "pydoc-validation"': f'dataset = "rodent"\ndataset_path = "{data}"\nsplit = "test"',
     }
     return train(folder, "llama3", "debug", **replaced)

@@ -76,6 +76,11 @@ def test_the_command_counts_one_split_and_scores_another(tmp_path, capsys):
     assert json.loads(path.read_text())["tokens"] == 99
     assert main([*arguments, "--test-split", "train"]) == 1
     assert "--test-split: the loss would be that of the data that was counted" in capsys.readouterr().err
+    one_file = ["--path", str(tmp_path / "train.parquet")]  # which has no splits
+    assert main([*arguments, *one_file]) == 1
+    assert "--test-split test: 1 files (train.parquet) would be counted and then" in capsys.readouterr().err
+    assert main(["eval", "ngram", "--dataset", "synthetic"]) == 1
+    assert "'synthetic', which is made here and has no splits would be counted" in capsys.readouterr().err
     assert main([*arguments, "--tokenizer", "bytes"]) == 1
     assert "--tokenizer has no effect on data that is no text" in capsys.readouterr().err
     assert main([*arguments, "--output", "/nowhere/result.json"]) == 1

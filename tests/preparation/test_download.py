@@ -65,6 +65,7 @@ def mixed(tmp_path):
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "good.txt").write_text("a whole book\n")
     (tmp_path / "books" / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "books" / "unit-test-code.txt").write_text("of a test set?\n")
     text = pa.array([b"good", b"caf\xe9", b"fine"]).view(pa.string())
     pq.write_table(pa.table({"a": text, "b": ["1", "2", None]}), tmp_path / "t.parquet")
     datasets.Dataset.from_dict({"text": ["saved"]}).save_to_disk(str(tmp_path / "saved"))
@@ -97,9 +98,12 @@ def test_every_kind_of_source_is_staged_and_bad_rows_are_counted(mixed, tmp_path
     assert noted["rows"]["bad"] == BAD and noted["rows"]["license"] == "PSF"
     assert noted["columns"]["bad"] == {"not UTF-8": 1, "column 'b' is null": 1}
     assert noted["books"]["bad"] == {"not UTF-8": 1} and set(noted) == set(expected)
+    assert noted["books"]["left_out"] == {"named after another split": ["unit-test-code.txt"]}
     printed = capsys.readouterr()
     assert "rows: 3 rows, 13 characters; left out: 2 not UTF-8, " in printed.out
     assert "rows: left out: rows.jsonl: row 1: not UTF-8" in printed.err
+    assert "books does not read 1 files (named after another split): unit-test-code.txt; " in printed.err
+    assert "as a source of their own, or their `split` in the sources file" in printed.err
 
 
 @pytest.mark.parametrize("file", ["rows.jsonl", "list.json", "t.parquet", "packed.jsonl.gz"])

@@ -11,6 +11,7 @@ import pytest
 from tests.preparation.common import run
 from tests.preparation.recordings import TRAINS, prepare
 from torchtitan_rd.data.text import pydoc_topics
+from torchtitan_rd.rehearsal.rows import make_up_chat_tokenizer
 
 
 def inspect(capsys, *arguments):
@@ -98,6 +99,50 @@ def test_of_a_toml_the_data_is_shown_that_it_trains_on(tmp_path, capsys):
     assert found["name"] == "pydoc-train" and found["rows"] == len(topics)
     assert [row["text"] for row in found["shown"]] == [topic[:400] for topic in topics[:2]]
     assert found["tokens"] == sum(len(topic.encode()) + 2 for topic in topics)
+
+
+CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+WRITTEN = "user: 2 + 2?\nassistant: 4\n"
+
+
+@pytest.fixture
+def of_three_kinds(tmp_path):
+    """A run on conversations, texts and packed rows, and its tokenizer of bytes with a chat template."""
+    make_up_chat_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "chats.jsonl").write_text(json.dumps(CHAT) + "\n")
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    pq.write_table(pa.table({"input_ids": [[*b"packed row"]] * 3}), tmp_path / "packed.parquet")
+    tables = [f'[model]\ntokenizer_path = "{tmp_path / "tokenizer"}"']
+    for name, file in (("chat", "chats.jsonl"), ("text", "texts.jsonl"), ("packed", "packed.parquet")):
+        tables.append("[[training.mixture]]\nweight = 1")
+        tables.append(f'name = "of_{name}"\ndataset = "{name}"\ndataset_path = "{tmp_path / file}"')
+    (tmp_path / "run.toml").write_text("\n".join(tables) + "\n[training]\nseq_len = 9\n")
+    return tmp_path / "run.toml"
+
+
+def test_of_a_mixture_every_source_is_shown_and_none_but_these(of_three_kinds, capsys):
+    found = inspect(capsys, of_three_kinds)
+    assert {name: one["rows"] for name, one in found.items()} == {"of_chat": 1, "of_text": 2, "of_packed": 3}
+    assert [row["text"] for row in found["of_text"]["shown"]] == ["one", "two"]
+    assert found["of_packed"]["shown"][0]["text"] == "packed row"
+    # What the user says is no label, and is shown too.
+    (chat,) = found["of_chat"]["shown"]
+    assert chat["text"].endswith(WRITTEN) and found["of_chat"]["outside"] == 0
+    assert chat["length"] == found["of_chat"]["tokens"] == len(chat["text"].encode())
+
+    assert run("inspect", of_three_kinds) == 0
+    printed = capsys.readouterr().out
+    for line in ("of_chat (chat): 1 rows", "of_text (text): 2 rows", "of_packed (packed): 3 rows, 30 tokens"):
+        assert line in printed
+    assert run("inspect", of_three_kinds, "--png", "a.png") == 1
+    assert "--png: chat holds no recordings" in capsys.readouterr().err
+
+
+def test_a_run_on_conversations_alone_is_shown(of_three_kinds, tmp_path, capsys):
+    text = of_three_kinds.read_text().split("[[training.mixture]]")[0]
+    of_three_kinds.write_text(f'{text}\n[training]\ndataset = "chat"\nseq_len = 9\n')
+    found = inspect(capsys, of_three_kinds, "--training.dataset_path", tmp_path / "chats.jsonl")
+    assert found["name"] == "chat" and found["shown"][0]["text"].endswith(WRITTEN)
 
 
 def test_the_tables_say_the_same(recordings, tmp_path, capsys):

@@ -66,6 +66,27 @@ def test_every_document_is_there_once_with_its_borders(packed, corpus, tokenizer
     assert sorted(noted["files"]) == sorted(set(contents(packed)) - {"manifest.json"})
 
 
+def test_files_that_a_name_leaves_out_are_told_and_noted(tokenizer, tmp_path, capsys):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in ("books", "trains_manual", "train_manuals", "dev-docs"):
+        write_corpus(folder / f"{name}.jsonl", [f"{name} " * 40])
+    line = ("tokenize", folder, "--tokenizer", tokenizer, "--block-size", 8, "--val-share", 0)
+    assert run(*line, "--output", tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert "1 rows, 1 files: train_manuals.jsonl" in said
+    assert "does not read 2 files (not named 'train' as others are): books.jsonl, trains_manual.jsonl" in said
+    assert "name them as a further input, or their split with --split" in said
+    (source,) = manifest_of(tmp_path / "out")["sources"].values()
+    assert source["documents"] == 1 and source["left_out"] == {
+        "named after another split": ["dev-docs.jsonl"],
+        "not named 'train' as others are": ["books.jsonl", "trains_manual.jsonl"],
+    }
+    assert run(*line, "--split", "validation", "--output", tmp_path / "dev") == 0
+    (source,) = manifest_of(tmp_path / "dev")["sources"].values()
+    assert source["documents"] == 1 and len(source["left_out"]["named after another split"]) == 1
+
+
 def test_two_processes_write_the_same_files_as_one(packed, corpus, tokenizer, tmp_path):
     assert run(*arguments(corpus, tokenizer, tmp_path / "p", "--processes", 2)) == 0
     assert contents(tmp_path / "p") == contents(packed)

@@ -14,6 +14,7 @@ from torchtitan_rd.config import load
 from torchtitan_rd.data import (
     DataRanks,
     DataSet,
+    check_held_out,
     dataset_vocab_size,
     get_dataset,
     load_tokenizer,
@@ -42,7 +43,9 @@ def main(arguments: list[str]) -> int:
     if config.validation.enable:
         held_out = validation_keys(config.validation, config.training, data_degree=1)
         row = get_dataset(held_out, "validation", config.validation.split)
-        parts.append((DataSet(held_out, row, section="validation"), config.validation.split))
+        held = DataSet(held_out, row, section="validation")
+        check_held_out([one for one, _ in parts], held, config.validation.split)
+        parts.append((held, config.validation.split))
 
     # What the run in this dump folder reads of the hub is checked, not what is newest there.
     states = saved_states(config.checkpoint, Path(config.job.dump_folder))

@@ -6,7 +6,8 @@ torchtitan-rd data inspect data/packed --tokenizer data/tokenizer --rows 5
 torchtitan-rd data inspect train_configs/debug.toml --training.dataset pydoc-train
 
 A path is a file, a folder or a pattern as training.dataset_path takes it. Of a TOML file, which may be
-followed by its overrides, the data that it trains on is shown, with the tokenizer of the run.
+followed by its overrides, the data that it trains on is shown, all sources of a mixture, with the tokenizer
+of the run.
 """
 
 import argparse
@@ -21,7 +22,13 @@ from tabulate import tabulate
 from torchtitan_rd.checkpoint import saved_states
 from torchtitan_rd.commands.arguments import check_outputs
 from torchtitan_rd.config import load
-from torchtitan_rd.data import DataRanks, build_encoder, dataset_vocab_size, get_dataset, load_tokenizer
+from torchtitan_rd.data import (
+    DataRanks,
+    build_encoder,
+    dataset_vocab_size,
+    load_tokenizer,
+    training_sets,
+)
 from torchtitan_rd.data.sources import open_source
 from torchtitan_rd.data.spikes import SpikeEncoder
 from torchtitan_rd.data.tokenizer import Tokenizer
@@ -42,11 +49,16 @@ _USUAL_BIN_MS = 20.0  # of the Neural Pile
 
 @dataclass(frozen=True)
 class _Opened:
-    """path: where the rows lie, if that is known."""
+    """path: where the rows lie, if that is known. name: of a source of a mixture."""
 
     source: Source
     tokenizer: Tokenizer | None
     path: str | None
+    name: str | None = None
+
+    @property
+    def holds_spikes(self) -> bool:
+        return isinstance(self.source.encoder, SpikeEncoder)
 
 
 def main(arguments: list[str]) -> int:
@@ -73,25 +85,39 @@ def main(arguments: list[str]) -> int:
     else:
         tokenizer = load_tokenizer(chosen.tokenizer) if chosen.tokenizer else None
         source, _ = open_path(chosen.path, chosen.split, chosen.column, tokenizer)
-        opened = _Opened(source, tokenizer, chosen.path)
+        opened = [_Opened(source, tokenizer, chosen.path)]
 
-    on_spikes = isinstance(opened.source.encoder, SpikeEncoder)
-    if chosen.png and not on_spikes:
-        raise ConfigError(f"--png: {opened.source.name} holds no recordings")
     # First: reading all rows takes longer than finding that there is no such row.
     if chosen.png:
-        draw_row(opened.source, chosen.png, row=chosen.row, most_bins=chosen.bins)
-        logger.info("%s: row %d", chosen.png, chosen.row)
-    common = {"shown": chosen.rows, "most_rows": chosen.max_rows}
-    if on_spikes:
-        found = look_at_spikes(opened.source, bin_ms=chosen.bin_ms or _bin_ms(opened.path), **common)
+        _draw(opened, chosen)
+    found = {one.name: _look_at(one, chosen) for one in opened}
+    # Of a mixture by the names of its sources.
+    of_all: Any = found if opened[0].name is not None else next(iter(found.values()))
+    if chosen.json:
+        print(json.dumps(of_all))
     else:
-        found = look_at_tokens(opened.source, opened.tokenizer, **common)
-    print(json.dumps(found) if chosen.json else _printed(found))
+        print("\n\n".join(_printed(one, name) for name, one in found.items()))
     return 0
 
 
-def _open_run(arguments: list[str]) -> _Opened:
+def _draw(opened: list[_Opened], chosen: argparse.Namespace) -> None:
+    recordings = [one for one in opened if one.holds_spikes]
+    if not recordings:
+        raise ConfigError(f"--png: {opened[0].source.name} holds no recordings")
+    if len(opened) > 1:
+        raise ConfigError(f"--png: {chosen.path} is a mixture; name the path of the recordings to draw")
+    draw_row(recordings[0].source, chosen.png, row=chosen.row, most_bins=chosen.bins)
+    logger.info("%s: row %d", chosen.png, chosen.row)
+
+
+def _look_at(one: _Opened, chosen: argparse.Namespace) -> dict[str, Any]:
+    common = {"shown": chosen.rows, "most_rows": chosen.max_rows}
+    if one.holds_spikes:
+        return look_at_spikes(one.source, bin_ms=chosen.bin_ms or _bin_ms(one.path), **common)
+    return look_at_tokens(one.source, one.tokenizer, **common)
+
+
+def _open_run(arguments: list[str]) -> list[_Opened]:
     """What a run trains on, read as the run would."""
     loaded = load(arguments, Environment.read())
     for warning in loaded.warnings:
@@ -99,19 +125,23 @@ def _open_run(arguments: list[str]) -> _Opened:
     config = loaded.config
     if config.training.stream:
         raise ConfigError("a stream is not looked at: set --training.stream=false")
-    dataset = get_dataset(config.training)
+    sets = training_sets(config.training, steps=config.training.steps)
 
     states = saved_states(config.checkpoint, Path(config.job.dump_folder))
     alone = DataRanks(lambda value: [value], 0, 0, states)
-    keys = alone.pinned(config.training, dataset)
     # A run on packed rows needs no tokenizer, and where it names none they are not those of the default.
     named = "model.tokenizer_path" in loaded.origins
-    on_text = dataset.kind == "text" or (dataset.kind == "packed" and named)
+    on_text = any(one.row.needs_tokenizer or (named and one.row.kind == "packed") for one in sets)
     tokenizer = load_tokenizer(alone.tokenizer(config.model.tokenizer_path)) if on_text else None
-    vocab_size = config.model.vocab_size or dataset_vocab_size(keys, tokenizer)
-    encoder = build_encoder(keys, dataset.kind, tokenizer, vocab_size)
-    source, _ = open_source(keys, dataset, encoder, config.training.seed, "train")
-    return _Opened(source, tokenizer, keys.dataset_path)
+    vocab_size = config.model.vocab_size or dataset_vocab_size(config.training, tokenizer)
+
+    opened = []
+    for one in sets:
+        keys = alone.pinned(one.keys, one.row, "train", one.name)
+        encoder = build_encoder(keys, one.row.kind, tokenizer, vocab_size)
+        source, _ = open_source(keys, one.row, encoder, config.training.seed, "train")
+        opened.append(_Opened(source, tokenizer, keys.dataset_path, one.name))
+    return opened
 
 
 def _bin_ms(path: str | None) -> float:
@@ -121,10 +151,11 @@ def _bin_ms(path: str | None) -> float:
     return _USUAL_BIN_MS
 
 
-def _printed(found: dict[str, Any]) -> str:
-    """As tables."""
+def _printed(found: dict[str, Any], source: str | None) -> str:
+    """As tables. source: its name in a mixture."""
     of_all = "" if found["rows"] == found["rows_in_all"] else f" of {found['rows_in_all']:,}"
-    lines = [f"{found['name']}: {found['rows']:,}{of_all} rows, {found['tokens']:,} tokens"]
+    name = found["name"] if source is None else f"{source} ({found['name']})"
+    lines = [f"{name}: {found['rows']:,}{of_all} rows, {found['tokens']:,} tokens"]
     lines += [f"{found['empty']:,} rows are empty, {found['unreadable']:,} cannot be read"]
     lines += [f"  {problem}" for problem in found["problems"]]
     if found["sources"]:

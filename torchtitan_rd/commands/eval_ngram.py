@@ -17,12 +17,14 @@ from tabulate import tabulate
 from torchtitan_rd.commands.arguments import at_least_1, check_outputs, refuse
 from torchtitan_rd.commands.eval_loss import write_json
 from torchtitan_rd.data import (
+    DataSet,
     DatasetKeys,
     Tokenizer,
     build_encoder,
     dataset_vocab_size,
     get_dataset,
     load_tokenizer,
+    shared_data,
 )
 from torchtitan_rd.data.sources import open_source
 from torchtitan_rd.errors import ConfigError
@@ -40,10 +42,16 @@ def main(kind: str, arguments: list[str]) -> int:
         )
     test_path = chosen.test_path or (chosen.path if test_dataset == chosen.dataset else None)
     train, test = _keys(chosen, chosen.dataset, chosen.path), _keys(chosen, test_dataset, test_path)
-    on_text = any(
-        get_dataset(keys, split=split).needs_tokenizer
-        for keys, split in ((train, chosen.split), (test, chosen.test_split))
-    )
+
+    counted_set = DataSet(train, get_dataset(train, split=chosen.split))
+    scored_set = DataSet(test, get_dataset(test, split=chosen.test_split))
+    if shared := shared_data(counted_set, chosen.split, scored_set, chosen.test_split):
+        raise ConfigError(
+            f"--test-split {chosen.test_split}: {shared} would be counted and then scored: name other data "
+            "with --test-dataset, --test-path or --test-split"
+        )
+
+    on_text = counted_set.row.needs_tokenizer or scored_set.row.needs_tokenizer
     if not on_text:
         refuse(chosen, ("tokenizer",), "on data that is no text")
     tokenizer = load_tokenizer(chosen.tokenizer or "bytes") if on_text else None

@@ -18,6 +18,7 @@ from torchtitan_rd.data.batch_queue import BatchQueue
 from torchtitan_rd.data.chat_template import ChatTemplate
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.file_lanes import check_file_lanes
+from torchtitan_rd.data.held_out import check_held_out, check_other_rows, shared_data
 from torchtitan_rd.data.hub import repository, tokenizer_revision
 from torchtitan_rd.data.loader import BatchLoader, merge_states
 from torchtitan_rd.data.mixture import MIXTURE, Mixture, check_mixture, source_keys
@@ -46,11 +47,14 @@ __all__ = [
     "build_dataloader",
     "build_encoder",
     "check_file_lanes",
+    "check_held_out",
+    "check_other_rows",
     "dataset_vocab_size",
     "get_dataset",
     "is_hub_name",
     "load_tokenizer",
     "merge_states",
+    "shared_data",
     "trained_kind",
     "training_sets",
 ]

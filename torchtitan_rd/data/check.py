@@ -65,7 +65,7 @@ def scan(keys: DatasetKeys, *, tokenizer: Tokenizer | None, vocab_size: int, see
     encoder = build_encoder(keys, row.kind, tokenizer, vocab_size)
     source, found = open_source(keys, row, encoder, seed, split)
     report = Report(count_of(source), _UNITS[row.kind], ranges=keys.skip_ranges)
-    found.log(keys.dataset, len(source))
+    found.log(keys.dataset, f"{len(source)} rows")
 
     reported = time.monotonic()
     for index, read in each_row(source):

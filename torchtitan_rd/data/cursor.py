@@ -110,6 +110,10 @@ class LaneReader:
     order: the lanes together read every unit once, and the shift lets every lane see all the data in
     time even in file order. With `files` the units are rows, and in epoch e lane g reads the share g + e of
     the files, in their order.
+
+    skip_ranges: samples of which the source is known to give nothing (`SkippingSource`). An epoch ends with
+    the last unit of the share that is not one of them: `max_epochs` of a mixture looks at the epoch before
+    anything more is read. Inside a share they keep their places, so that a resume may unset them.
     """
 
     def __init__(
@@ -122,8 +126,10 @@ class LaneReader:
         document_mask: bool = False,
         units_per_lane: int = 1,
         files: FileOrder | None = None,
+        skip_ranges: Sequence[Sequence[int]] = (),
     ):
         self.files = files
+        self.skip_ranges = skip_ranges
         self.source = source
         self.lane = lane
         self.num_lanes = num_lanes
@@ -150,9 +156,8 @@ class LaneReader:
                 empty = 0
             # More only where the unit is skipped now and was not when the position was saved.
             if offset >= len(unit):
-                index, offset = index + 1, 0
-                if index == self._units_in(epoch):
-                    epoch, index = epoch + 1, 0
+                epoch, index = self._after(epoch, index)
+                offset = 0
             return part
 
         parts = cut(take, self.seq_len)
@@ -166,6 +171,22 @@ class LaneReader:
         """Bad luck of the shuffling ends by itself; data without any token would be searched for ever."""
         if not any(len(self.source.tokens(i)) for i in range(len(self.source))):
             raise DataError(f"{self.source.name}: none of its {len(self.source)} samples holds a token")
+
+    def _after(self, epoch: int, index: int) -> tuple[int, int]:
+        """Epoch and number of the unit that is read after this one."""
+        after = (epoch, index + 1) if index + 1 < self._units_in(epoch) else (epoch + 1, 0)
+        # After a unit that is skipped itself, that was asked when the one before it ended.
+        if self.skip_ranges and not self._is_skipped(epoch, index):
+            while self._skips_the_rest(*after):
+                after = (after[0] + 1, 0)
+        return after
+
+    def _skips_the_rest(self, epoch: int, index: int) -> bool:
+        """Whether the share is skipped from this unit on."""
+        return all(self._is_skipped(epoch, unit) for unit in range(index, self._units_in(epoch)))
+
+    def _is_skipped(self, epoch: int, index: int) -> bool:
+        return is_in(self.skip_ranges, self._at(epoch, index) // self.pieces)
 
     def _first(self, epoch: int) -> int:
         return (self.lane + epoch) % self.num_lanes
@@ -226,7 +247,12 @@ class SkippingSource:
         return _NOTHING if self._skips(index) else self.source.piece(index, part, parts)
 
     def _skips(self, index: int) -> bool:
-        return any(first <= index <= last for first, last in self.ranges)
+        return is_in(self.ranges, index)
+
+
+def is_in(ranges: Sequence[Sequence[int]], index: int) -> bool:
+    """Whether a number lies in one of the pairs of the first and the last one."""
+    return any(first <= index <= last for first, last in ranges)
 
 
 def permuted(position: int, size: int, seed: int, epoch: int) -> int:

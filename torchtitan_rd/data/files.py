@@ -14,6 +14,7 @@ from typing import Any
 
 from torchtitan_rd.data.content import digest_of_file, stride_of
 from torchtitan_rd.data.json_text import rows_of_json
+from torchtitan_rd.data.library_files import CACHES, METADATA, SAVED, LibraryFiles
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.log import logger
 
@@ -21,15 +22,13 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".txt": "text"}
 _COMPRESSIONS, _COMPRESSIBLE = (".gz", ".zst"), ("json", "text")
 _OTHER_COMPRESSIONS = (".bz2", ".xz", ".lz4", ".zip", ".7z", ".rar")
-# What the `datasets` library writes beside its data. A folder with one of the last two is read as a whole.
-_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_SAVED = ("dataset_dict.json", "state.json")
 _SPLITS = {
     "train": "train(?:ing)?",
     "validation": "val(?:id|idation)?|dev",
     "test": "test(?:ing)?|eval(?:uation)?",
 }
 _LISTED = 1000  # names that a record holds at most
+_OTHER_SPLIT = "named after another split"
 
 
 @dataclass
@@ -94,20 +93,39 @@ class FileList:
         builder = self.builder()  # looks at all files
         return [_rows_in(file, builder) for file in self.files]
 
-    def log(self, name: str, rows: int | None) -> None:
-        """Says what is read and what is not."""
-        count = "streamed" if rows is None else f"{rows} rows"
+    def add(self, file: Path, why_not: str | None) -> None:
+        """Notes a file that is read, or why it is not."""
+        if why_not is None:
+            self.files.append(file)
+        else:
+            self.left_out.setdefault(why_not, []).append(self.name(file))
+
+    def log(self, name: str, size: str, remedy: str = "name them alone in dataset_path") -> None:
+        """Says what is read and what is not. remedy: how to read what is named otherwise."""
         listed = (
-            f", {len(self.files)} files: {_some([self.name(p) for p in self.files])}" if self.files else ""
+            f", {len(self.files)} files: {some([self.name(p) for p in self.files])}" if self.files else ""
         )
-        logger.info("data: %s reads split %s of %s: %s%s", name, self.split, self.path, count, listed)
+        logger.info("data: %s reads split %s of %s: %s%s", name, self.split, self.path, size, listed)
         for reason, names in self.left_out.items():
-            logger.info("data: %s does not read %d files (%s): %s", name, len(names), reason, _some(names))
+            by_name = reason in (_OTHER_SPLIT, self.not_as_others)
+            how = f"; a whole word of a name tells the split: rename them, or {remedy}" if by_name else ""
+            logger.info(
+                "data: %s does not read %d files (%s): %s%s", name, len(names), reason, some(names), how
+            )
+
+    @property
+    def not_as_others(self) -> str:
+        """Why a file is left out that names no split, beside others that do."""
+        return f"not named {self.split!r} as others are"
+
+    @property
+    def noted_left_out(self) -> dict[str, list[str]]:
+        """Reason -> names that are not read, of very many the first."""
+        return {reason: names[:_LISTED] for reason, names in self.left_out.items()}
 
     def record(self, rows: int | None) -> dict[str, Any]:
         """The same as plain values, for the folder of the run."""
         names = [self.name(p) for p in self.files]
-        left_out = {reason: names[:_LISTED] for reason, names in self.left_out.items()}
         return {
             "path": self.path,
             "split": self.split,
@@ -115,7 +133,7 @@ class FileList:
             **({"commit": self.commit} if self.commit else {}),
             "number_of_files": len(names),
             "files": names[:_LISTED],
-            "left_out": left_out,
+            "left_out": self.noted_left_out,
         }
 
 
@@ -124,28 +142,30 @@ def find_files(path: str, split: str = "train") -> FileList:
 
     Of a folder, those named after the split; a folder in which no file is named after `train` is read whole
     to train on, less the files that are named after other splits. Raises DataError where that leaves nothing,
-    or for data that is compressed in a way that is not read.
+    for a link to a file that is gone, or for data that is compressed in a way that is not read.
     """
-    root = Path(path)
+    root, of_library = Path(path), LibraryFiles()
     if root.is_file():
         found = FileList(path, split, root.parent, [root])
     elif root.is_dir():
-        found = FileList(path, split, root, saved=any((root / name).is_file() for name in _SAVED))
+        found = FileList(path, split, root, saved=any((root / name).is_file() for name in SAVED))
         if found.saved:
             return found
         for file in sorted(_walk(root), key=attrgetter("parts")):  # the order of paths, found faster
-            if reason := _not_data(file):
-                found.left_out.setdefault(reason, []).append(found.name(file))
-            else:
-                found.files.append(file)
+            found.add(file, _not_data(file) or of_library.reason(file))
         if not found.files:
             raise DataError(f"{path}: a folder without data files (looked for {', '.join(BUILDERS)})")
         _keep_split(found)
     else:
         # Path.glob would take no absolute pattern.
         matches = sorted(Path(p) for p in glob.glob(path, recursive=True))  # noqa: PTH207
-        found = FileList(path, split, Path(_plain_part(path)), [p for p in matches if p.is_file()])
+        found = FileList(path, split, Path(_plain_part(path)))
+        wants_caches = root.name.startswith(CACHES)
+        for file in matches:
+            if file.is_file() or (_is_data(file) and _is_lost(file)):
+                found.add(file, None if wants_caches else of_library.reason(file))
         _keep_split(found)
+    _refuse_lost(found)
     _refuse_compressed(found)
     return found
 
@@ -172,16 +192,38 @@ def _not_data(file: Path) -> str | None:
     """Why a file of a folder is not read."""
     if file.name.startswith("."):
         return "hidden"
-    if file.name in _METADATA:
+    if file.name in METADATA:
         return "metadata of the datasets library"
-    if not file.is_file():
+    if not file.is_file() and not (_is_data(file) and _is_lost(file)):
         return "a link to a folder that is read already" if file.is_dir() else "not a file"
-    return None if _data_suffix(file) in BUILDERS or _is_refused(file) else "not a data file"
+    return None if _is_data(file) else "not a data file"
+
+
+def _is_data(file: Path) -> bool:
+    """By its name; also what would be data if it were not compressed."""
+    return _data_suffix(file) in BUILDERS or _is_refused(file)
+
+
+def _is_lost(file: Path) -> bool:
+    """Whether it is a link to what is not there."""
+    return file.is_symlink() and not file.exists()
+
+
+def _refuse_lost(found: FileList) -> None:
+    """A cache that was cleared leaves links behind: data that would be missed without a word."""
+    for file in found.files:
+        if _is_lost(file):
+            raise DataError(
+                f"{file}: is a link to {file.readlink()}, which is not there (a cache that was cleared?): "
+                "fetch the file again, or remove the link"
+            )
 
 
 def _keep_split(found: FileList) -> None:
-    """Leaves only the files of the split. A glob of which none is named after it is read whole:
-    it was written out.
+    """Leaves only the files of the split.
+
+    A glob of which none is named after it is read whole to train on: it was written out. As held-out data
+    nothing of it is read that is named after another split, which may be what was trained on.
     """
     owner = {p: _split_of(found.name(p), found.split) for p in found.files}
     named = [p for p in found.files if owner[p] == found.split]
@@ -200,22 +242,26 @@ def _keep_split(found: FileList) -> None:
         )
     else:
         kept = unnamed
+
     if not kept and is_folder:
         raise DataError(
             f"{found.path}: each of its {len(found.files)} data files is named after another split than "
-            f"{found.split!r} ({_some([found.name(p) for p in found.files])}); "
+            f"{found.split!r} ({some([found.name(p) for p in found.files])}); "
             "name them with a pattern to read them"
+        )
+    if not kept and found.split != "train":
+        raise DataError(
+            f"{found.path}: each of the {len(found.files)} files that match is named after another split "
+            f"than {found.split!r} ({some([found.name(p) for p in found.files])}); name other files, or the "
+            "split that these are of"
         )
 
     kept = kept or found.files
-    kept_set = set(kept)  # thousands of files are usual, and each is looked up
-    for file in found.files:
-        if file not in kept_set:
-            reason = (
-                "named after another split" if owner[file] else f"not named {found.split!r} as others are"
-            )
-            found.left_out.setdefault(reason, []).append(found.name(file))
-    found.files = kept
+    kept_set, files = set(kept), found.files  # thousands of files are usual, and each is looked up
+    found.files = []
+    for file in files:
+        by_name = _OTHER_SPLIT if owner[file] else found.not_as_others
+        found.add(file, None if file in kept_set else by_name)
 
 
 def _split_of(name: str, wanted: str) -> str | None:
@@ -254,13 +300,18 @@ def _data_suffix(file: Path) -> str:
 
 def _is_refused(file: Path) -> bool:
     """Whether a file holds data, compressed in a way that is not read."""
-    return file.suffix.lower() in _OTHER_COMPRESSIONS and Path(file.stem).suffix.lower() in BUILDERS
+    inner = Path(file.stem).suffix.lower()
+    if file.suffix.lower() in _COMPRESSIONS:  # such as .parquet.gz, which nobody maps
+        return BUILDERS.get(inner, "json") not in _COMPRESSIBLE
+    return file.suffix.lower() in _OTHER_COMPRESSIONS and inner in BUILDERS
 
 
 def _refuse_compressed(found: FileList) -> None:
     for file in found.files:
         suffix = file.suffix.lower()
         if _is_refused(file):
+            if suffix in _COMPRESSIONS:
+                raise DataError(f"{file}: {''.join(file.suffixes[-2:])} files are not read: unpack it")
             raise DataError(
                 f"{file}: {suffix} files are not read: unpack it, or compress it with gzip or zstd"
             )
@@ -297,6 +348,6 @@ def _plain_part(pattern: str) -> str:
     return str(Path(*plain)) if plain else "."
 
 
-def _some(names: list[str]) -> str:
-    """`a, b, ... y, z`."""
+def some(names: list[str]) -> str:
+    """`a, b, ... y, z`, for messages."""
     return ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])

@@ -40,12 +40,21 @@ def check_json(files: list[Path], column: str, kind: JsonKind) -> None:
 
 
 def rows_of_json(file: Path) -> int:
-    """The rows of a file of JSON lines, or of one list."""
+    """The rows of a file of JSON lines, which is read in blocks, or of one list, which is read whole."""
     with _opened(file) as stream:
-        content = stream.read().removeprefix(b"\xef\xbb\xbf").lstrip()
-    if content.startswith(b"["):
-        return len(json.loads(content))
-    return sum(bool(line.strip()) for line in content.split(b"\n"))
+        block = stream.read(_BLOCK).removeprefix(b"\xef\xbb\xbf")
+        if block.lstrip().startswith(b"["):
+            return len(json.loads(block + stream.read()))
+
+        rows, has_content = 0, False  # of the line that is not yet at its end
+        while block:
+            line, *others = block.split(b"\n")
+            has_content |= bool(line.strip())
+            for line in others:
+                rows += has_content
+                has_content = bool(line.strip())
+            block = stream.read(_BLOCK)
+    return rows + has_content
 
 
 def _opened(file: Path) -> "pa.NativeFile":

@@ -66,7 +66,7 @@ class Opening:
         table, found = open_rows(keys, data.row, encoder, self.split)
         share = (self.dims.data_rank, self.dims.data_degree)
         reader = StreamReader(keys.dataset, table, encoder, keys.seq_len, *share, keys.document_mask)
-        found.log(keys.dataset, None)
+        found.log(keys.dataset, "streamed")
         logger.info(
             "data: streaming; the position can be continued on %d data ranks only", self.dims.data_degree
         )
@@ -85,7 +85,8 @@ class Opening:
         readers = cutting.readers(samples, self.dims.lanes)
         for reader in readers:
             reader.read(Cursor())
-        found.log(keys.dataset if data.name is None else f"{data.name} ({keys.dataset})", len(source))
+        name = keys.dataset if data.name is None else f"{data.name} ({keys.dataset})"
+        found.log(name, f"{len(source)} rows")
         return OpenData(readers, Cursor(), fingerprint, found.record(len(source)))
 
     def mixture(self, mixture: mixing.Mixture, sources: Sequence[DataSet]) -> OpenData:

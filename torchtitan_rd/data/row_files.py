@@ -7,6 +7,8 @@ from pathlib import Path
 from torchtitan_rd.data.files import FileList
 from torchtitan_rd.errors import DataError
 
+_READABLE_BYTES = 4 << 30  # of files whose rows only reading counts: some ten seconds
+
 
 @contextmanager
 def naming_the_file(found: FileList | None, row: int, rows: int) -> Iterator[None]:
@@ -26,9 +28,12 @@ def naming_the_file(found: FileList | None, row: int, rows: int) -> Iterator[Non
 def _place_of(found: FileList, row: int, rows: int) -> tuple[Path, int] | None:
     """The file, and the number of the row in it.
 
-    None where the files do not add up to the rows that were read: some are selected, or a file changed.
+    None where the files do not add up to the rows that were read: some are selected, or a file changed; and
+    where counting would take longer than anyone waits for a message that has the row number already.
     """
     try:
+        if found.builder() == "json" and sum(p.stat().st_size for p in found.files) > _READABLE_BYTES:
+            return None
         counts = found.rows
     except (DataError, OSError, ValueError):  # what was to be reported is worse
         return None

@@ -215,7 +215,9 @@ class Cutting:
         """One reader a lane."""
         c = self.config
         common = (self.num_lanes, c.seq_len, c.shuffle_seed, c.document_mask, self.units_per_lane)
-        return [LaneReader(source, lane, *common, files=self.files) for lane in lanes]
+        return [
+            LaneReader(source, lane, *common, files=self.files, skip_ranges=c.skip_ranges) for lane in lanes
+        ]
 
 
 def source_fingerprint(

@@ -166,7 +166,7 @@ def open_source(name: str, keys: SourceKeys, base: Path) -> OpenSource:
     found = find_files(path, keys.split)
     if found.files:
         found.builder()
-        return OpenSource(name, keys, found)
+        return _logged(OpenSource(name, keys, found))
     if not found.saved:
         if not HUB_NAME.fullmatch(keys.address):
             raise DataError(f"{name}: address {keys.address!r}: no such file or folder ({path})")
@@ -175,7 +175,14 @@ def open_source(name: str, keys: SourceKeys, base: Path) -> OpenSource:
     check_columns(table.column_names, keys.columns, name)
     if not found.saved:
         found.commit = check_revision(name, table, keys.revision)
-    return OpenSource(name, keys, found, table)
+    return _logged(OpenSource(name, keys, found, table))
+
+
+def _logged(source: OpenSource) -> OpenSource:
+    size = f"{source.size():,} {'bytes' if source.table is None else 'rows'}"
+    remedy = "name them as a source of their own, or their `split` in the sources file"
+    source.found.log(source.name, size, remedy)
+    return source
 
 
 def _cell(batch: Any, row: int, columns: list[str]) -> RawRow:
@@ -202,7 +209,8 @@ def download(sources: list[OpenSource], output: Output) -> dict[str, Any]:
             note = _stage(source, output)
             files |= note["files"]
             counts = {key: note[key] for key in ("rows", "characters", "bad", "examples")}
-            notes[source.name] = {**source.keys.model_dump(), **counts}
+            left_out = {"left_out": source.found.noted_left_out}
+            notes[source.name] = {**source.keys.model_dump(), **counts, **left_out}
         return output.finish({"files": files, "sources": notes})
 
 

@@ -145,6 +145,8 @@ def _open_path(
     source = Source(path, table, keys.column, weight, keys.chat_columns, found)
     if not len(source):
         raise DataError(f"{path}: holds no rows")
+    remedy = "name them as a further input, or their split with --split"
+    found.log("preparation", f"{len(source)} rows", remedy)
 
     files = found.files
     if found.saved:

@@ -19,6 +19,7 @@ from torchtitan_rd.data.arrow import (
     open_table,
     read_row,
 )
+from torchtitan_rd.data.chat import ChatEncoder
 from torchtitan_rd.data.check import count_of, each_row
 from torchtitan_rd.data.column_types import is_list
 from torchtitan_rd.data.prepacked import PackedEncoder
@@ -217,8 +218,13 @@ def _tokens(counts: np.ndarray, tokenizer: Tokenizer | None, ids: np.ndarray) ->
 
 
 def _ids_of(encoder: Encoder, value: Any, where: str) -> np.ndarray:
-    """Packed rows as they lie, of whatever length; all others as they are trained on."""
-    return value if isinstance(encoder, PackedEncoder) else encoder.encode(value, where)
+    """Packed rows as they lie, of whatever length; all others as they are trained on, what is read and not
+    learned of a conversation included.
+    """
+    if isinstance(encoder, PackedEncoder):
+        return value
+    ids = encoder.encode(value, where)
+    return np.where(ids < 0, ~ids, ids) if isinstance(encoder, ChatEncoder) else ids
 
 
 def _decoded(ids: np.ndarray, tokenizer: Tokenizer | None) -> str:

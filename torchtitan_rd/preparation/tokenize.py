@@ -298,6 +298,7 @@ def _finish(documents: Documents, packing: Packing, output: Output) -> dict[str,
         # They are gone once another task, which ended at the same time, has committed.
         return output.result
     files = {name: facts for note in done for name, facts in note["files"].items()}
+
     rows = {s: sum(facts["rows"] for name, facts in files.items() if name.startswith(s)) for s in SPLITS}
     if not rows["train"]:
         raise DataError(
@@ -309,10 +310,16 @@ def _finish(documents: Documents, packing: Packing, output: Output) -> dict[str,
 
     counts = [sum((Counts(**n["counts"][i]) for n in done), Counts()) for i in range(len(documents.sources))]
     sources = {
-        source.name: {"weight": source.weight, "rows": len(source), **asdict(count)}
+        source.name: {
+            "weight": source.weight,
+            "rows": len(source),
+            **asdict(count),
+            "left_out": source.found.noted_left_out if source.found else {},
+        }
         for source, count in zip(documents.sources, counts, strict=True)
     }
     tokenizer = load_tokenizer(packing.tokenizer)
+
     return output.finish(
         {
             "files": dict(sorted(files.items())),

@@ -85,23 +85,26 @@ def sample_rows(wanted: Wanted, encoder: Encoder, folder: Path, reaches_hub: boo
 
 
 def make_up_rows(wanted: Wanted, folder: Path) -> None:
-    """Writes rows of the kind of the data to `folder`, in the columns that the run reads."""
+    """Writes rows of the kind of the data to `folder`, in the columns that the run reads; those of a held-out
+    split are others than those of training, which would be refused.
+    """
     import pyarrow as pa
 
-    columns = made_up(wanted.row.kind, wanted.keys, wanted.seq_len, wanted.vocab_size)
+    first = 0 if wanted.split == "train" else ROWS
+    columns = made_up(wanted.row.kind, wanted.keys, wanted.seq_len, wanted.vocab_size, first)
     table = pa.table(columns)
     _write([table.slice(number, 1) for number in range(len(table))], wanted, folder)
 
 
-def made_up(kind: Kind, keys: DatasetKeys, seq_len: int, vocab_size: int) -> dict[str, Any]:
-    """Column -> ROWS cells, the same at every call.
+def made_up(kind: Kind, keys: DatasetKeys, seq_len: int, vocab_size: int, first: int = 0) -> dict[str, Any]:
+    """Column -> ROWS cells from number `first` on, the same at every call.
 
     spikes: counts (N, T) of 5 to 20 neurons with a mean of 0.3. packed: seq_len + 1 ids, eos_id among them.
     text: Python's help topics. chat: sums and their results.
     """
     import pyarrow as pa
 
-    numbers = np.random.default_rng(0)
+    numbers = np.random.default_rng(first)
     if kind == "spikes":
         shapes = [(int(numbers.integers(5, 21)), 100) for _ in range(ROWS)]
         counts = [np.minimum(numbers.poisson(0.3, shape), vocab_size - 2).tolist() for shape in shapes]
@@ -112,10 +115,10 @@ def made_up(kind: Kind, keys: DatasetKeys, seq_len: int, vocab_size: int) -> dic
             ids[:, seq_len // 2] = keys.eos_id
         return {keys.column or "input_ids": ids.tolist()}
     if kind == "text":
-        return {keys.column or "text": list(islice(pydoc_topics(0), ROWS))}
+        return {keys.column or "text": list(islice(pydoc_topics(0), first, first + ROWS))}
 
-    questions = [f"{n} + {n}?" for n in range(ROWS)]
-    answers = [f"It is {2 * n}." for n in range(ROWS)]
+    questions = [f"{n} + {n}?" for n in range(first, first + ROWS)]
+    answers = [f"It is {2 * n}." for n in range(first, first + ROWS)]
     if keys.question_column and keys.answer_column:
         return {keys.question_column: questions, keys.answer_column: answers}
     roles = ("user", "assistant")
