@@ -21,6 +21,7 @@ from torchtitan_rd.data import (
     Tokenizer,
     build_dataloader,
     check_other_rows,
+    training_sets,
 )
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
@@ -117,6 +118,14 @@ def held_out_set(
     if not config.enable:
         return []
     keys = validation_keys(config, training, dims.data_degree)
+    if DATASETS[keys.dataset].samples:
+        reading["trained"] = None
+        if dims.data_rank == 0 and keys.dataset in {one.keys.dataset for one in training_sets(training)}:
+            logger.warning(
+                "validation: %r is made here and has no splits: its loss is that of rows that are trained on "
+                "(pydoc-train and pydoc-validation are apart)",
+                keys.dataset,
+            )
     return read_held_out(
         keys, BatchDims.resolve(keys, dims.data_rank, dims.data_degree), config.split, **reading
     )

@@ -75,14 +75,19 @@ def test_files_that_are_trained_on_are_no_held_out_set(trained, held, split, wha
         assert found == f"{would_be}, which training reads too: {REMEDY}"
 
 
-def test_the_split_of_the_hub_that_is_trained_on_and_samples_made_here_are_no_held_out_set():
+def test_the_split_of_the_hub_that_is_trained_on_is_no_held_out_set():
     hub = "--training.dataset=wikitext"
     found = refused(hub, "--validation.split=train")
     assert "would be split 'train' of Salesforce/wikitext, which training" in found
     assert refused(hub, "--validation.split=validation") is None
-    for name in ("pydoc", "synthetic"):
-        assert f"would be {name!r}, which is made here" in refused(f"--training.dataset={name}")
-    assert refused("--training.dataset=pydoc-train", "--validation.dataset=pydoc-validation") is None
+
+
+@pytest.mark.parametrize(("held", "warns"), [("pydoc", True), ("pydoc-validation", False)])
+def test_samples_made_here_are_measured_with_a_warning_if_they_are_trained_on(held, warns, tmp_path, capfd):
+    arguments = ["--training.dataset=pydoc", f"--validation.dataset={held}", "--validation.sequences=4"]
+    arguments += ["--validation.enable", "--training.steps=1", f"--job.dump_folder={tmp_path}"]
+    assert train.main([*SMALL, *arguments]) == 0
+    assert ("its loss is that of rows that are trained on" in capfd.readouterr().err) == warns
 
 
 def test_a_source_of_a_mixture_is_no_held_out_set(folder):
