@@ -118,14 +118,16 @@ def held_out_set(
     if not config.enable:
         return []
     keys = validation_keys(config, training, dims.data_degree)
-    if DATASETS[keys.dataset].samples:
+    trained = [one.keys for one in training_sets(training)]
+    is_made = DATASETS[keys.dataset].samples is not None
+    if is_made and dims.data_rank == 0 and keys.dataset in {one.dataset for one in trained}:
+        logger.warning(
+            "validation: %r is made here and has no splits: its loss is that of rows that are trained on "
+            "(pydoc-train and pydoc-validation are apart)",
+            keys.dataset,
+        )
+    if is_made or any(one.skip_ranges for one in trained):  # what is skipped may be what is held out
         reading["trained"] = None
-        if dims.data_rank == 0 and keys.dataset in {one.keys.dataset for one in training_sets(training)}:
-            logger.warning(
-                "validation: %r is made here and has no splits: its loss is that of rows that are trained on "
-                "(pydoc-train and pydoc-validation are apart)",
-                keys.dataset,
-            )
     return read_held_out(
         keys, BatchDims.resolve(keys, dims.data_rank, dims.data_degree), config.split, **reading
     )

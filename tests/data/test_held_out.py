@@ -75,6 +75,16 @@ def test_files_that_are_trained_on_are_no_held_out_set(trained, held, split, wha
         assert found == f"{would_be}, which training reads too: {REMEDY}"
 
 
+def test_rows_that_training_skips_may_be_held_out(folder, capfd):
+    path = folder / "rows.jsonl"
+    path.write_text((json.dumps({"text": "words " * 20}) + "\n") * 8)
+    arguments = ["--training.dataset=text", f"--training.dataset_path={path}", "--validation.sequences=2"]
+    arguments += ["--training.steps=1", f"--job.dump_folder={folder / 'run'}"]
+    assert train.main([*SMALL, *arguments, "--training.skip_ranges=[[0,1]]"]) == 0
+    assert train.main([*SMALL, *arguments]) == 1
+    assert "(rows.jsonl), which training reads too" in capfd.readouterr().err
+
+
 def test_the_split_of_the_hub_that_is_trained_on_is_no_held_out_set():
     hub = "--training.dataset=wikitext"
     found = refused(hub, "--validation.split=train")

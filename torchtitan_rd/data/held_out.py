@@ -17,9 +17,13 @@ _REMEDY = "name other data with validation.dataset, validation.dataset_path or v
 def check_held_out(trained: Sequence[DataSet], held: DataSet, split: str) -> None:
     """Raises ConfigError where held-out data is what one of `trained` reads, DataError for a path that is
     not there. Looks at the names of files alone. Samples that are made here, of which there may be no other
-    part, are left to a warning of the run (validation.py).
+    part, are left to a warning of the run (validation.py); who skips rows may hold them out so.
     """
-    for one in trained if not held.row.samples else ():
+    if held.row.samples:
+        return
+    for one in trained:
+        if one.keys.skip_ranges:
+            continue
         if what := shared_data(one, "train", held, split):
             name = "training" if one.name is None else f"training.mixture.{one.name}"
             raise ConfigError(
