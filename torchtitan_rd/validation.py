@@ -21,7 +21,6 @@ from torchtitan_rd.data import (
     Tokenizer,
     build_dataloader,
     check_other_rows,
-    training_sets,
 )
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
@@ -118,15 +117,16 @@ def held_out_set(
     if not config.enable:
         return []
     keys = validation_keys(config, training, dims.data_degree)
-    trained = [one.keys for one in training_sets(training)]
+    trained = {one.dataset for one in training.mixture} or {training.dataset}
     is_made = DATASETS[keys.dataset].samples is not None
-    if is_made and dims.data_rank == 0 and keys.dataset in {one.dataset for one in trained}:
+    if is_made and dims.data_rank == 0 and keys.dataset in trained:
         logger.warning(
             "validation: %r is made here and has no splits: its loss is that of rows that are trained on "
             "(pydoc-train and pydoc-validation are apart)",
             keys.dataset,
         )
-    if is_made or any(one.skip_ranges for one in trained):  # what is skipped may be what is held out
+    skips = training.skip_ranges or any(one.skip_ranges for one in training.mixture)
+    if is_made or skips:  # what is skipped may be what is held out
         reading["trained"] = None
     return read_held_out(
         keys, BatchDims.resolve(keys, dims.data_rank, dims.data_degree), config.split, **reading
