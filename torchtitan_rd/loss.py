@@ -26,7 +26,7 @@ _TABLE_SIZE, _TABLE_SEED = 1_000_003, 2971215073  # of goldfish loss; two primes
 
 
 class ObjectiveKeys(Section):
-    """The keys of [training] that the objective reads."""
+    """The keys of [training] that this file reads; z_loss_weight is TrainStep's, which hands it in."""
 
     goldfish_strategy: Literal["none", "static", "hash-table"] = "none"
     """Goldfish loss (arXiv 2406.10209): leave labels out of the loss so that text is not learned by heart.

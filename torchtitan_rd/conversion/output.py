@@ -12,11 +12,12 @@ from pathlib import Path
 
 from torchtitan_rd.checkpoint.folders import fsync
 from torchtitan_rd.checkpoint.lock import FolderLock
+from torchtitan_rd.checkpoint.safe_reader import METADATA
 from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.log import logger
 
 # One of these is in every folder that a conversion has written.
-_MARKS = (".metadata", "config.json", "checkpoint.pth")
+_MARKS = (METADATA, "config.json", "checkpoint.pth")
 _NEW, _REPLACED = "new", "replaced"  # in the folder beside an output: what it will be, and what it was
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from torchtitan_rd.checkpoint import TensorInfo
+from torchtitan_rd.checkpoint.safe_reader import METADATA
 from torchtitan_rd.conversion import verification
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.huggingface import require_complete
@@ -111,7 +112,7 @@ def open_dense(
     Reads names and shapes only. model, flavor, overrides: the shape of a checkpoint that does not tell its
     own. Raises CheckpointError, ConfigError.
     """
-    if (folder / ".metadata").exists():
+    if (folder / METADATA).exists():
         weights = open_dcp(folder, model=model, flavor=flavor, overrides=overrides)
     else:
         weights = open_released(folder, model=model)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torchtitan_rd.data.content import digest_of_file, stride_of
 from torchtitan_rd.data.json_text import rows_of_json
-from torchtitan_rd.data.library_files import CACHES, METADATA, SAVED, LibraryFiles
+from torchtitan_rd.data.library_files import CACHES, LIBRARY_JSON, SAVED, LibraryFiles
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.log import logger
 
@@ -192,7 +192,7 @@ def _not_data(file: Path) -> str | None:
     """Why a file of a folder is not read."""
     if file.name.startswith("."):
         return "hidden"
-    if file.name in METADATA:
+    if file.name in LIBRARY_JSON:
         return "metadata of the datasets library"
     if not file.is_file() and not (_is_data(file) and _is_lost(file)):
         return "a link to a folder that is read already" if file.is_dir() else "not a file"

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+LIBRARY_JSON = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 SAVED = ("dataset_dict.json", "state.json")
 """A folder with one of these is of `save_to_disk`, and is read as a whole."""

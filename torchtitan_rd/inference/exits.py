@@ -134,7 +134,7 @@ class ExitPolicy:
     every: the criterion is asked after each so many iterations. in_prefill: whether the prompt may be left
     early too, all of its positions at once. Raises ConfigError."""
 
-    criterion: str = "none"
+    criterion: str = NEVER
     threshold: float | None = None
     min_steps: int = 1
     every: int = 1

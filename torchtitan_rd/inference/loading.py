@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from torchtitan_rd.checkpoint.folders import STATE, STEP, step_of
+from torchtitan_rd.checkpoint.safe_reader import METADATA
 from torchtitan_rd.conversion.dcp import open_dcp
 from torchtitan_rd.conversion.huggingface import CONFIG_JSON, require_complete
 from torchtitan_rd.conversion.pipeline import TOKENIZERS, open_released, with_tokenizer
@@ -83,7 +84,7 @@ def open_weights(path: Path, *, model: str | None = None, flavor: str | None = N
             f"{path} does not exist: name a step-N folder, a run's folder, or an exported folder"
         )
     path = latest_step(path)
-    if path.is_dir() and (path / ".metadata").exists():
+    if path.is_dir() and (path / METADATA).exists():
         return open_dcp(path, model=model, flavor=flavor)
     if path.is_dir() and not any((path / name).exists() for name in (CONFIG_JSON, "params.json", "original")):
         raise CheckpointError(

@@ -1,7 +1,7 @@
 """What a raven's forward takes beside tokens: the depth and the first state.
 
-The depth is a function of the step (and of the rank, where each draws its own); the state is one of the
-seed, the step and the row.
+The depth is a function of the step (and of the microbatch and the rank, where each draws its own); the
+state is one of the seed, the step and the row.
 """
 
 import hashlib

@@ -1,5 +1,5 @@
 """[recurrence]: how deep the core is run in training.
-Depths are pure functions of the step (arXiv 2502.05171).
+Depths are pure functions of the step, or of the microbatch where each draws its own (arXiv 2502.05171).
 
 A draw is (n, k): n iterations without gradient, then k with it (truncated backpropagation).
 Letters of the table below: t = max(mean_recurrence - mean_backprop_depth, 0), s = mean_backprop_depth.
