@@ -1,5 +1,6 @@
 """Small runs that are planned here, and run for real to compare."""
 
+import gc
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -147,6 +148,7 @@ def allocated(work: Callable[[], Any]) -> int:
     """The most bytes that the allocator gave out during `work`, beyond what was there before: each piece that
     it gives or takes back, in order.
     """
+    gc.collect()  # what an earlier model left in circles would count as given back if it went meanwhile
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         work()
