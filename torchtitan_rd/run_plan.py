@@ -157,6 +157,7 @@ def resolve(
         )
         if keys and held_out:
             read.append((keys, held_out))
+        if keys and held_out and environment.rank == 0:  # it looks at each file once more: not on all ranks
             held = DataSet(keys, held_out, section="validation")
             problems.found_by(check_held_out, sets or [], held, config.validation.split)
 

@@ -1,12 +1,13 @@
 """Held-out data that is what was trained on is refused, before anything is read where names tell it."""
 
 import json
+from dataclasses import replace
 
 import datasets
 import pytest
 
 from tests.data.helpers import build
-from torchtitan_rd import train
+from torchtitan_rd import run_plan, train
 from torchtitan_rd.__main__ import main
 from torchtitan_rd.config import load
 from torchtitan_rd.data import BatchDims, DatasetKeys, check_other_rows, load_tokenizer
@@ -73,6 +74,16 @@ def test_files_that_are_trained_on_are_no_held_out_set(trained, held, split, wha
     else:
         would_be = f"validation.split = {split!r}: the held-out set would be {what.format(folder)}"
         assert found == f"{would_be}, which training reads too: {REMEDY}"
+
+
+def test_one_rank_looks_at_the_files_for_all(folder, monkeypatch):
+    monkeypatch.setattr(run_plan, "check_held_out", lambda *_: looked.append(rank))
+    looked = []
+    arguments = ["--training.dataset=text", f"--training.dataset_path={folder / 'a.jsonl'}"]
+    for rank in (0, 1):
+        there = replace(ALONE, rank=rank, local_rank=rank, world_size=2, local_world_size=2)
+        resolve(load([*SMALL, *arguments], there).config, there)
+    assert looked == [0]
 
 
 def test_rows_that_training_skips_may_be_held_out(folder, capfd):
