@@ -12,6 +12,7 @@ from tests.fork_server import run_python
 from tests.test_metrics_outputs import FakeWandb
 from torchtitan_rd import train
 from torchtitan_rd.config import JobConfig, load
+from torchtitan_rd.config_loader import section_type
 from torchtitan_rd.job import Environment
 from torchtitan_rd.masking import is_masked, mask_text, mask_values
 
@@ -56,6 +57,7 @@ def test_texts_under_names_of_credentials_are_hidden_at_any_depth():
             "api-key": "b",
             "data": {"PASSWORD": ["c", "d"], "client.secret": "e", "key": ""},
             "token": 3,
+            "AWS_ACCESS_KEY_ID": "f",
         }
     )
     assert found == {
@@ -63,13 +65,25 @@ def test_texts_under_names_of_credentials_are_hidden_at_any_depth():
         "api-key": "***",
         "data": {"PASSWORD": ["***", "***"], "client.secret": "***", "key": ""},
         "token": 3,
+        "AWS_ACCESS_KEY_ID": "***",
     }
 
 
 def test_names_that_merely_contain_such_a_word_are_not_hidden():
     plain = {"num_tokens": "5", "tokenizer_path": "bytes", "monkey": "x", "keyboard": "y", "tokens": "z"}
     assert mask_values(plain) == plain
-    assert mask_values(JobConfig().model_dump(mode="json")) == JobConfig().model_dump(mode="json")
+
+
+def test_no_key_of_a_config_is_taken_for_a_credential():
+    """Whatever its value: a run's config.toml loads to the run's own config (the path of
+    training.token_weights was hidden in it).
+    """
+    given = {
+        section: dict.fromkeys(section_type(info).model_fields, "/a/path")
+        for section, info in JobConfig.model_fields.items()
+    }
+    assert "token_weights" in given["training"]
+    assert mask_values(given) == given
 
 
 def files_with(folder: Path, canary: str) -> list[str]:

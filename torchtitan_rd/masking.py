@@ -2,8 +2,8 @@
 through here first.
 
 Hidden are the login and the query of every address (`https://user:password@host/path?token=...`), and
-each text under a name such as `api_key`, `hf_token`, `password`. Names like `num_tokens` and
-`tokenizer_path` are not meant.
+each text under a name such as `api_key`, `hf_token`, `password`. Names like `num_tokens`, `tokenizer_path`
+and `token_weights` are not meant.
 """
 
 import re
@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 MASK = "***"
-_SECRET_WORDS = {"token", "key", "apikey", "secret", "password", "passwd", "credential", "credentials"}
+_SECRET_WORDS = {"apikey", "secret", "password", "passwd", "credential", "credentials"}
+# Elsewhere in a name they say whose weights or which file is meant.
+_SECRET_ENDS = {("token",), ("key",), ("key", "id")}
 # scheme://, login up to the last @ before the path, host and path, query or fragment
 _ADDRESS = re.compile(r"""([a-zA-Z][a-zA-Z0-9+.-]*://)([^\s/?#"'<>]*@)?([^\s?#"'<>]*)([?#][^\s"'<>]*)?""")
 
@@ -44,8 +46,10 @@ def is_masked(value: Any) -> bool:
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key of this name holds a credential: one of its words says so."""
-    return not _SECRET_WORDS.isdisjoint(re.findall(r"[a-z0-9]+", name.lower()))
+    """Whether a key of this name holds a credential: one of its words says so, or how it ends."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    ends = {tuple(words[-1:]), tuple(words[-2:])}
+    return not _SECRET_WORDS.isdisjoint(words) or not _SECRET_ENDS.isdisjoint(ends)
 
 
 def _mask_address(found: re.Match[str]) -> str:
