@@ -3,6 +3,7 @@ and there is no circle.
 """
 
 import ast
+import functools
 import sys
 from pathlib import Path
 
@@ -90,6 +91,7 @@ ALLOWED_NEIGHBOURS = {
 REMOTE_CODE = PACKAGE / "models" / "raven" / "huggingface"
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     return {
         ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
@@ -98,7 +100,8 @@ def modules() -> dict[str, Path]:
     }
 
 
-def imports(path: Path) -> set[str]:
+@functools.cache
+def imports(path: Path) -> frozenset[str]:
     """The package's own modules that a file imports anywhere, lazily too."""
     found = set()
     known = modules()
@@ -110,7 +113,7 @@ def imports(path: Path) -> set[str]:
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             submodules = names & set(known)
             found |= submodules or {node.module}
-    return {name for name in found if name.split(".")[0] == PACKAGE.name}
+    return frozenset(name for name in found if name.split(".")[0] == PACKAGE.name)
 
 
 def room(module: str) -> str:

@@ -74,7 +74,7 @@ def test_training_lists_all_four_and_writes_nothing(four, tmp_path, capfd):
     assert not (tmp_path / "dump").exists()
 
 
-def test_the_launch_script_lists_all_four_for_its_ranks_before_torchrun_starts(four, tmp_path):
+def test_the_launch_script_lists_all_four_alone_for_its_ranks_before_torchrun_starts(four, tmp_path):
     found = subprocess.run(
         ["bash", "train_debug.sh", f"--job.dump_folder={tmp_path / 'dump'}"],
         cwd=ROOT,

@@ -41,19 +41,16 @@ SMALL = [
 ]
 
 
-def test_a_131k_script_trains_a_small_model_on_a_folder_of_spikes(tmp_path):
+def folder_of_spikes(folder: Path) -> Path:
     import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    folder.mkdir()
     counts = np.random.default_rng(0).poisson(0.3, (20, 200)).astype(np.uint8).tolist()
     table = pa.table({"spike_counts": pa.array([counts] * 4, type=pa.list_(pa.list_(pa.uint8())))})
-    pq.write_table(table, tmp_path / "train.parquet")
-    arguments = ["--model.flavor", "debug", "--training.seq_len", "256", "--training.steps", "2"]
-    arguments += ["--training.dataset_path", str(tmp_path), f"--job.dump_folder={tmp_path / 'dump'}"]
-    found = run(["bash", "train_primate_8B_131k.sh", *arguments])
-    assert found.returncode == 0, found.stderr
-    assert (tmp_path / "dump" / "checkpoint" / "step-2" / "manifest.json").exists()
+    pq.write_table(table, folder / "train.parquet")
+    return folder
 
 
 def in_terminal(command: list[str], ready, key: bytes, timeout: float = 120) -> tuple[int, str]:
@@ -86,11 +83,17 @@ def has_rows(folder: Path, count: int) -> bool:
     return path.exists() and path.read_text().count("\n") >= count
 
 
-def test_ctrl_c_in_a_terminal_saves_and_the_same_command_goes_on(tmp_path):
+@pytest.mark.parametrize(
+    "script", [pytest.param("train_debug.sh", marks=pytest.mark.slow), "train_primate_8B_131k.sh"]
+)
+def test_ctrl_c_in_a_terminal_saves_and_the_same_command_goes_on(script, tmp_path):
     """As a user types it: the terminal signals the whole foreground group, through bash,
     torchrun and both ranks.
     """
-    command = ["bash", "train_debug.sh", *SMALL, f"--job.dump_folder={tmp_path}", "--training.steps=100000"]
+    command = ["bash", script, *SMALL, f"--job.dump_folder={tmp_path}", "--training.steps=100000"]
+    if script != "train_debug.sh":
+        spikes = folder_of_spikes(tmp_path / "spikes")
+        command += ["--model.flavor=debug", f"--training.dataset_path={spikes}"]
     code, output = in_terminal(command, lambda: has_rows(tmp_path, 3), b"\x03")
     assert code == 0, output
     assert "finishing this step" in output and "the same command goes on from there" in output

@@ -86,9 +86,11 @@ def measure(name, source, target, *arguments):
 
 def test_a_sharded_checkpoint_with_optimizer_state_is_exported_tensor_by_tensor(checkpoint, tmp_path):
     stored = sum(path.stat().st_size for path in checkpoint.iterdir())
-    # What malloc keeps and libraries map in adds 30 to 57 MB, never the same: the least of two runs tells.
-    ways = [measure("dcp_to_hf", checkpoint, tmp_path / name) for name in ("hf", "again")]
-    found = min(ways, key=lambda each: each["growth"])
+    found = measure("dcp_to_hf", checkpoint, tmp_path / "hf")
+    if found["growth"] >= ALLOWED:
+        # What malloc keeps and libraries map in adds 30 to 57 MB, never the same: the least of two tells.
+        again = measure("dcp_to_hf", checkpoint, tmp_path / "again")
+        found = min(found, again, key=lambda each: each["growth"])
     assert stored > 3 * MODEL
     assert found["growth"] < ALLOWED < MODEL / 2, found
     # Once through the model, hashing nothing and leaving the optimizer alone.
