@@ -167,6 +167,7 @@ def _forget_groups() -> None:
 
         forget_meshes()
     gc.collect()  # models in circles keep their groups, whose threads wake up a hundred times a second
+    gc.freeze()  # what is left are modules and caches, and need not be looked through after each body
 
 
 if __name__ == "__main__":

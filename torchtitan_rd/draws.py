@@ -81,7 +81,8 @@ class Draws:
         ascending = sorted(set(named.values()))
 
         def forward_inputs(number: int) -> Mapping[str, object]:
-            return family.at_depths(ascending, self._place(1, number, held_out[number])).kwargs
+            any_step = 1  # validation has noise of its own, the same at each step
+            return family.at_depths(ascending, self._place(any_step, number, held_out[number])).kwargs
 
         return ReadOuts({name: ascending.index(depth) for name, depth in named.items()}, forward_inputs)
 
