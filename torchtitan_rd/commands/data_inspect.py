@@ -21,6 +21,7 @@ from tabulate import tabulate
 
 from torchtitan_rd.checkpoint import saved_states
 from torchtitan_rd.commands.arguments import check_outputs
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.config import load
 from torchtitan_rd.data import (
     DataRanks,
@@ -208,12 +209,7 @@ def _table_of_quantiles(named: dict[str, dict[str, float]]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd data inspect",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("data inspect", __doc__, allow_abbrev=False)
     add = parser.add_argument
     add("path", metavar="PATH_OR_TOML")
     add("--rows", type=int, default=3, help="rows to show (default 3)")

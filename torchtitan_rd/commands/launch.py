@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 
 from torchtitan_rd.commands.arguments import at_least_1
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
@@ -164,12 +165,7 @@ def _option(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd launch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("launch", __doc__, allow_abbrev=False)
     add = parser.add_argument
     add("file", help="the TOML of the run; other arguments are its keys, as --section.key value")
     add("--profile", required=True, help=f"one of {', '.join(profiles())}, or the path of another .sh file")
