@@ -11,7 +11,7 @@ lanes (`merge_states`).
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from torchtitan_rd.errors import DataError
 
 _MASK = (1 << 64) - 1
 _NOTHING = np.empty(0, np.uint8)
+
+Items = TypeVar("Items", np.ndarray, range)
 
 
 class Cursor(NamedTuple):
@@ -220,7 +222,7 @@ def pieces_per_sample(samples: int, num_lanes: int, units_per_lane: int) -> int:
     return -(-units_per_lane * num_lanes // samples)
 
 
-def piece_of(items: np.ndarray, part: int, parts: int) -> np.ndarray:
+def piece_of(items: Items, part: int, parts: int) -> Items:
     """Piece number `part` of `parts` nearly equal ones, along the first axis; a view."""
     begin, end = (len(items) * p // parts for p in (part, part + 1))
     return items[begin:end]
@@ -241,13 +243,10 @@ class SkippingSource:
         return len(self.source)
 
     def tokens(self, index: int) -> np.ndarray:
-        return _NOTHING if self._skips(index) else self.source.tokens(index)
+        return _NOTHING if is_in(self.ranges, index) else self.source.tokens(index)
 
     def piece(self, index: int, part: int, parts: int) -> np.ndarray:
-        return _NOTHING if self._skips(index) else self.source.piece(index, part, parts)
-
-    def _skips(self, index: int) -> bool:
-        return is_in(self.ranges, index)
+        return _NOTHING if is_in(self.ranges, index) else self.source.piece(index, part, parts)
 
 
 def is_in(ranges: Sequence[Sequence[int]], index: int) -> bool:

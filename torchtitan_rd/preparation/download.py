@@ -21,7 +21,7 @@ from torchtitan_rd.data.hub import check_revision
 from torchtitan_rd.errors import ConfigError, DataError, nearest
 from torchtitan_rd.log import logger
 from torchtitan_rd.preparation.conversations import CHAT_COLUMN, as_conversation
-from torchtitan_rd.preparation.manifest import MANIFEST, Output, describe, disk_errors, progress_bar
+from torchtitan_rd.preparation.manifest import MANIFEST, Output, describe, progress_bar
 from torchtitan_rd.preparation.raw import RawRow, as_text, cells_at, check_columns, read_raw
 
 ROWS_A_FILE = 100_000
@@ -197,11 +197,8 @@ def download(sources: list[OpenSource], output: Output) -> dict[str, Any]:
 
     Raises DataError for a source of which no row can be used, and where there is no room.
     """
-    if done := output.result:
-        return done
-    with disk_errors(output.folder), output.locked("staging"):
-        # Another process may have finished the folder between the two.
-        if done := output.result:
+    with output.making("staging") as done:
+        if done:
             return done
         files: dict[str, Any] = {}
         notes: dict[str, Any] = {}

@@ -9,10 +9,10 @@ from typing import Any
 
 from torchtitan_rd.data.chat import decoded
 from torchtitan_rd.data.files import BUILDERS
+from torchtitan_rd.data.json_text import COMPRESSIONS, opened
 from torchtitan_rd.errors import DataError
 
 _BATCH = 1024
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 @dataclass(frozen=True)
@@ -31,27 +31,21 @@ def read_raw(file: Path, columns: Sequence[str], start: int = 0) -> Iterator[Raw
 
     Raises DataError, naming the file, where none of its rows can be read: no such column, no such format.
     """
-    compression = _COMPRESSIONS.get(file.suffix.lower())
-    kind = BUILDERS[(Path(file.stem) if compression else file).suffix.lower()]
+    compressed = file.suffix.lower() in COMPRESSIONS
+    kind = BUILDERS[(Path(file.stem) if compressed else file).suffix.lower()]
     try:
         if kind == "text":
             yield from list(_document(file))[start:]
         elif kind == "json":
-            yield from _json_rows(file, columns, start, compressed=compression is not None)
+            yield from _json_rows(file, columns, start, compressed)
         else:
             yield from _arrow_rows(file, columns, start, kind)
     except OSError as error:  # of the disk, or of a compressed file that is damaged
         raise DataError(f"{file}: cannot be read: {error}") from None
 
 
-def _opened(file: Path) -> Any:
-    import pyarrow as pa
-
-    return pa.input_stream(str(file), compression=_COMPRESSIONS.get(file.suffix.lower()))
-
-
 def _document(file: Path) -> Iterator[RawRow]:
-    with _opened(file) as stream:
+    with opened(file) as stream:
         content = stream.read()
     try:
         text = content.decode("utf-8-sig")
@@ -63,14 +57,14 @@ def _document(file: Path) -> Iterator[RawRow]:
 
 
 def _json_rows(file: Path, columns: Sequence[str], start: int, compressed: bool) -> Iterator[RawRow]:
-    with _opened(file) as stream:
+    with opened(file) as stream:
         if stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             rows = _json_array(file)
             size = file.stat().st_size / max(1, len(rows))
             yield from (_fields(row, columns, size) for row in rows[start:])
             return
     number = 0
-    with _opened(file) as stream:
+    with opened(file) as stream:
         for line in _lines(stream):
             if not line.strip():
                 continue
@@ -90,7 +84,7 @@ def _lines(stream: Any) -> Iterator[bytes]:
 
 
 def _json_array(file: Path) -> list[Any]:
-    with _opened(file) as stream:
+    with opened(file) as stream:
         try:
             return json.loads(stream.read().decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:

@@ -17,7 +17,7 @@ from torchtitan_rd.data.tokenizer import LLAMA3_WORDS, Tokenizer, load_tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.preparation.chat_templates import load_template
 from torchtitan_rd.preparation.documents import Documents
-from torchtitan_rd.preparation.manifest import Output, describe, disk_errors
+from torchtitan_rd.preparation.manifest import Output, describe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -141,12 +141,9 @@ def train_tokenizer(
     different words for such a vocabulary, or if a document does not survive encoding and decoding.
     """
     template, roles, specials = wanted.template(), wanted.roles(), wanted.specials()
-    if done := output.result:
-        return done
 
-    with disk_errors(output.folder), output.locked("tokenizer"):
-        # Another process may have finished the folder between the two.
-        if done := output.result:
+    with output.making("tokenizer") as done:
+        if done:
             return done
         learned = _train(documents.texts(max_characters), len(documents), wanted)
         backend = _with_specials(learned, wanted, roles)
