@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torchtitan_rd.checkpoint import saved_states
 from torchtitan_rd.commands.arguments import check_outputs
 from torchtitan_rd.commands.parsers import parser_of
-from torchtitan_rd.config import load
+from torchtitan_rd.config import load_and_warn
 from torchtitan_rd.data import (
     DataRanks,
     build_encoder,
@@ -120,9 +120,7 @@ def _look_at(one: _Opened, chosen: argparse.Namespace) -> dict[str, Any]:
 
 def _open_run(arguments: list[str]) -> list[_Opened]:
     """What a run trains on, read as the run would."""
-    loaded = load(arguments, Environment.read())
-    for warning in loaded.warnings:
-        logger.warning("%s", warning)
+    loaded = load_and_warn(arguments, Environment.read())
     config = loaded.config
     if config.training.stream:
         raise ConfigError("a stream is not looked at: set --training.stream=false")

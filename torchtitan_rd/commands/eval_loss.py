@@ -70,10 +70,8 @@ def measure(
     with process_group(environment, device):
         held_out = open_validation(
             validation,
-            training,
+            config,
             environment,
-            tokenizer_path=config.model.tokenizer_path,
-            vocab_size=config.model.vocab_size,
             source=chosen.source_dataset,
             states=[Path(weights.origin) / STATE],
         )

@@ -166,10 +166,8 @@ def _open(
     with process_group(environment, device):
         held_out = open_validation(
             narrowed(config.validation, chosen, config.training.dataset),
-            config.training,
+            config,
             environment,
-            tokenizer_path=config.model.tokenizer_path,
-            vocab_size=config.model.vocab_size,
             source=chosen.source_dataset,
             states=[Path(weights.origin) / STATE],
         )
