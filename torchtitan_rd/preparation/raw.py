@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchtitan_rd.data.arrow import check_columns
 from torchtitan_rd.data.chat import decoded
 from torchtitan_rd.data.files import BUILDERS
 from torchtitan_rd.data.json_text import COMPRESSIONS, opened
 from torchtitan_rd.errors import DataError
 
+FEATURES = "`features`"  # the key of a sources file that names columns
 _BATCH = 1024
 
 
@@ -117,12 +119,12 @@ def _arrow_rows(file: Path, columns: Sequence[str], start: int, kind: str) -> It
         if kind == "parquet":
             reader = pq.ParquetFile(file)
             names, total = reader.schema_arrow.names, reader.metadata.num_rows
-            check_columns(names, columns, file)
+            check_columns(names, columns, file, FEATURES)
             batches = reader.iter_batches(_BATCH, columns=list(columns))
         else:
             table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
             names, total = table.column_names, len(table)
-            check_columns(names, columns, file)
+            check_columns(names, columns, file, FEATURES)
             batches = iter(table.select(list(columns)).to_batches(_BATCH))
         yield from _from_batches(batches, columns, start, file.stat().st_size / max(1, total))
     except (pa.ArrowInvalid, OSError) as error:
@@ -137,22 +139,16 @@ def _from_batches(
         skipped = min(max(0, start - number), len(batch))
         number += len(batch)
         for row in range(skipped, len(batch)):
-            try:
-                yield RawRow(cells_at(batch, row, columns), size=size)
-            except UnicodeDecodeError:
-                yield RawRow(None, "not UTF-8", size)
+            yield row_at(batch, row, columns, size)
 
 
-def cells_at(batch: Any, row: int, columns: Sequence[str]) -> list[Any]:
-    """The values of a row of an arrow table or batch. Raises UnicodeDecodeError."""
+def row_at(batch: Any, row: int, columns: Sequence[str], size: float) -> RawRow:
+    """A row of an arrow table or batch."""
     cells = [batch.column(name)[row] for name in columns]
-    return [decoded(cell.as_py(), cell.type) for cell in cells]
-
-
-def check_columns(names: Sequence[str], columns: Sequence[str], where: Any) -> None:
-    """Raises DataError for a column that there is not."""
-    if missing := [column for column in columns if column not in names]:
-        raise DataError(f"{where}: has no column {missing[0]!r}, only {', '.join(names)}; set `features`")
+    try:
+        return RawRow([decoded(cell.as_py(), cell.type) for cell in cells], size=size)
+    except UnicodeDecodeError:
+        return RawRow(None, "not UTF-8", size)
 
 
 # Half of a pair of UTF-16, which JSON can hold and UTF-8 cannot.

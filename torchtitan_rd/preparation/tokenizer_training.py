@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan_rd.config_loader import nearest
+from torchtitan_rd.conversion.tokenizer_files import cut_into_bytes
 from torchtitan_rd.data.tokenizer import LLAMA3_WORDS, Tokenizer, load_tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.preparation.chat_templates import load_template
@@ -192,17 +193,13 @@ def check_round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, An
 
 def _train(texts: Iterator[str], count: int, wanted: Wanted) -> "Backend":
     """Bytes and merges alone, with ids from 0."""
-    from tokenizers import Regex
     from tokenizers import Tokenizer as Backend
-    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
     from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+    from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
 
     tokenizer = Backend(BPE())
-    words = Split(Regex(REGEXES[wanted.regex]), behavior="isolated")
-    tokenizer.pre_tokenizer = Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = ByteLevelDecoder()
+    cut_into_bytes(tokenizer, REGEXES[wanted.regex])
 
     size = wanted.vocab_size - len(wanted.specials())
     trainer = BpeTrainer(
