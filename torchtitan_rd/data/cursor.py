@@ -11,6 +11,7 @@ lanes (`merge_states`).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -102,6 +103,7 @@ class FileOrder:
         return self._found[share]
 
 
+@dataclass(eq=False)
 class LaneReader:
     """Reads the windows of one lane; a pure function of the cursor but for the cached last unit.
 
@@ -118,28 +120,19 @@ class LaneReader:
     anything more is read. Inside a share they keep their places, so that a resume may unset them.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        lane: int,
-        num_lanes: int,
-        seq_len: int,
-        shuffle_seed: int | None = None,
-        document_mask: bool = False,
-        units_per_lane: int = 1,
-        files: FileOrder | None = None,
-        skip_ranges: Sequence[Sequence[int]] = (),
-    ):
-        self.files = files
-        self.skip_ranges = skip_ranges
-        self.source = source
-        self.lane = lane
-        self.num_lanes = num_lanes
-        self.seq_len = seq_len
-        self.shuffle_seed = shuffle_seed
-        self.document_mask = document_mask
-        self.pieces = pieces_per_sample(len(source), num_lanes, units_per_lane)
-        self.num_units = len(source) * self.pieces
+    source: Source
+    lane: int
+    num_lanes: int
+    seq_len: int
+    shuffle_seed: int | None = None
+    document_mask: bool = False
+    units_per_lane: int = 1
+    files: FileOrder | None = None
+    skip_ranges: Sequence[Sequence[int]] = ()
+
+    def __post_init__(self) -> None:
+        self.pieces = pieces_per_sample(len(self.source), self.num_lanes, self.units_per_lane)
+        self.num_units = len(self.source) * self.pieces
         self._cached: tuple[tuple[int, int] | None, np.ndarray] = (None, _NOTHING)
 
     def read(self, position) -> Window:

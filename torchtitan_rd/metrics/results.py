@@ -62,9 +62,5 @@ class StepResult:
         return self.numbers.loss
 
     @property
-    def loss_max(self) -> float:
-        return self.numbers.loss_max
-
-    @property
     def grad_norm(self) -> float:
         return self.numbers.grad_norm
