@@ -112,7 +112,7 @@ def writer_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "checkpoint", torch.cuda.set_device, (torch.cuda.current_device(),))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Writer:
     """Writes snapshots into `folder`, one at a time. Rank 0 holds `lock`."""
 
