@@ -12,73 +12,41 @@ from torchtitan_rd.masking import mask_text
 
 
 class Command(NamedTuple):
-    """module: has main(arguments) -> exit status. text: what it does, in one line.
+    """text: what it does, in one line. module: below torchtitan_rd, with main(arguments) -> exit status; by
+    default the one in commands/ that is called as the command.
     leading: arguments that stand before the user's, where a command is another name for part of one.
     """
 
-    module: str
     text: str
+    module: str | None = None
     leading: tuple[str, ...] = ()
 
 
 COMMANDS = {
-    "train": Command(
-        "torchtitan_rd.train", "train from a TOML file (torchrun starts torchtitan_rd.train itself)"
-    ),
-    "pretrain": Command(
-        "torchtitan_rd.commands.pretrain", "the same; the file may also be named by --config"
-    ),
-    "config": Command(
-        "torchtitan_rd.commands.config", "print the resolved config with the origin of every value"
-    ),
-    "plan": Command(
-        "torchtitan_rd.commands.plan", "memory, time and disk of a run before it is queued; what makes it fit"
-    ),
-    "rehearse": Command(
-        "torchtitan_rd.commands.rehearse", "the whole life of a run once, small, on this machine: go or no-go"
-    ),
-    "doctor": Command(
-        "torchtitan_rd.commands.doctor",
-        "what this environment can do, what is missing, and which rank is slow",
-    ),
-    "launch": Command(
-        "torchtitan_rd.commands.launch", "submit a run to Slurm, as one job or a chain, with what it takes"
-    ),
-    "generate-cfg": Command(
-        "torchtitan_rd.commands.generate_cfg", "write the config of a run of 22 tokens a parameter"
-    ),
-    "count-params": Command(
-        "torchtitan_rd.commands.count_params", "parameters of a model, in all and by part"
-    ),
-    "data": Command("torchtitan_rd.commands.data", "prepare data, or look for what would stop a run on it"),
-    "download-dataset": Command(
-        "torchtitan_rd.commands.download_dataset", "fetch a data set from the Hugging Face hub"
-    ),
-    "convert-ckpt": Command("torchtitan_rd.commands.convert_ckpt", "a checkpoint as a Hugging Face folder"),
-    "eval": Command(
-        "torchtitan_rd.commands.evaluate", "loss, perplexity, tasks, and baselines of a trained model"
-    ),
-    "pt-ppl": Command("torchtitan_rd.commands.evaluate", "another name for eval pt-ppl", ("pt-ppl",)),
-    "hf-ppl": Command("torchtitan_rd.commands.evaluate", "another name for eval hf-ppl", ("hf-ppl",)),
-    "hf-lm-eval": Command(
-        "torchtitan_rd.commands.evaluate", "another name for eval hf-lm-eval", ("hf-lm-eval",)
-    ),
-    "generate": Command("torchtitan_rd.commands.generate", "continue prompts with a trained model"),
-    "hf-gen": Command("torchtitan_rd.commands.hf_gen", "the same with the flags of the CLM tutorial"),
-    "generate-spikes": Command(
-        "torchtitan_rd.commands.generate_spikes", "continue recordings with a model of spikes"
-    ),
-    "pareto": Command(
-        "torchtitan_rd.commands.pareto", "loss against iterations and memory under every exit criterion"
-    ),
-    "layers": Command(
-        "torchtitan_rd.commands.layers", "how much each layer of a dense model changes the residual stream"
-    ),
-    "report": Command("torchtitan_rd.commands.report", "runs as one HTML page of charts"),
-    "checkpoints": Command(
-        "torchtitan_rd.commands.checkpoints", "list the checkpoints of a run; --prune clears away leftovers"
-    ),
-    "verify": Command("torchtitan_rd.commands.verify", "check a checkpoint's files against its manifest"),
+    "train": Command("train from a TOML file (torchrun starts torchtitan_rd.train itself)", "train"),
+    "pretrain": Command("the same; the file may also be named by --config"),
+    "config": Command("print the resolved config with the origin of every value"),
+    "plan": Command("memory, time and disk of a run before it is queued; what makes it fit"),
+    "rehearse": Command("the whole life of a run once, small, on this machine: go or no-go"),
+    "doctor": Command("what this environment can do, what is missing, and which rank is slow"),
+    "launch": Command("submit a run to Slurm, as one job or a chain, with what it takes"),
+    "generate-cfg": Command("write the config of a run of 22 tokens a parameter"),
+    "count-params": Command("parameters of a model, in all and by part"),
+    "data": Command("prepare data, or look for what would stop a run on it"),
+    "download-dataset": Command("fetch a data set from the Hugging Face hub"),
+    "convert-ckpt": Command("a checkpoint as a Hugging Face folder"),
+    "eval": Command("loss, perplexity, tasks, and baselines of a trained model", "commands.evaluate"),
+    "pt-ppl": Command("another name for eval pt-ppl", "commands.evaluate", ("pt-ppl",)),
+    "hf-ppl": Command("another name for eval hf-ppl", "commands.evaluate", ("hf-ppl",)),
+    "hf-lm-eval": Command("another name for eval hf-lm-eval", "commands.evaluate", ("hf-lm-eval",)),
+    "generate": Command("continue prompts with a trained model"),
+    "hf-gen": Command("the same with the flags of the CLM tutorial"),
+    "generate-spikes": Command("continue recordings with a model of spikes"),
+    "pareto": Command("loss against iterations and memory under every exit criterion"),
+    "layers": Command("how much each layer of a dense model changes the residual stream"),
+    "report": Command("runs as one HTML page of charts"),
+    "checkpoints": Command("list the checkpoints of a run; --prune clears away leftovers"),
+    "verify": Command("check a checkpoint's files against its manifest"),
 }
 
 
@@ -104,9 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"torchtitan-rd: unknown command {name!r}{nearest(name, COMMANDS)}", file=sys.stderr)
         return 2
     command = COMMANDS[name]
+    module = command.module or f"commands.{name.replace('-', '_')}"
     init_logging()
     try:
-        return importlib.import_module(command.module).main([*command.leading, *rest])
+        return importlib.import_module(f"torchtitan_rd.{module}").main([*command.leading, *rest])
     except TorchtitanRDError as error:
         print(mask_text(f"{type(error).__name__}: {error}"), file=sys.stderr)
         return 1

@@ -7,16 +7,17 @@ computed twice; they wait for the factor that backward multiplies them by.
 Shapes: N tokens, E dim, V vocabulary.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
 from torchtitan_rd.batch import IGNORE_INDEX
 from torchtitan_rd.loss import LossSums, cross_entropy_sums
 from torchtitan_rd.model_spec import FusedReadOut, ReadOut
+from torchtitan_rd.parallelism.row_order import local
 from torchtitan_rd.parallelism.vocabulary import VocabularyPart
 
 
@@ -34,6 +35,7 @@ def loss_read_out(
     return ChunkedLoss(labels, chunk_tokens, z_loss_weight, token_weights)
 
 
+@dataclass(eq=False)
 class ChunkedLoss(FusedReadOut):
     """What `loss.cross_entropy_sums` gives of the head's logits, to rounding.
 
@@ -41,22 +43,15 @@ class ChunkedLoss(FusedReadOut):
     chunk_tokens: the tokens whose logits exist at a time.
     """
 
-    def __init__(
-        self,
-        labels: torch.Tensor,
-        chunk_tokens: int,
-        z_loss_weight: float | torch.Tensor = 0.0,
-        token_weights: torch.Tensor | None = None,
-    ):
-        self.labels = labels
-        self.chunk_tokens = chunk_tokens
-        self.z_loss_weight = z_loss_weight
-        self.token_weights = token_weights
+    labels: torch.Tensor
+    chunk_tokens: int
+    z_loss_weight: float | torch.Tensor = 0.0
+    token_weights: torch.Tensor | None = None
 
     def __call__(self, hidden: torch.Tensor, weight: torch.Tensor) -> LossSums:
         objective, cross_entropy = _ChunkedLossSums.apply(
             hidden.flatten(0, -2),
-            weight.to_local() if isinstance(weight, DTensor) else weight,
+            local(weight),
             VocabularyPart.of(weight, 0),
             self.labels.flatten(),
             self.chunk_tokens,

@@ -12,6 +12,7 @@ from torchtitan_rd.config_values import without_none
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.huginn_config import translate
 from torchtitan_rd.job import CommConfig, Environment, JobKeys
+from torchtitan_rd.log import logger
 from torchtitan_rd.lr_scheduler import LRSchedulerConfig, schedule_warnings
 from torchtitan_rd.masking import mask_values
 from torchtitan_rd.metrics import MetricsConfig
@@ -95,4 +96,12 @@ def load(arguments: list[str], environment: Environment) -> Loaded[JobConfig]:
             "no config: pass --job.config_file FILE.toml (see train_configs/) or --section.key value"
         )
     loaded.warnings += schedule_warnings(loaded.config.lr_scheduler)
+    return loaded
+
+
+def load_and_warn(arguments: list[str], environment: Environment) -> Loaded[JobConfig]:
+    """The same, with its warnings in the log."""
+    loaded = load(arguments, environment)
+    for warning in loaded.warnings:
+        logger.warning("%s", warning)
     return loaded

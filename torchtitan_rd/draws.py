@@ -5,7 +5,7 @@ the depth and the noise of each microbatch.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torchtitan_rd.model_spec import (
 )
 
 
+@dataclass(eq=False)
 class Draws:
     """Places each microbatch of this rank in the run and asks the model's family what belongs to the place.
 
@@ -34,31 +35,25 @@ class Draws:
     Raises ConfigError if the settings cannot go together.
     """
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        shape: ModelShape,
-        recurrence: Any,
-        dims: BatchDims,
-        *,
-        seed: int,
-        total_steps: int,
-        seq_len: int,
-        device: torch.device,
-        dtype: torch.dtype,
-        positions: range | None = None,
-    ):
-        self.spec = spec
-        self.shape = shape
-        self.dims = dims
-        self.seq_len = seq_len
-        self.device = device
-        self.positions = positions
-        self.dtype = dtype
-        self.own_depths = not recurrence.lockstep  # whether each rank draws for itself
+    spec: ModelSpec
+    shape: ModelShape
+    recurrence: Any
+    dims: BatchDims
+    _: KW_ONLY
+    seed: int
+    total_steps: int
+    seq_len: int
+    device: torch.device
+    dtype: torch.dtype
+    positions: range | None = None
+
+    def __post_init__(self) -> None:
+        self.own_depths = not self.recurrence.lockstep  # whether each rank draws for itself
         self.family: DrawnInputs | None = None
-        if spec.inputs is not None:
-            self.family = spec.inputs(shape, recurrence, seed=seed, total_steps=total_steps)
+        if self.spec.inputs is not None:
+            self.family = self.spec.inputs(
+                self.shape, self.recurrence, seed=self.seed, total_steps=self.total_steps
+            )
 
     def of_rank(self, data_rank: int) -> "Draws":
         """Those of another data rank of the run."""

@@ -55,3 +55,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     by_lower = {str(other).lower(): other for other in known}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return f"; did you mean {by_lower[close[0]]!r}?" if close else f"; known: {', '.join(map(str, known))}"
+
+
+def listed(names: Iterable[object], limit: int = 6) -> str:
+    """`a, b, c and 12 more`."""
+    all_names = [str(name) for name in names]
+    shown = ", ".join(all_names[:limit])
+    return shown if len(all_names) <= limit else f"{shown} and {len(all_names) - limit} more"

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchtitan_rd.errors import listed
 from torchtitan_rd.log import logger
 
 _MAX_NAMED = 8  # ranks named in one warning
@@ -247,12 +248,12 @@ class Heartbeat:
         tail = f"; Python stacks: {self._folder}/rank_*.stacks"
         if not suspects:
             return head + f"all are alive and at the same place: {_phase(self._seen[0].beat)}" + tail
-        named = ", ".join(
+        named = (
             f"rank {r} ({_where(self._seen[r].beat)}, for {now - self._seen[r].advanced:.0f} s)"
-            for r in suspects[:_MAX_NAMED]
+            for r in suspects
         )
-        more = f" and {len(suspects) - _MAX_NAMED} more" if len(suspects) > _MAX_NAMED else ""
-        return head + ("no sign of life from " if dead else "behind the others: ") + named + more + tail
+        what = "no sign of life from " if dead else "behind the others: "
+        return head + what + listed(named, _MAX_NAMED) + tail
 
     def _remove_old_files(self) -> None:
         """An earlier run's files would count as ranks that stand still.

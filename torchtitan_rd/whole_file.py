@@ -22,6 +22,13 @@ def reason_of(error: OSError, path: Path) -> str:
     return f"{reason}: {shutil.disk_usage(folder).free:,} bytes are free in {folder}"
 
 
+def replace_file(path: Path, text: str) -> None:
+    """A small file of a run in one step: whoever reads it meets the old text or the new. Raises OSError."""
+    fresh = path.with_name(f".{path.name}.tmp")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
 @contextmanager
 def whole_file(path: Path, what: str) -> Iterator[Path]:
     """A path to write to, which takes the place of `path` when the block ends. Until then, and for good if

@@ -94,7 +94,7 @@ def test_lines_are_counted_a_block_at_a_time(suffix, tmp_path, monkeypatch):
         monkeypatch.setattr(json_text, "_BLOCK", block)
         assert json_text.rows_of_json(path) == len(texts) + 1
 
-    sizes, opened = [], json_text._opened
+    sizes, opened = [], json_text.opened
 
     class Watched:
         def __init__(self, file):
@@ -110,7 +110,7 @@ def test_lines_are_counted_a_block_at_a_time(suffix, tmp_path, monkeypatch):
             sizes.extend(size or [None])
             return self.stream.read(*size)
 
-    monkeypatch.setattr(json_text, "_opened", Watched)
+    monkeypatch.setattr(json_text, "opened", Watched)
     json_text.rows_of_json(path)
     assert set(sizes) == {8 << 20}, "never a file as a whole"
 

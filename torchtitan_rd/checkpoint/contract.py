@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from torchtitan_rd.checkpoint.manifest import TensorTable
-from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.checkpoint.manifest import TensorEntry, TensorTable
+from torchtitan_rd.errors import CheckpointError, listed
 
 Tables = Mapping[str, Any]
 
@@ -116,13 +116,9 @@ def check_tensors(saved: TensorTable, wanted: TensorTable, name: str) -> None:
             else ""
         )
         raise CheckpointError(f"{name} {' and '.join(parts)}{remedy}")
-    differing = [
-        f"{key}: {_shown(saved, key)} there, {_shown(wanted, key)} here"
-        for key in sorted(saved)
-        if saved[key] != wanted[key]
-    ]
-    if differing:
-        raise CheckpointError(f"{name} holds other tensors than this run:\n{_lines(differing)}")
+    if differing := [key for key in sorted(saved) if saved[key] != wanted[key]]:
+        lines = _there_and_here(saved, wanted, differing)
+        raise CheckpointError(f"{name} holds other tensors than this run:\n{lines}")
 
 
 def plan_initial_load(
@@ -138,7 +134,7 @@ def plan_initial_load(
         raise CheckpointError(f"{name} has none of the wanted tensors {listed(wanted)}; it holds {there}")
     differing = [key for key in taken if saved[key].shape != wanted[key].shape]
     if differing:
-        lines = _lines(f"{key}: {_shown(saved, key)} there, {_shown(wanted, key)} here" for key in differing)
+        lines = _there_and_here(saved, wanted, differing)
         remedy = sorted({key.removesuffix(".weight").removesuffix(".bias") for key in differing})
         raise CheckpointError(
             f"{name} has other shapes:\n{lines}\nto keep the initial values of these, set "
@@ -181,14 +177,11 @@ def flat_keys(state: Mapping[str, Any], path: str = "") -> list[str]:
     return found
 
 
-def listed(keys: Collection[str], limit: int = 6) -> str:
-    """`a, b, c and 12 more`."""
-    shown = ", ".join(list(keys)[:limit])
-    return shown if len(keys) <= limit else f"{shown} and {len(keys) - limit} more"
+def _there_and_here(saved: TensorTable, wanted: TensorTable, keys: Iterable[str]) -> str:
+    def shown(entry: TensorEntry) -> str:
+        return f"{entry.dtype} {tuple(entry.shape)}"
 
-
-def _shown(table: TensorTable, key: str) -> str:
-    return f"{table[key].dtype} {tuple(table[key].shape)}"
+    return _lines(f"{key}: {shown(saved[key])} there, {shown(wanted[key])} here" for key in keys)
 
 
 def _lines(lines: Iterable[str]) -> str:

@@ -19,14 +19,13 @@ from torchtitan_rd.checkpoint.folders import CONFIG, MANIFEST, MODEL_ONLY, STATE
 from torchtitan_rd.checkpoint.manifest import (
     Manifest,
     TensorEntry,
-    dtype_name,
     read_manifest,
     second_look,
     tensor_table,
 )
 from torchtitan_rd.checkpoint.rank_group import RankGroup
 from torchtitan_rd.checkpoint.safe_reader import METADATA, MODEL_SHAPE, TensorInfo
-from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.errors import CheckpointError, listed
 from torchtitan_rd.log import logger
 
 # What a folder of weights holds that Hugging Face's library, or Meta, wrote.
@@ -88,10 +87,9 @@ def read_tensors(
 ) -> None:
     """Fills `tensors` in place; collective. Each rank reads only its own shards."""
 
-    def read_metadata() -> None:
-        reader.read_metadata()
-
-    ranks.agree(read_metadata)  # before torch's own collectives, where its error would be buried
+    ranks.agree_on_own(
+        reader.read_metadata
+    )  # before torch's own collectives, where its error would be buried
     wanted = {group: dict(members) for group, members in tensors.items()}
     planner = ArrangedLoadPlanner(row_orders or {})
     ranks.agree(lambda: dcp.load(wanted, storage_reader=reader, planner=planner, process_group=ranks.group))
@@ -144,10 +142,7 @@ def load_initial_weights(
     """Fills `model` from the `model.*` tensors that `reader` finds in `path`;
     see Checkpointer.load_initial.
     """
-    saved = {
-        key: TensorEntry(shape=list(info.shape), dtype=dtype_name(info.dtype))
-        for key, info in ranks.from_rank0(reader.tensors).items()
-    }
+    saved = {key: TensorEntry.of(info) for key, info in ranks.from_rank0(reader.tensors).items()}
 
     excluded = [name for name in excluded if contract.is_excluded(name, ["model"])]
     wanted = tensor_table({"model": dict(model)})
@@ -165,9 +160,9 @@ def load_initial_weights(
         reason = "excluded by checkpoint.exclude_from_loading" if key in saved else f"not in {path}"
         logger.warning("%s keeps its initial value: %s", key, reason)
     if converted := [key for key in taken if saved[key].dtype != wanted[key].dtype]:
-        logger.warning("converted from %s: %s", saved[converted[0]].dtype, contract.listed(converted))
+        logger.warning("converted from %s: %s", saved[converted[0]].dtype, listed(converted))
     if unused := sorted({*saved} - {*wanted}):
-        logger.warning("%s also holds %s, which this model does not have", path, contract.listed(unused))
+        logger.warning("%s also holds %s, which this model does not have", path, listed(unused))
     logger.info("initial weights: %d of %d tensors from %s", len(taken), len(wanted), path)
 
 

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from torchtitan_rd.checkpoint.folders import MANIFEST, step_of, write_durably
+from torchtitan_rd.checkpoint.safe_reader import TensorInfo
 from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.log import logger
 
@@ -44,6 +45,10 @@ class TensorEntry(_Entry):
 
     shape: list[int]
     dtype: str
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor | TensorInfo) -> "TensorEntry":
+        return cls(shape=list(tensor.shape), dtype=dtype_name(tensor.dtype))
 
 
 FileTable = dict[str, FileEntry]  # by file name
@@ -134,7 +139,7 @@ def hash_files(folder: Path, names: list[str]) -> FileTable:
 def tensor_table(tensors: dict[str, dict[str, torch.Tensor]]) -> TensorTable:
     """What a manifest says of `{group: {name: tensor}}`."""
     return {
-        f"{group}.{name}": TensorEntry(shape=list(tensor.shape), dtype=dtype_name(tensor.dtype))
+        f"{group}.{name}": TensorEntry.of(tensor)
         for group, members in tensors.items()
         for name, tensor in members.items()
     }

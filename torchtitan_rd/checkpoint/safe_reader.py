@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.parallelism.row_order import narrowed
 
 METADATA = ".metadata"
 MODEL_SHAPE = "model.json"
@@ -137,10 +138,7 @@ class SafeReader(PlainReader):
             if chunk.sizes == entry.size:
                 return part
             whole = torch.empty(entry.size, dtype=part.dtype) if whole is None else whole
-            target = whole
-            for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-                target = target.narrow(dim, offset, size)
-            target.copy_(part)
+            narrowed(whole, chunk.offsets, chunk.sizes).copy_(part)
 
         if whole is None:
             raise CheckpointError(f"{self.folder}: {key} has no parts")
@@ -184,8 +182,7 @@ class SafeReader(PlainReader):
         info = self.read_metadata().storage_data[item.storage_index]
         file.seek(info.offset)
         tensor = _load_tensor(file.read(info.length), f"{file.name}: {key}")
-        for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-            tensor = tensor.narrow(dim, start, length)
+        tensor = narrowed(tensor, item.storage_offsets, item.lengths)
         target = planner.resolve_tensor(item).detach()
         if target.shape != tensor.shape:
             raise CheckpointError(

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from torchtitan_rd.log import logger
+from torchtitan_rd.whole_file import replace_file
 
 SAVE_SECONDS = "save_seconds.json"
 SHARE = 0.5
@@ -54,9 +55,7 @@ class SaveTime:
             return None
 
     def _write(self) -> None:
-        fresh = self._path.with_name(f".{SAVE_SECONDS}.tmp")
         try:
-            fresh.write_text(json.dumps({"seconds": self.seconds}) + "\n")
-            fresh.replace(self._path)
+            replace_file(self._path, json.dumps({"seconds": self.seconds}) + "\n")
         except OSError as error:
             logger.warning("cannot write %s: %s", self._path, error.strerror or error)

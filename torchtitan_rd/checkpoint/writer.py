@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 
 from torchtitan_rd import __version__
 from torchtitan_rd.checkpoint.arranged_rows import ArrangedSavePlanner, RowOrders
@@ -25,6 +24,7 @@ from torchtitan_rd.checkpoint.safe_reader import METADATA
 from torchtitan_rd.checkpoint.save_errors import LostRankError
 from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.log import logger
+from torchtitan_rd.parallelism.row_order import local
 
 # Without a process group torch says at each save and load that it assumes a single process, which is so.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
@@ -68,10 +68,10 @@ def find_aliases(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
     for group, members in tensors.items():
         first: dict[tuple, str] = {}
         for name, tensor in members.items():
-            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            if local.numel() == 0:
+            own = local(tensor)
+            if own.numel() == 0:
                 continue
-            place = (local.data_ptr(), local.dtype, local.stride(), tuple(local.shape), tuple(tensor.shape))
+            place = (own.data_ptr(), own.dtype, own.stride(), tuple(own.shape), tuple(tensor.shape))
             if place in first:
                 found[f"{group}.{name}"] = f"{group}.{first[place]}"
             first.setdefault(place, name)
@@ -112,22 +112,15 @@ def writer_thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "checkpoint", torch.cuda.set_device, (torch.cuda.current_device(),))
 
 
+@dataclass(eq=False)
 class Writer:
     """Writes snapshots into `folder`, one at a time. Rank 0 holds `lock`."""
 
-    def __init__(
-        self,
-        folder: CheckpointFolder,
-        ranks: RankGroup,
-        lock: FolderLock | None,
-        keep_latest_k: int,
-        row_orders: RowOrders,
-    ):
-        self.folder = folder
-        self.ranks = ranks
-        self.lock = lock
-        self.keep_latest_k = keep_latest_k
-        self.row_orders = row_orders
+    folder: CheckpointFolder
+    ranks: RankGroup
+    lock: FolderLock | None
+    keep_latest_k: int
+    row_orders: RowOrders
 
     def write(self, snapshot: Snapshot) -> None:
         """Collective. Returns after the commit, or raises CheckpointError on every rank with

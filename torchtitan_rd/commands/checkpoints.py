@@ -10,7 +10,6 @@ byte; else `-`). config: the first digits of the sha256 of the config that wrote
 configs. Status 1 if a step-N is incomplete or damaged.
 """
 
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -18,16 +17,13 @@ from pathlib import Path
 from tabulate import tabulate
 
 from torchtitan_rd.checkpoint.inventory import Entry, checkpoint_folder, inventory, prune
+from torchtitan_rd.commands.parsers import parser_of
 
 _UNITS = (("d", 86400.0), ("h", 3600.0), ("min", 60.0))
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd checkpoints",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("checkpoints", __doc__)
     parser.add_argument("dir", type=Path, help="folder of a run, or of its checkpoints")
     parser.add_argument("--verify", action="store_true", help="compare every file with its checksum")
     parser.add_argument("--json", action="store_true", help="one object an entry, and those of --prune")

@@ -12,6 +12,7 @@ rotary settings of the export are those that the model was trained with; to stat
 import argparse
 from pathlib import Path
 
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.conversion import cli
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.loading import latest_step
@@ -50,11 +51,10 @@ def _stated_context(given: argparse.Namespace) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd convert-ckpt",
+    parser = parser_of(
+        "convert-ckpt",
+        __doc__,
         usage="%(prog)s [pt2hf] ARCH FLAVOR [TOKENIZER] CKPT OUT [flags]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.model_spec import ModelSpec
 from torchtitan_rd.models import get_flavor, get_spec
@@ -81,12 +82,7 @@ def _depths(text: str | None, spec: ModelSpec) -> list[int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd count-params",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("count-params", __doc__, allow_abbrev=False)
     add = parser.add_argument
     add("arch", nargs="?", help="model family (default aixsim)")
     add("flavor", nargs="?", help="its size (default: a line for each)")

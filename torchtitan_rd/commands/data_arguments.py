@@ -10,16 +10,6 @@ from torchtitan_rd.preparation.conversations import CHAT_COLUMN
 from torchtitan_rd.preparation.inputs import InputKeys
 
 
-def parser_of(action: str, description: str | None) -> argparse.ArgumentParser:
-    """That of `torchtitan-rd data ACTION`, which explains itself with its module's text."""
-    return argparse.ArgumentParser(
-        prog=f"torchtitan-rd data {action}",
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-
-
 def given_for(settings: type, chosen: argparse.Namespace) -> dict[str, Any]:
     """The flags that are called as the fields of a dataclass."""
     return {field.name: getattr(chosen, field.name) for field in fields(settings) if field.name in chosen}

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from torchtitan_rd.checkpoint import saved_states
-from torchtitan_rd.config import load
+from torchtitan_rd.config import load_and_warn
 from torchtitan_rd.data import (
     DataRanks,
     DataSet,
@@ -22,7 +22,6 @@ from torchtitan_rd.data import (
 )
 from torchtitan_rd.data.check import Report, scan
 from torchtitan_rd.job import Environment
-from torchtitan_rd.log import logger
 from torchtitan_rd.validation import validation_keys
 
 _SHOWN = 50
@@ -35,9 +34,7 @@ def main(arguments: list[str]) -> int:
         return 0
     if not arguments[0].startswith("--"):
         arguments = ["--job.config_file", *arguments]
-    loaded = load(arguments, Environment.read())
-    for warning in loaded.warnings:
-        logger.warning("%s", warning)
+    loaded = load_and_warn(arguments, Environment.read())
     config = loaded.config
     parts = [(one, "train") for one in training_sets(config.training, steps=config.training.steps)]
     if config.validation.enable:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pyarrow
 
-from torchtitan_rd.commands.data_arguments import parser_of
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.preparation.download import arguments_of, download, open_source, read_sources
 from torchtitan_rd.preparation.manifest import Output, Recipe
@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("download", __doc__)
+    parser = parser_of("data download", __doc__, allow_abbrev=False)
     parser.add_argument("sources", metavar="SOURCES.yaml", help="the list of sources")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="the staging folder")
     return parser

@@ -21,7 +21,8 @@ from tabulate import tabulate
 
 from torchtitan_rd.checkpoint import saved_states
 from torchtitan_rd.commands.arguments import check_outputs
-from torchtitan_rd.config import load
+from torchtitan_rd.commands.parsers import parser_of
+from torchtitan_rd.config import load_and_warn
 from torchtitan_rd.data import (
     DataRanks,
     build_encoder,
@@ -119,9 +120,7 @@ def _look_at(one: _Opened, chosen: argparse.Namespace) -> dict[str, Any]:
 
 def _open_run(arguments: list[str]) -> list[_Opened]:
     """What a run trains on, read as the run would."""
-    loaded = load(arguments, Environment.read())
-    for warning in loaded.warnings:
-        logger.warning("%s", warning)
+    loaded = load_and_warn(arguments, Environment.read())
     config = loaded.config
     if config.training.stream:
         raise ConfigError("a stream is not looked at: set --training.stream=false")
@@ -208,12 +207,7 @@ def _table_of_quantiles(named: dict[str, dict[str, float]]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd data inspect",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("data inspect", __doc__, allow_abbrev=False)
     add = parser.add_argument
     add("path", metavar="PATH_OR_TOML")
     add("--rows", type=int, default=3, help="rows to show (default 3)")

@@ -14,7 +14,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from torchtitan_rd.commands.data_arguments import given_for, parser_of
+from torchtitan_rd.commands.data_arguments import given_for
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.errors import ConfigError
 
 _SHOWN = 40
@@ -61,7 +62,7 @@ def _summary(manifest: dict[str, Any]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("prepare-spikes", __doc__)
+    parser = parser_of("data prepare-spikes", __doc__, allow_abbrev=False)
     add = parser.add_argument
     add("inputs", nargs="+", metavar="[SOURCE=]PATH", help="files, or folders that are searched through")
     add("--output", type=Path, required=True, metavar="FOLDER", help="where the result is written")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pyarrow
 
-from torchtitan_rd.commands.data_arguments import parser_of
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.preparation.manifest import Output, Recipe
 from torchtitan_rd.preparation.shuffle import Order, Packed, shuffle
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("shuffle", __doc__)
+    parser = parser_of("data shuffle", __doc__, allow_abbrev=False)
     parser.add_argument("input", metavar="FOLDER", help="with train/*.parquet and val/*.parquet")
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where the result is written")
     parser.add_argument("--files", type=int, help="of train (default: as many as there are)")

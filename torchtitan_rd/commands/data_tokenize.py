@@ -15,7 +15,8 @@ from pathlib import Path
 import pyarrow
 import tokenizers
 
-from torchtitan_rd.commands.data_arguments import add_inputs, columns_for_recipe, input_keys, parser_of
+from torchtitan_rd.commands.data_arguments import add_inputs, columns_for_recipe, input_keys
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.data import load_tokenizer
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.preparation.documents import Documents
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("tokenize", __doc__)
+    parser = parser_of("data tokenize", __doc__, allow_abbrev=False)
     add_inputs(parser)
     parser.add_argument(
         "--tokenizer", required=True, help="a folder, file or `bytes`, as model.tokenizer_path"

@@ -18,8 +18,8 @@ from torchtitan_rd.commands.data_arguments import (
     given_for,
     input_keys,
     pairs,
-    parser_of,
 )
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.preparation.documents import Documents
 from torchtitan_rd.preparation.inputs import open_inputs
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = parser_of("train-tokenizer", __doc__)
+    parser = parser_of("data train-tokenizer", __doc__, allow_abbrev=False)
     add_inputs(parser)
     parser.add_argument("--vocab-size", type=int, default=65536, help="of all tokens (default: 65536)")
     parser.add_argument("--regex", default="gpt4-digits", help=f"how words are cut: {', '.join(REGEXES)}")

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from tabulate import tabulate
 
 from torchtitan_rd.commands.arguments import at_least_1
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.config import load
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE
 from torchtitan_rd.diagnosis import device, ranks, software, surroundings
@@ -141,11 +142,10 @@ def _shown(one: Finding) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd doctor",
+    parser = parser_of(
+        "doctor",
+        __doc__,
         usage="%(prog)s [X.toml] [--folder DIR] [--limit SECONDS] [--section.key value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("config", nargs="?", help="the file of a run, whose checkpoint is reckoned")

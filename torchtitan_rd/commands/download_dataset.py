@@ -14,6 +14,7 @@ docs/commands.md describes it.
 import argparse
 from pathlib import Path
 
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.data.download import download, files_on_hub
 
 
@@ -31,12 +32,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd download-dataset",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("download-dataset", __doc__, allow_abbrev=False)
     add = parser.add_argument
     add("dataset", nargs="?", default="fineweb-edu", help="default fineweb-edu")
     add(

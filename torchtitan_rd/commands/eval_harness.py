@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.loading import open_weights
 from torchtitan_rd.whole_file import whole_file
@@ -103,11 +104,7 @@ def _save(results: dict[str, Any], folder: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd eval hf-lm-eval",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("eval hf-lm-eval", __doc__)
     add = parser.add_argument
     add("model", help="Hugging Face folder")
     add("--tokenizer", help="folder of another tokenizer")

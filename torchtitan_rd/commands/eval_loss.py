@@ -18,6 +18,7 @@ from tabulate import tabulate
 
 from torchtitan_rd.checkpoint.folders import STATE
 from torchtitan_rd.commands.arguments import at_least_1, check_outputs, device_of, narrowed
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.evaluation import (
@@ -69,10 +70,8 @@ def measure(
     with process_group(environment, device):
         held_out = open_validation(
             validation,
-            training,
+            config,
             environment,
-            tokenizer_path=config.model.tokenizer_path,
-            vocab_size=config.model.vocab_size,
             source=chosen.source_dataset,
             states=[Path(weights.origin) / STATE],
         )
@@ -137,12 +136,7 @@ def _print(result: dict[str, Any]) -> None:
 
 
 def _parser(kind: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"torchtitan-rd eval {kind}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of(f"eval {kind}", __doc__, allow_abbrev=False)
     parser.add_argument("config", help="TOML file of the run")
     parser.add_argument("checkpoint", help="step folder, run's folder, or Hugging Face folder")
     parser.add_argument("--split", help="default: [validation] split")

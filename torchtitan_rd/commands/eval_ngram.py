@@ -16,6 +16,7 @@ from tabulate import tabulate
 
 from torchtitan_rd.commands.arguments import at_least_1, check_outputs, refuse
 from torchtitan_rd.commands.eval_loss import write_json
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.data import (
     DataSet,
     DatasetKeys,
@@ -113,11 +114,7 @@ def _first(samples: Iterable[np.ndarray], most: int | None) -> Iterable[np.ndarr
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd eval ngram",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("eval ngram", __doc__)
     add = parser.add_argument
     add("--n", type=int, default=1, help="tokens of an n-gram (default 1)")
     add("--alpha", type=float, default=1.0, help="added to each count (default 1)")

@@ -19,6 +19,7 @@ from torch import nn
 from torchtitan_rd.checkpoint.folders import STATE
 from torchtitan_rd.commands.arguments import at_least_1, check_outputs, device_of
 from torchtitan_rd.commands.eval_loss import write_json
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.conversion.pipeline import TOKENIZERS
 from torchtitan_rd.conversion.verification import transformers_model
 from torchtitan_rd.data import DATASETS, DatasetKeys
@@ -124,11 +125,7 @@ def _tokenizer_beside(folder: Path) -> str:
 
 
 def _parser(kind: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"torchtitan-rd eval {kind}",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of(f"eval {kind}", __doc__)
     add = parser.add_argument
     if kind == "pt-ppl":
         add("model_arch", help="model family, such as aixsim")

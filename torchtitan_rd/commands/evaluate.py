@@ -9,20 +9,15 @@ import sys
 
 from torchtitan_rd.config_loader import nearest
 
+# Name -> module in commands/, and what it tells.
 KINDS = {
-    "loss": ("torchtitan_rd.commands.eval_loss", "loss on a run's held-out data"),
-    "depth": (
-        "torchtitan_rd.commands.eval_loss",
-        "the same at many depths of a recurrent model, in one pass",
-    ),
-    "pt-ppl": ("torchtitan_rd.commands.eval_ppl", "perplexity of a checkpoint on a data set"),
-    "hf-ppl": (
-        "torchtitan_rd.commands.eval_ppl",
-        "the same of a Hugging Face folder, by the transformers library",
-    ),
-    "hf-lm-eval": ("torchtitan_rd.commands.eval_harness", "tasks of lm-evaluation-harness"),
-    "lm-eval": ("torchtitan_rd.commands.eval_harness", "its own command line, with checkpoints as a model"),
-    "ngram": ("torchtitan_rd.commands.eval_ngram", "the loss of smoothed n-gram counts, a baseline"),
+    "loss": ("eval_loss", "loss on a run's held-out data"),
+    "depth": ("eval_loss", "the same at many depths of a recurrent model, in one pass"),
+    "pt-ppl": ("eval_ppl", "perplexity of a checkpoint on a data set"),
+    "hf-ppl": ("eval_ppl", "the same of a Hugging Face folder, by the transformers library"),
+    "hf-lm-eval": ("eval_harness", "tasks of lm-evaluation-harness"),
+    "lm-eval": ("eval_harness", "its own command line, with checkpoints as a model"),
+    "ngram": ("eval_ngram", "the loss of smoothed n-gram counts, a baseline"),
 }
 
 
@@ -37,4 +32,4 @@ def main(arguments: list[str]) -> int:
     if kind not in KINDS:
         print(f"torchtitan-rd eval: unknown kind {kind!r}{nearest(kind, KINDS)}", file=sys.stderr)
         return 2
-    return importlib.import_module(KINDS[kind][0]).main(kind, rest)
+    return importlib.import_module(f"torchtitan_rd.commands.{KINDS[kind][0]}").main(kind, rest)

@@ -31,6 +31,7 @@ from torchtitan_rd.commands.arguments import (
     device_of,
     settings_of,
 )
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference import (
     Answer,
@@ -238,11 +239,7 @@ def _converse(loaded: Loaded, chosen: argparse.Namespace, settings: Settings) ->
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("generate", __doc__)
     add_path_arguments(parser)
     add = parser.add_argument_group("prompts").add_argument
     add("--prompt", action="append", default=[], help="may be given several times")

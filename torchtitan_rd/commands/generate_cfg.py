@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_rd.budget import CLM_TOKENIZER, BudgetedRun, budgeted_run
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.config_file import config_text
 from torchtitan_rd.config_loader import load_config
@@ -136,12 +137,7 @@ def _switch(text: str) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd generate-cfg",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("generate-cfg", __doc__, allow_abbrev=False)
     add = parser.add_argument_group("model and data").add_argument
     add("--model_arch", default="aixsim", help="model family (default aixsim)")
     add("--model_flavor", default="60M", help="its size (default 60M)")

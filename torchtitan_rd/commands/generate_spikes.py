@@ -26,6 +26,7 @@ from torchtitan_rd.commands.arguments import (
     settings_of,
 )
 from torchtitan_rd.commands.generate import load
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference import generate
 from torchtitan_rd.inference.ranks import over_ranks, process_group
@@ -112,11 +113,7 @@ def _prompt(chosen: argparse.Namespace, vocab_size: int) -> SpikePrompt:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd generate-spikes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("generate-spikes", __doc__)
     add_path_arguments(parser)
     add = parser.add_argument_group("recording").add_argument
     add("--dataset", help=f"a data set of spikes (docs/data.md; default {RECORDING['dataset']})")

@@ -10,6 +10,7 @@ stdout, figures to stderr.
 import argparse
 
 from torchtitan_rd.commands import generate
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.errors import ConfigError
 
 
@@ -40,12 +41,7 @@ def translated(arguments: list[str]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd hf-gen",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("hf-gen", __doc__, allow_abbrev=False)
     add = parser.add_argument
     add("model", nargs="?", metavar="MODEL", help="the model")
     add("--model_name", "--model-name", metavar="MODEL", help="the same")

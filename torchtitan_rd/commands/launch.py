@@ -15,7 +15,8 @@ import subprocess
 from pathlib import Path
 
 from torchtitan_rd.commands.arguments import at_least_1
-from torchtitan_rd.config import load
+from torchtitan_rd.commands.parsers import parser_of
+from torchtitan_rd.config import load_and_warn
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
 from torchtitan_rd.log import logger
@@ -109,9 +110,7 @@ def _plan(chosen: argparse.Namespace, profile: Profile, keys: list[str]) -> Plan
     gpus = profile.gpus_per_node
     if gpus is not None:
         environment = on_gpus(environment, chosen.nodes * gpus)
-    loaded = load(["--job.config_file", chosen.file, *keys], environment)
-    for warning in loaded.warnings:
-        logger.warning("%s", warning)
+    loaded = load_and_warn(["--job.config_file", chosen.file, *keys], environment)
     if (card is None and chosen.gpu_memory_gb is None) or gpus is None:
         if gpus is not None:  # nothing to plan for, but what contradicts itself is said now
             resolve_without_data(loaded.config, environment)
@@ -164,12 +163,7 @@ def _option(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd launch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("launch", __doc__, allow_abbrev=False)
     add = parser.add_argument
     add("file", help="the TOML of the run; other arguments are its keys, as --section.key value")
     add("--profile", required=True, help=f"one of {', '.join(profiles())}, or the path of another .sh file")

@@ -16,6 +16,7 @@ from tabulate import tabulate
 from torchtitan_rd.checkpoint.folders import STATE
 from torchtitan_rd.commands.arguments import DTYPES, at_least_1, check_outputs, device_of
 from torchtitan_rd.commands.eval_loss import write_json
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.conversion.pipeline import TOKENIZERS
 from torchtitan_rd.conversion.weights import Weights
@@ -100,12 +101,7 @@ def _tokenizer_of(weights: Weights) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd layers",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("layers", __doc__, allow_abbrev=False)
     add = parser.add_argument
     add("model", type=Path, help="step folder, run's folder, or Hugging Face folder of a dense model")
     add("--data", required=True, help="text file, folder of them, or a row of the table of data sets")

@@ -27,6 +27,7 @@ from torchtitan_rd.commands.arguments import (
     refuse,
 )
 from torchtitan_rd.commands.eval_loss import write_json
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.config import load
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.inference.evaluation import (
@@ -165,10 +166,8 @@ def _open(
     with process_group(environment, device):
         held_out = open_validation(
             narrowed(config.validation, chosen, config.training.dataset),
-            config.training,
+            config,
             environment,
-            tokenizer_path=config.model.tokenizer_path,
-            vocab_size=config.model.vocab_size,
             source=chosen.source_dataset,
             states=[Path(weights.origin) / STATE],
         )
@@ -214,12 +213,7 @@ def _choose(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd pareto",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = parser_of("pareto", __doc__, allow_abbrev=False)
     add = parser.add_argument
     add("config", help="TOML file of the run")
     add("checkpoint", help="step folder, run's folder, or Hugging Face folder")

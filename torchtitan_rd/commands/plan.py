@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from torchtitan_rd.commands.arguments import at_least_1
-from torchtitan_rd.config import load
+from torchtitan_rd.config import load_and_warn
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
-from torchtitan_rd.log import logger
 from torchtitan_rd.planning.cards import CARDS, find_card
 from torchtitan_rd.planning.compute import read_pace, stated_pace
 from torchtitan_rd.planning.making import make_plan, on_gpus
@@ -37,9 +36,7 @@ def main(arguments: list[str]) -> int:
     environment = Environment.read()
     if chosen.num_gpus is not None:
         environment = on_gpus(environment, chosen.num_gpus)
-    loaded = load([*(["--job.config_file", chosen.file] if chosen.file else []), *keys], environment)
-    for warning in loaded.warnings:
-        logger.warning("%s", warning)
+    loaded = load_and_warn([*(["--job.config_file", chosen.file] if chosen.file else []), *keys], environment)
     if chosen.num_gpus is None and environment.world_size == 1:
         environment = on_gpus(environment, fewest_ranks(loaded.config.parallelism))
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from torchtitan_rd.commands.arguments import at_least_1
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.diagnosis.hub import why_unreachable
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment, work_offline
@@ -137,11 +138,10 @@ def _conclusion(lines: list[Line], made_up: list[str], folder: Path | None) -> s
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd rehearse",
+    parser = parser_of(
+        "rehearse",
+        __doc__,
         usage="%(prog)s X.toml [--ranks N] [--keep DIR] [--limit SECONDS] [--section.key value ...]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("config", help="the file of the run")

@@ -7,19 +7,17 @@ Each RUN is the folder of a run (job.dump_folder); several are overlaid,
 and what differs in their configs is listed.
 """
 
-import argparse
 from pathlib import Path
 
 from torchtitan_rd.commands.arguments import check_outputs
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.metrics.read import read_run
 from torchtitan_rd.metrics.report import page
 from torchtitan_rd.whole_file import whole_file
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("report", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="default: report.html")
     parser.add_argument(

@@ -3,21 +3,19 @@
 torchtitan-rd verify outputs/debug/checkpoint
 """
 
-import argparse
 import os
 from pathlib import Path
 
 from torchtitan_rd.checkpoint import read_manifest, verify
 from torchtitan_rd.checkpoint.folders import MANIFEST, MODEL_ONLY, STEP, step_of
 from torchtitan_rd.checkpoint.manifest import FileTable
+from torchtitan_rd.commands.parsers import parser_of
 from torchtitan_rd.errors import CheckpointError
 
 
 def main(arguments: list[str]) -> int:
     """Prints a line for each good checkpoint and for each damaged file; 1 if anything is damaged."""
-    parser = argparse.ArgumentParser(
-        prog="torchtitan-rd verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of("verify", __doc__)
     parser.add_argument("dir", type=Path, help="a step-N folder, or a folder of them")
     folders = _checkpoints(parser.parse_args(arguments).dir.resolve())
     damaged = False

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torchtitan_rd import __version__
 from torchtitan_rd.checkpoint import SafeReader, read_manifest, verify
 from torchtitan_rd.checkpoint.folders import CONFIG, MANIFEST, step_of, write_durably
-from torchtitan_rd.checkpoint.manifest import Manifest, TensorEntry, dtype_name, hash_files
+from torchtitan_rd.checkpoint.manifest import Manifest, TensorEntry, hash_files
 from torchtitan_rd.checkpoint.safe_reader import MODEL_SHAPE
 from torchtitan_rd.conversion.tokenizer_files import files_in
 from torchtitan_rd.conversion.weights import (
@@ -64,7 +64,7 @@ def open_dcp(
         )
     # A seed may lack the embedding and the head; whoever needs the whole model checks that it is there.
     here = {name: size for name, size in wanted.items() if name in found}
-    weights = {name: info.shape for name, info in found.items() if name not in spec.derived}
+    weights = {name: info for name, info in found.items() if name not in spec.derived}
     check_shapes(weights, here, str(folder))
     travelling = files_in(folder)
     return Weights(
@@ -104,10 +104,7 @@ def write_dcp(weights: Weights, folder: Path, name: str) -> None:
     for file, content in travelling_files(weights).items():
         write_durably(folder / file, content)
 
-    table = {
-        PREFIX + key: TensorEntry(shape=list(info.shape), dtype=dtype_name(info.dtype))
-        for key, info in weights.tensors.items()
-    }
+    table = {PREFIX + key: TensorEntry.of(info) for key, info in weights.tensors.items()}
     Manifest(
         step=step_of(name) or 0,
         resumable=False,

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from torchtitan_rd.checkpoint import TensorInfo
-from torchtitan_rd.checkpoint.contract import listed
 from torchtitan_rd.checkpoint.manifest import dtype_name
 from torchtitan_rd.conversion.card import model_card
 from torchtitan_rd.conversion.pth import named_tensors, open_pth
@@ -24,7 +23,7 @@ from torchtitan_rd.conversion.weights import (
     total_bytes,
     travelling_files,
 )
-from torchtitan_rd.errors import CheckpointError, ConfigError
+from torchtitan_rd.errors import CheckpointError, ConfigError, listed
 from torchtitan_rd.model_spec import ModelSpec
 from torchtitan_rd.models import MODELS, get_spec
 
@@ -58,7 +57,7 @@ def open_hf(folder: Path, *, model: str | None = None) -> Weights:
 
     ignored = re.compile(f"{spec.hf.derived}|{re.escape(HEAD)}" if tied else spec.hf.derived)
     found = {
-        name: entry.info.shape
+        name: entry.info
         for name, entry in stored.items()
         if name in names.values() or not ignored.fullmatch(name)
     }

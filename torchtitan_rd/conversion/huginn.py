@@ -63,11 +63,7 @@ def open_huginn(file: Path, flavor: str | None = None) -> Weights:
     shape = _find_shape(file, state.get("model_config"), flavor)
     wanted, tied = model_tensors(spec, shape)
     given = {name: tensors.pop(name) for name in tied if name in tensors}
-    check_shapes(
-        {name: tensor.shape for name, tensor in tensors.items()},
-        {name: size for name, size in wanted.items() if name not in tied},
-        str(file),
-    )
+    check_shapes(tensors, {name: size for name, size in wanted.items() if name not in tied}, str(file))
     for name, tensor in given.items():
         first = tensors[tied[name]]
         # Saved as one storage, as tied weights are, they need no reading.

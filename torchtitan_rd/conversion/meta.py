@@ -59,11 +59,7 @@ def open_meta(folder: Path) -> Weights:
     spec = get_spec("llama3")
     wanted, tied = model_tensors(spec, shape)
     try:
-        check_shapes(
-            {name: info.shape for name, info in found.items()},
-            {name: size for name, size in wanted.items() if name not in tied},
-            str(root),
-        )
+        check_shapes(found, {name: size for name, size in wanted.items() if name not in tied}, str(root))
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}; put together from {', '.join(path.name for path in paths)}: is a shard missing?"

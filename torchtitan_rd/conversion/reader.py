@@ -18,6 +18,7 @@ from torch.futures import Future
 from torchtitan_rd.checkpoint import TensorInfo
 from torchtitan_rd.checkpoint.safe_reader import PlainReader
 from torchtitan_rd.conversion.weights import Weights
+from torchtitan_rd.parallelism.row_order import narrowed
 
 PREFIX = "model."
 
@@ -56,11 +57,8 @@ class WeightsReader(PlainReader):
         for key, items in by_key.items():
             whole = self.weights.read(key.removeprefix(PREFIX))
             for item in items:
-                part = whole
-                for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
-                    part = part.narrow(dim, start, length)
                 target = planner.resolve_tensor(item).detach()
-                target.copy_(part)
+                target.copy_(narrowed(whole, item.storage_offsets, item.lengths))
                 planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)

@@ -38,8 +38,8 @@ def open_state_dict(
         if source in tensors:
             present[name] = tensors[source]
 
-    surplus = {name: tensor.shape for name, tensor in tensors.items() if name not in wanted}
-    check_shapes({**{name: t.shape for name, t in present.items()}, **surplus}, wanted, str(file))
+    surplus = {name: tensor for name, tensor in tensors.items() if name not in wanted}
+    check_shapes({**present, **surplus}, wanted, str(file))
     for name, first in tied.items():
         if not torch.equal(present[name], present[first]):
             raise CheckpointError(f"{file}: {spec.name} {flavor} is tied, but {name} is not {first}")

@@ -108,7 +108,7 @@ def _bytes() -> TokenizerFiles:
 
     names, known = ("<bos>", "<eos>"), ours.ByteTokenizer()
     backend = Tokenizer(models.BPE({character: byte for byte, character in enumerate(_characters())}, []))
-    _byte_level(backend, None)
+    cut_into_bytes(backend, None)
     _add_specials(backend, names)
     # A text that spells <bos> is that text: any text comes back as it was.
     config = {**_PLAIN, "bos_token": names[0], "eos_token": names[1], "split_special_tokens": True}
@@ -166,7 +166,7 @@ def _from_ranks(ranks: dict[bytes, int], files: Mapping[str, bytes]) -> Tokenize
     vocabulary = {name(token): rank for token, rank in ranks.items()}
     # a word that is a token is not split.
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=True))
-    _byte_level(backend, ours.LLAMA3_WORDS)
+    cut_into_bytes(backend, ours.LLAMA3_WORDS)
     _add_specials(backend, ours.LLAMA3_SPECIALS)
     bos, eos = ours.LLAMA3_SPECIALS[:2]
     config = _json({**_PLAIN, "bos_token": bos, "eos_token": eos})
@@ -174,7 +174,7 @@ def _from_ranks(ranks: dict[bytes, int], files: Mapping[str, bytes]) -> Tokenize
     return TokenizerFiles(found, {"bos_token_id": len(ranks), "eos_token_id": len(ranks) + 1})
 
 
-def _byte_level(backend: Any, words: str | None) -> None:
+def cut_into_bytes(backend: Any, words: str | None) -> None:
     """Cuts text into `words` (a regular expression; None: not at all) and these into bytes."""
     from tokenizers import Regex, decoders, pre_tokenizers
 

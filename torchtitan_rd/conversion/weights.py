@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from torchtitan_rd.checkpoint import TensorInfo
-from torchtitan_rd.checkpoint.contract import listed
-from torchtitan_rd.errors import CheckpointError
+from torchtitan_rd.errors import CheckpointError, listed
 from torchtitan_rd.model_spec import ModelShape, ModelSpec
 
 GENERATION_CONFIG = "generation_config.json"
@@ -90,16 +89,19 @@ def model_tensors(spec: ModelSpec, shape: ModelShape) -> tuple[dict[str, torch.S
     return {name: tensor.shape for name, tensor in found.items()}, tied
 
 
-def check_shapes(found: Mapping[str, torch.Size], wanted: Mapping[str, torch.Size], origin: str) -> None:
-    """Every wanted tensor must be there, with the wanted shape, and no other. Raises CheckpointError."""
+def check_shapes(found: Mapping[str, Any], wanted: Mapping[str, torch.Size], origin: str) -> None:
+    """Every wanted tensor must be there, with the wanted shape, and no other. found: tensors, or what is
+    known of them (TensorInfo). Raises CheckpointError.
+    """
     if missing := [name for name in wanted if name not in found]:
         raise CheckpointError(f"{origin} lacks {listed(missing)}")
     if surplus := [name for name in found if name not in wanted]:
         raise CheckpointError(f"{origin} holds {listed(surplus)}, which the model it describes does not have")
     for name, shape in wanted.items():
-        if tuple(found[name]) != tuple(shape):
+        own = tuple(found[name].shape)
+        if own != tuple(shape):
             raise CheckpointError(
-                f"{origin}: {name} has shape {tuple(found[name])}, but its configuration says {tuple(shape)}"
+                f"{origin}: {name} has shape {own}, but its configuration says {tuple(shape)}"
             )
 
 

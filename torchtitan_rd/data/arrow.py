@@ -122,11 +122,15 @@ def encode_row(table: "pa.Table", encoder: Encoder, where: str) -> np.ndarray:
     return encoder.encode(read_row(table, encoder, where), where)
 
 
-def check_columns(present: list[str], needed: Sequence[str], name: str) -> None:
-    """Raises DataError for the first that is missing."""
+def check_columns(
+    present: Sequence[str], needed: Sequence[str], name: str | Path, key: str | None = None
+) -> None:
+    """Raises DataError for the first that is missing. key: what names them; None: a key of [training]."""
     for column in needed:
         if column not in present:
-            key = "training.column" if len(needed) == 1 else "training.question_column and answer_column"
+            if key is None:
+                several = "training.question_column and answer_column"
+                key = "training.column" if len(needed) == 1 else several
             raise DataError(f"{name}: has no column {column!r}, only {', '.join(present)}; set {key}")
 
 

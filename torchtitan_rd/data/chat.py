@@ -118,7 +118,7 @@ def read_conversation(cell: "pa.Array", columns: Sequence[str], where: str) -> l
     value = decoded(cell[0].as_py(), cell.type)
     if len(columns) == 2:
         question, answer = (value[column] for column in columns)
-        value = [_message("user", question), _message("assistant", answer)]
+        value = [message_of("user", question), message_of("assistant", answer)]
     return checked_messages(value, f"{where}: column {_named(columns)}", where)
 
 
@@ -138,7 +138,8 @@ def _named(columns: Sequence[str]) -> str:
     return " and ".join(map(repr, columns))
 
 
-def _message(role: str, text: Any) -> Message:
+def message_of(role: str, text: Any) -> Message:
+    """Of a column that holds what one of the two said."""
     return {"role": role, "content": text.strip() if isinstance(text, str) else text}
 
 

@@ -10,6 +10,7 @@ from torchtitan_rd.data import get_dataset
 from torchtitan_rd.data.arrow import SampleSource, TableSource, cells_of
 from torchtitan_rd.data.chat import ChatEncoder
 from torchtitan_rd.data.config import DatasetKeys
+from torchtitan_rd.data.cursor import is_in
 from torchtitan_rd.data.row_files import naming_the_file
 from torchtitan_rd.data.sources import build_encoder, open_source
 from torchtitan_rd.data.tokenizer import Tokenizer
@@ -69,7 +70,7 @@ def scan(keys: DatasetKeys, *, tokenizer: Tokenizer | None, vocab_size: int, see
 
     reported = time.monotonic()
     for index, read in each_row(source):
-        if any(first <= index <= last for first, last in keys.skip_ranges):
+        if is_in(keys.skip_ranges, index):
             report.skipped += 1
             continue
         try:

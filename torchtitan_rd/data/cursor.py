@@ -11,7 +11,8 @@ lanes (`merge_states`).
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from torchtitan_rd.errors import DataError
 
 _MASK = (1 << 64) - 1
 _NOTHING = np.empty(0, np.uint8)
+
+Items = TypeVar("Items", np.ndarray, range)
 
 
 class Cursor(NamedTuple):
@@ -100,6 +103,7 @@ class FileOrder:
         return self._found[share]
 
 
+@dataclass(eq=False)
 class LaneReader:
     """Reads the windows of one lane; a pure function of the cursor but for the cached last unit.
 
@@ -116,28 +120,19 @@ class LaneReader:
     anything more is read. Inside a share they keep their places, so that a resume may unset them.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        lane: int,
-        num_lanes: int,
-        seq_len: int,
-        shuffle_seed: int | None = None,
-        document_mask: bool = False,
-        units_per_lane: int = 1,
-        files: FileOrder | None = None,
-        skip_ranges: Sequence[Sequence[int]] = (),
-    ):
-        self.files = files
-        self.skip_ranges = skip_ranges
-        self.source = source
-        self.lane = lane
-        self.num_lanes = num_lanes
-        self.seq_len = seq_len
-        self.shuffle_seed = shuffle_seed
-        self.document_mask = document_mask
-        self.pieces = pieces_per_sample(len(source), num_lanes, units_per_lane)
-        self.num_units = len(source) * self.pieces
+    source: Source
+    lane: int
+    num_lanes: int
+    seq_len: int
+    shuffle_seed: int | None = None
+    document_mask: bool = False
+    units_per_lane: int = 1
+    files: FileOrder | None = None
+    skip_ranges: Sequence[Sequence[int]] = ()
+
+    def __post_init__(self) -> None:
+        self.pieces = pieces_per_sample(len(self.source), self.num_lanes, self.units_per_lane)
+        self.num_units = len(self.source) * self.pieces
         self._cached: tuple[tuple[int, int] | None, np.ndarray] = (None, _NOTHING)
 
     def read(self, position) -> Window:
@@ -220,7 +215,7 @@ def pieces_per_sample(samples: int, num_lanes: int, units_per_lane: int) -> int:
     return -(-units_per_lane * num_lanes // samples)
 
 
-def piece_of(items: np.ndarray, part: int, parts: int) -> np.ndarray:
+def piece_of(items: Items, part: int, parts: int) -> Items:
     """Piece number `part` of `parts` nearly equal ones, along the first axis; a view."""
     begin, end = (len(items) * p // parts for p in (part, part + 1))
     return items[begin:end]
@@ -241,13 +236,10 @@ class SkippingSource:
         return len(self.source)
 
     def tokens(self, index: int) -> np.ndarray:
-        return _NOTHING if self._skips(index) else self.source.tokens(index)
+        return _NOTHING if is_in(self.ranges, index) else self.source.tokens(index)
 
     def piece(self, index: int, part: int, parts: int) -> np.ndarray:
-        return _NOTHING if self._skips(index) else self.source.piece(index, part, parts)
-
-    def _skips(self, index: int) -> bool:
-        return is_in(self.ranges, index)
+        return _NOTHING if is_in(self.ranges, index) else self.source.piece(index, part, parts)
 
 
 def is_in(ranges: Sequence[Sequence[int]], index: int) -> bool:

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_rd.data.content import digest_of_file, stride_of
-from torchtitan_rd.data.json_text import rows_of_json
+from torchtitan_rd.data.json_text import COMPRESSIONS, rows_of_json
 from torchtitan_rd.data.library_files import CACHES, LIBRARY_JSON, SAVED, LibraryFiles
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.log import logger
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json", ".txt": "text"}
-_COMPRESSIONS, _COMPRESSIBLE = (".gz", ".zst"), ("json", "text")
+_COMPRESSIBLE = ("json", "text")
 _OTHER_COMPRESSIONS = (".bz2", ".xz", ".lz4", ".zip", ".7z", ".rar")
 _SPLITS = {
     "train": "train(?:ing)?",
@@ -292,7 +292,7 @@ def _data_suffix(file: Path) -> str:
     a compressed file.
     """
     suffix = file.suffix.lower()
-    if suffix not in _COMPRESSIONS:
+    if suffix not in COMPRESSIONS:
         return suffix
     inner = Path(file.stem).suffix.lower()
     return inner if BUILDERS.get(inner) in _COMPRESSIBLE else suffix
@@ -301,7 +301,7 @@ def _data_suffix(file: Path) -> str:
 def _is_refused(file: Path) -> bool:
     """Whether a file holds data, compressed in a way that is not read."""
     inner = Path(file.stem).suffix.lower()
-    if file.suffix.lower() in _COMPRESSIONS:  # such as .parquet.gz, which nobody maps
+    if file.suffix.lower() in COMPRESSIONS:  # such as .parquet.gz, which nobody maps
         return BUILDERS.get(inner, "json") not in _COMPRESSIBLE
     return file.suffix.lower() in _OTHER_COMPRESSIONS and inner in BUILDERS
 
@@ -310,7 +310,7 @@ def _refuse_compressed(found: FileList) -> None:
     for file in found.files:
         suffix = file.suffix.lower()
         if _is_refused(file):
-            if suffix in _COMPRESSIONS:
+            if suffix in COMPRESSIONS:
                 raise DataError(f"{file}: {''.join(file.suffixes[-2:])} files are not read: unpack it")
             raise DataError(
                 f"{file}: {suffix} files are not read: unpack it, or compress it with gzip or zstd"

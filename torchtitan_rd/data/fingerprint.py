@@ -11,7 +11,7 @@ from typing import Any
 
 from torchtitan_rd.data.content import changed_files, changed_rows
 from torchtitan_rd.data.mixture import MIXTURE
-from torchtitan_rd.errors import DataError
+from torchtitan_rd.errors import DataError, listed
 from torchtitan_rd.log import logger
 
 _EXPLAINING = ("files", "skip_ranges", "tokenizer_revision", "sources")
@@ -146,9 +146,7 @@ def describe(key: str, saved: dict[str, Any], present: dict[str, Any]) -> str:
     """What changed, in words."""
     was, now = _value(saved, key), _value(present, key)
     files = changed_files(saved["files"], present["files"]) if "files" in saved and "files" in present else []
-    named = (
-        f" ({', '.join(files[:4])}{f' and {len(files) - 4} more' if len(files) > 4 else ''})" if files else ""
-    )
+    named = f" ({listed(files, 4)})" if files else ""
     if key == "rows" and was is not None and now is not None:
         return f"the data: {changed_rows(was, now, present['num_samples'])}{named}"
     if key == "num_samples":

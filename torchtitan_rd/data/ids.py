@@ -10,7 +10,6 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -93,8 +92,9 @@ def _write(source: Source, dtype: np.dtype, target: Path) -> None:
     ends: list[int] = []
     try:
         with (staged / "ids.bin").open("wb") as file:
-            for ids in _documents(source):
-                file.write(ids.astype(dtype).data)
+            for index in range(len(source)):
+                ids = source.tokens(index).astype(dtype)
+                file.write(ids.data)
                 ends.append((ends[-1] if ends else 0) + len(ids))
             _sync(file)
         with (staged / "ends.npy").open("wb") as file:
@@ -106,10 +106,6 @@ def _write(source: Source, dtype: np.dtype, target: Path) -> None:
         raise
 
     logger.info("data: %s: %d ids in %.1f s", source.name, ends[-1], time.monotonic() - began)
-
-
-def _documents(source: Source) -> Iterable[np.ndarray]:
-    return (source.tokens(index) for index in range(len(source)))
 
 
 def _sync(file) -> None:

@@ -19,6 +19,7 @@ JsonKind = Literal["text", "messages"]
 all of these: whoever reads the row says more about it.
 """
 
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK = 8 << 20
 
 
@@ -28,7 +29,7 @@ def check_json(files: list[Path], column: str, kind: JsonKind) -> None:
     Files that are no JSON are left to the reader, which says more about them.
     """
     for file in files:
-        with _opened(file) as stream:
+        with opened(file) as stream:
             begin = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
         try:
             if begin.startswith(b"["):
@@ -41,7 +42,7 @@ def check_json(files: list[Path], column: str, kind: JsonKind) -> None:
 
 def rows_of_json(file: Path) -> int:
     """The rows of a file of JSON lines, which is read in blocks, or of one list, which is read whole."""
-    with _opened(file) as stream:
+    with opened(file) as stream:
         block = stream.read(_BLOCK).removeprefix(b"\xef\xbb\xbf")
         if block.lstrip().startswith(b"["):
             return len(json.loads(block + stream.read()))
@@ -57,11 +58,11 @@ def rows_of_json(file: Path) -> int:
     return rows + has_content
 
 
-def _opened(file: Path) -> "pa.NativeFile":
+def opened(file: Path) -> "pa.NativeFile":
     """Decompressed, whatever the case of its suffix."""
     import pyarrow as pa
 
-    return pa.input_stream(str(file), compression={".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower()))
+    return pa.input_stream(str(file), compression=COMPRESSIONS.get(file.suffix.lower()))
 
 
 def _check_lines(file: Path, column: str, kind: JsonKind) -> None:
@@ -71,7 +72,7 @@ def _check_lines(file: Path, column: str, kind: JsonKind) -> None:
     message = pa.struct({"role": pa.string(), "content": pa.string()})
     expected = pa.string() if kind == "text" else pa.list_(message)
     rows = 0
-    with _opened(file) as stream:
+    with opened(file) as stream:
         try:
             reader = pyarrow.json.open_json(
                 stream,
@@ -89,7 +90,7 @@ def _check_lines(file: Path, column: str, kind: JsonKind) -> None:
 
 def _name_first(file: Path, column: str, kind: JsonKind, after: int) -> None:
     """Raises for the first row after so many that are good."""
-    with _opened(file) as stream:
+    with opened(file) as stream:
         lines = (line for line in stream.read().splitlines() if line.strip())
         for row, line in enumerate(lines):
             if row >= after:
@@ -98,7 +99,7 @@ def _name_first(file: Path, column: str, kind: JsonKind, after: int) -> None:
 
 def _check_array(file: Path, column: str, kind: JsonKind) -> None:
     """One JSON list: of objects, or of the values themselves."""
-    with _opened(file) as stream:
+    with opened(file) as stream:
         content = stream.read()
     try:
         values = json.loads(content.removeprefix(b"\xef\xbb\xbf"))

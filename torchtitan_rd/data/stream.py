@@ -4,6 +4,7 @@ whose position belongs to that number of ranks.
 
 import gc
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ and `source` is the library's state just before that row (None: at the start of 
 _NOTHING = np.empty(0, np.uint8)
 
 
+@dataclass(eq=False)
 class StreamReader:
     """Reads windows from this rank's share of a stream.
 
@@ -32,20 +34,16 @@ class StreamReader:
     (huggingface/datasets#7444). What a resume costs depends on the library and the files.
     """
 
-    def __init__(
-        self,
-        name: str,
-        table: "datasets.IterableDataset",
-        encoder: Encoder,
-        seq_len: int,
-        data_rank: int,
-        data_degree: int,
-        document_mask: bool = False,
-    ):
-        self.name, self.encoder = name, encoder
-        self.seq_len, self.document_mask = seq_len, document_mask
-        self.data_rank, self.data_degree = data_rank, data_degree
-        self._table = table.with_format("arrow")
+    name: str
+    table: "datasets.IterableDataset"
+    encoder: Encoder
+    seq_len: int
+    data_rank: int
+    data_degree: int
+    document_mask: bool = False
+
+    def __post_init__(self) -> None:
+        self.table = self.table.with_format("arrow")
         self._rows: Iterator[pa.Table] = iter(())
         self._position: dict[str, Any] | None = None
         self._tokens = _NOTHING
@@ -107,7 +105,7 @@ class StreamReader:
         self._sample = sample
         self._following = source
         self._found_tokens = False
-        self._share = split_dataset_by_node(self._table, self.data_rank, self.data_degree)
+        self._share = split_dataset_by_node(self.table, self.data_rank, self.data_degree)
         if source is not None:
             self._share.load_state_dict(source)
         self._rows = iter(self._share)

@@ -100,29 +100,27 @@ def dims_of(keys: DatasetKeys, environment: Environment) -> BatchDims:
 
 def open_validation(
     validation: ValidationConfig,
-    training: Any,
+    config: Any,
     environment: Environment,
     *,
-    tokenizer_path: str,
-    vocab_size: int | None,
     source: str | None = None,
     states: Iterable[Path] = (),
 ) -> HeldOut:
     """What a run's [validation] names, whether or not it is enabled there.
 
-    training: the section. source: only rows of this `source_dataset`. states: see `open_held_out`. Raises
-    ConfigError, DataError.
+    validation: in place of that of `config`, the run's JobConfig. source: only rows of this `source_dataset`.
+    states: see `open_held_out`. Raises ConfigError, DataError.
     """
-    keys = validation_keys(validation, training, environment.world_size)
+    keys = validation_keys(validation, config.training, environment.world_size)
     if source is not None:
         keys = DatasetKeys.model_validate({**keys.model_dump(), "source_dataset": source})
     return open_held_out(
         keys,
         validation.split,
         environment,
-        tokenizer_path=tokenizer_path,
-        vocab_size=vocab_size,
-        seed=training.seed,
+        tokenizer_path=config.model.tokenizer_path,
+        vocab_size=config.model.vocab_size,
+        seed=config.training.seed,
         states=states,
     )
 

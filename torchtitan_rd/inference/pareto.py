@@ -70,22 +70,19 @@ class Outcome(NamedTuple):
 
 
 @torch.inference_mode()
-def record(
-    loaded: Loaded, windows: Windows, depth: int | None = None, *, seed: int = 0, scale: float = 1.0
-) -> Record:
+def record(loaded: Loaded, windows: Windows, depth: int | None = None, *, seed: int = 0) -> Record:
     """One forward of `depth` iterations (None: the model's mean) a window, for all criteria and thresholds.
 
-    seed, scale: of the first states, as in generation. Keeps 4 (1 + criteria) T bytes a label,
+    seed: of the first states, as in generation. Keeps 4 (1 + criteria) T bytes a label,
     and all states of a window. Raises ConfigError.
     """
     require_recurrence(loaded.spec)
-    losses: list[torch.Tensor] = []
-    values: dict[str, list[torch.Tensor]] = {name: [] for name in JUDGED}
     stepper = None
+    parts: list[dict[str, torch.Tensor]] = []
     for inputs, labels in windows:
         # Positions of one forward meet at the same iteration, so a cache of one iteration is exact here.
         core = steps_of(loaded.spec, loaded.model).layout.core
-        stepper = _stepper(loaded, inputs.shape, depth, seed, scale, f"compress-s{core}" if core else "full")
+        stepper = _stepper(loaded, inputs.shape, depth, seed, f"compress-s{core}" if core else "full")
         valid = labels.to(stepper.device) != IGNORE_INDEX
         labels = labels.to(stepper.device)
         e = stepper.embed(inputs.to(stepper.device))
@@ -100,8 +97,8 @@ def record(
         caches = [_OwnBeside(slot.keys, slot.values, length) for slot in stepper.cache.after]
         for previous, s in pairwise(states):
             part.add(s, previous, stepper.steps.predict(s, stepper.rotary, caches, length))
-        part.into(losses, values)
-    return _record_of(stepper, losses, values)
+        parts.append(part.on_cpu())
+    return _record_of(stepper, parts)
 
 
 class _OwnBeside(KeyValues):
@@ -123,15 +120,14 @@ class _OwnBeside(KeyValues):
 
 @torch.inference_mode()
 def record_singly(
-    loaded: Loaded, windows: Windows, kv: str, depth: int | None = None, *, seed: int = 0, scale: float = 1.0
+    loaded: Loaded, windows: Windows, kv: str, depth: int | None = None, *, seed: int = 0
 ) -> Record:
     """The same under a strategy of the cache that mixes iterations: the positions one after the other."""
     require_recurrence(loaded.spec)
-    losses: list[torch.Tensor] = []
-    values: dict[str, list[torch.Tensor]] = {name: [] for name in JUDGED}
     stepper = None
+    parts: list[dict[str, torch.Tensor]] = []
     for inputs, labels in windows:
-        stepper = _stepper(loaded, inputs.shape, depth, seed, scale, kv)
+        stepper = _stepper(loaded, inputs.shape, depth, seed, kv)
         labels = labels.to(stepper.device)
         for place in range(inputs.shape[1]):
             valid = labels[:, place : place + 1] != IGNORE_INDEX
@@ -142,8 +138,8 @@ def record_singly(
             for step in range(stepper.depth):
                 previous, s = s, stepper.iterate(s, e, step)
                 part.add(s, previous, stepper.predict(s))
-            part.into(losses, values)
-    return _record_of(stepper, losses, values)
+            parts.append(part.on_cpu())
+    return _record_of(stepper, parts)
 
 
 @torch.inference_mode()
@@ -155,7 +151,6 @@ def replay(
     depth: int | None = None,
     *,
     seed: int = 0,
-    scale: float = 1.0,
 ) -> tuple[float, float]:
     """What generation does in which every token leaves on its own, with the data's tokens in place of its own
     choice -> mean loss, mean iterations.
@@ -163,7 +158,7 @@ def replay(
     require_recurrence(loaded.spec)
     nats, steps, count = 0.0, 0, 0
     for inputs, labels in windows:
-        stepper = _stepper(loaded, inputs.shape, depth, seed, scale, kv)
+        stepper = _stepper(loaded, inputs.shape, depth, seed, kv)
         inputs, labels = inputs.to(stepper.device), labels.to(stepper.device)
         for place in range(inputs.shape[1]):
             thought = think(stepper, inputs[:, place : place + 1], policy=policy)
@@ -303,40 +298,31 @@ class _Part:
         for name, measure in self.measures.items():
             self.values[name].append(measure(seen).float())
 
-    def into(self, losses: list[torch.Tensor], values: dict[str, list[torch.Tensor]]) -> None:
-        losses.append(torch.stack(self.losses).cpu())
-        for name, kept in self.values.items():
-            values[name].append(torch.stack(kept).cpu())
+    def on_cpu(self) -> dict[str, torch.Tensor]:
+        """The losses and, by the names of the criteria, their values: (T, positions) each."""
+        found = {"losses": self.losses, **self.values}
+        return {name: torch.stack(kept).cpu() for name, kept in found.items()}
 
 
-def _record_of(
-    stepper: Stepper | None, losses: list[torch.Tensor], values: dict[str, list[torch.Tensor]]
-) -> Record:
-    if stepper is None or not sum(part.shape[1] for part in losses):
+def _record_of(stepper: Stepper | None, parts: list[dict[str, torch.Tensor]]) -> Record:
+    if stepper is None or not sum(part["losses"].shape[1] for part in parts):
         raise ConfigError("there is no data to judge by")
     layout = stepper.steps.layout
+    whole = {name: torch.cat([part[name] for part in parts], dim=1).numpy() for name in parts[0]}
+    losses = whole.pop("losses")
     return Record(
-        torch.cat(losses, dim=1).numpy(),
-        {name: torch.cat(parts, dim=1).numpy() for name, parts in values.items()},
+        losses,
+        whole,
         layout.core,
         2 * layout.kv_heads * layout.head_dim * layout.dtype.itemsize,
         layout.before + layout.after,
     )
 
 
-def _stepper(
-    loaded: Loaded, shape: torch.Size, depth: int | None, seed: int, scale: float, kv: str
-) -> Stepper:
+def _stepper(loaded: Loaded, shape: torch.Size, depth: int | None, seed: int, kv: str) -> Stepper:
     batch, positions = shape
     return Stepper(
-        loaded.spec,
-        loaded.model,
-        batch=batch,
-        positions=positions,
-        depth=depth,
-        strategy=kv,
-        seed=seed,
-        scale=scale,
+        loaded.spec, loaded.model, batch=batch, positions=positions, depth=depth, strategy=kv, seed=seed
     )
 
 

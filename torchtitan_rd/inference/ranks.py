@@ -37,12 +37,8 @@ def process_group(environment: Environment, device: torch.device) -> Iterator[No
 
 def data_ranks(environment: Environment, states: Iterable[Path] = ()) -> DataRanks:
     """These ranks as readers of data; a lone one needs no process group. states: see `DataRanks`."""
-    together = gather if environment.world_size > 1 else _alone
+    together = gather if environment.world_size > 1 else lambda value: [value]
     return DataRanks(together, environment.rank, environment.local_rank, tuple(states))
-
-
-def _alone(value: Any) -> list[Any]:
-    return [value]
 
 
 def model_folder(path: str, revision: str | None, environment: Environment) -> Path:

@@ -33,37 +33,27 @@ class StepNumbers:
     has_labels: bool
 
 
+@dataclass(eq=False)
 class StepResult:
     """Of one step. The first look at a number waits until it has arrived; later looks are free.
 
+    read: waits for the numbers.
     depths: the (n, k) iterations of this rank's microbatches (0, 0 where the model draws none).
     tokens_seen: tokens of all ranks since step 0, this step's included.
     """
 
-    def __init__(
-        self,
-        step: int,
-        read: Callable[[], StepNumbers],
-        *,
-        depths: tuple[tuple[int, int], ...] = (),
-        tokens_seen: int = 0,
-    ):
-        self.step = step
-        self.depths = depths
-        self.tokens_seen = tokens_seen
-        self._read = read
+    step: int
+    read: Callable[[], StepNumbers]
+    depths: tuple[tuple[int, int], ...] = ()
+    tokens_seen: int = 0
 
     @cached_property
     def numbers(self) -> StepNumbers:
-        return self._read()
+        return self.read()
 
     @property
     def loss(self) -> float:
         return self.numbers.loss
-
-    @property
-    def loss_max(self) -> float:
-        return self.numbers.loss_max
 
     @property
     def grad_norm(self) -> float:

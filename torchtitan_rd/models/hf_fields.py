@@ -1,11 +1,12 @@
 """The fields of a config.json, read with care: each mistake is one line that names the field."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.log import logger
+from torchtitan_rd.models.layers import RopeScaling
 
 _NEEDED = object()
 # Fields that change what some class of the transformers library computes, or that describe another form of
@@ -131,7 +132,7 @@ class Fields:
         """The value, which must be one of `known`; the first of them if it is absent."""
         self._read.add(key)
         value = self.given.get(key, known[0])
-        if not any(type(value) in _alike(one) and value == one for one in known):
+        if not _is_one_of(value, known):
             listed = ", ".join(map(repr, known))
             raise ConfigError(f"{self.where}{key} = {value!r} is not supported, only {listed}")
         return value
@@ -144,11 +145,7 @@ class Fields:
         """
         for key, neutral in _CHANGING.items():
             value = self.given.get(key)
-            if (
-                key in but
-                or value is None
-                or any(type(value) in _alike(one) and value == one for one in neutral)
-            ):
+            if key in but or value is None or _is_one_of(value, neutral):
                 continue
             listed = "".join(f"{one!r} or " for one in neutral)
             raise ConfigError(
@@ -169,6 +166,16 @@ class Fields:
         return self.given[key]
 
 
-def _alike(value: Any) -> tuple[type, ...]:
+def _is_one_of(value: Any, known: Iterable[Any]) -> bool:
     """True equals 1 in Python, but not in a config."""
-    return (int, float) if type(value) in (int, float) else (type(value),)
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in known)
+
+
+def rope_scaling(table: Fields) -> RopeScaling:
+    """Llama 3.1's, of which every field must be there."""
+    return RopeScaling(
+        factor=table.number("factor"),
+        low_freq_factor=table.number("low_freq_factor"),
+        high_freq_factor=table.number("high_freq_factor"),
+        original_max_position_embeddings=table.whole("original_max_position_embeddings"),
+    )

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchtitan_rd.config_loader import MUST_MATCH, Section
-from torchtitan_rd.optimizer.shards import local, replace_unless, sum_over_shards
+from torchtitan_rd.optimizer.shards import replace_unless, sum_over_shards
+from torchtitan_rd.parallelism.row_order import local
 
 
 class EllisKeys(Section):

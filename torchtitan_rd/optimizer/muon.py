@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from torchtitan_rd.config_loader import Section
-from torchtitan_rd.optimizer.shards import local, replace_unless, set_flag
-from torchtitan_rd.parallelism.row_order import own_part
+from torchtitan_rd.optimizer.shards import replace_unless, set_flag
+from torchtitan_rd.parallelism.row_order import local, own_part
 
 
 class MuonKeys(Section):

@@ -12,11 +12,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of `tensor`, sharing its memory; all of it if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def set_flag(optimizer: Optimizer, skip: Tensor | None) -> None:
     """Gives `optimizer` the flag for its next update (optimizer/skipping.py)."""
     # Torch's fused Adam looks for an attribute of this name, which its class does not declare.

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan_rd.config_loader import MUST_MATCH, Section
 from torchtitan_rd.model_spec import WrapPlan
+from torchtitan_rd.parallelism.row_order import local
 
 
 class ShardingKeys(Section):
@@ -110,8 +111,7 @@ def apply_fsdp(
 
 def gathered_bytes(module: nn.Module, dtype: torch.dtype) -> int:
     """What the parameters of `module` take on each rank while they are gathered, computing in `dtype`."""
-    parts = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
-    return sum(part.numel() for part in parts) * dtype.itemsize
+    return sum(local(parameter).numel() for parameter in module.parameters()) * dtype.itemsize
 
 
 def _prefetch(model: nn.Module, plan: WrapPlan, units: int) -> None:

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from torchtitan_rd.parallelism.row_order import local
+
 
 class StepTotals(NamedTuple):
     """The same on every rank; 0-dim float32 on the device but for `rank_losses`."""
@@ -107,8 +109,7 @@ class StepSums:
 
 def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     """This rank's parts."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    return [local(p.grad) for p in parameters if p.grad is not None]
 
 
 def _fill(tensors: Sequence[Tensor], flat: Tensor) -> None:

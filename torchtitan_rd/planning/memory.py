@@ -153,13 +153,10 @@ def _extrapolated(fewer: Traced, more: Traced, times: float) -> Traced:
         round(line(fewer.need.saved_on_host, more.need.saved_on_host)),
     )
     flops = {key: line(fewer.flops.get(key, 0.0), count) for key, count in more.flops.items()}
-    collectives = {
-        name: Collective(
-            round(line(fewer.collectives.get(name, Collective(0, 0)).calls, one.calls)),
-            round(line(fewer.collectives.get(name, Collective(0, 0)).bytes, one.bytes)),
-        )
-        for name, one in more.collectives.items()
-    }
+    collectives = {}
+    for name, one in more.collectives.items():
+        before = fewer.collectives.get(name, Collective(0, 0))
+        collectives[name] = Collective(*(round(line(*pair)) for pair in zip(before, one, strict=True)))
     return Traced(more.depth, need, flops, collectives)
 
 

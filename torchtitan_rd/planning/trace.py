@@ -26,6 +26,7 @@ from torchtitan_rd.models.layers import Head
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state
 from torchtitan_rd.parallelism import GradientExchange, allocate
 from torchtitan_rd.parallelism.offload import OnHost
+from torchtitan_rd.parallelism.row_order import local
 from torchtitan_rd.planning.tracker import (
     GRADIENTS,
     HOST,
@@ -199,7 +200,7 @@ class TracedRun:
 
     def _label(self, tensors: Any, label: str) -> int:
         """-> bytes of the storages that are known under it now."""
-        self._tracker.label(map(_local, tensors), label)
+        self._tracker.label(map(local, tensors), label)
         return self._tracker.bytes_of(label)
 
     def _largest_unit(self) -> int:
@@ -211,7 +212,7 @@ class TracedRun:
         ]
         units = [self.model.get_submodule(name) for name in names]
         return max(
-            (sum(_local(p).nbytes for p in unit.parameters() if isinstance(p, DTensor)) for unit in units),
+            (sum(local(p).nbytes for p in unit.parameters() if isinstance(p, DTensor)) for unit in units),
             default=0,
         )
 
@@ -225,10 +226,6 @@ def _traceable(config: JobConfig) -> JobConfig:
         "training": config.training.model_copy(update={"enable_cpu_offload": False}),
     }
     return config.model_copy(update=sections)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _nothing() -> None:
@@ -332,17 +329,9 @@ def gpu_kernels() -> Iterator[None]:
 
     A CPU build of torch cannot run autograd on tensors that call themselves CUDA's, hence the detour.
     """
-    replaced: list[tuple[Any, str, Any]] = [
-        (F, "scaled_dot_product_attention", _flash_attention),
-        (F, "rms_norm", _fused_rms_norm),
-    ]
-    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replaced]
-    for owner, name, value in replaced:
-        setattr(owner, name, value)
-    FakeTensor.is_cpu = False
-    try:
+    with (
+        replaced(F, "scaled_dot_product_attention", _flash_attention),
+        replaced(F, "rms_norm", _fused_rms_norm),
+        replaced(FakeTensor, "is_cpu", False),
+    ):
         yield
-    finally:
-        for owner, name, value in originals:
-            setattr(owner, name, value)
-        del FakeTensor.is_cpu

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from torchtitan_rd.data.chat import checked_messages
+from torchtitan_rd.data.chat import checked_messages, message_of
 from torchtitan_rd.data.chat_template import Message
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.preparation.raw import SURROGATE, RawRow
@@ -33,10 +33,7 @@ def as_conversation(row: RawRow, columns: Sequence[str]) -> tuple[str, str | Non
     value: Any = row.value[0]
     if len(columns) > 1:
         roles = ("user", *["assistant"] * (len(columns) - 1))
-        value = [
-            {"role": role, "content": said.strip() if isinstance(said, str) else said}
-            for role, said in zip(roles, row.value, strict=True)
-        ]
+        value = [message_of(role, said) for role, said in zip(roles, row.value, strict=True)]
     elif isinstance(value, list):
         value = [_renamed(message) if isinstance(message, dict) else message for message in value]
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from torchtitan_rd.data.arrow import cells_of
+from torchtitan_rd.data.arrow import cells_of, check_columns
 from torchtitan_rd.data.chat import check_conversations, read_conversation
 from torchtitan_rd.data.chat_template import Message
 from torchtitan_rd.data.cursor import permuted
@@ -62,9 +62,7 @@ class Source:
             raise ConfigError(
                 f"the weight of {self.name} is {self.weight:g}: at most {_MOST_COPIES} is possible"
             )
-        if missing := [column for column in self.columns if column not in self.table.column_names]:
-            columns = ", ".join(self.table.column_names)
-            raise DataError(f"{self.name}: has no column {missing[0]!r}, only {columns}; set --column")
+        check_columns(self.table.column_names, self.columns, self.name, "--column")
         if self.chat_columns:
             check_conversations(cells_of(self.table.data.table, self.columns), self.columns, self.name)
             return

@@ -15,14 +15,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from torchtitan_rd.config_file import load_yaml
-from torchtitan_rd.data.arrow import open_table
+from torchtitan_rd.data.arrow import check_columns, open_table
 from torchtitan_rd.data.files import HUB_NAME, FileList, find_files
 from torchtitan_rd.data.hub import check_revision
 from torchtitan_rd.errors import ConfigError, DataError, nearest
 from torchtitan_rd.log import logger
 from torchtitan_rd.preparation.conversations import CHAT_COLUMN, as_conversation
-from torchtitan_rd.preparation.manifest import MANIFEST, Output, describe, disk_errors, progress_bar
-from torchtitan_rd.preparation.raw import RawRow, as_text, cells_at, check_columns, read_raw
+from torchtitan_rd.preparation.manifest import MANIFEST, Output, describe, progress_bar
+from torchtitan_rd.preparation.raw import FEATURES, RawRow, as_text, read_raw, row_at
 
 ROWS_A_FILE = 100_000
 CHARACTERS_A_FILE = 256 << 20
@@ -142,7 +142,7 @@ class OpenSource:
             for first in range(start, len(cells), _ROWS_TOGETHER):
                 batch = cells[first : first + _ROWS_TOGETHER]
                 for i in range(len(batch)):
-                    yield 0, first + i, _cell(batch, i, self.keys.columns)
+                    yield 0, first + i, row_at(batch, i, self.keys.columns, 1)
             return
         for number in range(file, len(self.found.files)):
             first = start if number == file else 0
@@ -172,7 +172,7 @@ def open_source(name: str, keys: SourceKeys, base: Path) -> OpenSource:
             raise DataError(f"{name}: address {keys.address!r}: no such file or folder ({path})")
         path, found = keys.address, FileList(keys.address, keys.split, Path())
     table = open_table(name, path, keys.subset, False, keys.split, found, keys.revision)
-    check_columns(table.column_names, keys.columns, name)
+    check_columns(table.column_names, keys.columns, name, FEATURES)
     if not found.saved:
         found.commit = check_revision(name, table, keys.revision)
     return _logged(OpenSource(name, keys, found, table))
@@ -185,23 +185,13 @@ def _logged(source: OpenSource) -> OpenSource:
     return source
 
 
-def _cell(batch: Any, row: int, columns: list[str]) -> RawRow:
-    try:
-        return RawRow(cells_at(batch, row, columns), size=1)
-    except UnicodeDecodeError:
-        return RawRow(None, "not UTF-8", 1)
-
-
 def download(sources: list[OpenSource], output: Output) -> dict[str, Any]:
     """Writes the staging folder. Returns its manifest.
 
     Raises DataError for a source of which no row can be used, and where there is no room.
     """
-    if done := output.result:
-        return done
-    with disk_errors(output.folder), output.locked("staging"):
-        # Another process may have finished the folder between the two.
-        if done := output.result:
+    with output.making("staging") as done:
+        if done:
             return done
         files: dict[str, Any] = {}
         notes: dict[str, Any] = {}

@@ -148,6 +148,19 @@ class Output:
         fsync(path.parent)
 
     @contextmanager
+    def making(self, name: str) -> Iterator[dict[str, Any] | None]:
+        """What the finished folder holds; else None, and no second process is at the same part of the work.
+        Raises DataError if one is, and where there is no room.
+        """
+        with disk_errors(self.folder):
+            if done := self.result:
+                yield done
+                return
+            with self.locked(name):
+                # Another process may have finished the folder between the two.
+                yield self.result
+
+    @contextmanager
     def locked(self, name: str) -> Iterator[None]:
         """Keeps a second process from the same part of the work. Raises DataError if one is at it."""
         self.work.mkdir(exist_ok=True)

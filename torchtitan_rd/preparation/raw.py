@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchtitan_rd.data.arrow import check_columns
 from torchtitan_rd.data.chat import decoded
 from torchtitan_rd.data.files import BUILDERS
+from torchtitan_rd.data.json_text import COMPRESSIONS, opened
 from torchtitan_rd.errors import DataError
 
+FEATURES = "`features`"  # the key of a sources file that names columns
 _BATCH = 1024
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
 @dataclass(frozen=True)
@@ -31,27 +33,21 @@ def read_raw(file: Path, columns: Sequence[str], start: int = 0) -> Iterator[Raw
 
     Raises DataError, naming the file, where none of its rows can be read: no such column, no such format.
     """
-    compression = _COMPRESSIONS.get(file.suffix.lower())
-    kind = BUILDERS[(Path(file.stem) if compression else file).suffix.lower()]
+    compressed = file.suffix.lower() in COMPRESSIONS
+    kind = BUILDERS[(Path(file.stem) if compressed else file).suffix.lower()]
     try:
         if kind == "text":
             yield from list(_document(file))[start:]
         elif kind == "json":
-            yield from _json_rows(file, columns, start, compressed=compression is not None)
+            yield from _json_rows(file, columns, start, compressed)
         else:
             yield from _arrow_rows(file, columns, start, kind)
     except OSError as error:  # of the disk, or of a compressed file that is damaged
         raise DataError(f"{file}: cannot be read: {error}") from None
 
 
-def _opened(file: Path) -> Any:
-    import pyarrow as pa
-
-    return pa.input_stream(str(file), compression=_COMPRESSIONS.get(file.suffix.lower()))
-
-
 def _document(file: Path) -> Iterator[RawRow]:
-    with _opened(file) as stream:
+    with opened(file) as stream:
         content = stream.read()
     try:
         text = content.decode("utf-8-sig")
@@ -63,14 +59,14 @@ def _document(file: Path) -> Iterator[RawRow]:
 
 
 def _json_rows(file: Path, columns: Sequence[str], start: int, compressed: bool) -> Iterator[RawRow]:
-    with _opened(file) as stream:
+    with opened(file) as stream:
         if stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
             rows = _json_array(file)
             size = file.stat().st_size / max(1, len(rows))
             yield from (_fields(row, columns, size) for row in rows[start:])
             return
     number = 0
-    with _opened(file) as stream:
+    with opened(file) as stream:
         for line in _lines(stream):
             if not line.strip():
                 continue
@@ -90,7 +86,7 @@ def _lines(stream: Any) -> Iterator[bytes]:
 
 
 def _json_array(file: Path) -> list[Any]:
-    with _opened(file) as stream:
+    with opened(file) as stream:
         try:
             return json.loads(stream.read().decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
@@ -123,12 +119,12 @@ def _arrow_rows(file: Path, columns: Sequence[str], start: int, kind: str) -> It
         if kind == "parquet":
             reader = pq.ParquetFile(file)
             names, total = reader.schema_arrow.names, reader.metadata.num_rows
-            check_columns(names, columns, file)
+            check_columns(names, columns, file, FEATURES)
             batches = reader.iter_batches(_BATCH, columns=list(columns))
         else:
             table = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()
             names, total = table.column_names, len(table)
-            check_columns(names, columns, file)
+            check_columns(names, columns, file, FEATURES)
             batches = iter(table.select(list(columns)).to_batches(_BATCH))
         yield from _from_batches(batches, columns, start, file.stat().st_size / max(1, total))
     except (pa.ArrowInvalid, OSError) as error:
@@ -143,22 +139,16 @@ def _from_batches(
         skipped = min(max(0, start - number), len(batch))
         number += len(batch)
         for row in range(skipped, len(batch)):
-            try:
-                yield RawRow(cells_at(batch, row, columns), size=size)
-            except UnicodeDecodeError:
-                yield RawRow(None, "not UTF-8", size)
+            yield row_at(batch, row, columns, size)
 
 
-def cells_at(batch: Any, row: int, columns: Sequence[str]) -> list[Any]:
-    """The values of a row of an arrow table or batch. Raises UnicodeDecodeError."""
+def row_at(batch: Any, row: int, columns: Sequence[str], size: float) -> RawRow:
+    """A row of an arrow table or batch."""
     cells = [batch.column(name)[row] for name in columns]
-    return [decoded(cell.as_py(), cell.type) for cell in cells]
-
-
-def check_columns(names: Sequence[str], columns: Sequence[str], where: Any) -> None:
-    """Raises DataError for a column that there is not."""
-    if missing := [column for column in columns if column not in names]:
-        raise DataError(f"{where}: has no column {missing[0]!r}, only {', '.join(names)}; set `features`")
+    try:
+        return RawRow([decoded(cell.as_py(), cell.type) for cell in cells], size=size)
+    except UnicodeDecodeError:
+        return RawRow(None, "not UTF-8", size)
 
 
 # Half of a pair of UTF-16, which JSON can hold and UTF-8 cannot.

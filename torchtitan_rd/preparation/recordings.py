@@ -111,9 +111,9 @@ def read_recording(
     suffix = recording.files[0].suffix.lower()
     if suffix != ".nwb" and (where or intervals):
         raise ConfigError(f"{recording.name}: --where and --intervals are for .nwb files alone")
-    if any(file.stat().st_size == 0 for file in recording.files):
-        empty = next(file for file in recording.files if file.stat().st_size == 0)
-        raise DataError(f"{empty}: the file is empty")
+    for file in recording.files:
+        if not file.stat().st_size:
+            raise DataError(f"{file}: the file is empty")
 
     found: SpikeTimes | SpikeCounts
     if suffix == ".nwb":

@@ -84,15 +84,7 @@ def read_rows(file: Path) -> Iterator[np.ndarray]:
 
     Raises DataError, naming file and row, for another column, other values, or rows of unequal length.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        parquet = pq.ParquetFile(file, pre_buffer=False)  # which would keep the whole file in memory
-    except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{file}: is no readable parquet file: {error}") from None
-    kind = _type_of(parquet.schema_arrow, file)
-
+    parquet, kind = _opened(file)
     done, width = 0, None
     for batch in parquet.iter_batches(ROWS_TOGETHER, columns=[COLUMN]):
         column = batch.column(COLUMN)
@@ -117,21 +109,19 @@ def read_rows(file: Path) -> Iterator[np.ndarray]:
 
 def count_rows(file: Path) -> int:
     """Raises DataError, naming the file, unless it is parquet with such a column."""
+    return _opened(file)[0].metadata.num_rows
+
+
+def _opened(file: Path) -> tuple[Any, Any]:
+    """-> the parquet file, and the type of its ids."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        parquet = pq.ParquetFile(file)
+        parquet = pq.ParquetFile(file, pre_buffer=False)  # which would keep the whole file in memory
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{file}: is no readable parquet file: {error}") from None
-    _type_of(parquet.schema_arrow, file)
-    return parquet.metadata.num_rows
-
-
-def _type_of(schema: Any, file: Path) -> Any:
-    """The type of the ids."""
-    import pyarrow as pa
-
+    schema = parquet.schema_arrow
     if COLUMN not in schema.names:
         raise DataError(f"{file}: has no column {COLUMN!r}, only {', '.join(schema.names)}")
     kind = schema.field(COLUMN).type
@@ -139,4 +129,4 @@ def _type_of(schema: Any, file: Path) -> Any:
         kind.value_type
     ):
         raise DataError(f"{file}: column {COLUMN!r} holds {kind}; expected lists of integers")
-    return kind.value_type
+    return parquet, kind.value_type

@@ -20,7 +20,6 @@ from torchtitan_rd.preparation.manifest import (
     Output,
     check_file,
     describe,
-    disk_errors,
     progress_bar,
     read_finished,
     read_manifest,
@@ -104,11 +103,8 @@ def shuffle(packed: Packed, order: Order, output: Output) -> dict[str, Any]:
 
     Raises DataError for files that cannot be read, or where what was written is not what was read.
     """
-    if done := output.result:
-        return done
-    with disk_errors(output.folder), output.locked("shuffle"):
-        # Another process may have finished the folder between the two.
-        if done := output.result:
+    with output.making("shuffle") as done:
+        if done:
             return done
         files: dict[str, Any] = {}
         digests = {}

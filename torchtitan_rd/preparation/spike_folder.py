@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from torchtitan_rd.data.arrow import SOURCE_COLUMN
 from torchtitan_rd.errors import TorchtitanRDError
-from torchtitan_rd.preparation.manifest import MANIFEST, Output, Recipe, describe, disk_errors, progress_bar
+from torchtitan_rd.preparation.manifest import MANIFEST, Output, Recipe, describe, progress_bar
 from torchtitan_rd.preparation.recordings import (
     COUNTS,
     RecordingFiles,
@@ -59,18 +59,14 @@ def prepare(inputs: Sequence[str], folder: Path, settings: Settings) -> dict[str
     Raises ConfigError, and DataError for what is wrong with an input, or with what lies at `folder`.
     """
     recordings = find_recordings(inputs)
-    with disk_errors(folder):
-        output = Output.open(folder, _recipe(recordings, settings))
-        if output.result:
-            return output.result
-        with output.locked("spikes"):
-            # Another process may have finished the folder between the two.
-            if done := output.result:
-                return done
-            parts = _write_parts(output, recordings, settings)
-            splits, files = _write_splits(output, parts, settings)
-            facts = [_read_json(part.with_suffix(".json")) for part in parts]
-            return output.finish({"sessions": facts, "splits": splits, "files": files})
+    output = Output.open(folder, _recipe(recordings, settings))
+    with output.making("spikes") as done:
+        if done:
+            return done
+        parts = _write_parts(output, recordings, settings)
+        splits, files = _write_splits(output, parts, settings)
+        facts = [_read_json(part.with_suffix(".json")) for part in parts]
+        return output.finish({"sessions": facts, "splits": splits, "files": files})
 
 
 def _recipe(recordings: Sequence[RecordingFiles], settings: Settings) -> Recipe:

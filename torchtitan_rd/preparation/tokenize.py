@@ -17,6 +17,7 @@ import numpy as np
 from torchtitan_rd.data import load_tokenizer
 from torchtitan_rd.data.chat import ChatEncoder
 from torchtitan_rd.data.chat_template import ChatTemplate
+from torchtitan_rd.data.cursor import piece_of
 from torchtitan_rd.data.row_files import naming_the_file
 from torchtitan_rd.data.text import check_ids
 from torchtitan_rd.data.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.log import logger
 from torchtitan_rd.preparation.conversations import as_json
 from torchtitan_rd.preparation.documents import RUN, Document, Documents, Entry, Source
-from torchtitan_rd.preparation.manifest import Output, disk_errors, progress_bar
+from torchtitan_rd.preparation.manifest import Output, progress_bar
 from torchtitan_rd.preparation.processes import ordered_results
 from torchtitan_rd.preparation.rows import RowWriter
 
@@ -65,8 +66,8 @@ class Packing:
 
     def runs_of(self, documents: Documents, task: int, file: int) -> range:
         """The places, in the order of the documents' runs, of those in one file of a task."""
-        share = _part(range(documents.runs), task, self.tasks)
-        return _part(share, file, self.files_per_task)
+        share = piece_of(range(documents.runs), task, self.tasks)
+        return piece_of(share, file, self.files_per_task)
 
 
 @dataclass
@@ -179,12 +180,9 @@ def tokenize(
         raise ConfigError(f"--task {task}: tasks are 0..{packing.tasks - 1} (--tasks {packing.tasks})")
     if processes < 1:
         raise ConfigError(f"--processes {processes}: must be at least 1")
-    if done := output.result:
-        return done
 
-    with disk_errors(output.folder), output.locked(f"task {task}"):
-        # Another task may have finished the folder between the two.
-        if done := output.result:
+    with output.making(f"task {task}") as done:
+        if done:
             return done
         progress = output.load(_note_of(task)) or _start(documents)
         files = range(progress["files_done"], packing.files_per_task)
@@ -221,7 +219,7 @@ def _make_files(
     results = ordered_results(Encoder, (documents, packing), jobs, processes)
     began, tokens = time.monotonic(), 0
 
-    share = _part(range(documents.runs), task, packing.tasks)
+    share = piece_of(range(documents.runs), task, packing.tasks)
     before = packing.runs_of(documents, task, files.start).start - share.start
     with progress_bar(len(share), before, "run", f"tokenize task {task}") as bar, results as encoded:
         for file in files:
@@ -344,10 +342,6 @@ def _jobs(runs: range, run: int) -> Iterator[range]:
     """About `RUN` documents each."""
     step = max(1, RUN // run)
     return (runs[i : i + step] for i in range(0, len(runs), step))
-
-
-def _part(of: range, part: int, parts: int) -> range:
-    return of[len(of) * part // parts : len(of) * (part + 1) // parts]
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

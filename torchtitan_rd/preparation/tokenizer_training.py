@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchtitan_rd.config_loader import nearest
+from torchtitan_rd.conversion.tokenizer_files import cut_into_bytes
 from torchtitan_rd.data.tokenizer import LLAMA3_WORDS, Tokenizer, load_tokenizer
 from torchtitan_rd.errors import ConfigError, DataError
 from torchtitan_rd.preparation.chat_templates import load_template
 from torchtitan_rd.preparation.documents import Documents
-from torchtitan_rd.preparation.manifest import Output, describe, disk_errors
+from torchtitan_rd.preparation.manifest import Output, describe
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -141,12 +142,9 @@ def train_tokenizer(
     different words for such a vocabulary, or if a document does not survive encoding and decoding.
     """
     template, roles, specials = wanted.template(), wanted.roles(), wanted.specials()
-    if done := output.result:
-        return done
 
-    with disk_errors(output.folder), output.locked("tokenizer"):
-        # Another process may have finished the folder between the two.
-        if done := output.result:
+    with output.making("tokenizer") as done:
+        if done:
             return done
         learned = _train(documents.texts(max_characters), len(documents), wanted)
         backend = _with_specials(learned, wanted, roles)
@@ -195,17 +193,13 @@ def check_round_trip(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, An
 
 def _train(texts: Iterator[str], count: int, wanted: Wanted) -> "Backend":
     """Bytes and merges alone, with ids from 0."""
-    from tokenizers import Regex
     from tokenizers import Tokenizer as Backend
-    from tokenizers.decoders import ByteLevel as ByteLevelDecoder
     from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+    from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
 
     tokenizer = Backend(BPE())
-    words = Split(Regex(REGEXES[wanted.regex]), behavior="isolated")
-    tokenizer.pre_tokenizer = Sequence([words, ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = ByteLevelDecoder()
+    cut_into_bytes(tokenizer, REGEXES[wanted.regex])
 
     size = wanted.vocab_size - len(wanted.specials())
     trainer = BpeTrainer(

@@ -124,19 +124,9 @@ class Life:
     def export(self) -> str:
         """To a Hugging Face folder whose logits are those of the checkpoint."""
         model, step = self.config.model, self._step_folder()
-        self._finish(
-            self._command(
-                "export",
-                "convert-ckpt",
-                get_spec(model.name).name,
-                model.flavor,
-                str(step),
-                str(self._exported),
-                "--verify",
-                "--export_dtype",
-                self.config.checkpoint.export_dtype,
-            )
-        )
+        what = [get_spec(model.name).name, model.flavor, str(step), str(self._exported)]
+        flags = ["--verify", "--export_dtype", self.config.checkpoint.export_dtype]
+        self._finish(self._command("export", "convert-ckpt", *what, *flags))
         said = self.logs[-1].read_text().splitlines()
         proof = [line for line in said if line.startswith("verified")]
         if not proof:

@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from torchtitan_rd.errors import ClusterError
+from torchtitan_rd.errors import ClusterError, listed
 from torchtitan_rd.log import logger
 
 _MAX_NAMED = 8  # ranks named in one message
@@ -163,13 +163,11 @@ def _is_first_there(store: dist.Store, meeting: Meeting) -> bool:
 
 def _missing(store: dist.Store, meeting: Meeting) -> str:
     ranks = [rank for rank in range(meeting.world_size) if not store.check([_key(meeting, rank)])]
-    named = ", ".join(map(str, ranks[:_MAX_NAMED]))
-    more = f" and {len(ranks) - _MAX_NAMED} more" if len(ranks) > _MAX_NAMED else ""
     noun, verb = ("rank", "has") if len(ranks) == 1 else ("ranks", "have")
     joined = meeting.world_size - len(ranks)
     return (
-        f"{noun} {named}{more} {verb} not come to the rendezvous at {meeting.place}, where {joined} of "
-        f"{meeting.world_size} are,"
+        f"{noun} {listed(ranks, _MAX_NAMED)} {verb} not come to the rendezvous at {meeting.place}, where "
+        f"{joined} of {meeting.world_size} are,"
     )
 
 

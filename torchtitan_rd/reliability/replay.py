@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch.distributed.tensor import DTensor
 
 from torchtitan_rd.config_loader import Section
 from torchtitan_rd.errors import ClusterError
 from torchtitan_rd.log import logger
+from torchtitan_rd.parallelism.row_order import local
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by bytes of an element
 
@@ -38,9 +38,8 @@ def checksum(tensors: Sequence[torch.Tensor]) -> int:
     """A sum over the bit patterns of this rank's shards: any single flipped bit changes it."""
     total = 0
     for tensor in tensors:
-        local = tensor.detach()
-        local = local.to_local() if isinstance(local, DTensor) else local
-        words = local.contiguous().flatten().view(_WORDS[local.element_size()])
+        own = local(tensor.detach())
+        words = own.contiguous().flatten().view(_WORDS[own.element_size()])
         total += int(words.sum(dtype=torch.int64))
     return total
 

@@ -15,6 +15,7 @@ from typing import Any
 from torchtitan_rd.errors import RestartLoopError
 from torchtitan_rd.log import logger
 from torchtitan_rd.masking import mask_text
+from torchtitan_rd.whole_file import replace_file
 
 FAILURES = "failures.json"
 MOST_FAILURES = 3
@@ -44,10 +45,8 @@ class FailureCount:
         failed, reasons = self._read()
         reasons = [*(reasons if failed == step else []), mask_text(reason)]
         told = {"config": self._config, "step": step, "reasons": reasons, "time": time.time()}
-        fresh = self._path.with_name(f".{FAILURES}.tmp")
         try:
-            fresh.write_text(json.dumps(told, indent=1) + "\n")
-            fresh.replace(self._path)
+            replace_file(self._path, json.dumps(told, indent=1) + "\n")
         except OSError as error:  # a full disk is often why the step failed
             logger.warning("cannot write %s: %s", self._path, error.strerror or error)
         return self._error(step, reasons) if len(reasons) >= MOST_FAILURES else None

@@ -18,6 +18,7 @@ from pydantic import Field
 from torchtitan_rd.config_loader import Section
 from torchtitan_rd.errors import TrainingError
 from torchtitan_rd.log import logger
+from torchtitan_rd.whole_file import replace_file
 
 ROLLBACKS = "rollbacks.json"
 _NORMAL = 1.4826  # standard deviations of a normal distribution in one median absolute deviation
@@ -130,9 +131,7 @@ class Rollbacks:
         batches = [spike.first_batch, spike.last_batch]
         self._made.append({**asdict(spike), "to_step": to_step, "batches": batches, "time": time.time()})
         if self._writes:
-            fresh = self._path.with_name(f".{ROLLBACKS}.tmp")
-            fresh.write_text(json.dumps(self._made, indent=1) + "\n")
-            fresh.replace(self._path)
+            replace_file(self._path, json.dumps(self._made, indent=1) + "\n")
         logger.warning(
             "%s: went back to step %d (rollback %d of %d); batches %d to %d are passed over",
             *(spike, to_step, len(self._made), self._most, *batches),

@@ -12,7 +12,7 @@ import torch
 
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.model_spec import HuggingFaceLayout
-from torchtitan_rd.models.hf_fields import Fields
+from torchtitan_rd.models.hf_fields import Fields, rope_scaling
 from torchtitan_rd.models.layers import RopeScaling
 from torchtitan_rd.models.llama.shape import LlamaShape
 
@@ -169,18 +169,15 @@ def _rotary(read: Fields) -> tuple[float, RopeScaling | None]:
 
 def _scaling(rope: Fields) -> RopeScaling | None:
     kind = rope.only("rope_type" if "rope_type" in rope.given else "type", "default", "llama3")
-    names = [field.name for field in dataclasses.fields(RopeScaling)] if kind == "llama3" else []
-    values = {
-        name: rope.whole(name) if name == "original_max_position_embeddings" else rope.number(name)
-        for name in names
-    }
+    scaling = rope_scaling(rope) if kind == "llama3" else None
+    names = dataclasses.asdict(scaling) if scaling else ()
     for key in rope.given.keys() - {"type", "rope_type", "rope_theta", *names}:
         rope.only(key, *([1] if key == "partial_rotary_factor" else [None]))
     if rope.given.get("type", kind) != kind:
         raise ConfigError(
             f"{rope.where}type = {rope.given['type']!r}, but rope_type = {kind!r}: leave only one"
         )
-    return RopeScaling(**values) if names else None
+    return scaling
 
 
 HF = HuggingFaceLayout(

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 
 from torchtitan_rd.model_spec import HuggingFaceLayout
-from torchtitan_rd.models.hf_fields import Fields
-from torchtitan_rd.models.layers import RopeScaling
+from torchtitan_rd.models.hf_fields import Fields, rope_scaling
 from torchtitan_rd.models.raven.model import Raven
 from torchtitan_rd.models.raven.released import ADDED, BLOCK_OF, BLOCKS, COMPUTED, OPTIONS, ROTARY, SIZES
 from torchtitan_rd.models.raven.shape import RavenShape
@@ -105,13 +104,13 @@ def shape_of(fields: Mapping[str, Any]) -> RavenShape:
 
     heads = read.whole("n_heads")
     kv_heads = read.whole("num_key_value_heads", heads)
-    head_dim = read.whole("head_dim", None, most=2**16)
+    head_dim, llama3_rope = read.whole("head_dim", None, most=2**16), read.table("llama3_rope")
 
     shape = RavenShape(
         n_heads=heads,
         n_kv_heads=None if kv_heads == heads else kv_heads,
         head_dim=None if head_dim is None or head_dim * heads == read.whole("n_embd") else head_dim,
-        rope_scaling=_rope_scaling(read.table("llama3_rope")),
+        rope_scaling=rope_scaling(llama3_rope) if llama3_rope.given else None,
         vocab_size=read.whole("vocab_size"),
         block=BLOCK_OF[read.text("block_class_name", "SandwichBlock")],
         **{ours: read.whole(theirs, most=_MOST.get(ours, 2**24)) for ours, theirs in SIZES.items()},
@@ -121,17 +120,6 @@ def shape_of(fields: Mapping[str, Any]) -> RavenShape:
 
     read.refuse_what_changes_the_computation(*COMPUTED, *_UNUSED, "clip_qkv")
     return shape
-
-
-def _rope_scaling(table: Fields) -> RopeScaling | None:
-    if not table.given:
-        return None
-    return RopeScaling(
-        factor=table.number("factor"),
-        low_freq_factor=table.number("low_freq_factor"),
-        high_freq_factor=table.number("high_freq_factor"),
-        original_max_position_embeddings=table.whole("original_max_position_embeddings"),
-    )
 
 
 def buffers(shape: RavenShape) -> dict[str, torch.Tensor]:
