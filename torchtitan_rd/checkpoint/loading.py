@@ -87,9 +87,7 @@ def read_tensors(
 ) -> None:
     """Fills `tensors` in place; collective. Each rank reads only its own shards."""
 
-    ranks.agree_on_own(
-        reader.read_metadata
-    )  # before torch's own collectives, where its error would be buried
+    ranks.agree_on_own(reader.read_metadata)  # torch's own collectives would bury its error
     wanted = {group: dict(members) for group, members in tensors.items()}
     planner = ArrangedLoadPlanner(row_orders or {})
     ranks.agree(lambda: dcp.load(wanted, storage_reader=reader, planner=planner, process_group=ranks.group))
