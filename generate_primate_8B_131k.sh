@@ -8,8 +8,10 @@
 #SBATCH --time=0:30:00
 #SBATCH --job-name=generate_primate_8b_131k
 #SBATCH --output=generate_primate_8b_131k_%j.out
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
-source scripts/env.sh
+root=$(dirname "$0")
+[ -f "$root/scripts/env.sh" ] || root=${SLURM_SUBMIT_DIR:-.}  # sbatch runs a copy of this file
+cd "$root" || exit 1
+source scripts/env.sh || exit 1
 [ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE"
 CHECKPOINT=${CHECKPOINT:-outputs/primate_8B_131k}  # a run's folder: its latest step
 python -m torchtitan_rd generate-spikes "$CHECKPOINT" --dataset primate --split test --dtype bfloat16 --raster "$@"

@@ -11,8 +11,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@300
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
-source scripts/env.sh
+root=$(dirname "$0")
+[ -f "$root/scripts/env.sh" ] || root=${SLURM_SUBMIT_DIR:-.}  # sbatch runs a copy of this file
+cd "$root" || exit 1
+source scripts/env.sh || exit 1
 [ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE"
 source scripts/launch.sh
 launch train_configs/primate_8b_131k.toml "$@"

@@ -2,6 +2,7 @@
 # Depth-recurrent on primate spikes at 131072 tokens; 36 nodes x 4 GH200.
 #SBATCH --partition=batch
 #SBATCH --nodes=36
+#SBATCH --cpus-per-task=288
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
 #SBATCH --time=6:00:00
@@ -10,8 +11,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@300
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
-source scripts/env.sh
+root=$(dirname "$0")
+[ -f "$root/scripts/env.sh" ] || root=${SLURM_SUBMIT_DIR:-.}  # sbatch runs a copy of this file
+cd "$root" || exit 1
+source scripts/env.sh || exit 1
 [ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE"
 source scripts/launch.sh
 launch train_configs/raven_primate_131k.toml "$@"
