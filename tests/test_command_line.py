@@ -1,6 +1,7 @@
 """One table of commands; the lines of the CLM tutorial, as its users type them after `python run.py`."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -76,6 +77,27 @@ def test_the_table_imports_nothing_before_a_command_is_called():
     listing, modules = found.stdout.split("COMMAND --help")
     assert all(f"  {name} " in listing for name in COMMANDS)
     assert "'torch'" not in modules and "torchtitan_rd.config" not in modules
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_as_head_does_ends_a_command_without_a_traceback(unbuffered):
+    """What is printed at once fails in the midst, what is buffered at the end."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "torchtitan_rd"]
+    found = subprocess.run(command, cwd=ROOT, env=environment, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (141, b"")
+
+
+def test_another_broken_pipe_is_not_taken_for_a_reader_that_went(monkeypatch):
+    def broken(module):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["train"])
 
 
 @pytest.mark.parametrize("name", ["pt-ppl", "hf-ppl", "hf-lm-eval"])
