@@ -12,7 +12,7 @@ root=$(dirname "$0")
 [ -f "$root/scripts/env.sh" ] || root=${SLURM_SUBMIT_DIR:-.}  # sbatch runs a copy of this file
 cd "$root" || exit 1
 source scripts/env.sh || exit 1
-[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE"
+[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE" || exit 1
 CHECKPOINT=${CHECKPOINT:-outputs/rodent_8B_131k}  # a run's folder: its latest step
 torchrun --standalone --nproc_per_node "${NPROC:-4}" -m torchtitan_rd eval loss train_configs/rodent_8b_131k.toml \
     "$CHECKPOINT" --split test --output eval_rodent_8b_131k.json "$@"

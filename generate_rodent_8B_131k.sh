@@ -12,6 +12,6 @@ root=$(dirname "$0")
 [ -f "$root/scripts/env.sh" ] || root=${SLURM_SUBMIT_DIR:-.}  # sbatch runs a copy of this file
 cd "$root" || exit 1
 source scripts/env.sh || exit 1
-[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE"
+[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE" || exit 1
 CHECKPOINT=${CHECKPOINT:-outputs/rodent_8B_131k}  # a run's folder: its latest step
 python -m torchtitan_rd generate-spikes "$CHECKPOINT" --dataset rodent --split test --dtype bfloat16 --raster "$@"

@@ -15,6 +15,6 @@ root=$(dirname "$0")
 [ -f "$root/scripts/env.sh" ] || root=${SLURM_SUBMIT_DIR:-.}  # sbatch runs a copy of this file
 cd "$root" || exit 1
 source scripts/env.sh || exit 1
-[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE"
+[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE" || exit 1
 source scripts/launch.sh
 launch train_configs/synthetic_8b_131k.toml "$@"

@@ -330,11 +330,17 @@ def test_ranks_are_the_gpus_that_may_be_used_and_not_all_of_the_machine():
 
 
 def test_a_script_finds_the_repository_from_a_session_that_began_elsewhere_and_as_slurm_s_copy(tmp_path):
-    """SLURM_SUBMIT_DIR is where sbatch was called, or salloc, in whose shell a script may be run by hand."""
+    """SLURM_SUBMIT_DIR is where sbatch was called, or salloc, in whose shell a script may be run by hand.
+    With a profile that is not there it starts nothing.
+    """
     repository, elsewhere = tmp_path / "re po", tmp_path / "else"
     (repository / "scripts").mkdir(parents=True)
     elsewhere.mkdir()
-    (repository / "scripts" / "env.sh").write_text('echo "$PWD"; exit 0\n')
+    (repository / "scripts" / "env.sh").write_text('echo "$PWD"; [ -n "$CLUSTER_PROFILE" ] || exit 0\n')
+    (repository / "scripts" / "launch.sh").write_text("launch() { echo launched; }\n")
+    (elsewhere / "torchrun").write_text("#!/bin/bash\necho launched\n")
+    shutil.copy(elsewhere / "torchrun", elsewhere / "python")
+    stand_ins = f"export PATH={elsewhere}:$PATH; chmod +x {elsewhere}/*; "
     (elsewhere / "env.sh").write_text("exit 9\n")
     for script in ROOT.glob("*.sh"):
         if "#SBATCH" not in script.read_text():
@@ -343,6 +349,11 @@ def test_a_script_finds_the_repository_from_a_session_that_began_elsewhere_and_a
             copy = shutil.copy(script, place)
             found = run(["bash", str(copy)], cwd=elsewhere, SLURM_SUBMIT_DIR=str(submitted))
             assert found.stdout == f"{repository}\n", (script.name, place, found.stderr)
+
+        slow = {"CLUSTER_PROFILE": "scripts/profiles/slingsot.sh"}
+        found = run(["bash", "-c", f"{stand_ins}bash '{repository / script.name}'"], **slow)
+        assert found.returncode == 1 and "slingsot.sh: No such file" in found.stderr, script.name
+        assert "launched" not in found.stdout, "NCCL would find a network that is many times slower"
 
         lost = run(["bash", str(copy)], cwd=elsewhere, SLURM_SUBMIT_DIR=str(elsewhere))
         assert lost.returncode == 1 and lost.stderr.count("\n") == 1 and "scripts/env.sh" in lost.stderr
