@@ -19,12 +19,13 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes
 
+from torchtitan_rd import train_step
 from torchtitan_rd.batch import Batch
 from torchtitan_rd.build_model import shard_model
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.model_spec import ForwardInputs, NumSteps, WrapPlan
 from torchtitan_rd.models.layers import Head
-from torchtitan_rd.optimizer import build_optimizer, optimizer_state
+from torchtitan_rd.optimizer import build_optimizer, optimizer_state, takes_flag
 from torchtitan_rd.parallelism import GradientExchange, allocate, row_order
 from torchtitan_rd.parallelism.offload import OnHost
 from torchtitan_rd.planning.tracker import (
@@ -41,7 +42,6 @@ from torchtitan_rd.planning.tracker import (
     replaced,
 )
 from torchtitan_rd.run_plan import RunPlan
-from torchtitan_rd.train_step import TrainStep
 
 _CPU = torch.device("cpu")
 
@@ -116,8 +116,13 @@ class TracedRun:
         optimizer = build_optimizer(self.model, self.config.optimizer)
         state = optimizer_state(self.model, optimizer)
         self.optimizer = self._label(state.values(), OPTIMIZER)
+        if not takes_flag(
+            optimizer, _CPU
+        ):  # the host reads it before such an update, which is what is traced
+            updates = replaced(train_step, "update_unless", lambda skip, optimizer: optimizer.step())
+            self._closing.enter_context(updates)
         self._drawn: ForwardInputs | None = None
-        self._step = TrainStep(
+        self._step = train_step.TrainStep(
             self.model,
             optimizer,
             self.config.training,
