@@ -8,9 +8,7 @@
 #SBATCH --time=0:30:00
 #SBATCH --job-name=generate_primate_8b_131k
 #SBATCH --output=generate_primate_8b_131k_%j.out
-root=$(dirname "$0")
-[ -f "$root/scripts/env.sh" ] || root=${SLURM_SUBMIT_DIR:-.}  # sbatch runs a copy of this file
-cd "$root" || exit 1
+cd "$(dirname "$0")" && [ -f scripts/env.sh ] || cd "${SLURM_SUBMIT_DIR:-.}" || exit 1  # sbatch runs a copy
 source scripts/env.sh || exit 1
 [ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE" || exit 1
 CHECKPOINT=${CHECKPOINT:-outputs/primate_8B_131k}  # a run's folder: its latest step

@@ -11,9 +11,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@300
-root=$(dirname "$0")
-[ -f "$root/scripts/env.sh" ] || root=${SLURM_SUBMIT_DIR:-.}  # sbatch runs a copy of this file
-cd "$root" || exit 1
+cd "$(dirname "$0")" && [ -f scripts/env.sh ] || cd "${SLURM_SUBMIT_DIR:-.}" || exit 1  # sbatch runs a copy
 source scripts/env.sh || exit 1
 [ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE" || exit 1
 source scripts/launch.sh

@@ -4,7 +4,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import tomli
 
@@ -37,7 +37,7 @@ class RunRecord:
         return list(dict.fromkeys(key for row in self.rows for key in row))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Of a cell of a row: whether it can be drawn. Ours are finite or null; JSON of others may hold NaN."""
     return isinstance(value, int | float) and math.isfinite(value)
 

@@ -97,8 +97,8 @@ def _pyplot() -> Any:
     from matplotlib import pyplot
 
     # Text stays text: smaller, and it can be searched. A `$` in the name of a run begins no formula.
-    settings = {"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "report", "text.parse_math": False}
-    matplotlib.rcParams.update(settings)
+    matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "report"})
+    matplotlib.rcParams["text.parse_math"] = False
     return pyplot
 
 
@@ -142,7 +142,7 @@ def _depths(pyplot: Any, runs: Sequence[RunRecord], names: Sequence[str]) -> str
     drawn = []
     for run in runs:
         parts = [(row.get("num_steps_no_grad"), row.get("num_steps_with_grad")) for row in run.rows]
-        drawn.append([sum(both) for both in parts if all(map(is_number, both))])
+        drawn.append([no_grad + grad for no_grad, grad in parts if is_number(no_grad) and is_number(grad)])
     if not any(drawn):
         return None
 

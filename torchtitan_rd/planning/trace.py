@@ -116,11 +116,12 @@ class TracedRun:
         optimizer = build_optimizer(self.model, self.config.optimizer)
         state = optimizer_state(self.model, optimizer)
         self.optimizer = self._label(state.values(), OPTIMIZER)
-        if not takes_flag(
-            optimizer, _CPU
-        ):  # the host reads it before such an update, which is what is traced
+
+        # Before such an update the host reads whether it happens; the one that does is traced.
+        if not takes_flag(optimizer, _CPU):
             updates = replaced(train_step, "update_unless", lambda skip, optimizer: optimizer.step())
             self._closing.enter_context(updates)
+
         self._drawn: ForwardInputs | None = None
         self._step = train_step.TrainStep(
             self.model,
