@@ -16,6 +16,7 @@ from torchtitan_rd.__main__ import COMMANDS, main
 from torchtitan_rd.commands import generate, hf_gen
 from torchtitan_rd.commands.evaluate import KINDS
 from torchtitan_rd.config import load
+from torchtitan_rd.config_file import config_text
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
 
@@ -183,6 +184,11 @@ def test_a_number_with_an_exponent_is_one_in_yaml_too(tmp_path):
     config = load(["--job.config_file", str(path)], ENVIRONMENT).config
     assert (config.optimizer.lr, config.optimizer.eps) == (3e-4, 1e-6)
     assert config.training.dataset_path == "1e"
+
+    # A text that looks like one, as the number of a commit may, stays a text when it is written.
+    text = config.model_copy(update={"training": config.training.model_copy(update={"dataset_path": "1e5"})})
+    path.write_text(config_text(path, text.changes()))
+    assert load(["--job.config_file", str(path)], ENVIRONMENT).config.training == text.training
 
 
 @pytest.mark.parametrize("nested", ["steps: 3\n  seq_len: 8\n  steps: 7", "{steps: 3, steps: 7}"])
