@@ -8,9 +8,9 @@
 #SBATCH --time=2:00:00
 #SBATCH --job-name=evaluate_primate_8b_131k
 #SBATCH --output=evaluate_primate_8b_131k_%j.out
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
-source scripts/env.sh
-[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE"
+cd "$(dirname "$0")" && [ -f scripts/env.sh ] || cd "${SLURM_SUBMIT_DIR:-.}" || exit 1  # sbatch runs a copy
+source scripts/env.sh || exit 1
+[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE" || exit 1
 CHECKPOINT=${CHECKPOINT:-outputs/primate_8B_131k}  # a run's folder: its latest step
 torchrun --standalone --nproc_per_node "${NPROC:-4}" -m torchtitan_rd eval loss train_configs/primate_8b_131k.toml \
     "$CHECKPOINT" --split test --output eval_primate_8b_131k.json "$@"

@@ -8,8 +8,8 @@
 #SBATCH --time=0:30:00
 #SBATCH --job-name=generate_primate_8b_131k
 #SBATCH --output=generate_primate_8b_131k_%j.out
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
-source scripts/env.sh
-[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE"
+cd "$(dirname "$0")" && [ -f scripts/env.sh ] || cd "${SLURM_SUBMIT_DIR:-.}" || exit 1  # sbatch runs a copy
+source scripts/env.sh || exit 1
+[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE" || exit 1
 CHECKPOINT=${CHECKPOINT:-outputs/primate_8B_131k}  # a run's folder: its latest step
 python -m torchtitan_rd generate-spikes "$CHECKPOINT" --dataset primate --split test --dtype bfloat16 --raster "$@"

@@ -11,8 +11,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@300
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
-source scripts/env.sh
-[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE"
+cd "$(dirname "$0")" && [ -f scripts/env.sh ] || cd "${SLURM_SUBMIT_DIR:-.}" || exit 1  # sbatch runs a copy
+source scripts/env.sh || exit 1
+[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE" || exit 1
 source scripts/launch.sh
 launch train_configs/primate_8b_131k.toml "$@"

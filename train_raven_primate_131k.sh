@@ -2,6 +2,7 @@
 # Depth-recurrent on primate spikes at 131072 tokens; 36 nodes x 4 GH200.
 #SBATCH --partition=batch
 #SBATCH --nodes=36
+#SBATCH --cpus-per-task=288
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
 #SBATCH --time=6:00:00
@@ -10,8 +11,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@300
-cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")}" || exit 1
-source scripts/env.sh
-[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE"
+cd "$(dirname "$0")" && [ -f scripts/env.sh ] || cd "${SLURM_SUBMIT_DIR:-.}" || exit 1  # sbatch runs a copy
+source scripts/env.sh || exit 1
+[ -z "${CLUSTER_PROFILE:-}" ] || source "$CLUSTER_PROFILE" || exit 1
 source scripts/launch.sh
 launch train_configs/raven_primate_131k.toml "$@"

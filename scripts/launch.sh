@@ -1,6 +1,6 @@
 # Sourced after env.sh. `launch X.toml [--section.key value ...]` checks the config, then starts one rank a GPU (2 gloo
 # ranks on a machine without GPUs) on this node, or on every node of the Slurm job.
-#   NPROC=...          ranks on a node (default: its GPUs, else 2)
+#   NPROC=...          ranks on a node (default: the GPUs that may be used there, else 2)
 #   CONFIG_FILE=...    another TOML than the script's own
 #   REHEARSE=1         in place of the run: its whole life once, small, on this machine (docs/rehearsal.md)
 #   REQUEUE=0          under Slurm: a run that was stopped is not requeued, since another job follows (a chain)
@@ -32,8 +32,8 @@ _raise_open_files() {  # $1: the number of ranks
 
 _ranks_per_node() {
     local gpus
-    gpus=${GPUS_PER_NODE:-$(nvidia-smi -L 2>/dev/null | wc -l)}
-    [ "$gpus" -gt 0 ] || gpus=$(python -c 'import torch; print(torch.cuda.device_count())')  # ROCm has no nvidia-smi
+    # Those that may be used here: nvidia-smi lists all of a machine, whatever CUDA_VISIBLE_DEVICES says, and parts of them (MIG).
+    gpus=${GPUS_PER_NODE:-$(python -c 'import torch; print(torch.cuda.device_count())')}
     [ "$gpus" -gt 0 ] && echo "$gpus" || echo 2
 }
 
@@ -146,8 +146,12 @@ launch() {
         # The nodes' torchruns count restarts each for itself, so ranks cannot tell by the count which attempt is theirs: each
         # attempt gets a store and a port of its own.
         export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-        # srun does not take it from the job by itself, and one core would serve all ranks of a node.
-        [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$SLURM_CPUS_PER_TASK}
+        # srun does not take it from the job by itself, and one core would serve all ranks of a node. The one task of a node
+        # has the cores of all that the job asked for.
+        if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
+            local tasks=$((${SLURM_NTASKS:-$nodes} / nodes))
+            export SRUN_CPUS_PER_TASK=${SRUN_CPUS_PER_TASK:-$((SLURM_CPUS_PER_TASK * (tasks > 0 ? tasks : 1)))}
+        fi
     fi
     # torchrun passes a signal on and then waits this long for the ranks to save their checkpoint (torch 2.11: 30 s).
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
@@ -156,9 +160,11 @@ launch() {
         --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
         "${rendezvous[@]}" -m torchtitan_rd.train --job.config_file "$config" "$@"
     if [ "$nodes" -gt 1 ]; then
-        # --propagate: the limit that was raised here holds on every node. srun passes USR1 on to each node's shell; a TERM
-        # it answers by killing all tasks at once.
-        srun --propagate=NOFILE bash -c 'source "$0" && _torchrun "$@"' "${BASH_SOURCE[0]}" "$@" &
+        # --propagate: the limit that was raised here holds on every node. --export: so does the environment, though the job
+        # was submitted with --export=NONE, which srun would follow. One task a node, whatever the job asked for. srun passes
+        # USR1 on to each node's shell; a TERM it answers by killing all tasks at once.
+        srun --propagate=NOFILE --export=ALL --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 \
+            bash -c 'source "$0" && _torchrun "$@"' "${BASH_SOURCE[0]}" "$@" &
         local srun=$!
         trap 'was_signalled=1; kill -USR1 "$srun" 2>/dev/null' TERM INT USR1 HUP QUIT
         _wait_for "$srun"; code=$?
@@ -173,13 +179,13 @@ _end_of() {  # $1: the status of the run, $2: the exit code of torchrun
     case "$1" in
         finished) return 0 ;;
         preempted)
-            if [ -n "${SLURM_JOB_ID:-}" ] && [ "${REQUEUE:-1}" = 0 ]; then
-                echo "preempted with a checkpoint saved: the next job of the chain goes on from there" >&2
-            elif [ -n "${SLURM_JOB_ID:-}" ]; then
-                echo "preempted with a checkpoint saved: requeueing job $SLURM_JOB_ID" >&2
-                scontrol requeue "$SLURM_JOB_ID"
-            else
+            # Where somebody sits at a terminal (salloc, a session in the browser) a requeue would end all that runs there.
+            if [ -z "${SLURM_JOB_ID:-}" ] || [ -t 0 ]; then
                 echo "stopped by a signal with a checkpoint saved: the same command goes on from there" >&2
+            elif [ "${REQUEUE:-1}" = 0 ]; then
+                echo "preempted with a checkpoint saved: the next job of the chain goes on from there" >&2
+            else
+                _requeue || return 1
             fi
             return 0 ;;
         stopped)
@@ -196,4 +202,14 @@ _end_of() {  # $1: the status of the run, $2: the exit code of torchrun
     esac
     [ "$2" -ne 0 ] || return 1
     return "$2"
+}
+
+_requeue() {
+    # A task of an array by its place in it: one of them has the number of the array, which stands for all tasks.
+    local job=$SLURM_JOB_ID
+    [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    echo "preempted with a checkpoint saved: requeueing job $job" >&2
+    scontrol requeue "$job" && return
+    echo "Slurm does not requeue it: submit the same command again, which goes on from there" >&2
+    return 1
 }

@@ -1,6 +1,7 @@
 """One table of commands; the lines of the CLM tutorial, as its users type them after `python run.py`."""
 
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torchtitan_rd.__main__ import COMMANDS, main
 from torchtitan_rd.commands import generate, hf_gen
 from torchtitan_rd.commands.evaluate import KINDS
 from torchtitan_rd.config import load
+from torchtitan_rd.config_file import config_text
 from torchtitan_rd.errors import ConfigError
 from torchtitan_rd.job import Environment
 
@@ -76,6 +78,27 @@ def test_the_table_imports_nothing_before_a_command_is_called():
     listing, modules = found.stdout.split("COMMAND --help")
     assert all(f"  {name} " in listing for name in COMMANDS)
     assert "'torch'" not in modules and "torchtitan_rd.config" not in modules
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_goes_as_head_does_ends_a_command_without_a_traceback(unbuffered):
+    """What is printed at once fails in the midst, what is buffered at the end."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    command = [sys.executable, "-m", "torchtitan_rd"]
+    found = subprocess.run(command, cwd=ROOT, env=environment, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (141, b"")
+
+
+def test_another_broken_pipe_is_not_taken_for_a_reader_that_went(monkeypatch):
+    def broken(module):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("importlib.import_module", broken)
+    with pytest.raises(BrokenPipeError):
+        main(["train"])
 
 
 @pytest.mark.parametrize("name", ["pt-ppl", "hf-ppl", "hf-lm-eval"])
@@ -161,6 +184,11 @@ def test_a_number_with_an_exponent_is_one_in_yaml_too(tmp_path):
     config = load(["--job.config_file", str(path)], ENVIRONMENT).config
     assert (config.optimizer.lr, config.optimizer.eps) == (3e-4, 1e-6)
     assert config.training.dataset_path == "1e"
+
+    # A text that looks like one, as the number of a commit may, stays a text when it is written.
+    text = config.model_copy(update={"training": config.training.model_copy(update={"dataset_path": "1e5"})})
+    path.write_text(config_text(path, text.changes()))
+    assert load(["--job.config_file", str(path)], ENVIRONMENT).config.training == text.training
 
 
 @pytest.mark.parametrize("nested", ["steps: 3\n  seq_len: 8\n  steps: 7", "{steps: 3, steps: 7}"])

@@ -164,6 +164,18 @@ def test_a_dependency_that_is_not_installed_stands_in_the_way(monkeypatch):
     assert [one.remedy for one in wrong] == ["pip install tiktoken"]
 
 
+def test_a_user_without_a_home_as_in_a_container_is_told_what_to_set(monkeypatch):
+    def nobody(number):
+        raise KeyError(number)
+
+    for name in ("HOME", "HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    found = surroundings.look_at_caches()
+    assert [one.mark for one in found] == [Mark.ABSENT] * 2
+    assert "home" in found[0].found and "export HF_HUB_CACHE=" in found[0].remedy
+
+
 def test_the_caches_say_which_data_they_hold(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "sets"))

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,11 +33,12 @@ def refused(capsys, *arguments: str) -> str:
 
 def test_a_dry_run_is_a_script_that_slurm_requeues_signals_and_limits(capsys):
     script = printed(
-        capsys, *GPUS, "--nodes", "2", "--time", "90", "--training.steps", "7", "--sbatch=--qos=a"
+        capsys, *GPUS, "--nodes=2", "--time=90", "--training.steps", "7", "--sbatch=--qos=a", "--name=my run"
     )
     header = [line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")]
     assert {"--nodes=2", "--gpus-per-node=4", "--ntasks-per-node=1", "--time=1:30:00"} <= set(header)
     assert {"--requeue", "--signal=B:TERM@300", "--open-mode=append", "--partition=batch"} <= set(header)
+    assert "'--job-name=my run'" in header, "one word for sbatch"
     assert header[-1] == "--qos=a", "the user's option wins over the profile's"
     assert script.splitlines()[-1] == f"launch {' '.join(DEBUG[1:])} --training.steps 7"
     assert "REQUEUE" not in script, "a job alone is requeued"
@@ -94,6 +96,24 @@ def test_each_variable_of_a_profile_has_its_reason_and_leaves_the_user_s(name):
     for line in exports:
         variable = line.removeprefix("export ").split("=")[0]
         assert line.startswith(f"export {variable}=${{{variable}-") and "}  # " in line
+
+
+def test_without_slurm_bash_takes_the_place_of_the_command_so_that_signals_reach_it(tmp_path, monkeypatch):
+    """Python in between would kill bash at a Ctrl-C, and be killed alone by a TERM."""
+    bash = tmp_path / "bash"
+    bash.write_text(f"#!/bin/sh\n(echo $$; grep SigIgn /proc/$$/status) > {tmp_path}/said\nexit 7\n")
+    bash.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            main([*DEBUG, "--profile", "laptop"])
+        finally:
+            os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    said = (tmp_path / "said").read_text().split()
+    assert said[0] == str(pid)
+    assert not int(said[2], 16) & 1 << signal.SIGPIPE - 1
 
 
 @pytest.fixture

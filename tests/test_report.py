@@ -144,6 +144,20 @@ def test_a_picture_stands_in_the_page(tmp_path):
     assert "data:image/png;base64,iVBORw0K" in page([read_run(write_run(tmp_path / "run"))], [png])
 
 
+def test_rows_of_another_program_or_version_are_drawn_as_far_as_they_can_be(tmp_path):
+    """JSON of others may hold NaN and infinity; a row may lack what another one has."""
+    run = write_run(tmp_path / "a $x_$ of_others", steps=3)
+    strange = ['{"step": 4, "num_steps_no_grad": NaN, "num_steps_with_grad": 4.0, "val_loss_1": NaN}']
+    strange += ['{"step": 5, "num_steps_no_grad": 3.0, "val_loss": Infinity}', '{"step": 1e999}']
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n".join(strange) + "\n")
+    read = read_run(run)
+    assert [row["step"] for row in read.rows] == [1, 2, 3, 4, 5]
+    assert read.series("num_steps_no_grad") == ([1, 2, 3, 5], [1.0, 2.0, 3.0, 3.0])
+    text = page([read, read_run(write_run(tmp_path / "b"))])
+    assert "Histogram of depths" in captions(text) and "a $x_$ of_others, training" in text
+
+
 def test_torn_lines_are_left_out_and_bad_input_is_one_line(tmp_path, capsys):
     run = write_run(tmp_path / "run")
     with (run / "metrics.jsonl").open("a") as file:

@@ -28,7 +28,15 @@ def run(
         "CUDA_VISIBLE_DEVICES": "",
         **variables,
     }
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 SMALL = [
@@ -138,7 +146,10 @@ print("torchrun was told", len(told), flush=True)
 # As Slurm's own (src/srun/libsrun/srun_job.c): passes USR1 and USR2 on, and has all tasks killed at a TERM.
 FALSE_SRUN = """
 import os, signal, subprocess, sys
-task = subprocess.Popen(sys.argv[2:], start_new_session=True)
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    del command[0]
+task = subprocess.Popen(command, start_new_session=True)
 for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
     signal.signal(number, lambda *_: os.killpg(task.pid, signal.SIGKILL))
 signal.signal(signal.SIGINT, lambda *_: None)
@@ -270,6 +281,9 @@ def test_under_slurm_every_node_joins_the_rendezvous_of_the_first(cluster):
     assert code == 0
     assert "--nnodes 36 --nproc_per_node 4" in calls and "--rdzv_id 4711" in calls
     assert "--rdzv_endpoint node7:24711" in calls and "requeue" not in calls
+    one_a_node = "--nodes=36 --ntasks=36 --ntasks-per-node=1 "
+    assert one_a_node in calls, "a job of salloc may have asked for a task a GPU"
+    assert "--export=ALL " in calls, "srun follows the --export=NONE of a job, which tasks must not"
 
 
 def test_a_script_that_is_requeued_goes_on_in_its_own_output():
@@ -281,6 +295,71 @@ def test_a_script_that_is_requeued_goes_on_in_its_own_output():
 def test_only_a_preempted_job_is_requeued(cluster):
     code, calls = cluster("preempted", 1)
     assert code == 0 and "scontrol requeue 4711" in calls
+
+
+PREEMPTED = """
+    source scripts/launch.sh
+    scontrol() { echo "scontrol $*"; return ${REFUSED:-0}; }
+    _end_of preempted 1
+"""
+IN_A_JOB = "export SLURM_JOB_ID=4711; "
+
+
+def test_a_task_of_an_array_requeues_itself_alone():
+    """The task whose own number is that of the array would requeue all tasks by it."""
+    found = run(["bash", "-c", IN_A_JOB + "SLURM_ARRAY_JOB_ID=4711 SLURM_ARRAY_TASK_ID=3" + PREEMPTED])
+    assert found.returncode == 0 and found.stdout == "scontrol requeue 4711_3\n"
+
+
+def test_a_job_that_slurm_does_not_requeue_does_not_end_as_if_it_were_done():
+    found = run(["bash", "-c", IN_A_JOB + "REFUSED=1" + PREEMPTED])
+    assert found.returncode == 1 and "submit the same command again" in found.stderr
+
+
+def test_a_ctrl_c_within_an_interactive_job_does_not_requeue_what_else_runs_in_it():
+    code, output = in_terminal(["bash", "-c", IN_A_JOB + PREEMPTED], lambda: False, b"")
+    assert code == 0 and "the same command goes on from there" in output and "scontrol" not in output
+
+
+def test_ranks_are_the_gpus_that_may_be_used_and_not_all_of_the_machine():
+    """nvidia-smi does not know CUDA_VISIBLE_DEVICES, and lists the parts of a GPU (MIG) beside it."""
+    stand_ins = """
+        source scripts/launch.sh
+        nvidia-smi() { printf 'GPU %d\\n' {0..7}; }
+        python() { echo 2; }
+        _ranks_per_node
+    """
+    assert run(["bash", "-c", stand_ins]).stdout == "2\n"
+
+
+def test_a_script_finds_the_repository_from_a_session_that_began_elsewhere_and_as_slurm_s_copy(tmp_path):
+    """SLURM_SUBMIT_DIR is where sbatch was called, or salloc, in whose shell a script may be run by hand.
+    With a profile that is not there it starts nothing.
+    """
+    repository, elsewhere = tmp_path / "re po", tmp_path / "else"
+    (repository / "scripts").mkdir(parents=True)
+    elsewhere.mkdir()
+    (repository / "scripts" / "env.sh").write_text('echo "$PWD"; [ -n "$CLUSTER_PROFILE" ] || exit 0\n')
+    (repository / "scripts" / "launch.sh").write_text("launch() { echo launched; }\n")
+    (elsewhere / "torchrun").write_text("#!/bin/bash\necho launched\n")
+    shutil.copy(elsewhere / "torchrun", elsewhere / "python")
+    stand_ins = f"export PATH={elsewhere}:$PATH; chmod +x {elsewhere}/*; "
+    (elsewhere / "env.sh").write_text("exit 9\n")
+    for script in ROOT.glob("*.sh"):
+        if "#SBATCH" not in script.read_text():
+            continue
+        for place, submitted in ((repository, elsewhere), (elsewhere, repository)):
+            copy = shutil.copy(script, place)
+            found = run(["bash", str(copy)], cwd=elsewhere, SLURM_SUBMIT_DIR=str(submitted))
+            assert found.stdout == f"{repository}\n", (script.name, place, found.stderr)
+
+        slow = {"CLUSTER_PROFILE": "scripts/profiles/slingsot.sh"}
+        found = run(["bash", "-c", f"{stand_ins}bash '{repository / script.name}'"], **slow)
+        assert found.returncode == 1 and "slingsot.sh: No such file" in found.stderr, script.name
+        assert "launched" not in found.stdout, "NCCL would find a network that is many times slower"
+
+        lost = run(["bash", str(copy)], cwd=elsewhere, SLURM_SUBMIT_DIR=str(elsewhere))
+        assert lost.returncode == 1 and lost.stderr.count("\n") == 1 and "scripts/env.sh" in lost.stderr
 
 
 def test_a_job_that_was_stopped_without_a_checkpoint_is_not_requeued(cluster):
@@ -309,6 +388,12 @@ def test_each_131k_script_has_the_slurm_header_of_the_ancestor_without_its_accou
     ):
         assert f"#SBATCH {line}\n" in text
     assert "account" not in text
+
+
+def test_each_script_for_the_cluster_of_gh200_asks_for_the_cores_of_a_node():
+    for script in ROOT.glob("train_*.sh"):
+        text = script.read_text()
+        assert ("GH200" in text) == ("#SBATCH --cpus-per-task=288\n" in text), script.name
 
 
 def test_set_up_refuses_an_old_python_by_name(tmp_path):
@@ -395,7 +480,7 @@ def launched_with(before: str = "", nodes: int = 1, **variables: str) -> tuple[d
     start = f"unset {' '.join(own)} NCCL_NET_GDR_LEVEL NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME SLURM_JOB_ID; "
     start += " ".join(f"export {name}={value};" for name, value in variables.items())
     many = f"SLURM_NNODES={nodes} SLURM_JOB_ID=1; "
-    many += 'srun() { echo srun $1; shift; "$@"; }; scontrol() { echo n; }'
+    many += 'srun() { while [[ $1 == --* ]]; do shift; done; "$@"; }; scontrol() { echo n; }'
     found = run(["bash", "-c", f"{start}\n{before}\n{SHOW}\n{many if nodes > 1 else ''}\nlaunch x.toml"])
     lines = dict(line.split("=", 1) for line in found.stdout.splitlines() if "=" in line)
     limit = [line.split()[-1] for line in found.stdout.splitlines() if line.startswith("open files")]
@@ -452,6 +537,8 @@ def test_on_several_nodes_each_attempt_has_its_own_store_and_srun_has_the_cores_
     assert not {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "SRUN_CPUS_PER_TASK"} & alone.keys()
     many, _ = launched_with(nodes=2, SLURM_CPUS_PER_TASK="72")
     assert (many["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"], many["SRUN_CPUS_PER_TASK"]) == ("1", "72")
+    a_task_a_gpu, _ = launched_with(nodes=2, SLURM_CPUS_PER_TASK="9", SLURM_NTASKS="8")
+    assert a_task_a_gpu["SRUN_CPUS_PER_TASK"] == "36", "the one task of a node has the cores of four"
     chosen, _ = launched_with(nodes=2, SLURM_CPUS_PER_TASK="72", SRUN_CPUS_PER_TASK="8")
     assert chosen["SRUN_CPUS_PER_TASK"] == "8"
 

@@ -3,12 +3,17 @@ each imported when called.
 """
 
 import importlib
+import os
+import select
 import sys
 from typing import NamedTuple
 
 from torchtitan_rd.errors import TorchtitanRDError
 from torchtitan_rd.log import init_logging
 from torchtitan_rd.masking import mask_text
+
+NOBODY_READS = 128 + 13
+"""The status that shells give a program whose output nobody reads any more (SIGPIPE)."""
 
 
 class Command(NamedTuple):
@@ -60,8 +65,32 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit status. A user's mistake is one message on stderr and status 1."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Runs one command; returns the exit status. A user's mistake is one message on stderr and status 1; a
+    reader that goes, as `head` does, ends the command without a word.
+    """
+    try:
+        status = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()  # what is left would be written behind all handlers
+        return status
+    except BrokenPipeError:
+        if not _reader_is_gone():  # of another pipe, as between the processes of a loader
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOBODY_READS
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    try:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # what stands in for it is no file
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0

@@ -67,11 +67,16 @@ class _YamlLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_YamlLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+|[-+]?\.\d+[eE][-+]?\d+"),
-    list("-+0123456789."),
-)
+class _YamlDumper(yaml.SafeDumper):
+    """Puts quotes around texts that the loader would take for such numbers."""
+
+
+for _one in (_YamlLoader, _YamlDumper):
+    _one.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+|[-+]?\.\d+[eE][-+]?\d+"),
+        list("-+0123456789."),
+    )
 
 
 def load_yaml(text: str) -> Any:
@@ -118,7 +123,7 @@ def config_text(path: Path, sections: Mapping[str, Mapping[str, Any]], comment: 
     head = "".join(f"# {line}\n" for line in comment.splitlines())
     tables = {name: dict(keys) for name, keys in sections.items()}
     if path.suffix in YAML_SUFFIXES:
-        return head + yaml.safe_dump(tables, sort_keys=False)
+        return head + yaml.dump(tables, Dumper=_YamlDumper, sort_keys=False)
     if path.suffix == ".toml":
         return head + tomli_w.dumps(tables)
     raise ConfigError(f"{path}: a config ends in {', '.join(SUFFIXES)}")

@@ -157,7 +157,7 @@ class Job:
         """Later options win over earlier ones, so the user's come last."""
         gpus = self.profile.gpus_per_node
         options = [
-            f"--job-name={self.name}",
+            shlex.quote(f"--job-name={self.name}"),  # sbatch reads quotes as a shell does
             f"--nodes={self.nodes}",
             "--ntasks-per-node=1",
             *([] if gpus is None else [f"--gpus-per-node={gpus}"]),

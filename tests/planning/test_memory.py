@@ -50,7 +50,10 @@ def test_two_ranks_take_what_was_planned():
 
 
 def test_a_step_takes_what_was_planned():
-    compare([case(deeper(LLAMA), SELECTIVE, TILES), case(deeper(RAVEN), ATTENTION, CHUNKS)], world_size=1)
+    muon = config_of(
+        deeper(RAVEN), activation_checkpoint=ATTENTION, training=CHUNKS, optimizer={"name": "Muon"}
+    )
+    compare([case(deeper(LLAMA), SELECTIVE, TILES), muon], world_size=1)
 
 
 @pytest.mark.parametrize("tile_tokens", [64, 256])

@@ -98,6 +98,33 @@ def test_flops_are_those_of_the_model(model):
     assert ("without gradient" in passes) == (model is RAVEN)
 
 
+def test_what_muon_computes_is_the_update_s_and_is_done_once_a_step():
+    """Newton-Schulz on whole matrices, s the shorter side: two products of s x l x s, one of s x s x s."""
+    accumulating = {"training": {"global_batch_size": 16}}  # 4 microbatches
+    plain, muon = (
+        planned(config_of(LLAMA, **accumulating, optimizer=optimizer), 2)
+        for optimizer in ({}, {"name": "Muon", "muon_ns_steps": 3})
+    )
+    matrices = [(DIM, DIM)] * 2 + [(DIM // 2, DIM)] * 2 + [(DIM, 160)] * 3
+    update = sum(4 * short**2 * long + 2 * short**3 for short, long in matrices) * 3 * 4  # steps, layers
+    assert muon.depths[0].flops == {**plain.depths[0].flops, ("update", "matmul"): update}
+
+    of_matrices = (
+        4 * 4 * sum(short * long for short, long in matrices) // 2
+    )  # one moment, and half of it here
+    assert plain.optimizer - muon.optimizer == pytest.approx(of_matrices, rel=0.01)
+
+
+@pytest.mark.parametrize("implementation", ["foreach", "for-loop"])
+def test_an_update_that_takes_no_flag_is_planned_too(implementation):
+    plain, planned_here = (
+        planned(config_of(layers(1), optimizer=optimizer), 1, on_gpu=True)
+        for optimizer in ({}, {"implementation": implementation})
+    )
+    assert planned_here.optimizer == plain.optimizer
+    assert planned_here.worst.saved == plain.worst.saved
+
+
 def test_recomputation_repeats_the_blocks_and_attention_alone_if_it_is_not_kept():
     def recomputed(recompute: dict) -> dict:
         return planned(config_of(LLAMA, activation_checkpoint=recompute), 1).depths[0].flops

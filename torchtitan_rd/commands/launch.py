@@ -10,9 +10,12 @@ docs/launching.md describes profiles and chains.
 """
 
 import argparse
+import os
 import shlex
-import subprocess
+import signal
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 from torchtitan_rd.commands.arguments import at_least_1
 from torchtitan_rd.commands.parsers import parser_of
@@ -28,7 +31,9 @@ from torchtitan_rd.slurm import SIGNAL_SECONDS, Job, Profile, as_time, minutes_o
 
 
 def main(arguments: list[str]) -> int:
-    """Prints the script (--dry_run) or the numbers of the jobs. Where there is no Slurm: the run's status."""
+    """Prints the script (--dry_run) or the numbers of the jobs. Where there is no Slurm it does not come
+    back: bash runs the script in place of this process.
+    """
     chosen, keys = _parser().parse_known_args(arguments)
     profile = read_profile(chosen.profile)
     minutes = _minutes(chosen, profile)
@@ -61,9 +66,18 @@ def main(arguments: list[str]) -> int:
     for line in said[1:]:
         logger.info("%s", line)
     if not profile.has_slurm:
-        return subprocess.run(["bash", "-c", job.script()]).returncode
+        _become(job.script())
     print("submitted: " + ", ".join(job.submit()))
     return 0
+
+
+def _become(script: str) -> NoReturn:
+    """Bash runs the script in place of this process, so that signals reach it: launch.sh knows what a Ctrl-C
+    means, and Python in between would kill it.
+    """
+    sys.stdout.flush()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # Python ignores it, and so would all that bash starts
+    os.execvp("bash", ["bash", "-c", script])
 
 
 def _minutes(chosen: argparse.Namespace, profile: Profile) -> int | None:

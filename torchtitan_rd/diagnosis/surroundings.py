@@ -19,14 +19,14 @@ _SLURM = ("SLURM_JOB_ID", "SLURM_NNODES", "SLURM_JOB_NODELIST", "SLURM_NTASKS_PE
 
 
 def caches() -> dict[str, Path]:
-    """Name -> folder, as the libraries of the hub find them."""
+    """Name -> folder, as the libraries of the hub find them, which may begin with `~`."""
     given = variables("HF_", "XDG_CACHE_HOME")
     home = Path(given.get("HF_HOME") or Path(given.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     folders = {
         "HF_HUB_CACHE": given.get("HF_HUB_CACHE") or home / "hub",
         "HF_DATASETS_CACHE": given.get("HF_DATASETS_CACHE") or home / "datasets",
     }
-    return {name: Path(folder).expanduser() for name, folder in folders.items()}
+    return {name: Path(folder) for name, folder in folders.items()}
 
 
 def look_at_caches() -> list[Finding]:
@@ -34,11 +34,11 @@ def look_at_caches() -> list[Finding]:
     found = []
     for name, folder in caches().items():
         try:
+            folder = folder.expanduser()
             check_writable(folder, name)
-        except ConfigError as error:
-            found.append(
-                Finding(Mark.ABSENT, name, str(error), f"export {name}=a folder that can be written")
-            )
+        except (ConfigError, RuntimeError) as error:  # RuntimeError: the user of a container has no home
+            remedy = f"export {name}=a folder that can be written"
+            found.append(Finding(Mark.ABSENT, name, f"{folder}: {error}", remedy))
             continue
         free = shutil.disk_usage(nearest_folder(folder)).free / GIB
         held = [one for one, row in DATASETS.items() if row.hub and _is_cached(folder, row.hub)]

@@ -1,9 +1,10 @@
 """The rows and the config that a run has left in its folder."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import tomli
 
@@ -23,8 +24,8 @@ class RunRecord:
     config: dict[str, dict[str, Any]]
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of the rows that have a number under `key`."""
-        found = [(row["step"], row[key]) for row in self.rows if isinstance(row.get(key), int | float)]
+        """Steps and values of the rows that have a finite number under `key`."""
+        found = [(row["step"], row[key]) for row in self.rows if is_number(row.get(key))]
         return [step for step, _ in found], [value for _, value in found]
 
     def restarts(self) -> list[int]:
@@ -34,6 +35,11 @@ class RunRecord:
     def keys(self) -> list[str]:
         """Of all rows, in the order in which they first appear."""
         return list(dict.fromkeys(key for row in self.rows for key in row))
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Of a cell of a row: whether it can be drawn. Ours are finite or null; JSON of others may hold NaN."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -48,7 +54,7 @@ def read_run(folder: Path) -> RunRecord:
         try:
             row = json.loads(line)
             rows.append({**row, "step": int(row["step"])})
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             torn.append(number)
     if torn:
         logger.warning("%s: left out unreadable lines %s", path, torn)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchtitan_rd.errors import ConfigError
-from torchtitan_rd.metrics.read import RunRecord
+from torchtitan_rd.metrics.read import RunRecord, is_number
 
 _POINTS = 1500  # of a line; more cannot be seen, and make the page heavy
 _DASHES = ("-", "--", ":", "-.")
@@ -96,8 +96,9 @@ def _pyplot() -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    # Text stays text: smaller, and it can be searched.
+    # Text stays text: smaller, and it can be searched. A `$` in the name of a run begins no formula.
     matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 9, "svg.hashsalt": "report"})
+    matplotlib.rcParams["text.parse_math"] = False
     return pyplot
 
 
@@ -140,8 +141,8 @@ def _depths(pyplot: Any, runs: Sequence[RunRecord], names: Sequence[str]) -> str
     """How often each number of iterations was drawn, over the logged steps."""
     drawn = []
     for run in runs:
-        rows = [row for row in run.rows if isinstance(row.get("num_steps_no_grad"), int | float)]
-        drawn.append([row["num_steps_no_grad"] + row["num_steps_with_grad"] for row in rows])
+        parts = [(row.get("num_steps_no_grad"), row.get("num_steps_with_grad")) for row in run.rows]
+        drawn.append([no_grad + grad for no_grad, grad in parts if is_number(no_grad) and is_number(grad)])
     if not any(drawn):
         return None
 
@@ -191,7 +192,7 @@ def _validations(run: RunRecord) -> list[tuple[int, dict[int, float]]]:
         depths = {
             int(key.removeprefix("val_loss_")): value
             for key, value in row.items()
-            if re.fullmatch(r"val_loss_\d+", key) and isinstance(value, int | float)
+            if re.fullmatch(r"val_loss_\d+", key) and is_number(value)
         }
         if depths:
             found.append((row["step"], depths))

@@ -83,7 +83,7 @@ def _of_whole_step(depth: Depth, trace: StepTrace, to_host: int, microbatches: i
     if to_host:
         parts["copies to and from host memory"] = 2 * to_host
     scale = microbatches / trace.microbatches
-    flops = {key: count * scale for key, count in trace.flops.items()}
+    flops = {key: count * (1.0 if key[0] == "update" else scale) for key, count in trace.flops.items()}
     if depth.traced is not None and depth.num_steps[0]:
         for kind in ("matmul", "attention"):
             key = ("without gradient", kind)

@@ -17,14 +17,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import _disable_current_modes
 
+from torchtitan_rd import train_step
 from torchtitan_rd.batch import Batch
 from torchtitan_rd.build_model import shard_model
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.model_spec import ForwardInputs, NumSteps, WrapPlan
 from torchtitan_rd.models.layers import Head
-from torchtitan_rd.optimizer import build_optimizer, optimizer_state
-from torchtitan_rd.parallelism import GradientExchange, allocate
+from torchtitan_rd.optimizer import build_optimizer, optimizer_state, takes_flag
+from torchtitan_rd.parallelism import GradientExchange, allocate, row_order
 from torchtitan_rd.parallelism.offload import OnHost
 from torchtitan_rd.parallelism.row_order import local
 from torchtitan_rd.planning.tracker import (
@@ -41,7 +43,6 @@ from torchtitan_rd.planning.tracker import (
     replaced,
 )
 from torchtitan_rd.run_plan import RunPlan
-from torchtitan_rd.train_step import TrainStep
 
 _CPU = torch.device("cpu")
 
@@ -105,6 +106,7 @@ class TracedRun:
             self._closing.enter_context(gpu_kernels())
         self._closing.enter_context(self._tracker.sees_resizing())
         self._closing.enter_context(_marks_host_memory(self._tracker))
+        self._closing.enter_context(_knows_offsets())
         allocate(self.model, _CPU, offload=False)
         self.model.init_buffers(_CPU)
         self.model.train()
@@ -115,8 +117,14 @@ class TracedRun:
         optimizer = build_optimizer(self.model, self.config.optimizer)
         state = optimizer_state(self.model, optimizer)
         self.optimizer = self._label(state.values(), OPTIMIZER)
+
+        # Before such an update the host reads whether it happens; the one that does is traced.
+        if not takes_flag(optimizer, _CPU):
+            updates = replaced(train_step, "update_unless", lambda skip, optimizer: optimizer.step())
+            self._closing.enter_context(updates)
+
         self._drawn: ForwardInputs | None = None
-        self._step = TrainStep(
+        self._step = train_step.TrainStep(
             self.model,
             optimizer,
             self.config.training,
@@ -286,6 +294,19 @@ def _marks_host_memory(tracker: Tracker) -> Iterator[None]:
         tracker.label(self.host, HOST)
 
     with replaced(OnHost, "__init__", init):
+        yield
+
+
+@contextmanager
+def _knows_offsets() -> Iterator[None]:
+    """torch reads where a shard begins from a small tensor, which must have numbers here too (Muon asks)."""
+    original = row_order.compute_local_shape_and_global_offset
+
+    def computed(*args: Any) -> Any:
+        with _disable_current_modes():
+            return original(*args)
+
+    with replaced(row_order, "compute_local_shape_and_global_offset", computed):
         yield
 
 

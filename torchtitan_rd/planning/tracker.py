@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from torchtitan_rd.parallelism.tiled_mlp import backward_in_tiles, forward_in_tiles
 
-Pass = Literal["forward", "without gradient", "recompute", "backward"]
+Pass = Literal["forward", "without gradient", "recompute", "backward", "update"]
 
 # What bytes belong to, in the order of the report.
 PARAMETERS = "sharded parameters"
@@ -278,6 +278,8 @@ class Tracker(TorchDispatchMode):
         self.flops[self._pass_now(func, in_backward), kind] += flops
 
     def _pass_now(self, func: Any, in_backward: bool) -> Pass:
+        if not in_backward and self.moment != "forward" and self._backward_began:
+            return "update"  # of a matrix as a whole: Muon
         if not in_backward:
             return "without gradient" if self.without_gradient else "forward"
         # Recomputation records a graph again, and some operations belong to it alone.
