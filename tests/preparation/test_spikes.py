@@ -372,6 +372,12 @@ BAD_ARRAYS = {
         {"spike_times": np.array([[[1], [1, 2]], [3]], dtype=object)},
         "unit 0: holds lists in a list; expected one list of times",
     ),
+    # A unit for each spike, as spike sorters write it: read by name, the numbers of units would be times.
+    "clusters": (
+        {"spike_times": np.array([0.1, 0.2]), "spike_clusters": np.array([3, 4])},
+        "spike_times holds float64 of shape (2,), beside spike_clusters; expected an array of objects",
+    ),
+    "matrix": ({"spike_times": np.zeros((2, 3))}, "spike_times holds float64 of shape (2, 3); expected an"),
     "one object": ({"spike_times": np.array(None, dtype=object)}, "spike_times is one object"),
     "no bins": ({"spike_counts": np.zeros((4, 0), int)}, "nothing of it is as long as one bin"),
 }
