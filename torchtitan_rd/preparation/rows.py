@@ -6,6 +6,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from torchtitan_rd.data.column_types import is_integer, is_list
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.preparation.manifest import Output, describe
 
@@ -85,6 +86,7 @@ def read_rows(file: Path) -> Iterator[np.ndarray]:
     Raises DataError, naming file and row, for another column, other values, or rows of unequal length.
     """
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     try:
@@ -100,7 +102,7 @@ def read_rows(file: Path) -> Iterator[np.ndarray]:
         if column.null_count or values.null_count:
             raise DataError(f"{file}: column {COLUMN!r} holds nulls; expected lists of integers")
 
-        lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
         if len(lengths):
             width = int(lengths[0]) if width is None else width
             if (wrong := np.flatnonzero(lengths != width)).size:
@@ -130,13 +132,9 @@ def count_rows(file: Path) -> int:
 
 def _type_of(schema: Any, file: Path) -> Any:
     """The type of the ids."""
-    import pyarrow as pa
-
     if COLUMN not in schema.names:
         raise DataError(f"{file}: has no column {COLUMN!r}, only {', '.join(schema.names)}")
     kind = schema.field(COLUMN).type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(
-        kind.value_type
-    ):
+    if not is_list(kind) or not is_integer(kind.value_type):
         raise DataError(f"{file}: column {COLUMN!r} holds {kind}; expected lists of integers")
     return kind.value_type
