@@ -96,8 +96,12 @@ def test_a_missing_tokenizer_is_a_config_error_and_a_damaged_one_a_data_error(tm
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match=r"tokenizer\.json"):
         load_tokenizer(str(tmp_path))
-    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a sentencepiece")
+    (tmp_path / "tokenizer.model").write_text("no merges\n")
     with pytest.raises(DataError, match="not a tiktoken file"):
+        load_tokenizer(str(tmp_path / "tokenizer.model"))
+    # Of Llama 1 and 2, whose folders a run, `generate` and `eval` meet.
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a sentencepiece")
+    with pytest.raises(DataError, match=r"a sentencepiece model, .*a folder with the tokenizer\.json"):
         load_tokenizer(str(tmp_path / "tokenizer.model"))
 
 

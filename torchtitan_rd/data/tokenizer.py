@@ -225,14 +225,24 @@ def read_ranks(path: str) -> dict[bytes, int]:
 
     try:
         with blobfile.BlobFile(path, "rb") as file:
-            lines = file.read().splitlines()
+            content = file.read()
     except Exception as error:  # of the network, of credentials, of the file: each store has its own kinds
         raise DataError(f"model.tokenizer_path = {path!r} cannot be read: {error}") from error
+    if is_sentencepiece(content):
+        raise DataError(
+            f"{path}: a sentencepiece model, which is not read here: name a folder with the tokenizer.json "
+            "of this tokenizer (the model's repository on the Hugging Face hub has it)"
+        )
     try:
-        pairs = [line.split() for line in lines if line]
+        pairs = [line.split() for line in content.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (ValueError, binascii.Error):
         raise DataError(f"{path}: not a tiktoken file (lines of a base64 token and its rank)") from None
     if not ranks:
         raise DataError(f"{path}: holds no tokens")
     return ranks
+
+
+def is_sentencepiece(content: bytes) -> bool:
+    """Whether a tokenizer.model is sentencepiece's: a protobuf, whose first field is no line of base64."""
+    return content[:1] == b"\n"
