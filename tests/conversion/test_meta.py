@@ -120,6 +120,8 @@ def test_the_params_of_llama_1_say_less(tmp_path):
         10_000.0,
         4096,
     )
+    write_params(tmp_path, rope_theta=1_000_000)  # Code Llama
+    assert open_meta(tmp_path).shape.max_seq_len == 16_384
 
 
 def test_a_file_without_head_is_tied(tmp_path):

@@ -88,15 +88,18 @@ def trained():
 def folder_with(trained, tmp_path):
     """template -> the folder of the tokenizer with it."""
 
-    def folder_with(template: str | None) -> str:
+    def folder_with(template: str | list[dict] | None) -> str:
+        """template: several lie in tokenizer_config.json, with their names."""
         folder = tmp_path / "tokenizer"
         folder.mkdir(exist_ok=True)
         config = {"bos_token": "<|bos|>", "eos_token": "<|eos|>", "pad_token": "<|pad|>"}
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if isinstance(template, list):
+            config["chat_template"] = template
         (folder / "tokenizer.json").write_text(trained)
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
         (folder / "chat_template.jinja").unlink(missing_ok=True)
-        if template is not None:
+        if isinstance(template, str):
             (folder / "chat_template.jinja").write_text(template)
         return str(folder)
 
@@ -494,6 +497,14 @@ def test_what_is_wrong_with_the_keys_or_the_tokenizer_is_found_without_the_data(
         build_encoder(keys, "chat", load_tokenizer(folder_with(None)), VOCAB)
     with pytest.raises(ConfigError, match=r"conversations need the folder of a tokenizer\.json"):
         build_encoder(keys, "chat", load_tokenizer("bytes"), 258)
+    several = [{"name": name, "template": MARKED} for name in ("tool_use", "rag")]
+    with pytest.raises(ConfigError, match=r"several chat templates \(tool_use, rag\), none called default"):
+        build_encoder(keys, "chat", load_tokenizer(folder_with(several)), VOCAB)
+    # transformers takes the one called so.
+    named = [{"name": "default", "template": PLAIN}, *several]
+    found, alone = (ChatTemplate.of_folder(folder_with(template)) for template in (named, PLAIN))
+    assert found.digest == alone.digest and not found.marks_turns
+    assert found.prompt(CONVERSATIONS[0], "row") == alone.prompt(CONVERSATIONS[0], "row")
     with pytest.raises(ConfigError, match="set it to 349 or more"):
         build_encoder(keys, "chat", load_tokenizer(folder_with(PLAIN)), 300)
     for wrong, message in (

@@ -300,6 +300,11 @@ def test_files_without_rows_or_with_other_columns_are_refused_by_what_they_are(t
         DataError, match=r"b\.jsonl: .*different columns: here id more and none less than in the first"
     ):
         build(keys(tmp_path / "two"))
+    (tmp_path / "types").mkdir()
+    for name, meta in (("a", pa.nulls(1)), ("b", pa.array(["m"]))):
+        pq.write_table(pa.table({"text": ["x"], "meta": meta}), tmp_path / "types" / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"b\.parquet: .*a column has another type than in the first file"):
+        build(keys(tmp_path / "types"))
 
 
 def test_an_arrow_file_that_cannot_be_mapped_is_refused_by_its_kind(tmp_path):

@@ -76,6 +76,21 @@ def test_padding_may_lie_outside_the_vocabulary(write):
     assert batch.labels.tolist() == [[2, EOS, -100, -100]]
 
 
+def test_columns_that_say_what_is_learned_are_not_read_and_that_is_said(write, tmp_path, caplog):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    keys = write([[1, 2, 3, 4, 5]], local_batch_size=1)
+    masked = {"input_ids": [[1, 2, 3, 4, 5]], "labels": [[-100, -100, 3, 4, 5]], "url": ["u"]}
+    for stream in (False, True):
+        caplog.clear()
+        pq.write_table(pa.table(masked), tmp_path / "rows.parquet")
+        batch = first(keys.model_copy(update={"stream": stream}))
+        assert batch.labels.tolist() == [[2, 3, 4, 5]]
+        [line] = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        assert "packed rows are read from 'input_ids' alone, and labels beside it are not" in line
+
+
 def test_documents_of_a_row_end_at_eos(write):
     batch = first(write([[1, EOS, 2, 3, EOS]], local_batch_size=1, eos_id=EOS, document_mask=True))
     assert batch.document_ids.tolist() == [[0, 0, 1, 1]]

@@ -7,6 +7,7 @@ import pytest
 
 from tests.data.helpers import build
 from torchtitan_rd.data import DatasetKeys, dataset_vocab_size, load_tokenizer
+from torchtitan_rd.data.sources import build_encoder
 from torchtitan_rd.data.text import TextEncoder, pydoc_topics
 from torchtitan_rd.errors import ConfigError, DataError
 
@@ -73,6 +74,28 @@ def test_special_tokens_may_stand_in_special_tokens_map(json_folder):
         load_tokenizer(str(json_folder))
 
 
+def test_special_tokens_that_no_text_has_need_no_row_of_the_model(json_folder, caplog):
+    """As the `<pad>` that released folders of Llama 2 have beyond the 32000 rows of the model."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_file(str(json_folder / "tokenizer.json"))
+    backend.add_special_tokens(["<pad>"])
+    backend.save(str(json_folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(str(json_folder))
+    assert tokenizer.vocab_size == 401 and max(tokenizer.encode("a <pad> b")) < 400
+
+    keys = DatasetKeys(dataset="pydoc")
+    with caplog.at_level("WARNING", "torchtitan_rd"):
+        assert build_encoder(keys, "text", tokenizer, 400).vocab_size == 400
+    assert "the model has no rows for the tokenizer's special tokens from id 400 on" in caplog.text
+    with pytest.raises(ConfigError, match=r"has ids up to 400, but model\.vocab_size = 399"):
+        build_encoder(keys, "text", tokenizer, 399)
+    # What begins or ends every text is needed.
+    (json_folder / "tokenizer_config.json").write_text('{"eos_token": "<pad>"}')
+    with pytest.raises(ConfigError, match="set it to 401 or more"):
+        build_encoder(keys, "text", load_tokenizer(str(json_folder)), 400)
+
+
 def test_a_tiktoken_file_has_the_special_tokens_of_llama_3(tiktoken_file):
     tokenizer = load_tokenizer(str(tiktoken_file.parent))
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (259 + 256, 259, 260)
@@ -96,8 +119,12 @@ def test_a_missing_tokenizer_is_a_config_error_and_a_damaged_one_a_data_error(tm
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match=r"tokenizer\.json"):
         load_tokenizer(str(tmp_path))
-    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a sentencepiece")
+    (tmp_path / "tokenizer.model").write_text("no merges\n")
     with pytest.raises(DataError, match="not a tiktoken file"):
+        load_tokenizer(str(tmp_path / "tokenizer.model"))
+    # Of Llama 1 and 2, whose folders a run, `generate` and `eval` meet.
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a sentencepiece")
+    with pytest.raises(DataError, match=r"a sentencepiece model, .*a folder with the tokenizer\.json"):
         load_tokenizer(str(tmp_path / "tokenizer.model"))
 
 

@@ -2,6 +2,7 @@
 and what is wrong is said in one line.
 """
 
+import json
 import shutil
 
 import numpy as np
@@ -15,8 +16,18 @@ from torchtitan_rd.__main__ import main
 from torchtitan_rd.conversion.dcp import open_dcp, write_dcp
 from torchtitan_rd.conversion.huggingface import write_hf
 from torchtitan_rd.conversion.pipeline import to_hf, with_tokenizer
+from torchtitan_rd.conversion.tokenizer_files import tokenizer_files
+from torchtitan_rd.data import DatasetKeys
 from torchtitan_rd.errors import CheckpointError, ConfigError
-from torchtitan_rd.inference import ExitPolicy, Settings, generate, load_model, transformers_tokenizer
+from torchtitan_rd.inference import (
+    ExitPolicy,
+    Settings,
+    encode_prompt,
+    generate,
+    load_model,
+    transformers_tokenizer,
+)
+from torchtitan_rd.inference.evaluation import check_vocabulary, open_held_out
 from torchtitan_rd.inference.loading import lay_out
 from torchtitan_rd.train import Trainer
 
@@ -142,6 +153,34 @@ def test_a_run_on_text_comes_with_its_tokenizer_and_a_run_on_spikes_without(tmp_
     assert transformers_tokenizer(tmp_path / "pydoc").encode("a") == [97]
     with pytest.raises(ConfigError, match=r"the tokenizer has ids up to 257, .* vocabulary of 256"):
         load_model(tmp_path / "synthetic", tokenizer_path="bytes")
+
+
+def test_a_pad_token_beyond_the_rows_of_a_model_stops_nothing(tmp_path, caplog):
+    """Of a tokenizer with more special tokens than the model that it was released with has rows."""
+    from tokenizers import Tokenizer
+
+    from tests.test_house import ENVIRONMENT
+
+    (tmp_path / "tokenizer").mkdir()
+    for name, content in tokenizer_files("bytes").files.items():
+        (tmp_path / "tokenizer" / name).write_bytes(content)
+    file = tmp_path / "tokenizer" / "tokenizer.json"
+    backend = Tokenizer.from_file(str(file))
+    backend.add_special_tokens(["<pad>"])
+    backend.save(str(file))
+    config = file.with_name("tokenizer_config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "pad_token": "<pad>"}))
+
+    weights = with_tokenizer(weights_of(tiny("llama3", vocab_size=258)), str(file.parent))
+    assert weights.token_ids == {"bos_token_id": 256, "eos_token_id": 257}
+    to_hf(weights, tmp_path / "hf", verify=False)
+    loaded = load_model(tmp_path / "hf")
+    assert loaded.tokenizer.vocab_size == 259 and "special tokens from id 258 on" in caplog.text
+    prompt = encode_prompt(loaded.tokenizer, "a <pad>")
+    assert generate(loaded, [prompt], Settings(max_new_tokens=2)).rows[0].prompt_ids == [256, *b"a <pad>"]
+    keys = DatasetKeys(dataset="pydoc", seq_len=16, local_batch_size=1, global_batch_size=1)
+    held_out = open_held_out(keys, "train", ENVIRONMENT, tokenizer_path=str(tmp_path / "hf"))
+    check_vocabulary(loaded.shape, held_out)
 
 
 def test_the_separator_of_spikes_is_no_row_that_pads_the_vocabulary(tmp_path, capsys):

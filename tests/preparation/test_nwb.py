@@ -89,7 +89,28 @@ def test_what_a_file_does_not_have_is_one_line(arguments, message, recording, tm
     assert message in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize(("times", "message"), [([-0.1, 1.0], "negative"), ([1.0, np.nan], "not finite")])
+def test_times_before_the_reference_time_are_read_and_a_start_leaves_them_out(tmp_path):
+    session = pynwb.NWBFile("about", "identifier", datetime(2020, 1, 1, tzinfo=timezone.utc))
+    session.add_unit_column("areas", "of several electrodes", index=True)
+    session.add_unit(spike_times=[-0.05, -0.04, 0.0, 0.01], areas=["V1", "MT"])
+    session.add_unit(spike_times=[-0.001, 0.03], areas=["V1"])
+    session.add_trial(start_time=-0.04, stop_time=0.02)
+    with pynwb.NWBHDF5IO(str(tmp_path / "a.nwb"), "w") as io:
+        io.write(session)
+
+    for name, arguments, counts in (
+        ("all", (), [[1, 1, 0, 2, 0], [0, 0, 1, 0, 1]]),  # from -0.06 on
+        ("start", ("--start", 0), [[2, 0], [0, 1]]),
+        ("trial", ("--intervals", "trials"), [[1, 0, 2], [0, 1, 0]]),
+        ("area", ("--where", "areas=MT"), [[1, 1, 0, 2]]),
+    ):
+        assert prepare(tmp_path / name, tmp_path / "a.nwb", *arguments) == 0
+        assert counts_of(tmp_path / name) == counts
+    (facts,) = json.loads((tmp_path / "start" / "manifest.json").read_text())["sessions"]
+    assert (facts["spikes"], facts["outside"]) == (6, 3)
+
+
+@pytest.mark.parametrize(("times", "message"), [([-1e10, 1.0], "too early"), ([1.0, np.nan], "not finite")])
 def test_a_bad_time_is_one_line_that_names_its_unit(times, message, tmp_path, capsys):
     session = pynwb.NWBFile("about", "identifier", datetime(2020, 1, 1, tzinfo=timezone.utc))
     session.add_unit(id=7, spike_times=times)

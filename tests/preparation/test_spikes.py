@@ -21,7 +21,7 @@ from torchtitan_rd.errors import DataError
 from torchtitan_rd.job import Environment
 from torchtitan_rd.preparation import spike_folder
 from torchtitan_rd.preparation.recordings import read_npz
-from torchtitan_rd.preparation.spike_times import NANOSECONDS, nanoseconds
+from torchtitan_rd.preparation.spike_times import END, NANOSECONDS, nanoseconds
 from torchtitan_rd.preparation.spikes import count, cut, shuffled, split
 from torchtitan_rd.train import Trainer
 
@@ -372,6 +372,12 @@ BAD_ARRAYS = {
         {"spike_times": np.array([[[1], [1, 2]], [3]], dtype=object)},
         "unit 0: holds lists in a list; expected one list of times",
     ),
+    # A unit for each spike, as spike sorters write it: read by name, the numbers of units would be times.
+    "clusters": (
+        {"spike_times": np.array([0.1, 0.2]), "spike_clusters": np.array([3, 4])},
+        "spike_times holds float64 of shape (2,), beside spike_clusters; expected an array of objects",
+    ),
+    "matrix": ({"spike_times": np.zeros((2, 3))}, "spike_times holds float64 of shape (2, 3); expected an"),
     "one object": ({"spike_times": np.array(None, dtype=object)}, "spike_times is one object"),
     "no bins": ({"spike_counts": np.zeros((4, 0), int)}, "nothing of it is as long as one bin"),
 }
@@ -498,6 +504,8 @@ def test_nanoseconds_of_integers_are_exact():
     assert nanoseconds(np.array([7], np.uint8), 10**9, "here").tolist() == [7 * 10**9]
     with pytest.raises(DataError, match="too large"):
         nanoseconds(np.array([10**10]), 10**9, "here")
+    # Of a format whose time 0 lies within a session (test_nwb.py, which needs pynwb).
+    assert nanoseconds(np.array([2, -1.5]), 10**9, "here", -END).tolist() == [-1_500_000_000, 2 * 10**9]
 
 
 def test_large_results_are_several_files_of_bounded_groups_of_rows(tmp_path, monkeypatch):

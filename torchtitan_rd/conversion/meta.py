@@ -31,6 +31,10 @@ _NOT_NEEDED = ("ffn_dim_multiplier", "multiple_of", "max_seq_len", "max_batch_si
 # that of Llama 3.1.
 _LLAMA_3_2 = ((2048, 16), (3072, 28))
 
+# The context, which params.json does not tell, by the rotary base: Llama 2, Llama 3, Code Llama.
+_CONTEXT = {10_000.0: 4096, 500_000.0: 8192, 1_000_000.0: 16_384}
+_SCALED_CONTEXT = 131_072
+
 Pieces: TypeAlias = Mapping[str, list[torch.Tensor]]  # by name, of rank 0, 1, ...
 
 
@@ -179,7 +183,7 @@ def _shape(params: Mapping[str, Any], found: Mapping[str, TensorInfo], root: Pat
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings="output.weight" not in found,
-            max_seq_len=131_072 if scaling else 8192 if theta == 500_000 else 4096,
+            max_seq_len=_SCALED_CONTEXT if scaling else _CONTEXT.get(theta, 4096),
         )
     except ConfigError as error:
         raise ConfigError(f"{root / PARAMS}: {error}") from None

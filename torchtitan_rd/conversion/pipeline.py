@@ -34,6 +34,7 @@ from torchtitan_rd.log import logger
 from torchtitan_rd.models import get_spec
 
 PTH = "checkpoint.pth"
+PAD = "pad_token_id"
 TOKENIZERS = (TOKENIZER_JSON, TOKENIZER_MODEL)
 
 
@@ -92,13 +93,16 @@ def with_tokenizer(weights: Weights, tokenizer_path: str | None = None) -> Weigh
     if tokenizer_path is None:
         return weights
     found = tokenizer_files(tokenizer_path, states)
-    if beyond := [name for name, id_ in found.token_ids.items() if id_ >= weights.shape.vocab_size]:
+    beyond = [name for name, id_ in found.token_ids.items() if id_ >= weights.shape.vocab_size]
+    if beyond and beyond != [PAD]:
         raise ConfigError(
             f"the tokenizer {tokenizer_path!r} has {beyond[0]} = {found.token_ids[beyond[0]]}, "
             f"beyond the model's vocabulary of {weights.shape.vocab_size}: "
             "name the right one with --tokenizer_path, or none"
         )
-    return replace(weights, files={**kept, **found.files}, token_ids={**weights.token_ids, **found.token_ids})
+    # A pad that was added to the tokenizer alone: config.json states none that the model has no row for.
+    ids = {name: id_ for name, id_ in found.token_ids.items() if name not in beyond}
+    return replace(weights, files={**kept, **found.files}, token_ids={**weights.token_ids, **ids})
 
 
 def warn_of_another_tokenizer(folder: Path, tokenizer_path: str, tokenizer: Tokenizer) -> None:

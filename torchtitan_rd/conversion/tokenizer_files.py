@@ -129,7 +129,7 @@ def _from_json(file: Path) -> TokenizerFiles:
 
 def _from_model(file: Path) -> TokenizerFiles:
     content = file.read_bytes()
-    if content[:1] == b"\n":  # the first field of a protobuf, and no line of base64
+    if ours.is_sentencepiece(content):
         raise ConfigError(
             f"{file} is a sentencepiece model, which is not converted here: "
             "give --tokenizer_path a folder with the tokenizer.json of this tokenizer "

@@ -42,13 +42,17 @@ class ChatTemplate:
         # end: some leave out spaces, and transformers then finds no token where a turn begins or ends.
         tokenizer.backend_tokenizer.post_processor = None
         template = tokenizer.chat_template
+        if isinstance(template, dict) and "default" in template:  # as transformers chooses
+            template = tokenizer.chat_template = template["default"]
         if not template:
             raise ConfigError(
                 f"{what} has no chat template (chat_template.jinja, or `chat_template` in "
                 "tokenizer_config.json)"
             )
         if not isinstance(template, str):
-            raise ConfigError(f"{what} has several chat templates ({', '.join(template)}): leave one")
+            raise ConfigError(
+                f"{what} has several chat templates ({', '.join(template)}), none called default: leave one"
+            )
         self.digest = digest_of(template, str(sorted(self._tokenizer.special_tokens_map.items())))
         self.marks_turns = _MARKER.search(template) is not None
 

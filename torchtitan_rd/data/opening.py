@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from torchtitan_rd.data import mixture as mixing
-from torchtitan_rd.data.arrow import Encoder
+from torchtitan_rd.data.arrow import Encoder, TableSource
 from torchtitan_rd.data.batch_dims import BatchDims
 from torchtitan_rd.data.config import DatasetKeys
 from torchtitan_rd.data.cursor import Cursor, Reader
 from torchtitan_rd.data.file_lanes import file_order
+from torchtitan_rd.data.prepacked import PackedEncoder
 from torchtitan_rd.data.ranks import DataRanks
 from torchtitan_rd.data.sources import (
     Cutting,
@@ -64,6 +65,8 @@ class Opening:
         """A data set that is streamed."""
         keys, encoder = self._pinned(data)
         table, found = open_rows(keys, data.row, encoder, self.split)
+        if isinstance(encoder, PackedEncoder):
+            encoder.warn_of_masks(table.column_names or (), keys.dataset)
         share = (self.dims.data_rank, self.dims.data_degree)
         reader = StreamReader(keys.dataset, table, encoder, keys.seq_len, *share, keys.document_mask)
         found.log(keys.dataset, "streamed")
@@ -77,6 +80,8 @@ class Opening:
         keys, encoder = self._pinned(data)
         prepared = [] if self.ranks is None else self.ranks.prepared(keys, data.row, self.split, encoder)
         source, found = open_source(keys, data.row, encoder, self.seed, self.split, prepared)
+        if isinstance(encoder, PackedEncoder) and isinstance(source, TableSource):
+            encoder.warn_of_masks(source.table.column_names, keys.dataset)
         order = file_order(keys, found, len(source), self.dims.rows_per_stage)
         cutting = Cutting(keys, data.row.kind, len(source), self.dims.rows_per_stage, order)
         fingerprint = source_fingerprint(keys, source, found, cutting)

@@ -1,5 +1,6 @@
 """Rows that were tokenised and packed beforehand: each holds exactly `seq_len + 1` ids and is one window."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,9 +10,13 @@ from torchtitan_rd.data.column_types import is_integer, is_list
 from torchtitan_rd.data.cursor import piece_of
 from torchtitan_rd.data.text import check_ids
 from torchtitan_rd.errors import DataError
+from torchtitan_rd.log import logger
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+# Columns in which other programs say what of a row is learned.
+_MASKS = ("labels", "attention_mask", "loss_mask", "completion_mask", "assistant_masks")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,15 @@ class PackedEncoder:
         """Raises DataError unless the column can hold lists of ids. Reads no row."""
         if not is_list(column.type) or not is_integer(column.type.value_type):
             raise DataError(f"{name}: column {self.column!r} holds {column.type}; expected lists of integers")
+
+    def warn_of_masks(self, columns: Sequence[str], name: str) -> None:
+        """Says which of the columns that a data set has would tell what is learned, and are not read."""
+        if unread := [column for column in columns if column in _MASKS]:
+            logger.warning(
+                "data: %s: packed rows are read from %r alone, and %s beside it are not: every id is learned "
+                "but padding (training.pad_id)",
+                *(name, self.column, ", ".join(unread)),
+            )
 
     def check(self, row: np.ndarray, where: str) -> int:
         """The number of ids. Raises DataError unless they are as many as a window has,

@@ -49,6 +49,8 @@ def _first_line(error: BaseException) -> str:
     line = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     if "BatchSize must be greater than 0" in line:
         return f"{line} (a parquet file without rows: remove it)"
+    if "Couldn't cast array of type" in line:
+        return f"{line} (a column has another type than in the first file: write it anew, or leave it out)"
     here, expected = (set(getattr(error, f"{whose}_column_names", ())) for whose in ("table", "requested"))
     if here != expected:
         return (

@@ -20,7 +20,7 @@ from torchtitan_rd.data.json_text import JsonKind
 from torchtitan_rd.data.prepacked import PackedEncoder
 from torchtitan_rd.data.spikes import SpikeEncoder
 from torchtitan_rd.data.text import TextEncoder
-from torchtitan_rd.data.tokenizer import Tokenizer
+from torchtitan_rd.data.tokenizer import Tokenizer, fits
 from torchtitan_rd.errors import ConfigError, DataError
 
 Kind = Literal["spikes", "text", "packed", "chat"]
@@ -74,10 +74,10 @@ def build_encoder(config: DatasetKeys, kind: Kind, tokenizer: Tokenizer | None, 
         return PackedEncoder(config.seq_len, vocab_size, config.pad_id, config.eos_id, **column)
     if tokenizer is None:
         raise ValueError(f"{kind} is read with a tokenizer, and none was given")
-    if tokenizer.vocab_size > vocab_size:
+    if not fits(tokenizer, vocab_size):
         raise ConfigError(
             f"the tokenizer (model.tokenizer_path) has ids up to {tokenizer.vocab_size - 1}, "
-            f"but model.vocab_size = {vocab_size}: set it to {tokenizer.vocab_size} or more"
+            f"but model.vocab_size = {vocab_size}: set it to {tokenizer.needed_vocab_size} or more"
         )
     if kind == "text":
         return TextEncoder(tokenizer, vocab_size, **column)

@@ -18,16 +18,21 @@ import numpy as np
 from torchtitan_rd.data.content import digest_of
 from torchtitan_rd.data.files import HUB_NAME
 from torchtitan_rd.errors import ConfigError, DataError
+from torchtitan_rd.log import logger
 
 
 class Tokenizer(Protocol):
-    """vocab_size: the largest id plus one. bos_id, eos_id: None where the tokenizer has no such token.
+    """vocab_size: the largest id plus one. needed_vocab_size: the same without the special tokens at its end
+    that no text has; a model needs so many rows. bos_id, eos_id: None where the tokenizer has no such token.
     digest: of all that decides the ids, wherever the files lie. folder: where they lie,
         None where there is none.
     """
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def needed_vocab_size(self) -> int: ...
 
     @property
     def bos_id(self) -> int | None: ...
@@ -73,6 +78,21 @@ def load_tokenizer(path: str) -> Tokenizer:
     )
 
 
+def fits(tokenizer: Tokenizer, vocab_size: int) -> bool:
+    """Whether a model of so many rows has one for every id that a text can get. Special tokens beyond it,
+    such as a `<pad>` that was added to the tokenizer of a released model and not to its weights, are logged.
+    """
+    if tokenizer.needed_vocab_size > vocab_size:
+        return False
+    if tokenizer.vocab_size > vocab_size:
+        logger.warning(
+            "the model has no rows for the tokenizer's special tokens from id %d on (its vocabulary is %d): "
+            "a text never has them, and a chat template that writes one is an error",
+            *(vocab_size, vocab_size),
+        )
+    return True
+
+
 def is_hub_name(path: str) -> bool:
     """Whether `model.tokenizer_path` names a repository on the hub, since nothing here has that name."""
     return path != "bytes" and bool(HUB_NAME.fullmatch(path)) and not Path(path).exists()
@@ -103,6 +123,7 @@ class ByteTokenizer:
     """UTF-8 bytes are the ids 0..255."""
 
     vocab_size: int = 258
+    needed_vocab_size: int = 258
     bos_id: int = 256
     eos_id: int = 257
     digest: str = "bytes"
@@ -135,6 +156,7 @@ class JsonTokenizer:
         self._backend.encode_special_tokens = True
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id, self.eos_id = (self.special_id(file.parent, name) for name in ("bos_token", "eos_token"))
+        self.needed_vocab_size = self._needed_vocab_size()
         content = json.loads(file.read_text(encoding="utf-8"))
         content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
         self.digest = digest_of(json.dumps(content, sort_keys=True), self.bos_id, self.eos_id)
@@ -149,6 +171,15 @@ class JsonTokenizer:
 
     def decode(self, ids: Any) -> str:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def _needed_vocab_size(self) -> int:
+        """Special tokens within a text are plain text: of these only bos and eos ever are ids."""
+        added = self._backend.get_added_tokens_decoder()
+        unused = {id_ for id_, token in added.items() if token.special} - {self.bos_id, self.eos_id}
+        size = self.vocab_size
+        while size - 1 in unused:
+            size -= 1
+        return size
 
     def special_id(self, folder: Path, name: str) -> int | None:
         for file in (folder / "tokenizer_config.json", folder / "special_tokens_map.json"):
@@ -194,7 +225,7 @@ class TiktokenTokenizer:
             "llama3", pat_str=LLAMA3_WORDS, mergeable_ranks=ranks, special_tokens=specials
         )
         self.folder: Path | None = None
-        self.vocab_size = self._backend.n_vocab
+        self.vocab_size = self.needed_vocab_size = self._backend.n_vocab
         self.bos_id, self.eos_id = specials["<|begin_of_text|>"], specials["<|end_of_text|>"]
         self.digest = digest_of("llama3", sorted(ranks.items()))
 
@@ -225,14 +256,24 @@ def read_ranks(path: str) -> dict[bytes, int]:
 
     try:
         with blobfile.BlobFile(path, "rb") as file:
-            lines = file.read().splitlines()
+            content = file.read()
     except Exception as error:  # of the network, of credentials, of the file: each store has its own kinds
         raise DataError(f"model.tokenizer_path = {path!r} cannot be read: {error}") from error
+    if is_sentencepiece(content):
+        raise DataError(
+            f"{path}: a sentencepiece model, which is not read here: name a folder with the tokenizer.json "
+            "of this tokenizer (the model's repository on the Hugging Face hub has it)"
+        )
     try:
-        pairs = [line.split() for line in lines if line]
+        pairs = [line.split() for line in content.splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (ValueError, binascii.Error):
         raise DataError(f"{path}: not a tiktoken file (lines of a base64 token and its rank)") from None
     if not ranks:
         raise DataError(f"{path}: holds no tokens")
     return ranks
+
+
+def is_sentencepiece(content: bytes) -> bool:
+    """Whether a tokenizer.model is sentencepiece's: a protobuf, whose first field is no line of base64."""
+    return content[:1] == b"\n"

@@ -90,6 +90,8 @@ def open_held_out(
         ranks=ranks,
     )
     separator = vocab_size - 1 if row.kind == "spikes" else None
+    if tokenizer is not None and row.kind == "text":  # a chat template may write any special token
+        vocab_size = min(vocab_size, tokenizer.needed_vocab_size)
     return HeldOut(keys, split, vocab_size, batches, tokenizer, separator)
 
 

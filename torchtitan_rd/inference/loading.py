@@ -17,6 +17,7 @@ from torchtitan_rd.conversion.weights import Weights, model_tensors
 from torchtitan_rd.data import TOKENIZED, Tokenizer, load_tokenizer, trained_kind
 from torchtitan_rd.data.hub import hub_tokenizer
 from torchtitan_rd.data.spikes import SPIKE_VOCAB_SIZE
+from torchtitan_rd.data.tokenizer import fits
 from torchtitan_rd.errors import CheckpointError, ConfigError, TorchtitanRDError
 from torchtitan_rd.log import logger
 from torchtitan_rd.model_spec import ModelSpec
@@ -67,7 +68,7 @@ def load_model(
     require_complete(weights)
     source = source_of(weights)
     tokenizer = _tokenizer_of(weights, source, tokenizer_path)
-    if tokenizer is not None and tokenizer.vocab_size > weights.shape.vocab_size:
+    if tokenizer is not None and not fits(tokenizer, weights.shape.vocab_size):
         raise ConfigError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model in {path} a vocabulary "
             f"of {weights.shape.vocab_size}: name its own with --tokenizer"

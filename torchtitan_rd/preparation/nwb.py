@@ -7,11 +7,12 @@ import numpy as np
 
 from torchtitan_rd.config_loader import nearest
 from torchtitan_rd.errors import ConfigError, DataError
-from torchtitan_rd.preparation.spike_times import NANOSECONDS, SpikeTimes, nanoseconds
+from torchtitan_rd.preparation.spike_times import END, NANOSECONDS, SpikeTimes, nanoseconds
 
 
 def read_nwb(file: Path, where: dict[str, list[str]], intervals: str | None) -> SpikeTimes:
-    """The table `units`, whose spike times are seconds from the session's reference time.
+    """The table `units`, whose spike times are seconds from the session's reference time: those of what was
+    recorded before it are negative.
 
     where: column -> values; a unit is read if it has one of them in each. A column that the units lack is
     looked for in the table of their electrodes (`location`, for instance), where one fitting electrode is
@@ -40,7 +41,7 @@ def read_nwb(file: Path, where: dict[str, list[str]], intervals: str | None) -> 
             raise DataError(f"{file}: has no unit{f' with {wanted}; there are {known}' if where else ''}")
         units = [str(table.id[row]) for row in rows]
         trains = [
-            nanoseconds(np.asarray(table["spike_times"][row]), NANOSECONDS["s"], f"{file}: unit {unit}")
+            nanoseconds(np.asarray(table["spike_times"][row]), NANOSECONDS["s"], f"{file}: unit {unit}", -END)
             for row, unit in zip(rows, units, strict=True)
         ]
         return SpikeTimes(units, trains, None if intervals is None else _windows(session, intervals, file))
@@ -54,9 +55,10 @@ def _is_wanted(table: Any, row: int, where: dict[str, list[str]], file: Path) ->
 
 
 def _values_of(table: Any, row: int, column: str, file: Path) -> list[str]:
-    """What a unit has in a column: of its own, or of its electrodes."""
+    """What a unit has in a column: of its own, which may be a list, or of its electrodes."""
     if column in table.colnames:
-        return [str(table[column][row])]
+        value = table[column][row]
+        return [str(one) for one in (value if isinstance(value, list | np.ndarray) else [value])]
     electrodes = table["electrodes"].target.table if "electrodes" in table.colnames else None
     if electrodes is None or column not in electrodes.colnames:
         known = [*table.colnames, *(electrodes.colnames if electrodes is not None else ())]
@@ -87,7 +89,8 @@ def _windows(session: Any, name: str, file: Path) -> list[tuple[int, int]]:
     bounds = []
     for row in range(len(tables[name])):
         pair = np.array([tables[name][column][row] for column in ("start_time", "stop_time")], np.float64)
-        if not (np.isfinite(pair).all() and 0 <= pair[0] <= pair[1]):
+        longest = END / NANOSECONDS["s"]
+        if not (np.isfinite(pair).all() and -longest < pair[0] <= pair[1] < longest):
             raise DataError(f"{file}: {name}, row {row}: {pair[0]} to {pair[1]} seconds is no interval")
         start, stop = np.rint(pair * NANOSECONDS["s"]).astype(np.int64)
         bounds.append((int(start), int(stop)))

@@ -200,6 +200,15 @@ def read_npz(file: Path, scale: int) -> SpikeTimes | SpikeCounts:
             )
         return SpikeCounts([str(number) for number in range(len(counts))], counts)
 
+    others = ", ".join(name for name in arrays if name != TIMES)
+    if TIMES in arrays and arrays[TIMES].dtype != object and (others or arrays[TIMES].ndim != 1):
+        times = arrays[TIMES]
+        raise DataError(
+            f"{file}: {TIMES} holds {times.dtype} of shape {times.shape}{others and f', beside {others}'}; "
+            "expected an array of objects, a train for each unit. Where another array names the unit of each "
+            "spike, write the two as .csv, with the columns unit and time"
+        )
+
     single = TIMES if TIMES in arrays else next(iter(arrays), "")
     if (TIMES in arrays or len(arrays) == 1) and arrays[single].dtype == object:
         if not arrays[single].ndim:

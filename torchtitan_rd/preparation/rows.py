@@ -6,6 +6,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from torchtitan_rd.data.column_types import is_integer, is_list
 from torchtitan_rd.errors import DataError
 from torchtitan_rd.preparation.manifest import Output, describe
 
@@ -84,6 +85,8 @@ def read_rows(file: Path) -> Iterator[np.ndarray]:
 
     Raises DataError, naming file and row, for another column, other values, or rows of unequal length.
     """
+    import pyarrow.compute as pc
+
     parquet, kind = _opened(file)
     done, width = 0, None
     for batch in parquet.iter_batches(ROWS_TOGETHER, columns=[COLUMN]):
@@ -92,7 +95,7 @@ def read_rows(file: Path) -> Iterator[np.ndarray]:
         if column.null_count or values.null_count:
             raise DataError(f"{file}: column {COLUMN!r} holds nulls; expected lists of integers")
 
-        lengths = column.value_lengths().to_numpy(zero_copy_only=False)
+        lengths = pc.list_value_length(column).to_numpy(zero_copy_only=False)
         if len(lengths):
             width = int(lengths[0]) if width is None else width
             if (wrong := np.flatnonzero(lengths != width)).size:
@@ -125,8 +128,6 @@ def _opened(file: Path) -> tuple[Any, Any]:
     if COLUMN not in schema.names:
         raise DataError(f"{file}: has no column {COLUMN!r}, only {', '.join(schema.names)}")
     kind = schema.field(COLUMN).type
-    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(
-        kind.value_type
-    ):
+    if not is_list(kind) or not is_integer(kind.value_type):
         raise DataError(f"{file}: column {COLUMN!r} holds {kind}; expected lists of integers")
     return parquet, kind.value_type

@@ -35,16 +35,17 @@ class SpikeCounts:
     counts: np.ndarray
 
 
-def nanoseconds(times: np.ndarray, scale: int, where: str) -> np.ndarray:
+def nanoseconds(times: np.ndarray, scale: int, where: str, earliest: int = 0) -> np.ndarray:
     """Times (spikes,) in multiples of `scale` nanoseconds -> int64, ascending.
 
-    Raises DataError for what is no time: not a number, negative, not finite, or later than in 285 years.
+    earliest: in nanoseconds; below 0 for a format whose time 0 lies within a session. Raises DataError for
+    what is no time: not a number, before `earliest`, not finite, or later than in 285 years.
     """
     if times.ndim != 1 or (times.dtype.kind not in "iuf" and len(times)):
         raise DataError(
             f"{where}: holds {times.dtype} of shape {times.shape}; expected one list of spike times"
         )
-    bad = ~((times >= 0) & (times < END / scale)) if len(times) else np.zeros(0, bool)
+    bad = ~((times >= earliest / scale) & (times < END / scale)) if len(times) else np.zeros(0, bool)
     if bad.any():
         spike = int(np.argmax(bad))
         raise DataError(f"{where}, spike {spike}: {_complaint(times[spike].item())}")
@@ -70,6 +71,8 @@ def time_of(text: str, scale: int, where: str) -> int:
 def _complaint(time: int | float) -> str:
     if not math.isfinite(time):
         return f"the time {time} is not finite"
+    if time < -END / NANOSECONDS["s"]:
+        return f"the time {time} is too early: is it in another --unit?"
     if time < 0:
         return f"the time {time} is negative: times count from the beginning of the session, shift them"
     return f"the time {time} is too large: is it in another --unit?"
