@@ -14,7 +14,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.ranks import run_on_ranks
 from tests.test_ellis_adam import CountCollectives, hashes, small_model, train
-from torchtitan_rd.optimizer import Muon, OptimizerConfig, build_optimizer, optimizer_state, muon, set_lr
+from torchtitan_rd.optimizer import Muon, OptimizerConfig, build_optimizer, muon, optimizer_state, set_lr
 from torchtitan_rd.optimizer.muon import MuonKeys, orthogonalize
 
 SHAPES = [(8, 4), (4, 8), (5, 3), (1, 6)]
