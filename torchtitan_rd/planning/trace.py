@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -24,7 +24,7 @@ from torchtitan_rd.config import JobConfig
 from torchtitan_rd.model_spec import ForwardInputs, NumSteps, WrapPlan
 from torchtitan_rd.models.layers import Head
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state
-from torchtitan_rd.parallelism import GradientExchange, allocate
+from torchtitan_rd.parallelism import GradientExchange, allocate, row_order
 from torchtitan_rd.parallelism.offload import OnHost
 from torchtitan_rd.planning.tracker import (
     GRADIENTS,
@@ -100,6 +100,7 @@ class TracedRun:
         self.model, _ = shard_model(config, self.plan.spec, self.plan.shape, mesh)
 
         self._closing.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        self._closing.enter_context(_real_places())
         if on_gpu:
             self._closing.enter_context(gpu_kernels())
         self._closing.enter_context(self._tracker.sees_resizing())
@@ -277,6 +278,19 @@ def _enters_head(tracker: Tracker) -> Callable:
         tracker.in_head = False
 
     return enters
+
+
+@contextmanager
+def _real_places() -> Iterator[None]:
+    """Where a rank's part of a tensor lies (Muon asks) torch finds out with tensors, and reads their numbers."""
+    find = row_order.compute_local_shape_and_global_offset
+
+    def find_in_real(*args: Any) -> Any:
+        with unset_fake_temporarily():
+            return find(*args)
+
+    with replaced(row_order, "compute_local_shape_and_global_offset", find_in_real):
+        yield
 
 
 @contextmanager
