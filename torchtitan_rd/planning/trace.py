@@ -282,7 +282,7 @@ def _enters_head(tracker: Tracker) -> Callable:
 
 @contextmanager
 def _real_places() -> Iterator[None]:
-    """Where a rank's part of a tensor lies (Muon asks) torch finds out with tensors, and reads their numbers."""
+    """Where a rank's part of a tensor lies (Muon asks) torch reads from tensors that must have numbers."""
     find = row_order.compute_local_shape_and_global_offset
 
     def find_in_real(*args: Any) -> Any:
