@@ -73,6 +73,17 @@ def test_a_run_with_muon_is_planned_with_one_moment_for_matrices_and_two_for_the
     assert sum(of_muon.values()) == matrices
 
 
+@pytest.mark.parametrize("implementation", ["foreach", "for-loop"])
+def test_an_optimizer_that_takes_no_flag_is_planned_with_what_it_makes_in_between(implementation):
+    def trace(name: str):
+        config = config_of(layers(2), optimizer={"implementation": name})
+        return planned(config, 2, on_gpu=True)
+
+    fused, found = trace("fused"), trace(implementation)
+    assert found.optimizer == fused.optimizer
+    assert found.worst.peak >= fused.worst.peak
+
+
 def test_messages_between_ranks_that_share_matrices_are_counted_whole_and_once():
     number = 6
     config = config_of(layers(number), parallelism={"tensor_parallel_degree": 2})

@@ -16,14 +16,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
+from torch.optim import adam
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from torchtitan_rd import train_step
 from torchtitan_rd.batch import Batch
 from torchtitan_rd.build_model import shard_model
 from torchtitan_rd.config import JobConfig
 from torchtitan_rd.model_spec import ForwardInputs, NumSteps, WrapPlan
 from torchtitan_rd.models.layers import Head
-from torchtitan_rd.optimizer import build_optimizer, optimizer_state
+from torchtitan_rd.optimizer import build_optimizer, optimizer_state, takes_flag, update_unless
 from torchtitan_rd.parallelism import GradientExchange, allocate, row_order
 from torchtitan_rd.parallelism.offload import OnHost
 from torchtitan_rd.planning.tracker import (
@@ -101,6 +103,7 @@ class TracedRun:
 
         self._closing.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         self._closing.enter_context(_real_places())
+        self._closing.enter_context(_updates_without_numbers())
         if on_gpu:
             self._closing.enter_context(gpu_kernels())
         self._closing.enter_context(self._tracker.sees_resizing())
@@ -278,6 +281,27 @@ def _enters_head(tracker: Tracker) -> Callable:
         tracker.in_head = False
 
     return enters
+
+
+@contextmanager
+def _updates_without_numbers() -> Iterator[None]:
+    """An optimizer that takes no flag is told nothing, as where the host decides; torch's plain Adam asks how
+    many updates there have been.
+    """
+
+    def update(skip: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+        if takes_flag(optimizer, _CPU):
+            update_unless(skip, optimizer)
+        else:
+            optimizer.step()
+
+    read = adam._get_value
+
+    def count(value: Any) -> Any:
+        return 1.0 if isinstance(value, FakeTensor) else read(value)
+
+    with replaced(train_step, "update_unless", update), replaced(adam, "_get_value", count):
+        yield
 
 
 @contextmanager
