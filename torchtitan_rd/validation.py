@@ -161,8 +161,10 @@ def read_held_out(
     try:
         if trained is not None:
             check_other_rows(trained, loader.fingerprint)
+
         batches = loader.next_step()
-        if any(ranks.gather(loader.repeats()) if ranks else [loader.repeats()]) and dims.data_rank == 0:
+        repeats = ranks.gather(loader.repeats()) if ranks else [loader.repeats()]
+        if any(repeats) and dims.data_rank == 0:
             logger.warning(
                 "held-out data: %s gives fewer than %d rows of %d tokens, so parts of it count more than "
                 "once; fewer sequences measure each part once",

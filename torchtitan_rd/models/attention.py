@@ -101,6 +101,7 @@ def setup_attention(
         _deactivate(cudnn)
         backend = Backend("sdpa", f"auto: {backend.name} is installed but broken, see the warning")
         kernel = probe(backend, shape, device, dtype, document_mask)
+
     logger.info("attention: %s (%s); probed forward and backward on %s", backend.name, backend.reason, kernel)
     if device.type == "cuda" and kernel == SDPBackend.MATH.name:
         logger.warning(
