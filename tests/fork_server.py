@@ -136,7 +136,8 @@ def _server() -> socket.socket:
         # The server itself must never look for a GPU: CUDA does not survive a fork.
         environment = {
             **os.environ,
-            "PYTHONPATH": str(ROOT),
+            # What else it names stays: ranks would run on another torch than the tests that start them.
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -13,7 +14,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from tests.ranks import run_on_ranks
 from tests.test_ellis_adam import CountCollectives, hashes, small_model, train
-from torchtitan_rd.optimizer import Muon, OptimizerConfig, build_optimizer, optimizer_state, set_lr
+from torchtitan_rd.optimizer import Muon, OptimizerConfig, build_optimizer, muon, optimizer_state, set_lr
 from torchtitan_rd.optimizer.muon import MuonKeys, orthogonalize
 
 SHAPES = [(8, 4), (4, 8), (5, 3), (1, 6)]
@@ -82,6 +83,29 @@ def gathers(rank, world_size):
     with CountCollectives() as counter:
         optimizer.step()
     return counter.names
+
+
+def test_what_was_gathered_on_a_gpu_comes_back_to_a_matrix_in_host_memory(monkeypatch):
+    """DTensor gathers on the mesh's device, wherever the parts are. A stand-in for what is there."""
+
+    class OnGpu:
+        def __init__(self, part):
+            self.part = part
+
+        def to(self, device):
+            assert device == torch.device("cpu")
+            return self.part
+
+    own_part = muon.own_part
+    monkeypatch.setattr(muon, "own_part", lambda matrix, whole: OnGpu(own_part(matrix, whole)))
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    (start, *_), (gradient, *_), *_ = matrices()
+    plain, parted = nn.Parameter(start.clone()), nn.Parameter(distribute_tensor(start, mesh, [Shard(0)]))
+    (expected,) = run([plain], Muon([{"params": [plain]}], lr=0.02, keys=MuonKeys()), [[gradient]])
+    gradients = [[distribute_tensor(gradient, mesh, [Shard(0)])]]
+    (found,) = run([parted], Muon([{"params": [parted]}], lr=0.02, keys=MuonKeys()), gradients)
+    assert torch.equal(found.to_local(), expected)
 
 
 def test_matrices_go_to_muon_and_everything_else_to_adamw():

@@ -177,8 +177,11 @@ def test_the_key_for_offload_reaches_every_unit(offload, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_model_in_host_memory_trains_on_the_gpu_as_any_other(world_size, plain):
-    setup = Setup(sections={"training": {"enable_cpu_offload": True}}, device="cuda")
+@pytest.mark.parametrize("optimizer", [{}, {"name": "Muon"}, {"name": "ELLISAdam", "update_clipping": True}])
+def test_a_model_in_host_memory_trains_on_the_gpu_as_any_other(optimizer, world_size):
+    sections = {"optimizer": {"lr": 1e-2, **optimizer}}
+    plain = run_on_ranks(1, train, Setup(sections=sections))[0]
+    setup = Setup(sections={**sections, "training": {"enable_cpu_offload": True}}, device="cuda")
     for result in run_on_ranks(world_size, train, setup, device="cuda"):
         assert result["places"] == {"cpu"}
         assert result["losses"] == like(plain["losses"], "cuda", 0)

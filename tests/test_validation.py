@@ -78,6 +78,20 @@ def test_a_local_folder_is_validated_on_the_files_of_its_split(tmp_path):
         held_out_ids(1, validation_keys(ValidationConfig(sequences=1), training, 1))
 
 
+@pytest.mark.parametrize(("sequences", "repeats"), [(4, False), (16, True)])
+def test_held_out_data_that_is_too_little_for_its_number_of_rows_is_said(
+    sequences, repeats, tmp_path, caplog
+):
+    """4 documents of 41 ids, where a row takes 17."""
+    (tmp_path / "validation.jsonl").write_text('{"text": "0123456789012345678901234567890123456789"}\n' * 4)
+    training = DatasetKeys(dataset="text", dataset_path=str(tmp_path), seq_len=16, local_batch_size=1)
+    ids = held_out_ids(2, validation_keys(ValidationConfig(sequences=sequences), training, 2))
+    assert ids.shape == (sequences, 16)
+    said = [record.message for record in caplog.records if "more than once" in record.message]
+    assert bool(said) == repeats
+    assert all("fewer than 16 rows of 16 tokens" in line for line in said)
+
+
 def test_the_source_of_training_is_that_of_its_own_data_set_s_held_out_rows_alone():
     training = DatasetKeys(dataset="rodent", source_dataset="lab 1", local_batch_size=1)
     own, other = (ValidationConfig(dataset=name, sequences=1) for name in ("rodent", "primate"))

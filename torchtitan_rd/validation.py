@@ -161,7 +161,16 @@ def read_held_out(
     try:
         if trained is not None:
             check_other_rows(trained, loader.fingerprint)
-        return loader.next_step()
+
+        batches = loader.next_step()
+        repeats = ranks.gather(loader.repeats()) if ranks else [loader.repeats()]
+        if any(repeats) and dims.data_rank == 0:
+            logger.warning(
+                "held-out data: %s gives fewer than %d rows of %d tokens, so parts of it count more than "
+                "once; fewer sequences measure each part once",
+                *(keys.dataset, dims.global_batch_size, keys.seq_len),
+            )
+        return batches
     finally:
         loader.close()
 

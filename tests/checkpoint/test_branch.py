@@ -50,6 +50,31 @@ def test_what_a_run_would_lose_does_not_count_the_steps_of_the_branch_it_left(tm
     checkpoints.close()
 
 
+def test_a_run_goes_back_in_its_midst_to_what_is_its_own(tmp_path):
+    """Not to the steps of the branch that it has left, which stay until its first save."""
+    start(tmp_path, [10, 20, 30], keep_latest_k=0)
+    checkpoints = checkpointer(tmp_path, load_step=20, keep_latest_k=0)
+    tensors = training_state(999)
+    checkpoints.load(tensors)
+    assert checkpoints.go_back(tensors, before=35)["step"] == 20
+    assert digest(tensors) == digest(training_state(120))
+    checkpoints.save(28, training_state(228), {"step": 28})
+    assert [checkpoints.go_back(tensors, before=n)["step"] for n in (35, 28, 20)] == [28, 20, 10]
+    checkpoints.close()
+
+
+def test_a_run_that_has_excluded_something_does_not_go_back_to_before_it_had(tmp_path):
+    start(tmp_path, [1])
+    checkpoints = checkpointer(tmp_path, exclude_from_loading=["optimizer"])
+    tensors = training_state(999)
+    checkpoints.load(tensors)
+    spoilt = training_state(666)
+    assert checkpoints.go_back(spoilt, before=9) is None and digest(spoilt) == digest(training_state(666))
+    checkpoints.save(2, tensors, {"step": 2})
+    assert checkpoints.go_back(spoilt, before=9)["step"] == 2 and digest(spoilt) == digest(tensors)
+    checkpoints.close()
+
+
 def test_a_damaged_descendant_falls_back_to_the_one_before_it_and_then_to_the_step_named(tmp_path):
     start(tmp_path, [1, 2, 3])
     start(tmp_path, [2, 3], load_step=1)

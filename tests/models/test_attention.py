@@ -285,6 +285,18 @@ def test_setup_logs_the_choice_once_and_leaves_the_random_state_alone(caplog):
     assert "sdpa (flex attention has no backward on CPU" in caplog.messages[0]
 
 
+@pytest.mark.parametrize(("device", "kernel"), [(CUDA, "MATH"), (CUDA, "FLASH_ATTENTION"), (CPU, "MATH")])
+def test_a_gpu_that_has_no_fused_kernel_for_the_heads_is_warned_of(
+    device, kernel, machine, monkeypatch, caplog
+):
+    machine(8)
+    monkeypatch.setattr(attention, "probe", lambda *_: kernel)
+    setup_attention("sdpa", SHAPE, device, torch.bfloat16, document_mask=False)
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warned) == (device == CUDA and kernel == "MATH")
+    assert all("scores of S x S" in line and "head_dim=16" in line for line in warned)
+
+
 def test_changing_one_document_leaves_the_logits_of_the_others_unchanged():
     model, tokens = tiny_llama(), some_tokens()
     changed = tokens.clone()

@@ -8,6 +8,7 @@ from tests.planning.common import LLAMA, RAVEN, config_of, plan_of, planned
 from torchtitan_rd.planning.compute import executed, model_flops
 from torchtitan_rd.planning.draws import Depth, depths_of
 from torchtitan_rd.planning.memory import estimate, measure
+from torchtitan_rd.planning.trace import TracedRun
 from torchtitan_rd.planning.tracker import Collective
 
 FULL, ATTENTION = {"mode": "full"}, {"mode": "full", "keep": "attention"}
@@ -54,6 +55,22 @@ def test_cpu_offload_leaves_no_shard_of_a_layer_on_the_device(world_size):
 
     of_a_block = TOKENS * DIM * 2  # its input, which forward leaves
     assert peak(12) - peak(6) == pytest.approx(6 * of_a_block, abs=4096)
+
+
+def test_a_run_with_muon_is_planned_with_one_moment_for_matrices_and_two_for_the_rest():
+    config = config_of(layers(2), optimizer={"name": "Muon"})
+    shape = plan_of(config, 2).shape
+    rest = 2 * shape.vocab_size * DIM + (2 * 2 + 1) * DIM  # embedding, head, norms
+    with TracedRun(config, plan_of(config, 2), on_gpu=True) as run:
+        counts = run.optimizer - (run.parameters + rest * 4 // 2)
+        depth = depths_of(plan_of(config, 2), 10).chosen[0]
+        gathers = run.step(depth.inputs, depth.traced).collectives
+    assert counts == (2 + 2 * 2 + 1) * 4, "a count of updates for each tensor of AdamW's"
+    plain = planned(config_of(layers(2)), 2, on_gpu=True).depths[0].collectives
+    # Each matrix of a block, whole, once.
+    of_muon = {name: gathers[name].bytes - plain.get(name, Collective(0, 0)).bytes for name in gathers}
+    matrices = run.parameters * 2 - rest * 4
+    assert sum(of_muon.values()) == matrices
 
 
 def test_messages_between_ranks_that_share_matrices_are_counted_whole_and_once():

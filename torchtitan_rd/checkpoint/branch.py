@@ -73,6 +73,26 @@ def steps_to_try(folder: CheckpointFolder, wanted: int) -> list[int]:
     return served + [wanted] * (wanted in steps)
 
 
+def steps_behind(folder: CheckpointFolder, before: int, load_step: int, excluded: Sequence[str]) -> list[int]:
+    """The steps below `before`, newest first, to which a run may go back in its midst: none of a branch that
+    it has left, whose steps stay until its first save, and none on which its exclusions would act anew, as
+    what it excludes would then keep the values of now.
+    """
+    steps = folder.steps()
+    newer = [n for n in steps if n > load_step] if load_step != -1 else []
+    left = {*newer} - {*descendants(folder.root, newer, load_step)}
+
+    def is_whole(step: int) -> bool:
+        try:
+            state = {BRANCH: _branch_of(folder.root / f"step-{step}")}
+        except CheckpointError:
+            return True  # verification will say more
+        return not still_to_exclude(excluded, state)
+
+    own = [n for n in steps if n < before and n not in left]
+    return [n for n in own if is_whole(n)] if excluded else own
+
+
 def _branch_of(folder: Path) -> dict[str, Any]:
     """The record of one checkpoint. Raises CheckpointError unless its state is what the manifest says."""
     manifest = read_manifest(folder)

@@ -182,11 +182,12 @@ class Checkpointer:
         )
 
     def go_back(self, tensors: Tensors, before: int) -> dict[str, Any] | None:
-        """As `load`, in the midst of a run, from the newest good checkpoint of a step below `before`; all
+        """As `load`, in the midst of a run, from its newest good checkpoint of a step below `before`; all
         later ones are set aside as superseded. Without one it changes nothing and returns None.
         """
         self.wait()
-        older = self._ranks.from_rank0(lambda: [n for n in self._folder.steps() if n < before])
+        asked = (self.config.load_step, self._excluded)
+        older = self._ranks.from_rank0(lambda: branch.steps_behind(self._folder, before, *asked))
         state = self._load_first(tensors, older)
         if state is not None:
             self._ranks.from_rank0(lambda: self._folder.set_aside_from(state["step"], None))

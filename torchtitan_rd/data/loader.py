@@ -107,6 +107,10 @@ class BatchLoader:
         """
         return describe(self._mixture, self._positions, gather)
 
+    def repeats(self) -> bool:
+        """Whether something of the data has been read more than once, in this rank's rows."""
+        return any(_is_in_a_second_epoch(position) for position in self._positions)
+
     def load_state_dict(self, merged: dict[str, Any]) -> None:
         """Continues from what `merge_states` made of the states of all ranks, of any number of them.
 
@@ -279,6 +283,15 @@ def _epochs_at(position: Any, name: str) -> dict[str, int]:
     if "sources" in position:
         return {source: cursor[0] for source, cursor in position["sources"].items()}
     return {name: position["epoch"]}
+
+
+def _is_in_a_second_epoch(position: Any) -> bool:
+    """Whether it has begun: a cursor stands at its beginning as soon as the first one ends."""
+    if not isinstance(position, dict):
+        return tuple(position[:3]) > (1, 0, 0)
+    if "sources" in position:
+        return any(map(_is_in_a_second_epoch, position["sources"].values()))
+    return position["epoch"] > 0
 
 
 def _workers_for(readers: int, wanted: int) -> int:

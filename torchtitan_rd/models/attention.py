@@ -101,7 +101,14 @@ def setup_attention(
         _deactivate(cudnn)
         backend = Backend("sdpa", f"auto: {backend.name} is installed but broken, see the warning")
         kernel = probe(backend, shape, device, dtype, document_mask)
+
     logger.info("attention: %s (%s); probed forward and backward on %s", backend.name, backend.reason, kernel)
+    if device.type == "cuda" and kernel == SDPBackend.MATH.name:
+        logger.warning(
+            "attention: no fused kernel of torch takes %s in %s on this GPU, so plain math runs: slow, and "
+            "with all scores of S x S in memory (fused kernels take heads of up to 256)",
+            *(shape, dtype),
+        )
     return backend
 
 

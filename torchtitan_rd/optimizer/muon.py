@@ -122,7 +122,9 @@ def _orthogonal_part(matrix: Tensor, update: Tensor, steps: int) -> Tensor:
     size, stride = matrix.shape, matrix.stride()  # uneven shards do not tell them
     parts = DTensor.from_local(update, mesh, placements, run_check=False, shape=size, stride=stride)
     whole = parts.full_tensor()
-    return own_part(matrix, orthogonalize(whole, steps))  # every rank has computed the same
+    own = own_part(matrix, orthogonalize(whole, steps))  # every rank has computed the same
+    # Under CPU offload the whole is on the mesh's device all the same, where it is multiplied fast.
+    return own.to(update.device)
 
 
 def _rate_factor(rule: str, rows: int, columns: int) -> float:
