@@ -68,7 +68,7 @@ def uninterrupted(tmp_path_factory, documents):
     return folder, expected
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_three_kills_leave_no_trace_in_losses_or_batches(workers, uninterrupted, documents, tmp_path):
     """One in mid-accumulation, one after an epoch's end that the resumed run must pass again,
     one of rank 0.
@@ -86,7 +86,7 @@ def test_three_kills_leave_no_trace_in_losses_or_batches(workers, uninterrupted,
     assert history(tmp_path) == uninterrupted[1]
 
 
-@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_run_of_two_ranks_continues_on_another_number_of_ranks(
     world_size, uninterrupted, documents, tmp_path
 ):

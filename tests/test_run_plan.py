@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.fork_server import run_python
 from torchtitan_rd import __main__, data, run_plan, train
 from torchtitan_rd.config import load
 from torchtitan_rd.data.tokenizer import ByteTokenizer
@@ -249,7 +250,7 @@ def test_the_tokenizer_is_read_once_and_not_at_all_where_it_is_handed_in(monkeyp
     [["-m", "torchtitan_rd", "train"], pytest.param(["-m", "torchtitan_rd.train"], marks=pytest.mark.slow)],
 )
 def test_asked_for_help_the_trainer_shows_an_example_that_can_be_typed(program):
-    found = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True)
+    found = run_python(*program, "--help")
     assert found.returncode == 0 and not found.stderr
     shown = found.stdout.replace("\\\n", " ").splitlines()  # as a shell joins them
     (example,) = [line.split() for line in shown if line.startswith("  torchrun")]
