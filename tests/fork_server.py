@@ -166,6 +166,7 @@ def _serve(channel: socket.socket) -> dict[str, Any]:
     """Forks for each request. Returns the request in the child; the server itself ends with its channel."""
     for name in PRELOADED:
         __import__(name)
+    gc.set_threshold(100_000, 20, 100)  # as in conftest.py
     gc.freeze()  # else the collector touches, and so copies, all of it in each child
     woken, wake = os.pipe()
     for end in (woken, wake):

@@ -33,33 +33,37 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 ENVIRONMENT = Environment(rank=0, local_rank=0, world_size=1, local_world_size=1, log_level="WARNING")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_file_is_over_400_lines_and_no_function_over_80(path):
-    text = path.read_text()
-    assert text.count("\n") <= 400
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert node.end_lineno - node.lineno < 80, node.name
+def is_function(node) -> bool:
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *TOOLS, *TESTS], ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_line_is_over_110_columns(path):
-    lines = enumerate(path.read_text().splitlines(), 1)
-    assert [number for number, line in lines if len(line) > 110] == []
+def test_no_file_is_over_400_lines_and_no_function_over_80():
+    for path in SOURCES:
+        text = path.read_text()
+        assert text.count("\n") <= 400, path
+        for node in filter(is_function, ast.walk(ast.parse(text))):
+            assert node.end_lineno - node.lineno < 80, f"{path}: {node.name}"
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *TOOLS], ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_long_function_has_air_and_a_line_sets_few_attributes(path):
+def test_no_line_is_over_110_columns():
+    for path in [*SOURCES, *TOOLS, *TESTS]:
+        lines = enumerate(path.read_text().splitlines(), 1)
+        assert [number for number, line in lines if len(line) > 110] == [], path
+
+
+def test_a_long_function_has_air_and_a_line_sets_few_attributes():
     """In a function over 20 lines at most 20 follow each other without a blank one or a caption;
     an assignment sets less than three attributes.
     """
-    text = path.read_text()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 20:
-            assert longest_run(node, text.splitlines()) <= 20, f"{node.name}, line {node.lineno}"
-        if isinstance(node, ast.Assign):
-            set_here = [part for target in node.targets for part in ast.walk(target)]
-            assert sum(is_set_attribute(part) for part in set_here) < 3, f"line {node.lineno}"
+    for path in [*SOURCES, *TOOLS]:
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            place = f"{path}, line {getattr(node, 'lineno', 0)}"
+            if is_function(node) and node.end_lineno - node.lineno >= 20:
+                assert longest_run(node, text.splitlines()) <= 20, place
+            if isinstance(node, ast.Assign):
+                set_here = [part for target in node.targets for part in ast.walk(target)]
+                assert sum(is_set_attribute(part) for part in set_here) < 3, place
 
 
 def longest_run(function, lines) -> int:
