@@ -65,7 +65,7 @@ class Opening:
         """A data set that is streamed."""
         keys, encoder = self._pinned(data)
         table, found = open_rows(keys, data.row, encoder, self.split)
-        if isinstance(encoder, PackedEncoder):
+        if isinstance(encoder, PackedEncoder) and self.dims.data_rank == 0:
             encoder.warn_of_masks(table.column_names or (), keys.dataset)
         share = (self.dims.data_rank, self.dims.data_degree)
         reader = StreamReader(keys.dataset, table, encoder, keys.seq_len, *share, keys.document_mask)
@@ -80,7 +80,8 @@ class Opening:
         keys, encoder = self._pinned(data)
         prepared = [] if self.ranks is None else self.ranks.prepared(keys, data.row, self.split, encoder)
         source, found = open_source(keys, data.row, encoder, self.seed, self.split, prepared)
-        if isinstance(encoder, PackedEncoder) and isinstance(source, TableSource):
+        is_first = self.dims.data_rank == 0
+        if is_first and isinstance(encoder, PackedEncoder) and isinstance(source, TableSource):
             encoder.warn_of_masks(source.table.column_names, keys.dataset)
         order = file_order(keys, found, len(source), self.dims.rows_per_stage)
         cutting = Cutting(keys, data.row.kind, len(source), self.dims.rows_per_stage, order)
