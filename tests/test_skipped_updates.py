@@ -19,7 +19,7 @@ from torchtitan_rd.optimizer import (
     takes_flag,
     update_unless,
 )
-from torchtitan_rd.parallelism.row_order import local
+from torchtitan_rd.parallelism.local_part import local
 from torchtitan_rd.train_step import TrainingConfig, Verdict
 
 OPTIMIZERS = {

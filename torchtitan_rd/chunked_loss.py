@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torchtitan_rd.batch import IGNORE_INDEX
 from torchtitan_rd.loss import LossSums, cross_entropy_sums
 from torchtitan_rd.model_spec import FusedReadOut, ReadOut
-from torchtitan_rd.parallelism.row_order import local
+from torchtitan_rd.parallelism.local_part import local
 from torchtitan_rd.parallelism.vocabulary import VocabularyPart
 
 

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from torchtitan_rd.errors import CheckpointError
-from torchtitan_rd.parallelism.row_order import narrowed
+from torchtitan_rd.parallelism.local_part import narrowed
 
 METADATA = ".metadata"
 MODEL_SHAPE = "model.json"

@@ -24,7 +24,7 @@ from torchtitan_rd.checkpoint.safe_reader import METADATA
 from torchtitan_rd.checkpoint.save_errors import LostRankError
 from torchtitan_rd.errors import CheckpointError
 from torchtitan_rd.log import logger
-from torchtitan_rd.parallelism.row_order import local
+from torchtitan_rd.parallelism.local_part import local
 
 # Without a process group torch says at each save and load that it assumes a single process, which is so.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)

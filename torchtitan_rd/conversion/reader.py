@@ -18,7 +18,7 @@ from torch.futures import Future
 from torchtitan_rd.checkpoint import TensorInfo
 from torchtitan_rd.checkpoint.safe_reader import PlainReader
 from torchtitan_rd.conversion.weights import Weights
-from torchtitan_rd.parallelism.row_order import narrowed
+from torchtitan_rd.parallelism.local_part import narrowed
 
 PREFIX = "model."
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from torchtitan_rd.config_loader import MUST_MATCH, Section
 from torchtitan_rd.optimizer.shards import replace_unless, sum_over_shards
-from torchtitan_rd.parallelism.row_order import local
+from torchtitan_rd.parallelism.local_part import local
 
 
 class EllisKeys(Section):

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from torchtitan_rd.config_loader import Section
 from torchtitan_rd.optimizer.shards import replace_unless, set_flag
-from torchtitan_rd.parallelism.row_order import local, own_part
+from torchtitan_rd.parallelism.local_part import local, own_part
 
 
 class MuonKeys(Section):

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from torchtitan_rd.config_loader import MUST_MATCH, Section
 from torchtitan_rd.model_spec import WrapPlan
-from torchtitan_rd.parallelism.row_order import local
+from torchtitan_rd.parallelism.local_part import local
 
 
 class ShardingKeys(Section):

@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torchtitan_rd.model_spec import InitFn
-from torchtitan_rd.parallelism.row_order import RowOrder, own_part
+from torchtitan_rd.parallelism.local_part import own_part
+from torchtitan_rd.parallelism.row_order import RowOrder
 
 
 @torch.no_grad()

@@ -6,14 +6,11 @@ rank 0 first, part by part, then those of rank 1. Checkpoints hold them in the o
 the degree: there the arranged rows are written, and read, as the runs of neighbours that they are.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 class Run(NamedTuple):
@@ -60,23 +57,3 @@ class RowOrder:
         """The inverse of `arrange`."""
         runs = sorted(self.runs(), key=lambda run: run.original)
         return torch.cat([arranged.narrow(0, run.arranged, run.length) for run in runs])
-
-
-def own_part(tensor: DTensor, whole: torch.Tensor) -> torch.Tensor:
-    """The part of `whole` that lies where this rank's part of `tensor` does: a view."""
-    sizes, offsets = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    return narrowed(whole, offsets, sizes)
-
-
-def narrowed(tensor: torch.Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> torch.Tensor:
-    """The part of a tensor that begins at `offsets` and has `lengths`, one for each dimension: a view."""
-    for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
-        tensor = tensor.narrow(dim, start, length)
-    return tensor
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of `tensor`, sharing its memory; all of it if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

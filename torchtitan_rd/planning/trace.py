@@ -26,9 +26,9 @@ from torchtitan_rd.config import JobConfig
 from torchtitan_rd.model_spec import ForwardInputs, NumSteps, WrapPlan
 from torchtitan_rd.models.layers import Head
 from torchtitan_rd.optimizer import build_optimizer, optimizer_state, takes_flag
-from torchtitan_rd.parallelism import GradientExchange, allocate, row_order
+from torchtitan_rd.parallelism import GradientExchange, allocate, local_part
+from torchtitan_rd.parallelism.local_part import local
 from torchtitan_rd.parallelism.offload import OnHost
-from torchtitan_rd.parallelism.row_order import local
 from torchtitan_rd.planning.tracker import (
     GRADIENTS,
     HOST,
@@ -300,13 +300,13 @@ def _marks_host_memory(tracker: Tracker) -> Iterator[None]:
 @contextmanager
 def _knows_offsets() -> Iterator[None]:
     """torch reads where a shard begins from a small tensor, which must have numbers here too (Muon asks)."""
-    original = row_order.compute_local_shape_and_global_offset
+    original = local_part.compute_local_shape_and_global_offset
 
     def computed(*args: Any) -> Any:
         with _disable_current_modes():
             return original(*args)
 
-    with replaced(row_order, "compute_local_shape_and_global_offset", computed):
+    with replaced(local_part, "compute_local_shape_and_global_offset", computed):
         yield
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from torchtitan_rd.config_loader import Section
 from torchtitan_rd.errors import ClusterError
 from torchtitan_rd.log import logger
-from torchtitan_rd.parallelism.row_order import local
+from torchtitan_rd.parallelism.local_part import local
 
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}  # by bytes of an element
 
